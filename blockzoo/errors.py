@@ -1,0 +1,241 @@
+"""Everything that can go wrong in a zoo, as types a caller can tell apart.
+
+::
+
+    BlockzooError
+    ├── InvalidInputError            the caller's data or arguments are wrong
+    │   ├── InvalidNameError
+    │   ├── CheckpointError          a checkpoint cannot be registered
+    │   │   ├── TruncatedFileError
+    │   │   ├── PickleRefusedError
+    │   │   ├── NonFiniteWeightsError
+    │   │   ├── MissingShardError
+    │   │   ├── PathEscapeError
+    │   │   ├── TensorMismatchError
+    │   │   ├── InvalidConfigError
+    │   │   └── UnsupportedArchitectureError
+    │   └── AdapterError             an adapter cannot be registered
+    │       ├── AdapterBaseMismatchError
+    │       ├── UnknownTargetError
+    │       └── UnsupportedAdapterError
+    ├── NotFoundError
+    │   ├── VariantNotFoundError
+    │   ├── BlobNotFoundError
+    │   ├── ManifestNotFoundError
+    │   └── ZooNotFoundError
+    ├── ConflictError                somebody else was faster; trying again may work
+    ├── CorruptionError              stored bytes are not what their name says
+    │   ├── CorruptBlobError
+    │   └── CorruptManifestError
+    ├── StorageError                 the storage refused
+    │   ├── StorageFullError
+    │   └── UnsupportedStoreError
+    └── FormatVersionError           the zoo is newer than this program
+
+Each error carries a sentence that says what is wrong (``str(error)``), a
+``hint`` that says what to do, a stable ``reason`` for programs, and the ids
+involved in ``metadata``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+
+class BlockzooError(Exception):
+    """Root of all errors that blockzoo raises on purpose.
+
+    Attributes:
+        reason: stable UPPER_SNAKE_CASE identifier of the kind of error.
+        hint: one sentence that says what the caller should do, or "".
+        metadata: ids and values involved, as strings.
+    """
+
+    reason: ClassVar[str] = "INTERNAL"
+
+    def __init__(self, message: str, *, hint: str = "", **metadata: object) -> None:
+        super().__init__(message)
+        self.hint = hint
+        self.metadata: Mapping[str, str] = {key: str(value) for key, value in metadata.items()}
+
+
+class InvalidInputError(BlockzooError):
+    """The caller's data or arguments are wrong; the same call will fail again."""
+
+    reason = "INVALID_INPUT"
+
+
+class InvalidNameError(InvalidInputError):
+    """A variant name or reference does not follow the naming rule."""
+
+    reason = "INVALID_NAME"
+
+
+class CheckpointError(InvalidInputError):
+    """A checkpoint folder cannot be registered."""
+
+    reason = "INVALID_CHECKPOINT"
+
+
+class TruncatedFileError(CheckpointError):
+    """A file ends before its header says it should, or is empty."""
+
+    reason = "TRUNCATED_FILE"
+
+
+class PickleRefusedError(CheckpointError):
+    """Weights are stored as pickle, which can run code when opened."""
+
+    reason = "PICKLE_REFUSED"
+
+
+class NonFiniteWeightsError(CheckpointError):
+    """A tensor holds NaN or infinity."""
+
+    reason = "NON_FINITE_WEIGHTS"
+
+
+class MissingShardError(CheckpointError):
+    """The shard index names a file that is not there."""
+
+    reason = "MISSING_SHARD"
+
+
+class PathEscapeError(CheckpointError):
+    """A file name in a checkpoint points outside the checkpoint's folder."""
+
+    reason = "PATH_ESCAPE"
+
+
+class TensorMismatchError(CheckpointError):
+    """Tensors are missing, unexpected, or of another shape or dtype than the config says."""
+
+    reason = "TENSOR_MISMATCH"
+
+
+class InvalidConfigError(CheckpointError):
+    """config.json is missing, is not JSON, or holds values no model can have."""
+
+    reason = "INVALID_CONFIG"
+
+
+class UnsupportedArchitectureError(CheckpointError):
+    """No family in blockzoo knows this architecture."""
+
+    reason = "UNSUPPORTED_ARCHITECTURE"
+
+    def __init__(self, architecture: str, supported: Sequence[str]) -> None:
+        super().__init__(
+            f"architecture {architecture!r} is not supported",
+            hint=f"Supported architectures: {', '.join(supported)}.",
+            architecture=architecture,
+        )
+        self.supported = tuple(supported)
+
+
+class AdapterError(InvalidInputError):
+    """A LoRA adapter folder cannot be registered."""
+
+    reason = "INVALID_ADAPTER"
+
+
+class AdapterBaseMismatchError(AdapterError):
+    """The adapter's matrices do not fit the base variant's layers."""
+
+    reason = "ADAPTER_BASE_MISMATCH"
+
+
+class UnknownTargetError(AdapterError):
+    """The adapter changes modules that the base variant does not have."""
+
+    reason = "UNKNOWN_TARGET"
+
+
+class UnsupportedAdapterError(AdapterError):
+    """The adapter uses a method that is not plain LoRA."""
+
+    reason = "UNSUPPORTED_ADAPTER"
+
+
+class NotFoundError(BlockzooError):
+    """Something that was named does not exist."""
+
+    reason = "NOT_FOUND"
+
+
+class VariantNotFoundError(NotFoundError):
+    """No variant of this name or version is registered."""
+
+    reason = "VARIANT_NOT_FOUND"
+
+    def __init__(self, ref: str, suggestions: Sequence[str] = ()) -> None:
+        hint = f"Did you mean {' or '.join(suggestions)}?" if suggestions else "List variants with `blockzoo ls`."
+        super().__init__(f"variant {ref!r} is not registered", hint=hint, variant=ref)
+        self.suggestions = tuple(suggestions)
+
+
+class BlobNotFoundError(NotFoundError):
+    """A blob that a manifest names is not in the storage."""
+
+    reason = "BLOB_NOT_FOUND"
+
+
+class ManifestNotFoundError(NotFoundError):
+    """A block or chain manifest is not in the storage."""
+
+    reason = "MANIFEST_NOT_FOUND"
+
+
+class ZooNotFoundError(NotFoundError):
+    """There is no zoo at this place."""
+
+    reason = "ZOO_NOT_FOUND"
+
+
+class ConflictError(BlockzooError):
+    """Another writer was faster; the call may be tried again."""
+
+    reason = "CONFLICT"
+
+
+class CorruptionError(BlockzooError):
+    """Stored bytes are not what their name says."""
+
+    reason = "CORRUPT"
+
+
+class CorruptBlobError(CorruptionError):
+    """A blob's bytes do not hash to its id."""
+
+    reason = "CORRUPT_BLOB"
+
+
+class CorruptManifestError(CorruptionError):
+    """A manifest does not hash to its id or cannot be read."""
+
+    reason = "CORRUPT_MANIFEST"
+
+
+class StorageError(BlockzooError):
+    """The storage refused to read or write."""
+
+    reason = "STORAGE"
+
+
+class StorageFullError(StorageError):
+    """The storage has no room left; nothing was registered."""
+
+    reason = "STORAGE_FULL"
+
+
+class UnsupportedStoreError(StorageError):
+    """The storage cannot create objects conditionally, so two writers would not be safe."""
+
+    reason = "UNSUPPORTED_STORE"
+
+
+class FormatVersionError(BlockzooError):
+    """The zoo was written by a newer blockzoo than this one can read or write."""
+
+    reason = "FORMAT_VERSION"

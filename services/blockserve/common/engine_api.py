@@ -1,0 +1,184 @@
+"""The seam between the edge that talks to callers and the engine that runs blocks.
+
+The router depends on this module only; `blockserve.worker` implements it and
+`blockserve.embedded` puts the two together. Everything is a frozen value.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from blockzoo.manifest import ChainId
+
+
+class FinishReason(enum.StrEnum):
+    """Why a request ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is drawn; every field resolved and checked.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: keep the smallest set of tokens with this probability mass, in (0, 1].
+        min_p: keep tokens at least this share as likely as the most likely, in [0, 1].
+        seed: with (seed, choice, position) the noise is fixed; unsigned 64 bits.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most likely token is taken without noise."""
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One request in token space.
+
+    Attributes:
+        request_id: unique among the requests in flight.
+        chain: the chain to run; must be loaded.
+        prompt: token ids, at least one.
+        sampling: how to draw.
+        max_tokens: most output tokens, at least 1; prompt + max_tokens fits the context.
+        stop_token_ids: ends after one of these (the token itself is reported).
+        logprobs: None for none, else how many alternatives beside the chosen token.
+        prompt_logprobs: report the log-probability of prompt tokens 1.. .
+        deadline: `time.monotonic()` value after which the request is dropped, or None.
+        priority: smaller runs first among waiting requests.
+    """
+
+    request_id: str
+    chain: ChainId
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    max_tokens: int
+    stop_token_ids: frozenset[int] = frozenset()
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
+    deadline: float | None = None
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PositionLogprobs:
+    """Natural log-probabilities at one position, under the unmodified logits."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One output token.
+
+    Attributes:
+        index: 0 for the first output token.
+        token_id: the token.
+        logprobs: when asked for.
+        prompt_logprobs: with index 0, when asked for.
+        finish: set on the last token.
+    """
+
+    index: int
+    token_id: int
+    logprobs: PositionLogprobs | None = None
+    prompt_logprobs: tuple[PositionLogprobs, ...] | None = None
+    finish: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentReport:
+    """Counters of one segment, counted where its forward is called."""
+
+    segment_id: str
+    first_position: int
+    num_blocks: int
+    num_chains: int
+    forward_calls: int
+    tokens: int
+    sequences: int
+    mixed_calls: int
+    largest_batch_sequences: int
+    largest_batch_chains: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChainReport:
+    """A chain in memory."""
+
+    chain: ChainId
+    running_requests: int
+    private_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineReport:
+    """A snapshot of the engine."""
+
+    device: str
+    waiting_requests: int
+    running_requests: int
+    passes: int
+    kv_pages_total: int
+    kv_pages_used: int
+    kv_bytes_total: int
+    block_bytes: int
+    seconds_since_progress: float
+    chains: tuple[ChainReport, ...] = ()
+    segments: tuple[SegmentReport, ...] = field(default=())
+
+
+class Engine(Protocol):
+    """Runs requests over chains of blocks. Safe to call from one event loop."""
+
+    async def load(self, chain: ChainId) -> None:
+        """Read the chain's blocks into memory; a chain already there costs nothing.
+
+        Raises:
+            CorruptBlobError: a blob is not what its id says; nothing else is disturbed.
+            MemoryBudgetError: the blocks do not fit.
+        """
+        ...
+
+    async def unload(self, chain: ChainId) -> None:
+        """Let go of a chain once its running requests have ended."""
+        ...
+
+    def is_loaded(self, chain: ChainId) -> bool:
+        """Whether requests on the chain can start at once."""
+        ...
+
+    def generate(self, request: EngineRequest) -> AsyncIterator[Sequence[TokenEvent]]:
+        """Run one request; each item holds the tokens that are new since the last.
+
+        Closing the iterator (or cancelling the task that reads it) cancels the
+        request and frees its KV pages before the next pass.
+
+        Raises:
+            ChainNotLoadedError: `load` was not called.
+            QueueFullError: too many requests wait.
+            KvCapacityError: prompt + max_tokens exceeds the whole KV pool.
+            DeadlineExceededError: the deadline passed.
+        """
+        ...
+
+    def report(self) -> EngineReport:
+        """A snapshot for status and metrics."""
+        ...

@@ -1,0 +1,125 @@
+"""Errors of serving, on top of those of the zoo (`blockzoo.errors`).
+
+::
+
+    BlockzooError
+    ├── InvalidInputError
+    │   ├── PromptError
+    │   │   ├── EmptyPromptError
+    │   │   └── PromptTooLongError
+    │   ├── SamplingError            `field` names the request field
+    │   ├── ChatTemplateError
+    │   └── ResumeError
+    ├── CapacityError                `retry_after` seconds
+    │   ├── QueueFullError
+    │   ├── KvCapacityError
+    │   └── MemoryBudgetError
+    ├── ChainNotLoadedError
+    ├── DeadlineExceededError
+    ├── ServerStoppingError
+    └── EngineFailedError
+"""
+
+from __future__ import annotations
+
+from blockzoo.errors import BlockzooError, InvalidInputError
+
+
+class PromptError(InvalidInputError):
+    """The prompt cannot be run."""
+
+    reason = "INVALID_PROMPT"
+
+
+class EmptyPromptError(PromptError):
+    """The prompt has no tokens."""
+
+    reason = "EMPTY_PROMPT"
+
+
+class PromptTooLongError(PromptError):
+    """Prompt and answer do not fit the variant's context."""
+
+    reason = "PROMPT_TOO_LONG"
+
+
+class SamplingError(InvalidInputError):
+    """A sampling, stopping or response value is out of range.
+
+    Attributes:
+        field: path of the request field, for example "sampling.temperature".
+    """
+
+    reason = "INVALID_SAMPLING"
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}", field=field)
+        self.field = field
+
+
+class ChatTemplateError(InvalidInputError):
+    """The variant's chat template is missing, broken, or was stopped by its limits."""
+
+    reason = "CHAT_TEMPLATE"
+
+
+class ResumeError(InvalidInputError):
+    """`resume_from` cannot be honoured."""
+
+    reason = "INVALID_RESUME"
+
+
+class CapacityError(BlockzooError):
+    """The server has no room now.
+
+    Attributes:
+        retry_after: seconds after which trying again makes sense.
+    """
+
+    reason = "CAPACITY"
+
+    def __init__(self, message: str, *, retry_after: float = 1.0, hint: str = "", **metadata: object) -> None:
+        super().__init__(message, hint=hint, **metadata)
+        self.retry_after = retry_after
+
+
+class QueueFullError(CapacityError):
+    """Too many requests are waiting."""
+
+    reason = "QUEUE_FULL"
+
+
+class KvCapacityError(CapacityError):
+    """The request needs more KV pages than the whole pool has."""
+
+    reason = "KV_CAPACITY"
+
+
+class MemoryBudgetError(CapacityError):
+    """The variant's blocks do not fit into the memory set aside for blocks."""
+
+    reason = "MEMORY_BUDGET"
+
+
+class ChainNotLoadedError(BlockzooError):
+    """The chain's blocks are not in memory."""
+
+    reason = "CHAIN_NOT_LOADED"
+
+
+class DeadlineExceededError(BlockzooError):
+    """The caller's deadline passed before the answer was complete."""
+
+    reason = "DEADLINE_EXCEEDED"
+
+
+class ServerStoppingError(BlockzooError):
+    """The server is shutting down and takes no new requests."""
+
+    reason = "SERVER_STOPPING"
+
+
+class EngineFailedError(BlockzooError):
+    """The engine hit an internal fault while running the request."""
+
+    reason = "ENGINE_FAILED"
