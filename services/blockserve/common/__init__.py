@@ -1,0 +1,1 @@
+"""What router, worker and embedded share: errors, the engine seam, settings, statuses."""

@@ -9,7 +9,8 @@
     │   │   └── PromptTooLongError
     │   ├── SamplingError            `field` names the request field
     │   ├── ChatTemplateError
-    │   └── ResumeError
+    │   ├── ResumeError
+    │   └── ConfigurationError
     ├── CapacityError                `retry_after` seconds
     │   ├── QueueFullError
     │   ├── KvCapacityError
@@ -17,7 +18,10 @@
     ├── ChainNotLoadedError
     ├── DeadlineExceededError
     ├── ServerStoppingError
-    └── EngineFailedError
+    ├── EngineFailedError
+    ├── UnauthenticatedError
+    └── RemoteError                  what a client sees of a failure that carried no type
+        └── UnavailableError
 """
 
 from __future__ import annotations
@@ -69,11 +73,17 @@ class ResumeError(InvalidInputError):
     reason = "INVALID_RESUME"
 
 
+class ConfigurationError(InvalidInputError):
+    """A server or client was started with settings it cannot or must not run with."""
+
+    reason = "INVALID_CONFIGURATION"
+
+
 class CapacityError(BlockzooError):
     """The server has no room now.
 
     Attributes:
-        retry_after: seconds after which trying again makes sense.
+        retry_after: seconds after which trying again makes sense; 0 when trying again cannot help.
     """
 
     reason = "CAPACITY"
@@ -90,9 +100,12 @@ class QueueFullError(CapacityError):
 
 
 class KvCapacityError(CapacityError):
-    """The request needs more KV pages than the whole pool has."""
+    """The request needs more KV pages than the whole pool has; the same request never fits."""
 
     reason = "KV_CAPACITY"
+
+    def __init__(self, message: str, *, retry_after: float = 0.0, hint: str = "", **metadata: object) -> None:
+        super().__init__(message, retry_after=retry_after, hint=hint, **metadata)
 
 
 class MemoryBudgetError(CapacityError):
@@ -123,3 +136,29 @@ class EngineFailedError(BlockzooError):
     """The engine hit an internal fault while running the request."""
 
     reason = "ENGINE_FAILED"
+
+
+class UnauthenticatedError(BlockzooError):
+    """The call carries no credential, or one the server does not know."""
+
+    reason = "UNAUTHENTICATED"
+
+
+class RemoteError(BlockzooError):
+    """A server failed in a way it gave no type for.
+
+    Attributes:
+        code: name of the gRPC status, for example "INTERNAL".
+    """
+
+    reason = "REMOTE"
+
+    def __init__(self, message: str, *, code: str = "UNKNOWN", hint: str = "", **metadata: object) -> None:
+        super().__init__(message, hint=hint, code=code, **metadata)
+        self.code = code
+
+
+class UnavailableError(RemoteError):
+    """The server cannot be reached, or the connection to it broke."""
+
+    reason = "UNAVAILABLE"
