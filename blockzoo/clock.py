@@ -1,0 +1,28 @@
+"""Time as a value that tests can replace."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+
+class Clock(Protocol):
+    """What leases and gc need of time."""
+
+    def now(self) -> float:
+        """Return seconds since 1970, comparable between machines up to `leases.SKEW_S`."""
+
+    def sleep(self, seconds: float) -> None:
+        """Wait."""
+
+
+class SystemClock:
+    """The machine's clock."""
+
+    def now(self) -> float:
+        """See `Clock`."""
+        return time.time()
+
+    def sleep(self, seconds: float) -> None:
+        """See `Clock`."""
+        time.sleep(seconds)

@@ -1,0 +1,93 @@
+"""What the zoo needs of a storage: named immutable objects, created only if absent.
+
+Every key is `/`-separated ASCII made by blockzoo itself; callers never pass user
+input as a key without `names.check_name` or `digest.is_digest` before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from blockzoo.digest import Buffer
+
+Chunks = Sequence[Buffer]
+"""The bytes of one object, in parts that need not be joined."""
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """One object in a listing.
+
+    Attributes:
+        key: full key.
+        size: stored bytes.
+    """
+
+    key: str
+    size: int
+
+
+class Staged(Protocol):
+    """Bytes on their way into the storage, not yet visible under any key."""
+
+    def publish(self, key: str) -> bool:
+        """Make the bytes the object `key` unless there is one; tell whether there was none.
+
+        The bytes are durable when this returns, the name only after `Storage.sync([key])`.
+        May be called once; the staged bytes are gone afterwards, whatever the answer.
+        """
+
+    def discard(self) -> None:
+        """Drop the bytes. Harmless after `publish`."""
+
+
+@runtime_checkable
+class Storage(Protocol):
+    """A place for a zoo. All methods may be called from several threads at once.
+
+    Errors: NotFoundError for a missing object, StorageFullError when there is no room,
+    UnsupportedStoreError when the place lacks what the zoo needs, StorageError for the rest.
+    """
+
+    @property
+    def url(self) -> str:
+        """Where the storage is, as `open_storage` accepts it."""
+
+    @property
+    def is_remote(self) -> bool:
+        """True when each operation is a request over a network."""
+
+    def put_if_absent(self, key: str, data: Chunks) -> bool:
+        """Create the object durably unless it exists; tell whether it was created."""
+
+    def stage(self, data: Chunks) -> Staged:
+        """Bring bytes to the storage before it is known whether they are needed.
+
+        The buffers must not change before the result is published or discarded.
+        """
+
+    def replace(self, key: str, data: Chunks) -> None:
+        """Create or overwrite the object durably. Only for repairing corrupt objects."""
+
+    def get(self, key: str) -> memoryview:
+        """Return the object's bytes, read-only; large local objects are mapped, not read."""
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        """Return at most `length` bytes from `start`; fewer where the object ends."""
+
+    def size(self, key: str) -> int | None:
+        """Return the object's bytes, or None when it does not exist."""
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """Yield the objects below a folder `prefix` ("" for all), in no particular order."""
+
+    def delete(self, key: str) -> bool:
+        """Delete the object; tell whether it existed (always True on remote storages)."""
+
+    def sync(self, keys: Iterable[str]) -> None:
+        """Make creations and deletions of these keys survive power loss."""
+
+    def clean(self) -> int:
+        """Remove what dead writers left behind; return the bytes freed."""

@@ -1,0 +1,268 @@
+"""A zoo in a local folder.
+
+A new object is written to a file below `tmp/`, flushed to disk, and hard-linked
+to its key: the link fails when the key exists, and nobody ever sees half an
+object. Each writer has its own folder below `tmp/`, locked for as long as it
+lives, so `clean` can tell what a killed writer left behind.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import threading
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+
+from blockzoo.digest import as_bytes
+from blockzoo.storage.base import Chunks, ObjectInfo
+from blockzoo.storage.mapping import map_file
+from blockzoo.storage.os_errors import translate_link_errors, translate_os_errors
+
+TMP = "tmp"
+_LOCK = ".lock"
+_MAX_WRITEV = 1024
+"""Buffers per writev call (IOV_MAX on Linux)."""
+
+
+class LocalStorage:
+    """Objects as files below `root`, which must be on a file system with hard links."""
+
+    is_remote = False
+
+    def __init__(self, root: Path) -> None:
+        self._root = Path(os.path.abspath(root))
+        self._session_lock = threading.Lock()
+        self._session: tuple[Path, int] | None = None
+
+    @property
+    def url(self) -> str:
+        """The folder as a path."""
+        return str(self._root)
+
+    def put_if_absent(self, key: str, data: Chunks) -> bool:
+        """See `Storage`."""
+        if self.size(key) is not None:
+            self.sync([key])
+            return False
+        created = self.stage(data).publish(key)
+        self.sync([key])
+        return created
+
+    def stage(self, data: Chunks) -> _StagedFile:
+        """See `Storage`."""
+        path = self._temp_path()
+        with translate_os_errors(self.url):
+            try:
+                _write_file(path, data)
+            except BaseException:
+                path.unlink(missing_ok=True)
+                raise
+        return _StagedFile(self, path)
+
+    def replace(self, key: str, data: Chunks) -> None:
+        """See `Storage`."""
+        staged = self.stage(data)
+        with translate_os_errors(key):
+            staged.flush()
+            self._make_parents(key)
+            staged.path.rename(self._path(key))
+        self.sync([key])
+
+    def get(self, key: str) -> memoryview:
+        """See `Storage`."""
+        with translate_os_errors(key):
+            return map_file(self._path(key))
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        """See `Storage`."""
+        with translate_os_errors(key), self._path(key).open("rb", buffering=0) as file:
+            return os.pread(file.fileno(), length, start)
+
+    def size(self, key: str) -> int | None:
+        """See `Storage`."""
+        with translate_os_errors(key):
+            try:
+                return self._path(key).stat().st_size
+            except FileNotFoundError:
+                return None
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """See `Storage`. A folder that vanishes meanwhile is empty."""
+        with translate_os_errors(prefix):
+            yield from self._walk(self._path(prefix) if prefix else self._root, prefix.rstrip("/"))
+
+    def delete(self, key: str) -> bool:
+        """See `Storage`."""
+        with translate_os_errors(key):
+            try:
+                self._path(key).unlink()
+            except FileNotFoundError:
+                return False
+            return True
+
+    def sync(self, keys: Iterable[str]) -> None:
+        """See `Storage`: fsync each folder that holds one of the keys."""
+        for folder in {self._path(key).parent for key in keys}:
+            with translate_os_errors(str(folder)):
+                _sync_folder(folder)
+
+    def clean(self) -> int:
+        """See `Storage`. Folders of living writers are left alone."""
+        freed = 0
+        with translate_os_errors(self.url):
+            sessions = list((self._root / TMP).iterdir()) if (self._root / TMP).is_dir() else []
+            for session in sessions:
+                freed += _clean_session(session)
+        return freed
+
+    def _path(self, key: str) -> Path:
+        parts = PurePosixPath(key).parts
+        assert parts and ".." not in parts and not key.startswith("/"), key
+        return self._root.joinpath(*parts)
+
+    def _walk(self, folder: Path, prefix: str) -> Iterator[ObjectInfo]:
+        try:
+            entries = list(os.scandir(folder))
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        for entry in entries:
+            key = f"{prefix}/{entry.name}" if prefix else entry.name
+            if entry.is_dir(follow_symlinks=False):
+                if key != TMP:
+                    yield from self._walk(Path(entry.path), key)
+            else:
+                try:
+                    yield ObjectInfo(key, entry.stat().st_size)
+                except FileNotFoundError:
+                    continue
+
+    def _make_parents(self, key: str) -> None:
+        """Create the folders of `key`, each new one durable in its parent."""
+        missing = []
+        folder = self._path(key).parent
+        while not folder.is_dir():
+            missing.append(folder)
+            folder = folder.parent
+        for new in reversed(missing):
+            new.mkdir(exist_ok=True)
+            # Also when another writer made it: ours must not depend on whether theirs is durable yet.
+            _sync_folder(new.parent)
+
+    def _temp_path(self) -> Path:
+        with self._session_lock:
+            if self._session is None or not (self._session[0] / _LOCK).exists():
+                if self._session is not None:
+                    os.close(self._session[1])
+                    self._session = None
+                with translate_os_errors(self.url):
+                    self._session = _open_session(self._root / TMP)
+            return self._session[0] / uuid.uuid4().hex
+
+    def __del__(self) -> None:
+        session = getattr(self, "_session", None)
+        if session is not None:
+            shutil.rmtree(session[0], ignore_errors=True)
+            os.close(session[1])
+
+
+class _StagedFile:
+    """A temporary file with all its bytes."""
+
+    def __init__(self, storage: LocalStorage, path: Path) -> None:
+        self._storage = storage
+        self.path = path
+
+    def flush(self) -> None:
+        """Wait until the bytes are on disk."""
+        fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def publish(self, key: str) -> bool:
+        """See `Staged`."""
+        try:
+            with translate_os_errors(key):
+                self.flush()
+                return self._link(key)
+        finally:
+            self.discard()
+
+    def _link(self, key: str) -> bool:
+        target = self._storage._path(key)
+        with translate_link_errors(self._storage.url):
+            try:
+                os.link(self.path, target)
+            except FileExistsError:
+                return False
+            except FileNotFoundError:
+                self._storage._make_parents(key)
+                return self._link(key)
+        return True
+
+    def discard(self) -> None:
+        """See `Staged`."""
+        self.path.unlink(missing_ok=True)
+
+
+def _write_file(path: Path, data: Chunks) -> None:
+    views = [view for view in map(as_bytes, data) if view.nbytes]
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    try:
+        while views:
+            written = os.writev(fd, views[:_MAX_WRITEV])
+            while views and written >= views[0].nbytes:
+                written -= views.pop(0).nbytes
+            if written:
+                views[0] = views[0][written:]
+        # Starts the write-back now, so that the flush before the link has little left to wait for.
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+
+
+def _sync_folder(folder: Path) -> None:
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _open_session(tmp: Path) -> tuple[Path, int]:
+    """Make a locked folder; a `clean` that runs between making and locking makes us try again."""
+    while True:
+        session = tmp / uuid.uuid4().hex
+        session.mkdir(parents=True)
+        try:
+            fd = os.open(session / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except FileNotFoundError:
+            continue
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        if (session / _LOCK).exists():
+            return session, fd
+        os.close(fd)
+
+
+def _clean_session(session: Path) -> int:
+    try:
+        fd = os.open(session / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return 0
+    else:
+        freed = sum(entry.stat().st_size for entry in os.scandir(session))
+        shutil.rmtree(session, ignore_errors=True)
+        return freed
+    finally:
+        os.close(fd)

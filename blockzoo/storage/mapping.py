@@ -1,0 +1,57 @@
+"""Files as read-only memory, without holding a file descriptor for each.
+
+`mmap.mmap` keeps a duplicate of the descriptor before Python 3.13, and a server
+with a thousand tensors loaded would meet the usual limit of 1024 open files.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import weakref
+from pathlib import Path
+
+_MAP_FROM = 128 << 10
+"""Bytes from which mapping beats reading; below, page tables and faults cost more than the copy."""
+
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+
+
+def map_file(path: Path) -> memoryview:
+    """Return the file's bytes, read-only. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        size = os.fstat(fd).st_size
+        if size < _MAP_FROM:
+            return memoryview(_read_all(fd, size))
+        address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
+        if address == _MAP_FAILED:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code), str(path))
+    finally:
+        os.close(fd)
+    array = (ctypes.c_ubyte * size).from_address(address)
+    # Every memoryview keeps the array alive, so the pages stay as long as anybody can see them.
+    weakref.finalize(array, _libc.munmap, address, size).atexit = False
+    return memoryview(array).cast("B").toreadonly()
+
+
+def _read_all(fd: int, size: int) -> bytes:
+    parts = []
+    while size > 0 and (part := os.read(fd, size)):
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
