@@ -13,6 +13,7 @@
     │   │   ├── PathEscapeError
     │   │   ├── TensorMismatchError
     │   │   ├── InvalidConfigError
+    │   │   ├── UnsupportedFeatureError
     │   │   └── UnsupportedArchitectureError
     │   └── AdapterError             an adapter cannot be registered
     │       ├── AdapterBaseMismatchError
@@ -118,6 +119,12 @@ class InvalidConfigError(CheckpointError):
     """config.json is missing, is not JSON, or holds values no model can have."""
 
     reason = "INVALID_CONFIG"
+
+
+class UnsupportedFeatureError(CheckpointError):
+    """The architecture is known, but the checkpoint uses a part of it that blocks do not compute."""
+
+    reason = "UNSUPPORTED_FEATURE"
 
 
 class UnsupportedArchitectureError(CheckpointError):

@@ -1,0 +1,47 @@
+"""Model families: how each architecture is cut into blocks, and how its blocks compute.
+
+Cutting (`base`, `decoder` and one file per family) needs no torch. Computing is
+in `compute`, which the engine imports when it builds a block.
+"""
+
+from __future__ import annotations
+
+from blockzoo.errors import UnsupportedArchitectureError
+from blockzoo.families.base import ChainPlan, Family, PlannedBlock, PlannedTensor
+from blockzoo.families.llama import LlamaFamily
+from blockzoo.families.mistral import MistralFamily
+from blockzoo.families.qwen2 import Qwen2Family
+from blockzoo.families.qwen3 import Qwen3Family
+
+__all__ = ["ChainPlan", "Family", "PlannedBlock", "PlannedTensor", "for_architecture", "get", "supported"]
+
+_FAMILIES: tuple[Family, ...] = (LlamaFamily(), MistralFamily(), Qwen2Family(), Qwen3Family())
+_BY_NAME = {family.name: family for family in _FAMILIES}
+_BY_ARCHITECTURE = {name: family for family in _FAMILIES for name in family.architectures}
+
+
+def supported() -> tuple[str, ...]:
+    """Names of the architectures that can be registered."""
+    return tuple(_BY_ARCHITECTURE)
+
+
+def get(name: str) -> Family:
+    """Return the family that a manifest names.
+
+    Raises:
+        UnsupportedArchitectureError: this version does not know it.
+    """
+    if name not in _BY_NAME:
+        raise UnsupportedArchitectureError(name, supported())
+    return _BY_NAME[name]
+
+
+def for_architecture(architecture: str) -> Family:
+    """Return the family that reads an `architectures` entry of config.json.
+
+    Raises:
+        UnsupportedArchitectureError: none does.
+    """
+    if architecture not in _BY_ARCHITECTURE:
+        raise UnsupportedArchitectureError(architecture, supported())
+    return _BY_ARCHITECTURE[architecture]

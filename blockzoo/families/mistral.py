@@ -1,0 +1,25 @@
+"""Mistral: Llama with grouped queries and one sliding window for all layers."""
+
+from __future__ import annotations
+
+from blockzoo.errors import UnsupportedFeatureError
+from blockzoo.families.base import ConfigReader
+from blockzoo.families.decoder import DecoderFamily
+
+
+class MistralFamily(DecoderFamily):
+    """No biases; `sliding_window` null means none."""
+
+    name = "mistral"
+    architectures = ("MistralForCausalLM",)
+
+    def attention_bias(self, config: ConfigReader) -> tuple[bool, bool]:  # noqa: ARG002 - hook
+        """Never."""
+        return False, False
+
+    def windows(self, config: ConfigReader, num_layers: int) -> tuple[int | None, ...]:
+        """The same window everywhere."""
+        if config.has("layer_types"):
+            raise UnsupportedFeatureError("config.json: layer_types is not supported for MistralForCausalLM")
+        window = config.integer("sliding_window") if config.has("sliding_window") else None
+        return (window,) * num_layers

@@ -1,0 +1,30 @@
+"""Qwen3 (dense): queries and keys are normalised per head before the rotation."""
+
+from __future__ import annotations
+
+from blockzoo.families.base import ConfigReader
+from blockzoo.families.decoder import DecoderFamily, layer_windows
+
+
+class Qwen3Family(DecoderFamily):
+    """Head width is independent of the hidden size."""
+
+    name = "qwen3"
+    architectures = ("Qwen3ForCausalLM",)
+
+    def attention_bias(self, config: ConfigReader) -> tuple[bool, bool]:
+        """One switch for all four attention projections."""
+        bias = config.boolean("attention_bias", default=False)
+        return bias, bias
+
+    def has_qk_norm(self) -> bool:
+        """Always."""
+        return True
+
+    def windows(self, config: ConfigReader, num_layers: int) -> tuple[int | None, ...]:
+        """Off unless `use_sliding_window`."""
+        return layer_windows(config, num_layers)
+
+    def default_head_dim(self, config: ConfigReader) -> int:  # noqa: ARG002 - hook
+        """128, as transformers' Qwen3 config says."""
+        return 128
