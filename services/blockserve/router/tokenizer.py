@@ -1,0 +1,103 @@
+"""Text to token ids, with the `tokenizers` library only (no transformers, no torch)."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TYPE_CHECKING
+
+from blockserve.common.errors import PromptError
+from blockzoo.manifest import BlobId
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+class VariantTokenizer:
+    """A tokenizer.json, ready to use; safe to share between threads and requests.
+
+    Attributes:
+        raw: the `tokenizers.Tokenizer`.
+        special_ids: ids of tokens that never appear in text.
+        is_byte_level: the decoder maps token characters to bytes one to one (GPT-2's alphabet).
+    """
+
+    def __init__(self, raw: Tokenizer) -> None:
+        # Both may be baked into the file and would silently shorten or pad prompts.
+        raw.no_truncation()
+        raw.no_padding()
+        self.raw = raw
+        self.special_ids = frozenset(
+            token_id for token_id, token in raw.get_added_tokens_decoder().items() if token.special
+        )
+        self.is_byte_level = _is_byte_level(raw)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> VariantTokenizer:
+        """Parse tokenizer.json.
+
+        Raises:
+            PromptError: the bytes are not a tokenizer that this version understands.
+        """
+        from tokenizers import Tokenizer
+
+        try:
+            return cls(Tokenizer.from_buffer(bytes(data)))
+        except Exception as error:  # the library raises bare Exception
+            raise PromptError(
+                f"the variant's tokenizer.json cannot be used: {error}",
+                hint="Register the variant again with a tokenizer.json, or send token ids.",
+            ) from error
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        """Token ids of `text`, with the special tokens of tokenizer.json's post-processor or without."""
+        return tuple(self.raw.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def token_id(self, token: str) -> int | None:
+        """The id of one token's exact spelling."""
+        return self.raw.token_to_id(token)
+
+
+def _is_byte_level(raw: Tokenizer) -> bool:
+    decoder = raw.decoder
+    # The state of the Rust object is its JSON.
+    return decoder is not None and json.loads(decoder.__getstate__()).get("type") == "ByteLevel"
+
+
+class TokenizerCache:
+    """Tokenizers by blob id: variants of one base share a single parsed copy.
+
+    Safe to call from several threads; one that is being parsed is waited for, not parsed twice.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[BlobId, Future[VariantTokenizer]] = OrderedDict()
+
+    def get(self, blob: BlobId, read: Callable[[], bytes]) -> VariantTokenizer:
+        """The tokenizer of `blob`, parsed from `read()` on first use. Blocks.
+
+        Raises:
+            PromptError: not a usable tokenizer; nothing is remembered, so a repaired blob works next time.
+        """
+        with self._lock:
+            future = self._entries.get(blob)
+            owner = future is None
+            if future is None:
+                future = self._entries[blob] = Future()
+                while len(self._entries) > self._capacity:
+                    self._entries.popitem(last=False)
+            self._entries.move_to_end(blob)
+        if owner:
+            try:
+                future.set_result(VariantTokenizer.from_bytes(read()))
+            except BaseException as error:  # noqa: BLE001 - handed to everyone who waits, us included
+                with self._lock:
+                    if self._entries.get(blob) is future:
+                        del self._entries[blob]
+                future.set_exception(error)
+        return future.result()
