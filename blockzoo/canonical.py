@@ -90,7 +90,7 @@ def _write(value: object, parts: list[str], depth: int) -> None:
         )
 
 
-def _scalar(value: None | bool | str) -> str:
+def _scalar(value: bool | str | None) -> str:
     # json.dumps escapes exactly what RFC 8785 asks for once ensure_ascii is off.
     return json.dumps(value if value is None or isinstance(value, bool) else str(value), ensure_ascii=False)
 

@@ -5,6 +5,7 @@
     BlockzooError
     ├── InvalidInputError            the caller's data or arguments are wrong
     │   ├── InvalidNameError
+    │   ├── CurrentVersionError
     │   ├── CheckpointError          a checkpoint cannot be registered
     │   │   ├── TruncatedFileError
     │   │   ├── PickleRefusedError
@@ -71,6 +72,20 @@ class InvalidNameError(InvalidInputError):
     """A variant name or reference does not follow the naming rule."""
 
     reason = "INVALID_NAME"
+
+
+class CurrentVersionError(InvalidInputError):
+    """The operation is for old versions, and this one is current."""
+
+    reason = "CURRENT_VERSION"
+
+    def __init__(self, name: str, version: int) -> None:
+        super().__init__(
+            f"{name}@{version} is the current version",
+            hint=f"Name an older version, or remove all with `blockzoo rm {name}`.",
+            variant=name,
+            version=version,
+        )
 
 
 class CheckpointError(InvalidInputError):

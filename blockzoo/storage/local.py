@@ -33,7 +33,7 @@ class LocalStorage:
     is_remote = False
 
     def __init__(self, root: Path) -> None:
-        self._root = Path(os.path.abspath(root))
+        self._root = root.resolve()
         self._session_lock = threading.Lock()
         self._session: tuple[Path, int] | None = None
 
@@ -120,7 +120,8 @@ class LocalStorage:
 
     def _path(self, key: str) -> Path:
         parts = PurePosixPath(key).parts
-        assert parts and ".." not in parts and not key.startswith("/"), key
+        assert ".." not in parts, key
+        assert not key.startswith("/"), key
         return self._root.joinpath(*parts)
 
     def _walk(self, folder: Path, prefix: str) -> Iterator[ObjectInfo]:
@@ -141,15 +142,7 @@ class LocalStorage:
 
     def _make_parents(self, key: str) -> None:
         """Create the folders of `key`, each new one durable in its parent."""
-        missing = []
-        folder = self._path(key).parent
-        while not folder.is_dir():
-            missing.append(folder)
-            folder = folder.parent
-        for new in reversed(missing):
-            new.mkdir(exist_ok=True)
-            # Also when another writer made it: ours must not depend on whether theirs is durable yet.
-            _sync_folder(new.parent)
+        _make_folder(self._path(key).parent)
 
     def _temp_path(self) -> Path:
         with self._session_lock:
@@ -225,6 +218,18 @@ def _write_file(path: Path, data: Chunks) -> None:
         os.close(fd)
 
 
+def _make_folder(folder: Path) -> None:
+    """Create a folder and its parents, each new one durable in its parent."""
+    missing = []
+    while not folder.is_dir():
+        missing.append(folder)
+        folder = folder.parent
+    for new in reversed(missing):
+        new.mkdir(exist_ok=True)
+        # Also when another writer made it: ours must not depend on whether theirs is durable yet.
+        _sync_folder(new.parent)
+
+
 def _sync_folder(folder: Path) -> None:
     try:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -239,8 +244,9 @@ def _sync_folder(folder: Path) -> None:
 def _open_session(tmp: Path) -> tuple[Path, int]:
     """Make a locked folder; a `clean` that runs between making and locking makes us try again."""
     while True:
+        _make_folder(tmp)
         session = tmp / uuid.uuid4().hex
-        session.mkdir(parents=True)
+        session.mkdir()
         try:
             fd = os.open(session / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except FileNotFoundError:
