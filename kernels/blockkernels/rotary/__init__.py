@@ -1,0 +1,5 @@
+"""Rotary position embedding."""
+
+from blockkernels.rotary.reference import RopeParameters, inverse_frequencies, rotary_reference, rotary_table
+
+__all__ = ["RopeParameters", "inverse_frequencies", "rotary_reference", "rotary_table"]

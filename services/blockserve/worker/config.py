@@ -1,0 +1,49 @@
+"""Settings of the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What the engine may use and how it batches.
+
+    Attributes:
+        device: "cpu" or "cuda" (or "cuda:1").
+        dtype: type of weights and hidden states. "auto" keeps what the checkpoint has (on the CPU 16-bit
+            "float16" becomes float32, because the CPU has no fast float16 products).
+        num_threads: threads of a matrix product; 0 takes every core the process may use.
+        max_running_requests: most requests in one batch; bounds the time of one decode step.
+        max_waiting_requests: most requests that wait for admission; one more is refused, because a longer queue
+            only turns into answers that come too late.
+        max_tokens_per_pass: tokens of one pass, decode first, then prompt chunks; bounds how long running
+            requests wait for somebody's long prompt.
+        kv_cache_bytes: size of the KV pool, for each shape of keys and values in use (models of one family and
+            size share one). On the CPU the memory is taken as pages are first used.
+        kv_page_tokens: tokens of one KV page of one layer.
+        block_bytes: most bytes of blocks in memory; 0 for no bound of our own.
+        load_threads: blocks read, checked and laid out at the same time while a variant loads.
+    """
+
+    device: str = "cpu"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    num_threads: int = 0
+    max_running_requests: int = 64
+    max_waiting_requests: int = 1024
+    max_tokens_per_pass: int = 512
+    kv_cache_bytes: int = 1 << 30
+    kv_page_tokens: int = 32
+    block_bytes: int = 0
+    load_threads: int = 2
+
+    def __post_init__(self) -> None:
+        """Refuse values no engine can run with."""
+        for name in ("max_running_requests", "max_tokens_per_pass", "kv_cache_bytes", "kv_page_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.max_tokens_per_pass < self.max_running_requests:
+            raise ValueError("max_tokens_per_pass must be at least max_running_requests: each decodes one token")
+        if min(self.max_waiting_requests, self.num_threads, self.block_bytes) < 0 or self.load_threads < 1:
+            raise ValueError("counts of threads, requests and bytes cannot be negative")

@@ -1,0 +1,462 @@
+"""The engine: a thread that runs passes, and the asyncio face of it.
+
+Everything that changes the engine's state happens in its own thread, between
+two passes: new requests, cancellations, chains that come and go. The event
+loop only puts commands into a queue and receives tokens, once per pass.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+
+import torch
+from blockkernels.sampling import SamplingBatch, logprobs, nonfinite_rows, sample
+from blockzoo.errors import BlockzooError
+from blockzoo.manifest import ChainId
+from blockzoo.zoo import Zoo
+from torch import Tensor
+
+from blockserve.common.engine_api import (
+    ChainReport,
+    EngineReport,
+    EngineRequest,
+    FinishReason,
+    PositionLogprobs,
+    SegmentReport,
+    TokenEvent,
+)
+from blockserve.common.errors import (
+    ChainNotLoadedError,
+    DeadlineExceededError,
+    EngineFailedError,
+    KvCapacityError,
+    QueueFullError,
+    ServerStoppingError,
+)
+from blockserve.worker.blocks import BlockManager, LoadedChain, PreparedChain
+from blockserve.worker.config import EngineConfig
+from blockserve.worker.executor import Executor
+from blockserve.worker.kv import KvPool, KvShape
+from blockserve.worker.request import Chunk, ChunkLogits, RunningRequest
+from blockserve.worker.scheduler import Scheduler
+from blockserve.worker.segments import compute_segments
+
+_LOG = logging.getLogger(__name__)
+
+Outcome = Sequence[TokenEvent] | BlockzooError
+"""New tokens of a request, or why it failed."""
+Sink = Callable[[Outcome], None]
+"""Takes a request's outcomes; called in the engine's thread."""
+
+
+class BlockEngine:
+    """Serves any number of chains from shared blocks; see `blockserve.common.engine_api.Engine`."""
+
+    def __init__(self, zoo: Zoo, config: EngineConfig | None = None) -> None:
+        """Make an engine over a zoo. `start` starts its thread."""
+        self.config = config or EngineConfig()
+        self._device = torch.device(self.config.device)
+        self._blocks = BlockManager(zoo, self.config)
+        self._pools: dict[KvShape, KvPool] = {}
+        self._executor = Executor(self._blocks, self._pools, self._device)
+        self._scheduler = Scheduler(
+            max_running=self.config.max_running_requests, max_tokens=self.config.max_tokens_per_pass
+        )
+        self._chains: dict[ChainId, LoadedChain] = {}
+        self._chain_reports: tuple[ChainReport, ...] = ()
+        # One chain at a time: two that share blocks would otherwise both read them.
+        self._loading = asyncio.Lock()
+        self._sinks: dict[RunningRequest, Sink] = {}
+        self._commands: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+        self._block_bytes = 0
+        self._arrivals = 0
+        self._passes = 0
+        self._last_progress = time.monotonic()
+
+    # ---- the life of the thread
+
+    def start(self) -> None:
+        """Start the engine's thread."""
+        self._thread = threading.Thread(target=self._run, name="block-engine", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread after its current pass; requests still in flight fail with ServerStoppingError."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _run(self) -> None:
+        torch.set_num_threads(self.config.num_threads or len(os.sched_getaffinity(0)))
+        while True:
+            with self._wake:
+                while not (self._commands or self._scheduler.has_work or self._stopping):
+                    self._wake.wait()
+                commands = list(self._commands)
+                self._commands.clear()
+                stopping = self._stopping
+            for command in commands:
+                command()
+            if stopping:
+                break
+            self._step()
+            self._last_progress = time.monotonic()
+        for running in list(self._sinks):
+            self._fail(running, ServerStoppingError("the server is stopping", hint="Send the request again elsewhere."))
+
+    def _post(self, command: Callable[[], None]) -> None:
+        """Have the engine's thread run `command` before its next pass.
+
+        Raises:
+            ServerStoppingError: the engine does not run.
+        """
+        with self._wake:
+            if self._stopping or self._thread is None:
+                raise ServerStoppingError("the engine is not running", hint="Send the request again elsewhere.")
+            self._commands.append(command)
+            self._wake.notify()
+
+    def _call(self, action: Callable[[], None]) -> Future[None]:
+        """Like `_post`, with a future for the action's end."""
+        future: Future[None] = Future()
+
+        def command() -> None:
+            try:
+                action()
+            except BaseException as error:  # noqa: BLE001 - handed to the caller
+                future.set_exception(error)
+            else:
+                future.set_result(None)
+
+        self._post(command)
+        return future
+
+    # ---- chains
+
+    async def load(self, chain: ChainId) -> None:
+        """Read a chain's blocks into memory; see `Engine.load`."""
+        async with self._loading:
+            while not self.is_loaded(chain):
+                prepared = await asyncio.to_thread(self._blocks.prepare, chain)
+                await asyncio.wrap_future(self._call(lambda: self._attach(chain, prepared)))  # noqa: B023
+
+    def _attach(self, chain: ChainId, prepared: PreparedChain) -> None:
+        """Take a prepared chain into use; does nothing when a block it counts on was unloaded meanwhile."""
+        if chain not in self._chains:
+            if not self._blocks.can_attach(prepared):
+                return
+            loaded = self._blocks.attach(prepared)
+            shape = loaded.lane.kv_shape
+            if shape not in self._pools:
+                size, page = self.config.kv_cache_bytes, self.config.kv_page_tokens
+                self._pools[shape] = KvPool(shape, size, page, self._device)
+            self._chains[chain] = loaded
+            self._use_chains()
+        self._chains[chain].draining = False
+
+    async def unload(self, chain: ChainId) -> None:
+        """Let go of a chain; returns at once, the blocks go when the chain's last request ends."""
+
+        def drain() -> None:
+            loaded = self._chains.get(chain)
+            if loaded is not None:
+                loaded.draining = True
+                self._drop_if_drained(loaded)
+
+        await asyncio.wrap_future(self._call(drain))
+
+    def is_loaded(self, chain: ChainId) -> bool:
+        """Whether requests on the chain can start at once."""
+        loaded = self._chains.get(chain)
+        return loaded is not None and not loaded.draining
+
+    def _drop_if_drained(self, chain: LoadedChain) -> None:
+        if chain.draining and chain.num_requests == 0 and self._chains.get(chain.id) is chain:
+            del self._chains[chain.id]
+            self._blocks.detach(chain)
+            self._use_chains()
+
+    def _use_chains(self) -> None:
+        bases = {name: [link.base for link in chain.manifest.links] for name, chain in self._chains.items()}
+        self._executor.use_segments(compute_segments(bases))
+        self._chain_reports = tuple(
+            ChainReport(name, 0, *self._blocks.chain_bytes(chain)) for name, chain in self._chains.items()
+        )
+        self._block_bytes = self._blocks.num_bytes
+
+    # ---- requests
+
+    async def generate(self, request: EngineRequest) -> AsyncIterator[Sequence[TokenEvent]]:
+        """Run one request; see `Engine.generate`."""
+        loop = asyncio.get_running_loop()
+        outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
+        running = self.submit(request, lambda outcome: loop.call_soon_threadsafe(outcomes.put_nowait, outcome))
+        finished = False
+        try:
+            while not finished:
+                outcome = await outcomes.get()
+                if isinstance(outcome, BlockzooError):
+                    finished = True
+                    raise outcome
+                finished = outcome[-1].finish is not None
+                yield outcome
+        finally:
+            if not finished:
+                self.cancel(running)
+
+    def submit(self, request: EngineRequest, sink: Sink, probe: list[Tensor] | None = None) -> RunningRequest:
+        """Queue a request; its outcomes go to `sink`, in the engine's thread.
+
+        Raises:
+            ChainNotLoadedError, QueueFullError, KvCapacityError, ServerStoppingError: see `Engine.generate`.
+        """
+        chain = self._chains.get(request.chain)
+        if chain is None or chain.draining:
+            raise ChainNotLoadedError(
+                f"chain {request.chain} is not in memory", hint="Load the variant first.", chain=request.chain
+            )
+        waiting = len(self._scheduler.waiting) + len(self._commands)
+        if waiting >= self.config.max_waiting_requests:
+            raise QueueFullError(
+                f"{waiting} requests are waiting already",
+                hint="Send fewer requests at a time, or raise max_waiting_requests.",
+                limit=self.config.max_waiting_requests,
+            )
+        self._arrivals += 1
+        running = RunningRequest(request, chain, self._arrivals, probe=probe)
+        pool = self._pools[chain.lane.kv_shape]
+        if pool.pages_needed(chain.num_layers, running.max_kv_tokens) > pool.allocator.num_pages:
+            raise KvCapacityError(
+                f"prompt and answer of {running.max_kv_tokens + 1} tokens need more KV pages than the pool has",
+                hint="Ask for fewer max_tokens, or raise kv_cache_bytes.",
+                retry_after=0.0,
+                pages=pool.allocator.num_pages,
+            )
+
+        def accept() -> None:
+            # The chain may have been unloaded since; its memory then is still held by the request.
+            if self._chains.get(chain.id) is not chain:
+                sink(ChainNotLoadedError(f"chain {chain.id} was unloaded", hint="Send the request again."))
+                return
+            chain.num_requests += 1
+            self._sinks[running] = sink
+            self._scheduler.add(running)
+
+        self._post(accept)
+        return running
+
+    def cancel(self, running: RunningRequest) -> None:
+        """Stop a request and free its pages before the next pass; one that has ended is left alone."""
+
+        def drop() -> None:
+            if running in self._sinks:
+                self._release(running)
+
+        try:
+            self._post(drop)
+        except ServerStoppingError:
+            _LOG.debug("request %s was dropped with the engine", running.request.request_id)
+
+    def _release(self, running: RunningRequest) -> None:
+        """Forget a request and free what it holds."""
+        del self._sinks[running]
+        self._scheduler.remove(running)
+        if running.kv is not None:
+            self._pools[running.chain.lane.kv_shape].free(running.kv)
+            running.kv = None
+        running.chain.num_requests -= 1
+        self._drop_if_drained(running.chain)
+
+    def _fail(self, running: RunningRequest, error: BlockzooError) -> None:
+        sink = self._sinks[running]
+        self._release(running)
+        sink(error)
+
+    def _try_admit(self, running: RunningRequest) -> bool:
+        pool = self._pools[running.chain.lane.kv_shape]
+        running.kv = pool.try_allocate(running.chain.num_layers, running.max_kv_tokens)
+        return running.kv is not None
+
+    # ---- one pass
+
+    def _step(self) -> None:
+        self._drop_late()
+        chunks = self._scheduler.next_chunks(self._try_admit)
+        if not chunks:
+            return
+        try:
+            results = self._executor.run(chunks)
+            outcomes = self._advance(chunks, results)
+        except Exception as error:
+            # A fault must not end the thread: the requests of this pass fail, the others go on.
+            _LOG.exception("pass %d failed", self._passes)
+            for chunk in chunks:
+                self._fail(chunk.running, EngineFailedError(f"the engine failed: {error!r}"))
+            return
+        self._passes += 1
+        for running, outcome in outcomes:
+            if isinstance(outcome, BlockzooError):
+                self._fail(running, outcome)
+                continue
+            sink = self._sinks[running]
+            if outcome[-1].finish is not None:
+                self._release(running)
+            sink(outcome)
+
+    def _drop_late(self) -> None:
+        now = time.monotonic()
+        for running in list(self._sinks):
+            deadline = running.request.deadline
+            if deadline is not None and now >= deadline:
+                self._fail(
+                    running,
+                    DeadlineExceededError(
+                        f"the deadline passed after {len(running.output)} of {running.request.max_tokens} tokens",
+                        hint="Allow more time or ask for fewer tokens.",
+                    ),
+                )
+
+    def _advance(
+        self, chunks: Sequence[Chunk], results: Sequence[ChunkLogits]
+    ) -> list[tuple[RunningRequest, Outcome]]:
+        """Note what was computed, sample, and say what to tell each request."""
+        for chunk in chunks:
+            chunk.running.num_computed = chunk.end
+        for result in results:
+            if result.chunk.running.wants_prompt_logits:
+                _collect_prompt(result)
+        sampling = [result for result in results if result.chunk.samples]
+        by_vocab: dict[int, list[ChunkLogits]] = {}
+        for result in sampling:
+            by_vocab.setdefault(result.rows.shape[1], []).append(result)
+        outcomes: list[tuple[RunningRequest, Outcome]] = []
+        for group in by_vocab.values():
+            outcomes.extend(_sample([result.chunk.running for result in group], [result.rows[-1] for result in group]))
+        return outcomes
+
+    # ---- looking in
+
+    def report(self) -> EngineReport:
+        """A snapshot for status and metrics; counters may be one pass apart."""
+        counters = self._executor.counters
+        segments = self._executor.segments.ordered
+        pools = list(self._pools.values())
+        return EngineReport(
+            device=str(self._device),
+            waiting_requests=len(self._scheduler.waiting),
+            running_requests=len(self._scheduler.running),
+            passes=self._passes,
+            kv_pages_total=sum(pool.allocator.num_pages for pool in pools),
+            kv_pages_used=sum(pool.allocator.num_pages - pool.allocator.num_free for pool in pools),
+            kv_bytes_total=sum(pool.num_bytes for pool in pools),
+            block_bytes=self._block_bytes,
+            seconds_since_progress=time.monotonic() - self._last_progress,
+            chains=tuple(
+                replace(one, running_requests=chain.num_requests)
+                for one in self._chain_reports
+                if (chain := self._chains.get(one.chain)) is not None
+            ),
+            segments=tuple(
+                SegmentReport(
+                    segment_id=segment.id,
+                    first_position=segment.first,
+                    num_blocks=len(segment.blocks),
+                    num_chains=len(segment.chains),
+                    forward_calls=max(counters[segment.id].block_calls),
+                    tokens=counters[segment.id].tokens,
+                    sequences=counters[segment.id].sequences,
+                    mixed_calls=counters[segment.id].mixed_calls,
+                    largest_batch_sequences=counters[segment.id].largest_batch_sequences,
+                    largest_batch_chains=counters[segment.id].largest_batch_chains,
+                )
+                for segment in segments
+                if segment.id in counters
+            ),
+        )
+
+
+def _sample(running: Sequence[RunningRequest], rows: Sequence[Tensor]) -> list[tuple[RunningRequest, Outcome]]:
+    """Draw the next token of each request from its row of logits [vocab]."""
+    logits = torch.stack(list(rows))
+    broken = set(nonfinite_rows(logits))
+    if broken:
+        logits[list(broken)] = 0.0
+    params = [one.request.sampling for one in running]
+    batch = SamplingBatch(
+        temperature=[one.temperature for one in params],
+        top_k=[one.top_k for one in params],
+        top_p=[one.top_p for one in params],
+        min_p=[one.min_p for one in params],
+        seed=[one.seed for one in params],
+        choice=[0] * len(params),
+        position=[len(one.output) for one in running],
+    )
+    tokens: list[int] = sample(logits, batch).tolist()
+    chosen = _logprobs(logits, tokens, [one.request.logprobs for one in running])
+    outcomes: list[tuple[RunningRequest, Outcome]] = []
+    for place, (one, token) in enumerate(zip(running, tokens, strict=True)):
+        if place in broken:
+            error = EngineFailedError("the model produced logits that are not finite", hint="Check the weights.")
+            outcomes.append((one, error))
+            continue
+        index = len(one.output)
+        one.output.append(token)
+        finish = None
+        if token in one.request.stop_token_ids:
+            finish = FinishReason.STOP
+        elif len(one.output) >= one.request.max_tokens:
+            finish = FinishReason.LENGTH
+        prompt = tuple(one.prompt_logprobs) if index == 0 and one.request.prompt_logprobs else None
+        outcomes.append((one, [TokenEvent(index, token, chosen[place], prompt, finish)]))
+    return outcomes
+
+
+def _logprobs(logits: Tensor, tokens: Sequence[int], wanted: Sequence[int | None]) -> list[PositionLogprobs | None]:
+    """Log-probabilities of chosen tokens for the rows that want them."""
+    result: list[PositionLogprobs | None] = [None] * len(tokens)
+    places = [place for place, count in enumerate(wanted) if count is not None]
+    if places:
+        counts = [wanted[place] or 0 for place in places]
+        found = _position_logprobs(logits[places], [tokens[place] for place in places], counts)
+        for place, one in zip(places, found, strict=True):
+            result[place] = one
+    return result
+
+
+def _position_logprobs(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[PositionLogprobs]:
+    """Chosen token and the best `counts[i]` tokens of each row of logits [rows, vocab]."""
+    found = logprobs(logits, torch.tensor(tokens, device=logits.device), max(counts))
+    chosen, top_ids, top = found.chosen.tolist(), found.top_ids.tolist(), found.top.tolist()
+    return [
+        PositionLogprobs(token, chosen[row], tuple(zip(top_ids[row][:count], top[row][:count], strict=True)))
+        for row, (token, count) in enumerate(zip(tokens, counts, strict=True))
+    ]
+
+
+def _collect_prompt(result: ChunkLogits) -> None:
+    """Keep what a chunk's logits say about the prompt tokens that follow them."""
+    running, start = result.chunk.running, result.chunk.start
+    prompt = running.request.prompt
+    if start >= len(prompt):
+        return
+    if running.probe is not None:
+        running.probe.append(result.rows)
+    following = list(prompt[start + 1 : result.chunk.end + 1])
+    if running.request.prompt_logprobs and following:
+        rows = result.rows[: len(following)]
+        count = running.request.logprobs or 0
+        running.prompt_logprobs.extend(_position_logprobs(rows, following, [count] * len(following)))

@@ -1,0 +1,351 @@
+"""Runs one pass: every ready segment once, in depth order, over all requests at it.
+
+A pass groups its chunks into lanes (requests whose hidden states have the same
+shape), orders them by their path through the segments, and walks the segments
+from the embedding to the head. At each segment the base blocks run once for all
+requests there, whatever their variants; adapters are added for the whole batch.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from blockkernels.attention import attend
+from blockkernels.lora import GroupedRows, LoraBank, RowRange, TokenRun, add_lora, group_rows
+from blockkernels.rotary import RopeParameters, inverse_frequencies, rotary_table
+from blockzoo.families.compute import EmbeddingBlock, HeadBlock
+from blockzoo.manifest import BlockId, ChainId
+from torch import Tensor
+
+from blockserve.worker.blocks import BlockManager, LoadedChain
+from blockserve.worker.kv import KvPool, KvShape, KvTable
+from blockserve.worker.request import Chunk, ChunkLogits
+from blockserve.worker.segments import Segment, SegmentId, SegmentMap
+
+_MAX_PLANS = 64
+"""Batches whose adapter plans are kept; each holds masks of [tokens, adapter rows]."""
+
+ChainRun = tuple[LoadedChain, int]
+"""Consecutive tokens of one chain in a batch: (chain, tokens)."""
+ModulePlan = dict[str, tuple[LoraBank, GroupedRows]]
+"""What adapters add at one position of a chain: module -> bank and rows."""
+
+
+class AdapterPlan:
+    """Which adapter rows a batch uses at each position; positions with equal rows share one mask."""
+
+    def __init__(self, blocks: BlockManager, runs: Sequence[ChainRun]) -> None:
+        """Plan for tokens of these chains, in this order, all with the same base blocks where asked."""
+        self._blocks = blocks
+        self._runs = runs
+        self._positions: dict[int, ModulePlan] = {}
+        self._grouped: dict[object, GroupedRows] = {}
+
+    def at(self, position: int) -> ModulePlan:
+        """What adapters add at a position."""
+        if position not in self._positions:
+            self._positions[position] = self._plan(position)
+        return self._positions[position]
+
+    def _plan(self, position: int) -> ModulePlan:
+        dtype = self._runs[0][0].dtype
+        base = (self._runs[0][0].manifest.links[position].base, dtype)
+        token_runs: dict[str, list[TokenRun]] = {}
+        ranges: dict[str, dict[BlockId, tuple[int, RowRange]]] = {}
+        start = 0
+        for chain, count in self._runs:
+            for applied in chain.manifest.links[position].applied:
+                for module, rows in self._blocks.rows(base, applied).items():
+                    known = ranges.setdefault(module, {})
+                    number, _ = known.setdefault(applied, (len(known), rows))
+                    token_runs.setdefault(module, []).append(TokenRun(start, start + count, number))
+            start += count
+        plan: ModulePlan = {}
+        for module, module_runs in token_runs.items():
+            bank = self._blocks.bank(base, module)
+            rows_of = tuple(rows for _, rows in ranges[module].values())
+            key = (tuple(module_runs), rows_of)
+            if key not in self._grouped:
+                self._grouped[key] = group_rows(module_runs, rows_of, bank.down)
+            plan[module] = (bank, self._grouped[key])
+        return plan
+
+
+@dataclass(slots=True)
+class SegmentCounters:
+    """What a segment has done; `block_calls` is counted at the call of each base block's forward."""
+
+    block_calls: list[int]
+    tokens: int = 0
+    sequences: int = 0
+    mixed_calls: int = 0
+    largest_batch_sequences: int = 0
+    largest_batch_chains: int = 0
+
+    def record(self, chunks: Sequence[Chunk]) -> None:
+        """Count one batch."""
+        chains = len({chunk.running.chain.id for chunk in chunks})
+        self.tokens += sum(chunk.num_tokens for chunk in chunks)
+        self.sequences += len(chunks)
+        self.mixed_calls += chains > 1
+        self.largest_batch_sequences = max(self.largest_batch_sequences, len(chunks))
+        self.largest_batch_chains = max(self.largest_batch_chains, chains)
+
+
+class Executor:
+    """Computes passes. Only the engine's thread uses it."""
+
+    def __init__(self, blocks: BlockManager, pools: dict[KvShape, KvPool], device: torch.device) -> None:
+        """Compute with the given blocks and pages."""
+        self._blocks = blocks
+        self._pools = pools
+        self._device = device
+        self._segments = SegmentMap()
+        self._frequencies: dict[RopeParameters, Tensor] = {}
+        self._plans: OrderedDict[object, AdapterPlan] = OrderedDict()
+        self.counters: dict[SegmentId, SegmentCounters] = {}
+
+    @property
+    def segments(self) -> SegmentMap:
+        """The segments of the loaded chains."""
+        return self._segments
+
+    def use_segments(self, segments: SegmentMap) -> None:
+        """Chains came or went: go on with new segments."""
+        self._segments = segments
+        self._plans.clear()  # the banks have changed too
+        known = self.counters
+        self.counters = {
+            segment.id: known.get(segment.id, SegmentCounters([0] * len(segment.blocks)))
+            for segment in segments.ordered
+        }
+
+    @torch.inference_mode()
+    def run(self, chunks: Sequence[Chunk]) -> list[ChunkLogits]:
+        """Compute the chunks' keys and values, and the logits of those that need any."""
+        results: list[ChunkLogits] = []
+        by_lane: dict[object, list[Chunk]] = {}
+        for chunk in chunks:
+            by_lane.setdefault(chunk.running.chain.lane, []).append(chunk)
+        for members in by_lane.values():
+            members.sort(key=self._path_order)
+            results.extend(self._run_lane(members))
+        return results
+
+    def _path_order(self, chunk: Chunk) -> tuple[tuple[int, ...], ChainId, int]:
+        chain = chunk.running.chain.id
+        return self._segments.paths[chain], chain, chunk.running.order
+
+    def _run_lane(self, chunks: Sequence[Chunk]) -> Iterable[ChunkLogits]:
+        batch = _LaneBatch(chunks, self._pools[chunks[0].running.chain.lane.kv_shape], self._device)
+        visits: dict[int, list[int]] = {}
+        for place, chunk in enumerate(chunks):
+            for index in self._segments.paths[chunk.running.chain.id]:
+                visits.setdefault(index, []).append(place)
+        logits: list[ChunkLogits] = []
+        for index in sorted(visits):
+            logits.extend(self._run_segment(self._segments.ordered[index], batch, visits[index]))
+        return logits
+
+    def _run_segment(self, segment: Segment, batch: _LaneBatch, places: Sequence[int]) -> list[ChunkLogits]:
+        """Run one segment over the chunks at `places` of the lane."""
+        chunks = [batch.chunks[place] for place in places]
+        counters = self.counters[segment.id]
+        counters.record(chunks)
+        rows = batch.rows(places)
+        context = _SegmentContext(self, batch, places, rows)
+        hidden = batch.hidden[rows] if segment.first else None
+        chain = chunks[0].running.chain
+        for offset in range(len(segment.blocks)):
+            position = segment.first + offset
+            block = chain.blocks[position]
+            context.move_to(position)
+            if isinstance(block, HeadBlock):
+                return self._run_head(block, context, _present(hidden), chunks, counters, offset)
+            counters.block_calls[offset] += 1
+            if isinstance(block, EmbeddingBlock):
+                hidden = block(batch.token_ids[rows])
+            else:
+                hidden = block(_present(hidden), context)
+        batch.put(rows, _present(hidden))
+        return []
+
+    def _run_head(
+        self,
+        block: HeadBlock,
+        context: _SegmentContext,
+        hidden: Tensor,
+        chunks: Sequence[Chunk],
+        counters: SegmentCounters,
+        offset: int,
+    ) -> list[ChunkLogits]:
+        """Logits of the rows that are needed: the last of each chunk that samples, or all for prompt logits."""
+        wanted: list[tuple[Chunk, int]] = []
+        picked: list[int] = []
+        row = 0
+        for chunk in chunks:
+            if chunk.running.wants_prompt_logits and chunk.start < len(chunk.running.request.prompt):
+                picked.extend(range(row, row + chunk.num_tokens))
+                wanted.append((chunk, chunk.num_tokens))
+            elif chunk.samples:
+                picked.append(row + chunk.num_tokens - 1)
+                wanted.append((chunk, 1))
+            row += chunk.num_tokens
+        if not wanted:
+            return []
+        if len(picked) < row:
+            hidden = hidden[torch.tensor(picked, device=hidden.device)]
+        context.narrow_to([(chunk.running.chain, count) for chunk, count in wanted])
+        counters.block_calls[offset] += 1
+        logits = block(hidden, context).float()
+        parts = logits.split([count for _, count in wanted])
+        return [ChunkLogits(chunk, part) for (chunk, _), part in zip(wanted, parts, strict=True)]
+
+    def frequencies(self, rope: RopeParameters) -> Tensor:
+        """Angles per position of a rotary embedding, computed once."""
+        if rope not in self._frequencies:
+            self._frequencies[rope] = inverse_frequencies(rope, self._device)
+        return self._frequencies[rope]
+
+    def adapter_plan(self, runs: Sequence[ChainRun]) -> AdapterPlan:
+        """What adapters add to a batch of these runs; kept, because decode repeats the same batch."""
+        key = tuple((chain.id, count) for chain, count in runs)
+        plan = self._plans.pop(key, None) or AdapterPlan(self._blocks, tuple(runs))
+        self._plans[key] = plan
+        while len(self._plans) > _MAX_PLANS:
+            self._plans.popitem(last=False)
+        return plan
+
+
+def _present(hidden: Tensor | None) -> Tensor:
+    """The hidden states, which only the embedding may lack."""
+    assert hidden is not None
+    return hidden
+
+
+@dataclass(slots=True, init=False)
+class _LaneBatch:
+    """The tokens of all requests of one lane in one pass, in path order.
+
+    Attributes:
+        chunks: in row order.
+        token_ids, positions: int64 [tokens].
+        slots: KV slot of each token at each layer, int64 [layers, tokens].
+        hidden: hidden states between segments, [tokens, hidden].
+    """
+
+    chunks: Sequence[Chunk]
+    pool: KvPool
+    offsets: list[int]
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    hidden: Tensor
+    tables: dict[RopeParameters, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def __init__(self, chunks: Sequence[Chunk], pool: KvPool, device: torch.device) -> None:
+        self.chunks = chunks
+        self.pool = pool
+        self.offsets = [0, *np.cumsum([chunk.num_tokens for chunk in chunks]).tolist()]
+        ids = [token for chunk in chunks for token in chunk.running.tokens(chunk.start, chunk.end)]
+        positions = [position for chunk in chunks for position in range(chunk.start, chunk.end)]
+        num_layers = max(chunk.running.chain.num_layers for chunk in chunks)
+        slots = np.zeros((num_layers, len(ids)), dtype=np.int64)
+        for chunk, row in zip(chunks, self.offsets, strict=False):
+            part = pool.slots(table_of(chunk), chunk.start, chunk.end)
+            slots[: part.shape[0], row : row + chunk.num_tokens] = part
+        lane = chunks[0].running.chain.lane
+        self.token_ids = torch.tensor(ids, device=device)
+        self.positions = torch.tensor(positions, device=device)
+        self.slots = torch.from_numpy(slots).to(device)
+        self.hidden = torch.empty(len(ids), lane.hidden_size, dtype=lane.kv_shape.dtype, device=device)
+        self.tables = {}
+
+    def rows(self, places: Sequence[int]) -> slice | Tensor:
+        """Rows of the chunks at `places`: a range when they are neighbours, as path order makes them."""
+        if places[-1] - places[0] == len(places) - 1:
+            return slice(self.offsets[places[0]], self.offsets[places[-1] + 1])
+        rows = [row for place in places for row in range(self.offsets[place], self.offsets[place + 1])]
+        return torch.tensor(rows, device=self.hidden.device)
+
+    def put(self, rows: slice | Tensor, hidden: Tensor) -> None:
+        """Leave hidden states for the next segment."""
+        self.hidden[rows] = hidden
+
+
+def table_of(chunk: Chunk) -> KvTable:
+    """The pages of a chunk's request, which an admitted request has."""
+    table = chunk.running.kv
+    assert table is not None
+    return table
+
+
+class _SegmentContext:
+    """What the blocks of one segment ask about the batch; see `blockzoo.families.compute.BlockContext`."""
+
+    def __init__(
+        self, executor: Executor, batch: _LaneBatch, places: Sequence[int], rows: slice | Tensor
+    ) -> None:
+        self._executor = executor
+        self._batch = batch
+        self._chunks = [batch.chunks[place] for place in places]
+        self._rows = rows
+        self._runs = _merge([(chunk.running.chain, chunk.num_tokens) for chunk in self._chunks])
+        self._slots = batch.slots[:, rows]
+        self._tables: dict[RopeParameters, tuple[Tensor, Tensor]] = {}
+        self._position = 0
+        self._plan = executor.adapter_plan(self._runs)
+
+    def move_to(self, position: int) -> None:
+        """Stand at a block of the chain."""
+        self._position = position
+
+    def narrow_to(self, runs: Iterable[ChainRun]) -> None:
+        """Go on with fewer rows of each chunk, at the same block."""
+        self._plan = self._executor.adapter_plan(_merge(runs))
+
+    def rotary(self, rope: RopeParameters) -> tuple[Tensor, Tensor]:
+        """Cosine and sine for the rows, computed once a pass for each set of parameters."""
+        if rope not in self._tables:
+            whole = self._batch.tables.get(rope)
+            if whole is None:
+                frequencies = self._executor.frequencies(rope)
+                whole = rotary_table(self._batch.positions, frequencies, self._batch.hidden.dtype)
+                self._batch.tables[rope] = whole
+            self._tables[rope] = (whole[0][self._rows], whole[1][self._rows])
+        return self._tables[rope]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None) -> Tensor:
+        """Store the new keys and values and attend, request by request: nothing is padded or mixed."""
+        pool, layer = self._batch.pool, self._position - 1
+        pool.keys.index_copy_(0, self._slots[layer], key)
+        pool.values.index_copy_(0, self._slots[layer], value)
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        row = 0
+        for chunk in self._chunks:
+            end = row + chunk.num_tokens
+            keys, values = pool.read(table_of(chunk), layer, chunk.end)
+            out[row:end] = attend(query[row:end], keys, values, scale=scale, window=window)
+            row = end
+        return out
+
+    def adapt(self, module: str, x: Tensor, y: Tensor) -> None:
+        """Add the batch's adapters on a module."""
+        planned = self._plan.at(self._position).get(module)
+        if planned is not None:
+            add_lora(y, x, *planned)
+
+
+def _merge(runs: Iterable[ChainRun]) -> list[ChainRun]:
+    """Join neighbouring runs of the same chain."""
+    merged: list[ChainRun] = []
+    for chain, count in runs:
+        if merged and merged[-1][0] is chain:
+            merged[-1] = (chain, merged[-1][1] + count)
+        else:
+            merged.append((chain, count))
+    return merged

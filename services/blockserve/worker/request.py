@@ -1,0 +1,108 @@
+"""A request while the engine has it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from blockzoo.errors import BlockzooError
+from torch import Tensor
+
+from blockserve.common.engine_api import EngineRequest, PositionLogprobs, TokenEvent
+from blockserve.worker.blocks import LoadedChain
+from blockserve.worker.kv import KvTable
+
+EventSink = Callable[["RunningRequest", "Sequence[TokenEvent] | BlockzooError | None"], None]
+"""Told of a request's new tokens, of its failure, or (None) that it was cancelled; called in the engine's thread."""
+
+
+@dataclass(slots=True, eq=False)
+class RunningRequest:
+    """One request's progress. Only the engine's thread touches it.
+
+    Attributes:
+        request: what was asked.
+        chain: the loaded chain it runs on (held until the request ends).
+        order: arrival number; breaks ties of priority.
+        kv: its pages, once admitted.
+        num_computed: tokens whose keys and values are in the pages.
+        output: tokens sampled so far.
+        prompt_logprobs: collected while the prompt is computed, when asked for.
+        probe: receives the logits of every prompt position (float32 [rows, vocab]) when set; see `debug`.
+    """
+
+    request: EngineRequest
+    chain: LoadedChain
+    order: int
+    kv: KvTable | None = None
+    num_computed: int = 0
+    output: list[int] = field(default_factory=list)
+    prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
+    probe: list[Tensor] | None = None
+
+    @property
+    def wants_prompt_logits(self) -> bool:
+        """Whether every position's logits are needed, not the last one's alone."""
+        return self.request.prompt_logprobs or self.probe is not None
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output tokens known so far."""
+        return len(self.request.prompt) + len(self.output)
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens that still have to go through the blocks before the next one can be sampled."""
+        return self.num_tokens - self.num_computed
+
+    @property
+    def max_kv_tokens(self) -> int:
+        """Most tokens whose keys and values are ever stored; the last sampled token's are not."""
+        return len(self.request.prompt) + self.request.max_tokens - 1
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        """Token ids at positions start .. end - 1."""
+        prompt = self.request.prompt
+        if end <= len(prompt):
+            return list(prompt[start:end])
+        if start >= len(prompt):
+            return self.output[start - len(prompt) : end - len(prompt)]
+        return [*prompt[start:], *self.output[: end - len(prompt)]]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The tokens of one request that one pass computes.
+
+    Attributes:
+        running: the request.
+        start, end: token positions.
+    """
+
+    running: RunningRequest
+    start: int
+    end: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the chunk."""
+        return self.end - self.start
+
+    @property
+    def samples(self) -> bool:
+        """Whether the chunk reaches the last known token, so that the next one is sampled."""
+        return self.end == self.running.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkLogits:
+    """Logits that a pass produced for a chunk.
+
+    Attributes:
+        chunk: the chunk.
+        rows: float32 [rows, vocab]: of every position when prompt log-probabilities are wanted, else of the last.
+    """
+
+    chunk: Chunk
+    rows: Tensor
+
