@@ -190,7 +190,7 @@ class _Child:
         )
         child = cls(process)
         try:
-            # Its start does not count against the template's time: a busy machine is not the template's fault.
+            # Its start is not counted against the template: a busy machine is not its fault.
             await asyncio.wait_for(child._read(), START_SECONDS)
         except BaseException:
             child.kill()

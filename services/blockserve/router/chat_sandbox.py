@@ -3,9 +3,9 @@
 A template is a program from whoever made the checkpoint. It runs here, in jinja2's immutable sandbox, in a
 process that holds nothing worth stealing and whose memory and processor time are bounded by the kernel.
 
-Wire: each message is a four-byte big-endian length and that many bytes of JSON. The process says `ready` once. A
-request has `template`, `context` (the variables) and `max_chars`; the answer has `text`, or `error`. The process
-ends at the end of its input.
+Wire: each message is a four-byte big-endian length and that many bytes of JSON. The process says `ready`
+once. A request has `template`, `context` (the variables) and `max_chars`; the answer has `text`, or
+`error`. The process ends at the end of its input.
 
 Only the standard library and jinja2 are imported: the process is up in a tenth of a second.
 """

@@ -1,9 +1,9 @@
 """Token ids to text, one token at a time, never half a character.
 
 Byte-level tokenizers (GPT-2's alphabet: Llama 3, Qwen, SmolLM2, new Mistral) are decoded as bytes, which is
-exact: the pieces always add up to the decoding of the whole. Other decoders (byte fallback, word pieces) look at
-neighbouring tokens, so a short window of earlier tokens is decoded again with each new one, and the difference is
-what is new.
+exact: the pieces always add up to the decoding of the whole. Other decoders (byte fallback, word pieces)
+look at neighbouring tokens, so a short window of earlier tokens is decoded again with each new one, and the
+difference is what is new.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from blockserve.router.tokenizer import VariantTokenizer
 
 REPLACEMENT = "�"
 
-# A character has at most four bytes, so at most three tokens can wait for a fourth; more than that is not text.
+# A character has at most four bytes, so at most three tokens can wait for a fourth; more are not text.
 MAX_PENDING_TOKENS = 8
 
 # How many prompt tokens give the first output token its context (a leading space, for one).

@@ -1,0 +1,97 @@
+"""How many requests are in progress, and how they end when the server does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from blockserve.common.errors import QueueFullError, ServerStoppingError
+
+
+@dataclass(eq=False, slots=True)
+class _Ticket:
+    task: asyncio.Task[object]
+    evicted: bool = False
+
+
+class Admission:
+    """Counts requests in; refuses one too many, and all once the server stops. One event loop."""
+
+    def __init__(self, max_requests: int, retry_after: float) -> None:
+        """Allow `max_requests` at once and tell others to come back in `retry_after` seconds."""
+        self._max_requests = max_requests
+        self._retry_after = retry_after
+        self._tickets: set[_Ticket] = set()
+        self._empty = asyncio.Event()
+        self._empty.set()
+        self._stopping = False
+
+    @property
+    def num_requests(self) -> int:
+        """Requests in progress."""
+        return len(self._tickets)
+
+    @contextmanager
+    def admit(self) -> Iterator[None]:
+        """Hold a place for as long as the block runs, in the task that runs it.
+
+        Raises:
+            QueueFullError: no place is free.
+            ServerStoppingError: the server takes no new requests, or stops before the block ends.
+        """
+        if self._stopping:
+            raise _stopping()
+        if len(self._tickets) >= self._max_requests:
+            raise QueueFullError(
+                f"{len(self._tickets)} requests are in progress, which is the server's limit",
+                retry_after=self._retry_after,
+                hint=f"Try again in {self._retry_after:g} s.",
+            )
+        task = asyncio.current_task()
+        assert task is not None
+        ticket = _Ticket(task)
+        self._tickets.add(ticket)
+        self._empty.clear()
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not ticket.evicted:
+                raise
+            task.uncancel()
+            raise _stopping() from None
+        finally:
+            self._tickets.discard(ticket)
+            if not self._tickets:
+                self._empty.set()
+
+    async def drain(self, seconds: float) -> int:
+        """Refuse new requests, give those in progress this long, then end them.
+
+        Returns:
+            How many had to be ended early.
+        """
+        self._stopping = True
+        try:
+            await asyncio.wait_for(self._empty.wait(), seconds)
+        except TimeoutError:
+            evicted = self.evict()
+            await self._empty.wait()
+            return evicted
+        return 0
+
+    def evict(self) -> int:
+        """End all requests in progress with ServerStoppingError; says how many."""
+        self._stopping = True
+        for ticket in self._tickets:
+            if not ticket.evicted:
+                ticket.evicted = True
+                ticket.task.cancel()
+        return len(self._tickets)
+
+
+def _stopping() -> ServerStoppingError:
+    return ServerStoppingError(
+        "the server is stopping", hint="Send the request to another server, or again after the restart."
+    )

@@ -1,0 +1,104 @@
+"""Settings of the edge: how much one caller may ask for."""
+
+from __future__ import annotations
+
+from blockserve.common.config import Section, setting
+
+
+class RouterConfig(Section):
+    """Limits of the router."""
+
+    max_requests: int = setting(
+        1024,
+        "Generate calls in progress at once, waiting ones included; one more is refused.",
+        reason="Each holds a stream and a tokenised prompt; beyond it answers come too late to be wanted.",
+        ge=1,
+    )
+    retry_after_seconds: float = setting(
+        1.0,
+        "What a refused caller is told to wait.",
+        unit="seconds",
+        reason="About the time in which running answers end and make room.",
+        gt=0,
+    )
+    max_output_tokens: int = setting(
+        8192,
+        "Most output tokens of one request, and the bound when the caller sets none.",
+        unit="tokens",
+        reason="Keeps a forgotten request from filling a long context.",
+        ge=1,
+    )
+    max_temperature: float = setting(
+        2.0,
+        "Highest temperature taken.",
+        reason="Above 2 the distribution is nearly flat and the answer noise; other public APIs end there
+        too.", gt=0,
+    )
+    max_stop_strings: int = setting(
+        16, "Most stop strings of one request.", reason="Each is followed character by character.", ge=0
+    )
+    max_stop_chars: int = setting(
+        256,
+        "Longest stop string.",
+        unit="characters",
+        reason="Text that could still become a stop string is held back, up to this much.",
+        ge=1,
+    )
+    max_stop_token_ids: int = setting(
+        256, "Most stop token ids of one request.", reason="Far more than any tokenizer has end tokens.", ge=0
+    )
+    max_logprobs: int = setting(
+        20,
+        "Most alternatives with their log-probability at each position.",
+        reason="Each costs a sorted selection over the vocabulary and 12 bytes of answer.",
+        ge=0,
+    )
+    max_messages: int = setting(
+        4096, "Most turns of a conversation.", reason="Templates walk the turns several times.", ge=1
+    )
+    chat_seconds: float = setting(
+        2.0,
+        "How long a chat template may take.",
+        unit="seconds",
+        reason="Templates of real checkpoints take a millisecond; what takes seconds loops.",
+        gt=0,
+    )
+    chat_memory_bytes: int = setting(
+        512 << 20,
+        "Address space of the process that renders chat templates.",
+        unit="bytes",
+        reason="The interpreter takes about 50 MB; the rest is for long conversations.",
+        ge=128 << 20,
+    )
+    chat_max_chars: int = setting(
+        4_000_000,
+        "Longest text a chat template may write.",
+        unit="characters",
+        reason="A million tokens of context at four characters each.",
+        ge=1,
+    )
+    chat_processes: int = setting(
+        2,
+        "Processes that render chat templates; the second is started when the first is busy.",
+        reason="One looping template then delays nobody else.",
+        ge=1,
+    )
+    refresh_seconds: float = setting(
+        0.0,
+        "How long a name may go on meaning the version it meant before.",
+        unit="seconds",
+        reason="0 asks the zoo for every request (a folder listing); set 1 or more on object storage.",
+        ge=0,
+    )
+    cached_variants: int = setting(
+        4096, "Variants whose small files are kept parsed.", reason="A few kilobytes each.", ge=1
+    )
+    cached_tokenizers: int = setting(
+        16, "Tokenizers kept parsed.", reason="Tens of megabytes each; variants of one base share one.", ge=1
+    )
+    page_size: int = setting(
+        100, "Entries of one ListModels answer when the caller does not say.", reason="One screen.", ge=1
+    )
+    max_page_size: int = setting(
+        1000, "Most entries of one ListModels answer.", reason="Stays far below the message limit.", ge=1
+    )

@@ -1,0 +1,171 @@
+"""Names to what is served: the zoo's variants with everything the edge needs to know about them."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from blockserve.router.chat import ChatTemplates
+from blockserve.router.config import RouterConfig
+from blockserve.router.tokenizer import TokenizerCache, VariantTokenizer
+from blockserve.router.variant_files import GenerationDefaults, chat_templates, generation_defaults
+from blockzoo.manifest import BlobId, ChainId, ChainManifest, VariantRecord
+
+TOKENIZER_FILE = "tokenizer.json"
+
+
+class ZooReader(Protocol):
+    """The part of `blockzoo.zoo.Zoo` that the edge reads. Blocking, safe to call from several threads."""
+
+    @property
+    def url(self) -> str:
+        """Where the zoo is."""
+        ...
+
+    def variants(self) -> Sequence[VariantRecord]:
+        """The current version of every name."""
+        ...
+
+    def resolve(self, ref: str) -> VariantRecord:
+        """The variant of `name` or `name@version` (VariantNotFoundError, InvalidNameError)."""
+        ...
+
+    def chain(self, chain: ChainId) -> ChainManifest:
+        """A chain's manifest."""
+        ...
+
+    def read_file(self, record: VariantRecord, filename: str) -> bytes:
+        """A small file's bytes (NotFoundError)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ServedVariant:
+    """One version of a variant, resolved; immutable, so a request keeps it to its end.
+
+    Attributes:
+        record: what the zoo holds.
+        chain: the manifest of its chain.
+        defaults: what its generation_config.json asks for.
+        templates: its chat templates.
+    """
+
+    record: VariantRecord
+    chain: ChainManifest
+    defaults: GenerationDefaults
+    templates: ChatTemplates
+
+    @property
+    def ref(self) -> str:
+        """`name@version`."""
+        return f"{self.record.name}@{self.record.version}"
+
+    @property
+    def tokenizer_blob(self) -> BlobId | None:
+        """Where its tokenizer.json is, if it has one."""
+        file = self.record.files.get(TOKENIZER_FILE)
+        return file.blob if file else None
+
+
+class VariantCatalog:
+    """Variants as requests name them.
+
+    A name is looked up again for each request (or every `refresh_seconds`), so a new version is seen at once;
+    what belongs to one version never changes and is kept.
+    """
+
+    def __init__(
+        self,
+        zoo: ZooReader,
+        config: RouterConfig | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._zoo = zoo
+        self._config = config or RouterConfig()
+        self._clock = clock
+        self._tokenizers = TokenizerCache(self._config.cached_tokenizers)
+        self._lock = threading.Lock()
+        self._served: OrderedDict[tuple[str, int, ChainId], ServedVariant] = OrderedDict()
+        self._current: dict[str, tuple[float, VariantRecord]] = {}
+
+    @property
+    def zoo_url(self) -> str:
+        """Where the zoo is."""
+        return self._zoo.url
+
+    async def get(self, ref: str) -> ServedVariant:
+        """Resolve `name` or `name@version`.
+
+        Raises:
+            VariantNotFoundError: no such variant; the hint has near names.
+            InvalidNameError: not a name.
+        """
+        return await asyncio.to_thread(self.get_blocking, ref)
+
+    async def tokenizer(self, variant: ServedVariant) -> VariantTokenizer | None:
+        """The variant's tokenizer, None when it was registered without one.
+
+        Raises:
+            PromptError: its tokenizer.json cannot be used.
+        """
+        return await asyncio.to_thread(self.tokenizer_blocking, variant)
+
+    async def current(self) -> list[ServedVariant]:
+        """The current version of every variant, by name."""
+        return await asyncio.to_thread(self._current_blocking)
+
+    def get_blocking(self, ref: str) -> ServedVariant:
+        """`get` for threads."""
+        return self._served_variant(self._record(ref))
+
+    def tokenizer_blocking(self, variant: ServedVariant) -> VariantTokenizer | None:
+        """`tokenizer` for threads."""
+        blob = variant.tokenizer_blob
+        if blob is None:
+            return None
+        return self._tokenizers.get(blob, lambda: self._zoo.read_file(variant.record, TOKENIZER_FILE))
+
+    def _current_blocking(self) -> list[ServedVariant]:
+        records = sorted(self._zoo.variants(), key=lambda record: record.name)
+        return [self._served_variant(record) for record in records]
+
+    def _record(self, ref: str) -> VariantRecord:
+        now = self._clock()
+        with self._lock:
+            seen = self._current.get(ref)
+        if seen is not None and now - seen[0] < self._config.refresh_seconds:
+            return seen[1]
+        record = self._zoo.resolve(ref)
+        if self._config.refresh_seconds > 0:
+            with self._lock:
+                if len(self._current) >= self._config.cached_variants:
+                    self._current.clear()
+                self._current[ref] = (now, record)
+        return record
+
+    def _served_variant(self, record: VariantRecord) -> ServedVariant:
+        key = (record.name, record.version, record.chain)
+        with self._lock:
+            if (known := self._served.get(key)) is not None:
+                self._served.move_to_end(key)
+                return known
+        served = self._describe(record)
+        with self._lock:
+            self._served[key] = served
+            while len(self._served) > self._config.cached_variants:
+                self._served.popitem(last=False)
+        return served
+
+    def _describe(self, record: VariantRecord) -> ServedVariant:
+        def read(filename: str) -> bytes | None:
+            return self._zoo.read_file(record, filename) if filename in record.files else None
+
+        chain = self._zoo.chain(record.chain)
+        defaults = generation_defaults(read, chain.vocab_size)
+        return ServedVariant(record, chain, defaults, chat_templates(read))
