@@ -66,7 +66,9 @@ class SafetensorsFile:
         tensors: entries by name, in the order of their bytes.
     """
 
-    def __init__(self, path: Path, mapping: mmap.mmap, header: bytes, tensors: Mapping[str, TensorEntry]) -> None:
+    def __init__(
+        self, path: Path, mapping: mmap.mmap, header: bytes, tensors: Mapping[str, TensorEntry]
+    ) -> None:
         self.path = path
         self.header = header
         self.tensors = tensors
@@ -139,7 +141,9 @@ def parse_header(file: str, header: bytes, data_bytes: int) -> dict[str, TensorE
 
 def _read_header(file: str, mapping: mmap.mmap) -> bytes:
     if len(mapping) < _PREFIX_BYTES:
-        raise TruncatedFileError(f"{file} has {len(mapping)} bytes and no header", hint=_DOWNLOAD_HINT, file=file)
+        raise TruncatedFileError(
+            f"{file} has {len(mapping)} bytes and no header", hint=_DOWNLOAD_HINT, file=file
+        )
     length = int.from_bytes(mapping[:_PREFIX_BYTES], "little")
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(
@@ -149,7 +153,9 @@ def _read_header(file: str, mapping: mmap.mmap) -> bytes:
         )
     if _PREFIX_BYTES + length > len(mapping):
         raise TruncatedFileError(
-            f"{file} ends at byte {len(mapping)}, inside its header of {length} bytes", hint=_DOWNLOAD_HINT, file=file
+            f"{file} ends at byte {len(mapping)}, inside its header of {length} bytes",
+            hint=_DOWNLOAD_HINT,
+            file=file,
         )
     return mapping[_PREFIX_BYTES : _PREFIX_BYTES + length]
 
@@ -179,7 +185,9 @@ def _entry(file: str, name: str, value: object) -> TensorEntry:
     fields = value if isinstance(value, dict) else {}
     shape, offsets = fields.get("shape"), fields.get("data_offsets")
     if not (_counts(shape) and _counts(offsets) and len(cast(list[int], offsets)) == 2):
-        raise CheckpointError(f"{file}: the header entry of tensor {name[:200]!r} is malformed", file=file, tensor=name)
+        raise CheckpointError(
+            f"{file}: the header entry of tensor {name[:200]!r} is malformed", file=file, tensor=name
+        )
     dims, (begin, end) = tuple(cast(list[int], shape)), cast(list[int], offsets)
     if len(dims) > MAX_DIMS:
         raise CheckpointError(f"{file}: tensor {name!r} has {len(dims)} dimensions", file=file, tensor=name)
@@ -189,7 +197,8 @@ def _entry(file: str, name: str, value: object) -> TensorEntry:
         expected *= dim
     if end - begin != expected:
         raise CheckpointError(
-            f"{file}: tensor {name!r} of {dtype} {list(dims)} needs {expected} bytes, its offsets span {end - begin}",
+            f"{file}: tensor {name!r} of {dtype} {list(dims)} needs {expected} bytes, "
+            f"its offsets span {end - begin}",
             hint="The file is damaged or was written by a faulty program.",
             file=file,
             tensor=name,
@@ -224,7 +233,9 @@ def _check_cover(file: str, entries: Iterable[TensorEntry], data_bytes: int) -> 
             raise CheckpointError(f"{file}: tensor {entry.name!r} {problem}", file=file, tensor=entry.name)
         position = entry.end
     if position != data_bytes:
-        raise CheckpointError(f"{file} holds {data_bytes - position} bytes that belong to no tensor", file=file)
+        raise CheckpointError(
+            f"{file} holds {data_bytes - position} bytes that belong to no tensor", file=file
+        )
 
 
 def _counts(value: object) -> bool:

@@ -1,0 +1,81 @@
+"""Finding NaN and infinity in raw tensor bytes, without converting them to numbers.
+
+In IEEE 754 (and bfloat16, which is the upper half of a float32) a value is NaN or
+infinite exactly when all exponent bits are set: the bits without the sign are then
+at least the exponent mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from blockzoo.errors import NonFiniteWeightsError
+from blockzoo.manifest import DType
+
+_EXPONENT = {DType.F64: 0x7FF << 52, DType.F32: 0xFF << 23, DType.F16: 0x1F << 10, DType.BF16: 0xFF << 7}
+_SLICE_BYTES = 256 << 10
+"""Bytes looked at in one go; input and scratch stay in a core's cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A tensor to check.
+
+    Attributes:
+        name: for the message.
+        dtype: element type; types without NaN pass.
+        data: the bytes.
+    """
+
+    name: str
+    dtype: DType
+    data: memoryview
+
+
+def is_finite(dtype: DType, data: memoryview) -> bool:
+    """Tell whether no element is NaN or infinite; types that are not floating point are finite."""
+    if dtype not in _EXPONENT:
+        return True
+    bits = np.frombuffer(data, f"<u{dtype.itemsize}")
+    step = _SLICE_BYTES // dtype.itemsize
+    magnitude = bits.dtype.type((1 << (8 * dtype.itemsize - 1)) - 1)
+    scratch = np.empty(min(step, bits.size), bits.dtype)
+    for start in range(0, bits.size, step):
+        part = bits[start : start + step]
+        out = scratch[: part.size]
+        np.bitwise_and(part, magnitude, out=out)
+        if int(out.max()) >= _EXPONENT[dtype]:
+            return False
+    return True
+
+
+def check_finite(weights: Iterable[Weights], on_bytes: Callable[[int], None], *, workers: int) -> None:
+    """Refuse NaN and infinity in any of the tensors.
+
+    Args:
+        weights: what to check.
+        on_bytes: called after each tensor with its bytes, from the calling thread.
+        workers: threads to use.
+
+    Raises:
+        NonFiniteWeightsError: names the first such tensor.
+    """
+    weights = list(weights)
+    with ThreadPoolExecutor(workers, thread_name_prefix="blockzoo-check") as pool:
+        results = pool.map(lambda item: is_finite(item.dtype, item.data), weights)
+        try:
+            for item, finite in zip(weights, results, strict=True):
+                if not finite:
+                    raise NonFiniteWeightsError(
+                        f"tensor {item.name!r} holds NaN or infinity",
+                        hint="The training probably diverged; register an earlier checkpoint.",
+                        tensor=item.name,
+                    )
+                on_bytes(item.data.nbytes)
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
