@@ -5,7 +5,7 @@ import warnings
 
 from blockproto.v1 import admin_pb2 as blockproto_dot_v1_dot_admin__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.76.0'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -25,7 +25,7 @@ if _version_not_supported:
     )
 
 
-class AdminServiceStub:
+class AdminServiceStub(object):
     """Operates one server. Bound to the loopback interface unless configured.
     """
 
@@ -52,7 +52,7 @@ class AdminServiceStub:
                 _registered_method=True)
 
 
-class AdminServiceServicer:
+class AdminServiceServicer(object):
     """Operates one server. Bound to the loopback interface unless configured.
     """
 
@@ -103,7 +103,7 @@ def add_AdminServiceServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class AdminService:
+class AdminService(object):
     """Operates one server. Bound to the loopback interface unless configured.
     """
 

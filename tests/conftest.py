@@ -1,0 +1,49 @@
+"""What every test shares: the factories of `tests/support`, the real model, and a clean environment."""
+
+from __future__ import annotations
+
+import os
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# `from support import ...` works in every test, but tests/ itself stays off the import path: its folders are
+# called kernels, services and blockzoo, and transformers probes for a module named `kernels`.
+_support = types.ModuleType("support")
+_support.__path__ = [str(ROOT / "tests" / "support")]
+sys.modules["support"] = _support
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported anywhere
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A developer's own BLOCKZOO_* settings must not change what a test sees."""
+    for name in list(os.environ):
+        if name.startswith("BLOCKZOO_") and name != "BLOCKZOO_TEST_MODEL":
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a bf16 checkpoint folder; mark such tests with `model`."""
+    path = Path(os.environ.get("BLOCKZOO_TEST_MODEL", ROOT / ".cache" / "smollm2"))
+    if not (path / "config.json").is_file():
+        pytest.skip(f"no checkpoint in {path}: run `make model` or set BLOCKZOO_TEST_MODEL")
+    return path
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped where there is no CUDA device."""
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_items:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
