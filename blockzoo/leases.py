@@ -63,7 +63,10 @@ class Entry:
 
 
 def write_entry(storage: Storage, folder: str, digests: Iterable[str], expires: float, purpose: str) -> Entry:
-    """Publish a lease (folder "leases") or a marker (folder "condemned")."""
+    """Publish a lease (folder "leases") or a marker (folder "condemned").
+
+    It need not survive power loss: nor does the process that it stands for.
+    """
     entry = Entry(
         f"{folder}/{uuid.uuid4().hex}.json", frozenset(digests), _milliseconds(expires) / 1000, purpose
     )
@@ -75,7 +78,7 @@ def write_entry(storage: Storage, folder: str, digests: Iterable[str], expires: 
             "writer": f"{socket.gethostname()} pid {os.getpid()}",
         }
     )
-    if not storage.put_if_absent(entry.key, [body]):
+    if not storage.put_if_absent(entry.key, [body], durable=False):
         raise ConflictError(f"{entry.key} exists already")
     return entry
 
@@ -101,7 +104,7 @@ def active_leases(storage: Storage, clock: Clock) -> list[Entry]:
 
 def publish_sweep(storage: Storage, marker: Entry) -> None:
     """Announce that a collection is about to read leases and refs for the last time."""
-    storage.put_if_absent(marker.key.removesuffix(".json") + _SWEEP, [b"{}"])
+    storage.put_if_absent(marker.key.removesuffix(".json") + _SWEEP, [b"{}"], durable=False)
 
 
 def drop_marker(storage: Storage, marker: Entry) -> None:

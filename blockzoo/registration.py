@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from blockzoo.blobs import TensorData, file_data
 from blockzoo.canonical import canonical_json, digest_bytes
-from blockzoo.closure import Walker
+from blockzoo.closure import Closure, Walker
 from blockzoo.digest import blob_id
 from blockzoo.errors import BlobNotFoundError, ConflictError, ManifestNotFoundError
 from blockzoo.layout import blob_key, block_key, chain_key
@@ -26,7 +26,7 @@ from blockzoo.leases import LEASE_TTL_S, Entry, LeaseHolder
 from blockzoo.manifest import BlobId, BlockId, BlockManifest, ChainId, ChainManifest, FileRef, VariantRecord
 from blockzoo.manifest_json import block_to_json, chain_to_json
 from blockzoo.names import check_name
-from blockzoo.storage.base import Chunks, Staged
+from blockzoo.storage.base import Staged
 
 if TYPE_CHECKING:
     from blockzoo.store import ZooStore
@@ -190,15 +190,8 @@ class Registration:
         missing = [blob for blob in closure.blobs - self._sure if not self._store.blobs.exists(blob)]
         if missing:
             raise BlobNotFoundError(f"blob {missing[0]} is not in the zoo any more", blob=missing[0])
-        self._storage.sync(self._keys(closure.chains, closure.blocks, closure.blobs))
+        self._storage.sync(key for digest, key in _keys(closure) if digest not in self._sure)
         self._sure |= closure.digests()
-
-    def _keys(
-        self, chains: Iterable[ChainId], blocks: Iterable[BlockId], blobs: Iterable[BlobId]
-    ) -> Iterator[str]:
-        yield from map(chain_key, chains)
-        yield from map(block_key, blocks)
-        yield from map(blob_key, blobs)
 
     def _hold(self, digests: Iterable[str]) -> None:
         self._lease.hold(digests, self._on_wait)
@@ -211,6 +204,7 @@ class Registration:
                 list(pool.map(self._prepare, drafts))
                 _drop_repeats(drafts)
                 self._hold(draft.blob for draft in drafts)
+                self._storage.flush([draft.staged for draft in drafts if draft.staged is not None])
                 list(pool.map(self._publish, drafts))
             # Also what was there before: whoever wrote it may not have made it durable yet.
             self._storage.sync(blob_key(draft.blob) for draft in drafts)
@@ -262,14 +256,17 @@ class Registration:
     def _put_manifests(self, manifests: Sequence[tuple[str, str, bytes]]) -> None:
         self._hold(digest for _, digest, _ in manifests)
         unique = {key: body for key, _, body in manifests}
-
-        def put(key: str) -> None:
-            if self._storage.size(key) is None:
-                chunks: Chunks = [unique[key]]
-                self._storage.stage(chunks).publish(key)
-
-        with _pool(self._workers) as pool:
-            list(pool.map(put, unique))
+        staged: dict[str, Staged] = {}
+        try:
+            with _pool(self._workers) as pool:
+                present = pool.map(self._storage.size, unique)
+                for key in [key for key, size in zip(unique, present, strict=True) if size is None]:
+                    staged[key] = self._storage.stage([unique[key]])
+                self._storage.flush(list(staged.values()))
+                list(pool.map(lambda item: item[1].publish(item[0]), staged.items()))
+        finally:
+            for item in staged.values():
+                item.discard()
         self._storage.sync(unique)
         self._sure.update(digest for _, digest, _ in manifests)
 
@@ -292,6 +289,13 @@ class _Draft:
         if self.staged is not None:
             self.staged.discard()
             self.staged = None
+
+
+def _keys(closure: Closure) -> Iterator[tuple[str, str]]:
+    """Yield digest and key of everything in a closure."""
+    yield from ((digest, chain_key(digest)) for digest in closure.chains)
+    yield from ((digest, block_key(digest)) for digest in closure.blocks)
+    yield from ((digest, blob_key(digest)) for digest in closure.blobs)
 
 
 def _drop_repeats(drafts: Sequence[_Draft]) -> None:

@@ -35,7 +35,8 @@ class Staged(Protocol):
     def publish(self, key: str) -> bool:
         """Make the bytes the object `key` unless there is one; tell whether there was none.
 
-        The bytes are durable when this returns, the name only after `Storage.sync([key])`.
+        The bytes are made durable first, unless `Storage.flush` did; the name is durable only
+        after `Storage.sync([key])`.
         May be called once; the staged bytes are gone afterwards, whatever the answer.
         """
 
@@ -59,14 +60,20 @@ class Storage(Protocol):
     def is_remote(self) -> bool:
         """True when each operation is a request over a network."""
 
-    def put_if_absent(self, key: str, data: Chunks) -> bool:
-        """Create the object durably unless it exists; tell whether it was created."""
+    def put_if_absent(self, key: str, data: Chunks, *, durable: bool = True) -> bool:
+        """Create the object unless it exists; tell whether it was created.
+
+        With `durable` it survives power loss from here on; without, it need not.
+        """
 
     def stage(self, data: Chunks) -> Staged:
         """Bring bytes to the storage before it is known whether they are needed.
 
         The buffers must not change before the result is published or discarded.
         """
+
+    def flush(self, staged: Sequence[Staged]) -> None:
+        """Make the bytes of many staged objects of this storage durable at once."""
 
     def replace(self, key: str, data: Chunks) -> None:
         """Create or overwrite the object durably. Only for repairing corrupt objects."""

@@ -13,16 +13,19 @@ import os
 import shutil
 import threading
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from blockzoo.digest import as_bytes
-from blockzoo.storage.base import Chunks, ObjectInfo
-from blockzoo.storage.mapping import map_file
+from blockzoo.storage.base import Chunks, ObjectInfo, Staged
+from blockzoo.storage.libc import map_file, sync_file_system
 from blockzoo.storage.os_errors import translate_link_errors, translate_os_errors
 
 TMP = "tmp"
 _LOCK = ".lock"
+_SYNC_ALL_FROM = 4
+"""Files or folders above which one flush of the file system beats one for each (measured: 3 ms for 283
+files whose write-back has begun, against 300 ms one by one), though it waits for other writers' data too."""
 _MAX_WRITEV = 1024
 """Buffers per writev call (IOV_MAX on Linux)."""
 
@@ -42,13 +45,15 @@ class LocalStorage:
         """The folder as a path."""
         return str(self._root)
 
-    def put_if_absent(self, key: str, data: Chunks) -> bool:
+    def put_if_absent(self, key: str, data: Chunks, *, durable: bool = True) -> bool:
         """See `Storage`."""
-        if self.size(key) is not None:
+        created = False
+        if self.size(key) is None:
+            staged = self.stage(data)
+            staged.flushed = not durable
+            created = staged.publish(key)
+        if durable:
             self.sync([key])
-            return False
-        created = self.stage(data).publish(key)
-        self.sync([key])
         return created
 
     def stage(self, data: Chunks) -> _StagedFile:
@@ -61,6 +66,17 @@ class LocalStorage:
                 path.unlink(missing_ok=True)
                 raise
         return _StagedFile(self, path)
+
+    def flush(self, staged: Sequence[Staged]) -> None:
+        """See `Storage`."""
+        files = [item for item in staged if isinstance(item, _StagedFile)]
+        with translate_os_errors(self.url):
+            if len(files) > _SYNC_ALL_FROM and sync_file_system(self._root):
+                for file in files:
+                    file.flushed = True
+            else:
+                for file in files:
+                    file.flush()
 
     def replace(self, key: str, data: Chunks) -> None:
         """See `Storage`."""
@@ -104,9 +120,12 @@ class LocalStorage:
             return True
 
     def sync(self, keys: Iterable[str]) -> None:
-        """See `Storage`: fsync each folder that holds one of the keys."""
-        for folder in {self._path(key).parent for key in keys}:
-            with translate_os_errors(str(folder)):
+        """See `Storage`: the folders that hold the keys are what has to reach the disk."""
+        folders = {self._path(key).parent for key in keys}
+        with translate_os_errors(self.url):
+            if len(folders) > _SYNC_ALL_FROM and sync_file_system(self._root):
+                return
+            for folder in folders:
                 _sync_folder(folder)
 
     def clean(self) -> int:
@@ -167,14 +186,18 @@ class _StagedFile:
     def __init__(self, storage: LocalStorage, path: Path) -> None:
         self._storage = storage
         self.path = path
+        self.flushed = False
 
     def flush(self) -> None:
         """Wait until the bytes are on disk."""
+        if self.flushed:
+            return
         fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             os.fsync(fd)
         finally:
             os.close(fd)
+        self.flushed = True
 
     def publish(self, key: str) -> bool:
         """See `Staged`."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 from blockzoo.errors import NotFoundError
-from blockzoo.storage.base import Chunks, ObjectInfo
+from blockzoo.storage.base import Chunks, ObjectInfo, Staged
 
 
 class MemoryStorage:
@@ -20,7 +20,7 @@ class MemoryStorage:
         self._lock = threading.Lock()
         self._objects: dict[str, bytes] = {}
 
-    def put_if_absent(self, key: str, data: Chunks) -> bool:
+    def put_if_absent(self, key: str, data: Chunks, *, durable: bool = True) -> bool:  # noqa: ARG002
         """See `Storage`."""
         joined = b"".join(data)
         with self._lock:
@@ -29,6 +29,9 @@ class MemoryStorage:
     def stage(self, data: Chunks) -> HeldBytes:
         """See `Storage`."""
         return HeldBytes(self, data)
+
+    def flush(self, staged: Sequence[Staged]) -> None:
+        """See `Storage`: there is nothing to do before the bytes are published."""
 
     def replace(self, key: str, data: Chunks) -> None:
         """See `Storage`."""

@@ -8,7 +8,7 @@ Multipart uploads know no condition, therefore an object is one PUT and at most
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,7 +24,7 @@ from blockzoo.errors import (
     StorageFullError,
     UnsupportedStoreError,
 )
-from blockzoo.storage.base import Chunks, ObjectInfo
+from blockzoo.storage.base import Chunks, ObjectInfo, Staged
 from blockzoo.storage.memory import HeldBytes
 
 _CONDITIONAL_HINT = "Use a store with conditional writes (`If-None-Match: *`), or a local folder."
@@ -58,8 +58,8 @@ class ObjectStorage:
         """Return an empty store inside this process, for tests of this module."""
         return cls(MemoryStore(), "memory://")
 
-    def put_if_absent(self, key: str, data: Chunks) -> bool:
-        """See `Storage`."""
+    def put_if_absent(self, key: str, data: Chunks, *, durable: bool = True) -> bool:  # noqa: ARG002
+        """See `Storage`: a store answers only when the object is durable."""
         body = bytes(data[0]) if len(data) == 1 else b"".join(data)
         with _translate(key):
             try:
@@ -74,6 +74,9 @@ class ObjectStorage:
     def stage(self, data: Chunks) -> HeldBytes:
         """See `Storage`: the bytes travel when they are published."""
         return HeldBytes(self, data)
+
+    def flush(self, staged: Sequence[Staged]) -> None:
+        """See `Storage`: there is nothing to do before the bytes are published."""
 
     def replace(self, key: str, data: Chunks) -> None:
         """See `Storage`."""

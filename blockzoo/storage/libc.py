@@ -1,8 +1,4 @@
-"""Files as read-only memory, without holding a file descriptor for each.
-
-`mmap.mmap` keeps a duplicate of the descriptor before Python 3.13, and a server
-with a thousand tensors loaded would meet the usual limit of 1024 open files.
-"""
+"""Two calls of the C library that Python lacks or wraps unsuitably."""
 
 from __future__ import annotations
 
@@ -28,10 +24,15 @@ _libc.mmap.argtypes = (
     ctypes.c_long,
 )
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_syncfs = getattr(_libc, "syncfs", None)
 
 
 def map_file(path: Path) -> memoryview:
-    """Return the file's bytes, read-only. Raises OSError."""
+    """Return the file's bytes, read-only, without holding a file descriptor.
+
+    `mmap.mmap` keeps a duplicate of the descriptor before Python 3.13, and a server with a
+    thousand tensors loaded would meet the usual limit of 1024 open files. Raises OSError.
+    """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         size = os.fstat(fd).st_size
@@ -47,6 +48,23 @@ def map_file(path: Path) -> memoryview:
     # Every memoryview keeps the array alive, so the pages stay as long as anybody can see them.
     weakref.finalize(array, _libc.munmap, address, size).atexit = False
     return memoryview(array).cast("B").toreadonly()
+
+
+def sync_file_system(folder: Path) -> bool:
+    """Flush the whole file system that holds `folder`; False where there is no such call.
+
+    Errors of any write since the call began are reported by Linux 5.8 and newer. Raises OSError.
+    """
+    if _syncfs is None:
+        return False
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if _syncfs(fd):
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code), str(folder))
+    finally:
+        os.close(fd)
+    return True
 
 
 def _read_all(fd: int, size: int) -> bytes:
