@@ -16,13 +16,13 @@ from collections.abc import Mapping
 from typing import Protocol, cast
 
 import torch
+from torch import Tensor
+from torch.nn import functional
+
 from blockkernels.gated_mlp import gated_activation
 from blockkernels.linear import PackedLinear
 from blockkernels.rms_norm import rms_norm
 from blockkernels.rotary import RopeParameters, rotary_reference
-from torch import Tensor
-from torch.nn import functional
-
 from blockzoo.errors import InvalidConfigError
 from blockzoo.manifest import BlockKind, BlockManifest, JsonValue
 
@@ -38,12 +38,14 @@ class BlockContext(Protocol):
         """Cosine and sine for the batch's positions, each [tokens, 1, head_dim / 2]."""
         ...
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None) -> Tensor:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
+    ) -> Tensor:
         """Store key and value [tokens, kv_heads, head_dim], attend, return [tokens, heads, head_dim]."""
         ...
 
     def adapt(self, module: str, x: Tensor, y: Tensor) -> None:
-        """Add the adapters on `module` to y [tokens, out] in place, given the module's input x [tokens, in]."""
+        """Add the adapters on `module` to y [tokens, out] in place, given its input x [tokens, in]."""
         ...
 
 
@@ -248,4 +250,6 @@ def _real(config: Mapping[str, JsonValue], key: str) -> float:
     try:
         return float(cast(str, config[key]))
     except (TypeError, ValueError) as error:
-        raise InvalidConfigError(f"block config {key!r} is {config[key]!r}, not a number", field=key) from error
+        raise InvalidConfigError(
+            f"block config {key!r} is {config[key]!r}, not a number", field=key
+        ) from error

@@ -12,9 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def attend(
-    query: Tensor, keys: Tensor, values: Tensor, *, scale: float, window: int | None = None
-) -> Tensor:
+def attend(query: Tensor, keys: Tensor, values: Tensor, *, scale: float, window: int | None = None) -> Tensor:
     """Same as `attend_reference`; keys and values may be strided views of pages.
 
     Shape: query [queries, heads, head_dim], keys and values [len, kv_heads, head_dim],

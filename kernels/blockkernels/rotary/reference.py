@@ -66,8 +66,8 @@ def _llama3(freqs: Tensor, rope: RopeParameters) -> Tensor:
 def rotary_table(positions: Tensor, freqs: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every position's angles.
 
-    Shape: positions int64 [tokens], freqs float32 [head_dim / 2]; results [tokens, 1, head_dim / 2] of `dtype`
-    (angles are computed in float32).
+    Shape: positions int64 [tokens], freqs float32 [head_dim / 2]; results [tokens, 1, head_dim / 2]
+    of `dtype` (angles are computed in float32).
     """
     angles = positions.to(torch.float32)[:, None] * freqs
     return angles.cos().to(dtype)[:, None, :], angles.sin().to(dtype)[:, None, :]

@@ -14,17 +14,26 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
-from blockkernels.linear import can_pack
-from blockkernels.lora import LoraBank, RowRange
-from blockzoo.errors import CorruptManifestError, InvalidConfigError
-from blockzoo.families.compute import EmbeddingBlock, ExecutableBlock, HeadBlock, LayerBlock, build_block
-from blockzoo.manifest import BlockId, BlockKind, BlockManifest, ChainId, ChainManifest, DType, JsonValue, TensorRef
 from blockzoo.zoo import Zoo
 from torch import Tensor
 
+from blockkernels.linear import can_pack
+from blockkernels.lora import LoraBank, RowRange
 from blockserve.common.errors import MemoryBudgetError
 from blockserve.worker.config import EngineConfig
 from blockserve.worker.kv import KvShape
+from blockzoo.errors import CorruptManifestError, InvalidConfigError
+from blockzoo.families.compute import EmbeddingBlock, ExecutableBlock, HeadBlock, LayerBlock, build_block
+from blockzoo.manifest import (
+    BlockId,
+    BlockKind,
+    BlockManifest,
+    ChainId,
+    ChainManifest,
+    DType,
+    JsonValue,
+    TensorRef,
+)
 
 # Blobs are read-only views of files; the tensors made from them are only read.
 warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
@@ -80,7 +89,9 @@ class LoadedChain:
 
     def adapter_keys(self) -> list[tuple[BlockKey, BlockId]]:
         """Every adapter of the chain with the base block it is applied on."""
-        return [((link.base, self.dtype), applied) for link in self.manifest.links for applied in link.applied]
+        return [
+            ((link.base, self.dtype), applied) for link in self.manifest.links for applied in link.applied
+        ]
 
 
 @dataclass(slots=True)
@@ -122,7 +133,7 @@ class PreparedChain:
 class BlockManager:
     """Owns all blocks in memory.
 
-    `prepare` runs in a loader thread, for one chain at a time; everything else belongs to the engine's thread.
+    `prepare` runs in a loader thread, for one chain at a time; the rest belongs to the engine's thread.
     """
 
     def __init__(self, zoo: Zoo, config: EngineConfig) -> None:
@@ -183,15 +194,22 @@ class BlockManager:
             built = pool.map(lambda base: self._build(blocks[base], dtype), bases)
             new_blocks = {(base, dtype): block for base, block in zip(bases, built, strict=True)}
             read = pool.map(lambda pair: self._read_adapter(adapters[pair[1]], dtype), pairs)
-            new_adapters = {((base, dtype), name): part for (base, name), part in zip(pairs, read, strict=True)}
+            new_adapters = {
+                ((base, dtype), name): part for (base, name), part in zip(pairs, read, strict=True)
+            }
         _return_free_memory()
         return PreparedChain(chain_id, manifest, dtype, new_blocks, new_adapters)
 
     def can_attach(self, prepared: PreparedChain) -> bool:
         """Whether every block that was in memory when the chain was prepared still is."""
         bases = {(link.base, prepared.dtype) for link in prepared.manifest.links}
-        applied = {((link.base, prepared.dtype), one) for link in prepared.manifest.links for one in link.applied}
-        return bases <= {*self._blocks, *prepared.new_blocks} and applied <= {*self._adapters, *prepared.new_adapters}
+        applied = {
+            ((link.base, prepared.dtype), one) for link in prepared.manifest.links for one in link.applied
+        }
+        return bases <= {*self._blocks, *prepared.new_blocks} and applied <= {
+            *self._adapters,
+            *prepared.new_adapters,
+        }
 
     def attach(self, prepared: PreparedChain) -> LoadedChain:
         """Take a prepared chain's blocks and adapters into use."""
@@ -238,7 +256,9 @@ class BlockManager:
     def _check_budget(self, manifests: Sequence[BlockManifest], dtype: torch.dtype) -> None:
         if not self._config.block_bytes:
             return
-        elements = sum(ref.num_bytes // ref.dtype.itemsize for part in manifests for ref in part.tensors.values())
+        elements = sum(
+            ref.num_bytes // ref.dtype.itemsize for part in manifests for ref in part.tensors.values()
+        )
         needed = elements * dtype.itemsize
         if self.num_bytes + needed > self._config.block_bytes:
             raise MemoryBudgetError(
@@ -272,7 +292,7 @@ class BlockManager:
         )
 
     def _read(self, ref: TensorRef, dtype: torch.dtype) -> Tensor:
-        """One tensor in memory of its own, or still in the file when it is about to be copied into a layout."""
+        """One tensor in memory of its own, or still in the file when a layout will copy it anyway."""
         chunks = [
             torch.frombuffer(data, dtype=_TORCH_DTYPES[ref.dtype]).view(shape)
             for data, shape in zip(self._zoo.read_tensor(ref), ref.chunk_shapes(), strict=True)
@@ -296,6 +316,10 @@ class BlockManager:
             rows[module] = bank.add(down, up, scale)
             num_bytes += down.nbytes + up.nbytes
         self._adapters[key] = _ResidentAdapter(rows, num_bytes)
+
+
+def _adapter_keys(manifest: ChainManifest, dtype: torch.dtype) -> list[tuple[BlockKey, BlockId]]:
+    return [((link.base, dtype), applied) for link in manifest.links for applied in link.applied]
 
 
 def _lane(chain: ChainId, blocks: Sequence[ExecutableBlock], dtype: torch.dtype) -> Lane:

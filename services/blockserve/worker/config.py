@@ -12,16 +12,16 @@ class EngineConfig:
 
     Attributes:
         device: "cpu" or "cuda" (or "cuda:1").
-        dtype: type of weights and hidden states. "auto" keeps what the checkpoint has (on the CPU 16-bit
-            "float16" becomes float32, because the CPU has no fast float16 products).
+        dtype: type of weights and hidden states. "auto" keeps what the checkpoint has (on the CPU
+            float16 becomes float32, because the CPU has no fast float16 products).
         num_threads: threads of a matrix product; 0 takes every core the process may use.
         max_running_requests: most requests in one batch; bounds the time of one decode step.
-        max_waiting_requests: most requests that wait for admission; one more is refused, because a longer queue
-            only turns into answers that come too late.
-        max_tokens_per_pass: tokens of one pass, decode first, then prompt chunks; bounds how long running
-            requests wait for somebody's long prompt.
-        kv_cache_bytes: size of the KV pool, for each shape of keys and values in use (models of one family and
-            size share one). On the CPU the memory is taken as pages are first used.
+        max_waiting_requests: most requests that wait for admission; one more is refused, because a
+            longer queue only turns into answers that come too late.
+        max_tokens_per_pass: tokens of one pass, decode first, then prompt chunks; bounds how long
+            running requests wait for somebody's long prompt.
+        kv_cache_bytes: size of the KV pool, for each shape of keys and values in use (models of one
+            family and size share one). On the CPU memory is taken as pages are first used.
         kv_page_tokens: tokens of one KV page of one layer.
         block_bytes: most bytes of blocks in memory; 0 for no bound of our own.
         load_threads: blocks read, checked and laid out at the same time while a variant loads.
@@ -44,6 +44,8 @@ class EngineConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.max_tokens_per_pass < self.max_running_requests:
-            raise ValueError("max_tokens_per_pass must be at least max_running_requests: each decodes one token")
+            raise ValueError(
+                "max_tokens_per_pass must be at least max_running_requests: each decodes one token"
+            )
         if min(self.max_waiting_requests, self.num_threads, self.block_bytes) < 0 or self.load_threads < 1:
             raise ValueError("counts of threads, requests and bytes cannot be negative")

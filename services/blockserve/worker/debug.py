@@ -6,12 +6,13 @@ import threading
 import uuid
 
 import torch
-from blockzoo.errors import BlockzooError
-from blockzoo.manifest import ChainId
 from torch import Tensor
 
 from blockserve.common.engine_api import EngineRequest, SamplingParams
-from blockserve.worker.engine import BlockEngine, Outcome
+from blockserve.worker.engine import BlockEngine
+from blockserve.worker.request import Outcome
+from blockzoo.errors import BlockzooError
+from blockzoo.manifest import ChainId
 
 
 def prompt_logits(engine: BlockEngine, chain: ChainId, prompt: tuple[int, ...]) -> Tensor:

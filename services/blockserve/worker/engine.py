@@ -18,9 +18,6 @@ from concurrent.futures import Future
 from dataclasses import replace
 
 import torch
-from blockkernels.sampling import SamplingBatch, logprobs, nonfinite_rows, sample
-from blockzoo.errors import BlockzooError
-from blockzoo.manifest import ChainId
 from blockzoo.zoo import Zoo
 from torch import Tensor
 
@@ -28,8 +25,6 @@ from blockserve.common.engine_api import (
     ChainReport,
     EngineReport,
     EngineRequest,
-    FinishReason,
-    PositionLogprobs,
     SegmentReport,
     TokenEvent,
 )
@@ -45,14 +40,15 @@ from blockserve.worker.blocks import BlockManager, LoadedChain, PreparedChain
 from blockserve.worker.config import EngineConfig
 from blockserve.worker.executor import Executor
 from blockserve.worker.kv import KvPool, KvShape
-from blockserve.worker.request import Chunk, ChunkLogits, RunningRequest
+from blockserve.worker.request import Chunk, ChunkLogits, Outcome, RunningRequest
+from blockserve.worker.sampler import collect_prompt, sample_next
 from blockserve.worker.scheduler import Scheduler
 from blockserve.worker.segments import compute_segments
+from blockzoo.errors import BlockzooError
+from blockzoo.manifest import ChainId
 
 _LOG = logging.getLogger(__name__)
 
-Outcome = Sequence[TokenEvent] | BlockzooError
-"""New tokens of a request, or why it failed."""
 Sink = Callable[[Outcome], None]
 """Takes a request's outcomes; called in the engine's thread."""
 
@@ -76,6 +72,7 @@ class BlockEngine:
         self._loading = asyncio.Lock()
         self._sinks: dict[RunningRequest, Sink] = {}
         self._commands: deque[Callable[[], None]] = deque()
+        self._outbox: list[tuple[asyncio.AbstractEventLoop, asyncio.Queue[Outcome], Outcome]] = []
         self._wake = threading.Condition()
         self._stopping = False
         self._thread: threading.Thread | None = None
@@ -115,8 +112,26 @@ class BlockEngine:
                 break
             self._step()
             self._last_progress = time.monotonic()
+            self._deliver()
         for running in list(self._sinks):
-            self._fail(running, ServerStoppingError("the server is stopping", hint="Send the request again elsewhere."))
+            self._fail(
+                running,
+                ServerStoppingError("the server is stopping", hint="Send the request again elsewhere."),
+            )
+        self._deliver()
+
+    def _deliver(self) -> None:
+        """Wake each event loop once for all outcomes of a pass."""
+        mail: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Queue[Outcome], Outcome]]] = {}
+        for loop, queue, outcome in self._outbox:
+            mail.setdefault(loop, []).append((queue, outcome))
+        self._outbox.clear()
+        for loop, letters in mail.items():
+            try:
+                loop.call_soon_threadsafe(_put_all, letters)
+            except RuntimeError:
+                # The loop was closed without closing its iterators; nobody can read these any more.
+                _LOG.warning("dropped %d outcomes for an event loop that is closed", len(letters))
 
     def _post(self, command: Callable[[], None]) -> None:
         """Have the engine's thread run `command` before its next pass.
@@ -126,7 +141,9 @@ class BlockEngine:
         """
         with self._wake:
             if self._stopping or self._thread is None:
-                raise ServerStoppingError("the engine is not running", hint="Send the request again elsewhere.")
+                raise ServerStoppingError(
+                    "the engine is not running", hint="Send the request again elsewhere."
+                )
             self._commands.append(command)
             self._wake.notify()
 
@@ -204,7 +221,8 @@ class BlockEngine:
         """Run one request; see `Engine.generate`."""
         loop = asyncio.get_running_loop()
         outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
-        running = self.submit(request, lambda outcome: loop.call_soon_threadsafe(outcomes.put_nowait, outcome))
+        outbox = self._outbox
+        running = self.submit(request, lambda outcome: outbox.append((loop, outcomes, outcome)))
         finished = False
         try:
             while not finished:
@@ -241,7 +259,7 @@ class BlockEngine:
         pool = self._pools[chain.lane.kv_shape]
         if pool.pages_needed(chain.num_layers, running.max_kv_tokens) > pool.allocator.num_pages:
             raise KvCapacityError(
-                f"prompt and answer of {running.max_kv_tokens + 1} tokens need more KV pages than the pool has",
+                f"prompt and answer of {running.max_kv_tokens + 1} tokens need more pages than the pool has",
                 hint="Ask for fewer max_tokens, or raise kv_cache_bytes.",
                 retry_after=0.0,
                 pages=pool.allocator.num_pages,
@@ -301,7 +319,7 @@ class BlockEngine:
         try:
             results = self._executor.run(chunks)
             outcomes = self._advance(chunks, results)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             # A fault must not end the thread: the requests of this pass fail, the others go on.
             _LOG.exception("pass %d failed", self._passes)
             for chunk in chunks:
@@ -325,7 +343,8 @@ class BlockEngine:
                 self._fail(
                     running,
                     DeadlineExceededError(
-                        f"the deadline passed after {len(running.output)} of {running.request.max_tokens} tokens",
+                        f"the deadline passed after {len(running.output)} of at most "
+                        f"{running.request.max_tokens} tokens",
                         hint="Allow more time or ask for fewer tokens.",
                     ),
                 )
@@ -338,14 +357,14 @@ class BlockEngine:
             chunk.running.num_computed = chunk.end
         for result in results:
             if result.chunk.running.wants_prompt_logits:
-                _collect_prompt(result)
+                collect_prompt(result)
         sampling = [result for result in results if result.chunk.samples]
         by_vocab: dict[int, list[ChunkLogits]] = {}
         for result in sampling:
             by_vocab.setdefault(result.rows.shape[1], []).append(result)
         outcomes: list[tuple[RunningRequest, Outcome]] = []
         for group in by_vocab.values():
-            outcomes.extend(_sample([result.chunk.running for result in group], [result.rows[-1] for result in group]))
+            outcomes.extend(sample_next(group))
         return outcomes
 
     # ---- looking in
@@ -389,74 +408,6 @@ class BlockEngine:
         )
 
 
-def _sample(running: Sequence[RunningRequest], rows: Sequence[Tensor]) -> list[tuple[RunningRequest, Outcome]]:
-    """Draw the next token of each request from its row of logits [vocab]."""
-    logits = torch.stack(list(rows))
-    broken = set(nonfinite_rows(logits))
-    if broken:
-        logits[list(broken)] = 0.0
-    params = [one.request.sampling for one in running]
-    batch = SamplingBatch(
-        temperature=[one.temperature for one in params],
-        top_k=[one.top_k for one in params],
-        top_p=[one.top_p for one in params],
-        min_p=[one.min_p for one in params],
-        seed=[one.seed for one in params],
-        choice=[0] * len(params),
-        position=[len(one.output) for one in running],
-    )
-    tokens: list[int] = sample(logits, batch).tolist()
-    chosen = _logprobs(logits, tokens, [one.request.logprobs for one in running])
-    outcomes: list[tuple[RunningRequest, Outcome]] = []
-    for place, (one, token) in enumerate(zip(running, tokens, strict=True)):
-        if place in broken:
-            error = EngineFailedError("the model produced logits that are not finite", hint="Check the weights.")
-            outcomes.append((one, error))
-            continue
-        index = len(one.output)
-        one.output.append(token)
-        finish = None
-        if token in one.request.stop_token_ids:
-            finish = FinishReason.STOP
-        elif len(one.output) >= one.request.max_tokens:
-            finish = FinishReason.LENGTH
-        prompt = tuple(one.prompt_logprobs) if index == 0 and one.request.prompt_logprobs else None
-        outcomes.append((one, [TokenEvent(index, token, chosen[place], prompt, finish)]))
-    return outcomes
-
-
-def _logprobs(logits: Tensor, tokens: Sequence[int], wanted: Sequence[int | None]) -> list[PositionLogprobs | None]:
-    """Log-probabilities of chosen tokens for the rows that want them."""
-    result: list[PositionLogprobs | None] = [None] * len(tokens)
-    places = [place for place, count in enumerate(wanted) if count is not None]
-    if places:
-        counts = [wanted[place] or 0 for place in places]
-        found = _position_logprobs(logits[places], [tokens[place] for place in places], counts)
-        for place, one in zip(places, found, strict=True):
-            result[place] = one
-    return result
-
-
-def _position_logprobs(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[PositionLogprobs]:
-    """Chosen token and the best `counts[i]` tokens of each row of logits [rows, vocab]."""
-    found = logprobs(logits, torch.tensor(tokens, device=logits.device), max(counts))
-    chosen, top_ids, top = found.chosen.tolist(), found.top_ids.tolist(), found.top.tolist()
-    return [
-        PositionLogprobs(token, chosen[row], tuple(zip(top_ids[row][:count], top[row][:count], strict=True)))
-        for row, (token, count) in enumerate(zip(tokens, counts, strict=True))
-    ]
-
-
-def _collect_prompt(result: ChunkLogits) -> None:
-    """Keep what a chunk's logits say about the prompt tokens that follow them."""
-    running, start = result.chunk.running, result.chunk.start
-    prompt = running.request.prompt
-    if start >= len(prompt):
-        return
-    if running.probe is not None:
-        running.probe.append(result.rows)
-    following = list(prompt[start + 1 : result.chunk.end + 1])
-    if running.request.prompt_logprobs and following:
-        rows = result.rows[: len(following)]
-        count = running.request.logprobs or 0
-        running.prompt_logprobs.extend(_position_logprobs(rows, following, [count] * len(following)))
+def _put_all(letters: Sequence[tuple[asyncio.Queue[Outcome], Outcome]]) -> None:
+    for queue, outcome in letters:
+        queue.put_nowait(outcome)

@@ -14,17 +14,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from blockkernels.attention import attend
 from blockkernels.lora import GroupedRows, LoraBank, RowRange, TokenRun, add_lora, group_rows
 from blockkernels.rotary import RopeParameters, inverse_frequencies, rotary_table
-from blockzoo.families.compute import EmbeddingBlock, HeadBlock
-from blockzoo.manifest import BlockId, ChainId
-from torch import Tensor
-
 from blockserve.worker.blocks import BlockManager, LoadedChain
 from blockserve.worker.kv import KvPool, KvShape, KvTable
 from blockserve.worker.request import Chunk, ChunkLogits
 from blockserve.worker.segments import Segment, SegmentId, SegmentMap
+from blockzoo.families.compute import EmbeddingBlock, HeadBlock
+from blockzoo.manifest import BlockId, ChainId
 
 _MAX_PLANS = 64
 """Batches whose adapter plans are kept; each holds masks of [tokens, adapter rows]."""
@@ -183,7 +183,7 @@ class Executor:
         counters: SegmentCounters,
         offset: int,
     ) -> list[ChunkLogits]:
-        """Logits of the rows that are needed: the last of each chunk that samples, or all for prompt logits."""
+        """Logits of the rows needed: the last of each chunk that samples, or all for prompt logits."""
         wanted: list[tuple[Chunk, int]] = []
         picked: list[int] = []
         row = 0
@@ -319,7 +319,9 @@ class _SegmentContext:
             self._tables[rope] = (whole[0][self._rows], whole[1][self._rows])
         return self._tables[rope]
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None) -> Tensor:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
+    ) -> Tensor:
         """Store the new keys and values and attend, request by request: nothing is padded or mixed."""
         pool, layer = self._batch.pool, self._position - 1
         pool.keys.index_copy_(0, self._slots[layer], key)

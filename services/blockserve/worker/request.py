@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from blockzoo.errors import BlockzooError
 from torch import Tensor
 
 from blockserve.common.engine_api import EngineRequest, PositionLogprobs, TokenEvent
 from blockserve.worker.blocks import LoadedChain
 from blockserve.worker.kv import KvTable
+from blockzoo.errors import BlockzooError
 
-EventSink = Callable[["RunningRequest", "Sequence[TokenEvent] | BlockzooError | None"], None]
-"""Told of a request's new tokens, of its failure, or (None) that it was cancelled; called in the engine's thread."""
+Outcome = Sequence[TokenEvent] | BlockzooError
+"""New tokens of a request, or why it failed."""
 
 
 @dataclass(slots=True, eq=False)
@@ -100,9 +100,8 @@ class ChunkLogits:
 
     Attributes:
         chunk: the chunk.
-        rows: float32 [rows, vocab]: of every position when prompt log-probabilities are wanted, else of the last.
+        rows: float32 [rows, vocab]: of every position when prompt logits are wanted, else of the last.
     """
 
     chunk: Chunk
     rows: Tensor
-

@@ -66,7 +66,10 @@ def compute_segments(chains: Mapping[ChainId, Sequence[BlockId]]) -> SegmentMap:
     for chain, blocks in chains.items():
         walk, start = [], 0
         for position in range(1, len(blocks) + 1):
-            if position < len(blocks) and visitors[position, blocks[position]] == visitors[start, blocks[start]]:
+            if (
+                position < len(blocks)
+                and visitors[position, blocks[position]] == visitors[start, blocks[start]]
+            ):
                 continue
             run = tuple(blocks[start:position])
             segment = Segment(_name(start, run), start, run, frozenset(visitors[start, run[0]]))
@@ -76,7 +79,9 @@ def compute_segments(chains: Mapping[ChainId, Sequence[BlockId]]) -> SegmentMap:
         walks[chain] = walk
     ordered = sorted(segments.values(), key=lambda segment: (segment.first, segment.id))
     index = {segment.id: place for place, segment in enumerate(ordered)}
-    return SegmentMap(tuple(ordered), {chain: tuple(index[name] for name in walk) for chain, walk in walks.items()})
+    return SegmentMap(
+        tuple(ordered), {chain: tuple(index[name] for name in walk) for chain, walk in walks.items()}
+    )
 
 
 def _name(first: int, blocks: Sequence[BlockId]) -> SegmentId:

@@ -1,0 +1,94 @@
+"""From logits to outcomes: sampling, log-probabilities, the end of a request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from blockkernels.sampling import SamplingBatch, logprobs, nonfinite_rows, sample
+from blockserve.common.engine_api import FinishReason, PositionLogprobs, TokenEvent
+from blockserve.common.errors import EngineFailedError
+from blockserve.worker.request import ChunkLogits, Outcome, RunningRequest
+
+
+def sample_next(
+    running: Sequence[RunningRequest], rows: Sequence[Tensor]
+) -> list[tuple[RunningRequest, Outcome]]:
+    """Draw the next token of each request from its row of logits [vocab]."""
+    logits = torch.stack(list(rows))
+    broken = set(nonfinite_rows(logits))
+    if broken:
+        logits[list(broken)] = 0.0
+    params = [one.request.sampling for one in running]
+    batch = SamplingBatch(
+        temperature=[one.temperature for one in params],
+        top_k=[one.top_k for one in params],
+        top_p=[one.top_p for one in params],
+        min_p=[one.min_p for one in params],
+        seed=[one.seed for one in params],
+        choice=[0] * len(params),
+        position=[len(one.output) for one in running],
+    )
+    tokens: list[int] = sample(logits, batch).tolist()
+    chosen = _logprobs(logits, tokens, [one.request.logprobs for one in running])
+    outcomes: list[tuple[RunningRequest, Outcome]] = []
+    for place, (one, token) in enumerate(zip(running, tokens, strict=True)):
+        if place in broken:
+            error = EngineFailedError(
+                "the model produced logits that are not finite", hint="Check the weights."
+            )
+            outcomes.append((one, error))
+            continue
+        index = len(one.output)
+        one.output.append(token)
+        finish = None
+        if token in one.request.stop_token_ids:
+            finish = FinishReason.STOP
+        elif len(one.output) >= one.request.max_tokens:
+            finish = FinishReason.LENGTH
+        prompt = tuple(one.prompt_logprobs) if index == 0 and one.request.prompt_logprobs else None
+        outcomes.append((one, [TokenEvent(index, token, chosen[place], prompt, finish)]))
+    return outcomes
+
+
+def _logprobs(
+    logits: Tensor, tokens: Sequence[int], wanted: Sequence[int | None]
+) -> list[PositionLogprobs | None]:
+    """Log-probabilities of chosen tokens for the rows that want them."""
+    result: list[PositionLogprobs | None] = [None] * len(tokens)
+    places = [place for place, count in enumerate(wanted) if count is not None]
+    if places:
+        counts = [wanted[place] or 0 for place in places]
+        found = _position_logprobs(logits[places], [tokens[place] for place in places], counts)
+        for place, one in zip(places, found, strict=True):
+            result[place] = one
+    return result
+
+
+def _position_logprobs(
+    logits: Tensor, tokens: Sequence[int], counts: Sequence[int]
+) -> list[PositionLogprobs]:
+    """Chosen token and the best `counts[i]` tokens of each row of logits [rows, vocab]."""
+    found = logprobs(logits, torch.tensor(tokens, device=logits.device), max(counts))
+    chosen, top_ids, top = found.chosen.tolist(), found.top_ids.tolist(), found.top.tolist()
+    return [
+        PositionLogprobs(token, chosen[row], tuple(zip(top_ids[row][:count], top[row][:count], strict=True)))
+        for row, (token, count) in enumerate(zip(tokens, counts, strict=True))
+    ]
+
+
+def collect_prompt(result: ChunkLogits) -> None:
+    """Keep what a chunk's logits say about the prompt tokens that follow them."""
+    running, start = result.chunk.running, result.chunk.start
+    prompt = running.request.prompt
+    if start >= len(prompt):
+        return
+    if running.probe is not None:
+        running.probe.append(result.rows)
+    following = list(prompt[start + 1 : result.chunk.end + 1])
+    if running.request.prompt_logprobs and following:
+        rows = result.rows[: len(following)]
+        count = running.request.logprobs or 0
+        running.prompt_logprobs.extend(_position_logprobs(rows, following, [count] * len(following)))
