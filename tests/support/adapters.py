@@ -1,0 +1,114 @@
+"""LoRA adapters of every form the zoo takes, made with PEFT on a tiny checkpoint, with visible effects."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from support.models import load_model
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """What an adapter looks like.
+
+    Attributes:
+        options: arguments of `peft.LoraConfig`.
+        edit_base: changes the base model's parameters before saving, for embeddings saved with the adapter.
+        save_options: arguments of `PeftModel.save_pretrained`.
+    """
+
+    options: dict[str, Any]
+    edit_base: Callable[[PreTrainedModel], None] | None = None
+    save_options: dict[str, Any] = field(default_factory=dict)
+
+
+def _lora(*targets: str, r: int = 4, lora_alpha: int = 8, **options: Any) -> dict[str, Any]:
+    return {"r": r, "lora_alpha": lora_alpha, "target_modules": list(targets), **options}
+
+
+def _move_embedding(model: PreTrainedModel) -> None:
+    """Change some rows of the input embedding (and of a tied head), as training added tokens does."""
+    weight = model.get_input_embeddings().weight
+    weight[5:450:7] += (
+        torch.randn(weight[5:450:7].shape, generator=torch.Generator().manual_seed(5)) * weight.std()
+    )
+
+
+ADAPTERS: dict[str, AdapterSpec] = {
+    "all-linear": AdapterSpec(_lora(*ALL_LINEAR)),
+    "q-v": AdapterSpec(_lora("q_proj", "v_proj", r=3, lora_alpha=5)),
+    "rank-one": AdapterSpec(_lora("o_proj", "down_proj", r=1, lora_alpha=1)),
+    "patterns": AdapterSpec(
+        _lora(
+            *ALL_LINEAR,
+            rank_pattern={
+                "q_proj": 7,
+                r"layers\.1\.mlp\.down_proj": 2,
+                r"model\.layers\.[23]\.self_attn\.v_proj": 5,
+            },
+            alpha_pattern={"k_proj": 3, r"layers\.2\.mlp\.(gate|up)_proj": 11},
+        )
+    ),
+    "rslora": AdapterSpec(_lora("q_proj", "up_proj", r=6, lora_alpha=7, use_rslora=True)),
+    "some-layers": AdapterSpec(_lora(*ATTENTION, layers_to_transform=[1, 3], layers_pattern="layers")),
+    "regex": AdapterSpec(
+        {"r": 5, "lora_alpha": 9, "target_modules": r".*\.(0|2)\.self_attn\.(q|k)_proj|.*3\.mlp\.up_proj"}
+    ),
+    "lm-head": AdapterSpec(_lora("q_proj", "lm_head")),
+    "saved-lm-head": AdapterSpec(_lora("v_proj", modules_to_save=["lm_head"])),
+    "saved-embedding": AdapterSpec(_lora("k_proj", modules_to_save=["embed_tokens"])),
+    "saved-both": AdapterSpec(_lora("gate_proj", modules_to_save=["embed_tokens", "lm_head"])),
+    "embedding-layers": AdapterSpec(
+        _lora("q_proj"), edit_base=_move_embedding, save_options={"save_embedding_layers": True}
+    ),
+}
+"""Adapters by name; each is valid on every checkpoint of `support.models.SPECS`, tied or not."""
+
+TRAINABLE_TOKENS = AdapterSpec(_lora("q_proj", trainable_token_indices=[3, 17, 400]))
+"""New values for single rows of the embedding, without saving the matrix."""
+
+
+def make_adapter(spec: AdapterSpec, base: Path, folder: Path, *, seed: int = 1) -> Path:
+    """Write an adapter folder for the checkpoint ``base``; all its matrices are random and none is zero."""
+    model = load_model(base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT comments on tied weights; the forms are meant as they are
+        if spec.edit_base is not None:
+            with torch.no_grad():
+                spec.edit_base(model)
+        adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **spec.options))
+        randomise_adapter(adapted, seed)
+        adapted.save_pretrained(folder, **spec.save_options)
+    return folder
+
+
+def randomise_adapter(model: PeftModel, seed: int) -> None:
+    """Draw the trainable parameters: LoRA products as large as the weight; saved modules are moved."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            if not parameter.requires_grad:
+                continue
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "lora_A" in name:
+                parameter.copy_(noise / parameter.shape[1] ** 0.5)
+            elif "lora_B" in name:
+                parameter.copy_(0.5 * noise / parameter.shape[1] ** 0.5)
+            else:
+                parameter.add_(0.5 * parameter.std() * noise)
+
+
+def load_adapted(base: Path, adapter: Path) -> PeftModel:
+    """A checkpoint with an adapter in PEFT: float32, not merged."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return PeftModel.from_pretrained(load_model(base), adapter).eval()
