@@ -16,13 +16,22 @@ Problem = Callable[[str, BlockzooError], None]
 """Told a digest and why it could not be followed."""
 
 
+def ignore_problem(digest: str, error: BlockzooError) -> None:
+    """Go on as far as the walk goes."""
+
+
 @dataclass
 class Closure:
-    """Digests that are needed, each kind on its own."""
+    """Digests that are needed, each kind on its own.
+
+    Attributes:
+        bases: for each blob whose header was read: the base of its difference, or None when it is raw.
+    """
 
     chains: set[ChainId] = field(default_factory=set)
     blocks: set[BlockId] = field(default_factory=set)
     blobs: set[BlobId] = field(default_factory=set)
+    bases: dict[BlobId, BlobId | None] = field(default_factory=dict)
 
     def digests(self) -> set[str]:
         """Return all of them."""
@@ -93,6 +102,7 @@ class Walker:
         except BlockzooError as error:
             self._report(blob, error)
             return
+        self.closure.bases[blob] = base
         if base is not None:
             self.add_blobs([base])
 

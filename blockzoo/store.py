@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from blockzoo import layout
@@ -41,7 +41,7 @@ from blockzoo.manifest import (
 from blockzoo.manifest_json import block_from_json, chain_from_json, variant_from_json, variant_to_json
 from blockzoo.names import MAX_VERSION, check_name, near_names
 from blockzoo.registration import Registration
-from blockzoo.storage.base import Storage
+from blockzoo.storage.base import ObjectInfo, Storage
 
 FORMAT = 1
 """The zoo format this version writes, and the newest it understands."""
@@ -151,6 +151,19 @@ class ZooStore:
     def records(self) -> list[VariantRecord]:
         """Return every version of every variant: the roots of the zoo."""
         return [record for name, numbers in self.numbers().items() for record in self._live(name, numbers)]
+
+    def dead_refs(self) -> Iterator[ObjectInfo]:
+        """Yield the refs below a tombstone, which count as deleted and which a crash left behind."""
+        tombstones: dict[str, int] = {}
+        for info in self.storage.list(layout.REFS):
+            parsed = layout.version_of(info.key)
+            if parsed is None:
+                continue
+            name, version = parsed
+            if name not in tombstones:
+                tombstones[name] = self._last_tombstone(name)
+            if version < tombstones[name]:
+                yield info
 
     def variants(self) -> list[VariantRecord]:
         """Return the current version of every variant, by name."""
@@ -290,6 +303,15 @@ class ZooStore:
                 break
             live.append(record)
         return live[::-1]
+
+    def _last_tombstone(self, name: str) -> int:
+        for version in reversed(self._numbers_of(name)):
+            try:
+                if self.read_ref(name, version).deleted:
+                    return version
+            except NotFoundError:
+                continue
+        return 0
 
     def _newest(self, name: VariantName, numbers: list[int]) -> VariantRecord | None:
         for version in reversed(numbers):
