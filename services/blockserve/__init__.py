@@ -1,0 +1,25 @@
+"""Serving of block zoos: `Client` and `AsyncClient` here, servers in `embedded`, `router` and `worker`."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from blockserve.router.channel import Credentials
+    from blockserve.router.client import AsyncClient, Client
+
+__all__ = ["AsyncClient", "Client", "Credentials", "__version__"]
+
+_HOMES = {"AsyncClient": "client", "Client": "client", "Credentials": "channel"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: gRPC takes longer to import than a help text takes to print."""
+    if name == "__version__":
+        return metadata.version("blockzoo")
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(f"blockserve.router.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

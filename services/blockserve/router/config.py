@@ -31,8 +31,8 @@ class RouterConfig(Section):
     max_temperature: float = setting(
         2.0,
         "Highest temperature taken.",
-        reason="Above 2 the distribution is nearly flat and the answer noise; other public APIs end there
-        too.", gt=0,
+        reason="Above 2 the distribution is nearly flat and the answer is noise.",
+        gt=0,
     )
     max_stop_strings: int = setting(
         16, "Most stop strings of one request.", reason="Each is followed character by character.", ge=0

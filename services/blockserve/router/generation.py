@@ -7,7 +7,7 @@ them. So an answer that is run again with the same seed can be picked up at any 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from typing import Any
 
@@ -147,7 +147,7 @@ class Answer:
         return Finish(reason, matched, usage, self._first_token_seconds)
 
 
-async def stream_answer(engine: Engine, plan: Plan, answer: Answer) -> AsyncIterator[Chunk]:
+async def stream_answer(engine: Engine, plan: Plan, answer: Answer) -> AsyncGenerator[Chunk, None]:
     """Run the plan's request and yield its chunks; leaving early cancels it in the engine.
 
     Raises:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from blockserve.common.errors import PromptError
 from blockserve.router.chat import ChatTemplates
 from blockserve.router.config import RouterConfig
 from blockserve.router.tokenizer import TokenizerCache, VariantTokenizer
@@ -116,9 +117,55 @@ class VariantCatalog:
         """
         return await asyncio.to_thread(self.tokenizer_blocking, variant)
 
-    async def current(self) -> list[ServedVariant]:
-        """The current version of every variant, by name."""
-        return await asyncio.to_thread(self._current_blocking)
+    async def encode(self, variant: ServedVariant, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        """Token ids of a text by the variant's tokenizer.
+
+        Raises:
+            PromptError: it has none, or its tokenizer.json cannot be used.
+        """
+
+        def work() -> tuple[int, ...]:
+            tokenizer = self.tokenizer_blocking(variant)
+            if tokenizer is None:
+                raise PromptError(
+                    f"{variant.ref} was registered without a tokenizer.json", hint="Send token ids."
+                )
+            return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+        return await asyncio.to_thread(work)
+
+    async def page(self, after: str, size: int) -> tuple[list[ServedVariant], bool]:
+        """Current versions in the order of their names.
+
+        Args:
+            after: names greater than this one; "" for the first page.
+            size: at most so many.
+
+        Returns:
+            The page, and whether more follow.
+        """
+
+        def work() -> tuple[list[ServedVariant], bool]:
+            records = [record for record in self._by_name() if record.name > after]
+            return [self._served_variant(record) for record in records[:size]], len(records) > size
+
+        return await asyncio.to_thread(work)
+
+    async def refs_by_chain(self) -> dict[ChainId, tuple[str, ...]]:
+        """The variants (`name@version`) on each chain: current versions, and older ones in use."""
+
+        def work() -> dict[ChainId, tuple[str, ...]]:
+            with self._lock:
+                known = [variant.record for variant in self._served.values()]
+            refs: dict[ChainId, set[tuple[str, int]]] = {}
+            for record in (*self._by_name(), *known):
+                refs.setdefault(record.chain, set()).add((record.name, record.version))
+            return {
+                chain: tuple(f"{name}@{version}" for name, version in sorted(pairs))
+                for chain, pairs in refs.items()
+            }
+
+        return await asyncio.to_thread(work)
 
     def get_blocking(self, ref: str) -> ServedVariant:
         """`get` for threads."""
@@ -131,9 +178,8 @@ class VariantCatalog:
             return None
         return self._tokenizers.get(blob, lambda: self._zoo.read_file(variant.record, TOKENIZER_FILE))
 
-    def _current_blocking(self) -> list[ServedVariant]:
-        records = sorted(self._zoo.variants(), key=lambda record: record.name)
-        return [self._served_variant(record) for record in records]
+    def _by_name(self) -> list[VariantRecord]:
+        return sorted(self._zoo.variants(), key=lambda record: record.name)
 
     def _record(self, ref: str) -> VariantRecord:
         now = self._clock()

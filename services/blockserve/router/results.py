@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from blockserve.common.engine_api import EngineReport, FinishReason, PositionLogprobs
+from blockserve.common.engine_api import FinishReason, PositionLogprobs, SegmentReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +129,25 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadedChain:
+    """A chain in memory.
+
+    Attributes:
+        chain_digest: the chain.
+        models: the variants (`name@version`) that run on it.
+        running_requests: how many do now.
+        private_bytes: bytes that no other loaded chain uses.
+        total_bytes: bytes of all its blocks.
+    """
+
+    chain_digest: str
+    models: tuple[str, ...]
+    running_requests: int
+    private_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class ServerStatus:
     """What a server holds and does.
 
@@ -136,12 +155,25 @@ class ServerStatus:
         version: of the program.
         uptime_seconds: since it started.
         zoo_url: the zoo it serves.
-        engine: the engine's own report.
-        models: chain digest -> the variants (`name@version`) that run on it.
+        device: where the engine computes.
+        waiting_requests, running_requests: in the engine.
+        passes: passes the engine has made.
+        kv_pages_total, kv_pages_used, kv_bytes_total: the KV pool.
+        block_bytes: bytes of blocks in memory.
+        chains: what is loaded.
+        segments: how the loaded chains share base blocks.
     """
 
     version: str
     uptime_seconds: float
     zoo_url: str
-    engine: EngineReport
-    models: Mapping[str, tuple[str, ...]]
+    device: str
+    waiting_requests: int
+    running_requests: int
+    passes: int
+    kv_pages_total: int
+    kv_pages_used: int
+    kv_bytes_total: int
+    block_bytes: int
+    chains: tuple[LoadedChain, ...]
+    segments: tuple[SegmentReport, ...]

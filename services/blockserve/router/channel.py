@@ -1,0 +1,95 @@
+"""Addresses, credentials and connections of clients."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+
+from blockserve.common.errors import ConfigurationError
+
+DEFAULT_TARGET = "127.0.0.1:7450"
+
+KEEPALIVE_MS = 30_000
+KEEPALIVE_TIMEOUT_MS = 10_000
+MAX_MESSAGE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """How a client proves itself and checks the server.
+
+    Attributes:
+        token: bearer token.
+        tls: encrypt, trusting the system's authorities.
+        ca_file: encrypt, trusting this authority (PEM) instead.
+        cert_file: the client's own certificate (PEM), with `key_file`.
+        key_file: its private key (PEM).
+        insecure: send the token over a plain connection to another machine all the same.
+    """
+
+    token: str | None = field(default=None, repr=False)
+    tls: bool = False
+    ca_file: Path | None = None
+    cert_file: Path | None = None
+    key_file: Path | None = None
+    insecure: bool = False
+
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether the connection uses TLS."""
+        return self.tls or self.ca_file is not None or self.cert_file is not None
+
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What each call carries."""
+        return () if self.token is None else (("authorization", f"Bearer {self.token}"),)
+
+
+def is_local(address: str) -> bool:
+    """Whether an address (`host:port`, `unix:/path`) can only be reached from this machine."""
+    if address.startswith("unix:"):
+        return True
+    host = address.rpartition(":")[0].strip("[]") or address
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def open_channel(target: str, credentials: Credentials) -> grpc.aio.Channel:
+    """A channel; it connects on first use.
+
+    Raises:
+        ConfigurationError: a token would travel readable, or a file cannot be read.
+    """
+    options = [
+        ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        # A connection of its own: otherwise clients of one process share a broken one.
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+    if not credentials.is_encrypted:
+        if credentials.token is not None and not (credentials.insecure or is_local(target)):
+            raise ConfigurationError(
+                f"the token would travel readable to {target}", hint="Use TLS, or say insecure=True."
+            )
+        return grpc.aio.insecure_channel(target, options=options)
+    tls = grpc.ssl_channel_credentials(
+        _read(credentials.ca_file), _read(credentials.key_file), _read(credentials.cert_file)
+    )
+    return grpc.aio.secure_channel(target, tls, options=options)
+
+
+def _read(path: Path | None) -> bytes | None:
+    if path is None:
+        return None
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be read: {error.strerror}", path=path) from error

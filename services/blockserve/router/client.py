@@ -1,0 +1,182 @@
+"""The client for programs without an event loop.
+
+::
+
+    with Client("127.0.0.1:7450") as zoo:
+        for chunk in zoo.generate("kjv", "In the beginning"):
+            print(chunk.text, end="", flush=True)
+
+It drives an `AsyncClient` in a thread of its own, so there is one implementation of everything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import Any, Self, TypeVar, Unpack
+
+from blockserve.router.aio_client import AsyncClient, AsyncGeneration, GenerateOptions, Message
+from blockserve.router.channel import DEFAULT_TARGET, Credentials
+from blockserve.router.results import Chunk, Completion, ModelInfo, ServerStatus, Tokenized
+
+__all__ = ["AsyncClient", "Client", "Credentials", "Generation"]
+
+T = TypeVar("T")
+
+
+class Generation:
+    """`AsyncGeneration` for threads: iterate for chunks, or take `result()`."""
+
+    def __init__(self, portal: _Portal, inner: AsyncGeneration) -> None:
+        self._portal = portal
+        self._inner = inner
+        self._chunks = aiter(inner)
+
+    def __iter__(self) -> Iterator[Chunk]:
+        try:
+            while (chunk := self._portal.run(self._next())) is not None:
+                yield chunk
+        finally:
+            self.close()
+
+    async def _next(self) -> Chunk | None:
+        return await anext(self._chunks, None)
+
+    def result(self) -> Completion:
+        """The rest of the answer as one value."""
+        return self._portal.run(self._inner.result())
+
+    def close(self) -> None:
+        """Cancel it; the server frees its memory at once."""
+        self._portal.run(self._inner.aclose())
+
+
+class Client:
+    """`AsyncClient` for programs without an event loop; safe to share between threads."""
+
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        credentials: Credentials | None = None,
+        timeout: float | None = None,
+        resume_attempts: int = 3,
+    ) -> None:
+        """As `AsyncClient`."""
+        self._portal = _Portal()
+
+        async def connect() -> AsyncClient:
+            return AsyncClient(
+                target, credentials=credentials, timeout=timeout, resume_attempts=resume_attempts
+            )
+
+        try:
+            self._client = self._portal.run(connect())
+        except BaseException:
+            self._portal.stop()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """As `AsyncClient.close`."""
+        if self._portal.is_running:
+            self._portal.run(self._client.close())
+            self._portal.stop()
+
+    def wait_ready(self, timeout: float) -> None:
+        """As `AsyncClient.wait_ready`."""
+        self._portal.run(self._client.wait_ready(timeout))
+
+    def generate(
+        self, model: str, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]
+    ) -> Generation:
+        """As `AsyncClient.generate`."""
+        return Generation(self._portal, self._client.generate(model, prompt, **options))
+
+    def chat(
+        self,
+        model: str,
+        messages: str | Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **options: Unpack[GenerateOptions],
+    ) -> Generation:
+        """As `AsyncClient.chat`."""
+        inner = self._client.chat(
+            model, messages, tools=tools, add_generation_prompt=add_generation_prompt, **options
+        )
+        return Generation(self._portal, inner)
+
+    def tokenize(
+        self,
+        model: str,
+        prompt: str | Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> Tokenized:
+        """As `AsyncClient.tokenize`."""
+        return self._portal.run(
+            self._client.tokenize(model, prompt, tools=tools, add_generation_prompt=add_generation_prompt)
+        )
+
+    def models(self) -> list[ModelInfo]:
+        """As `AsyncClient.models`."""
+        return self._portal.run(self._client.models())
+
+    def model(self, ref: str) -> ModelInfo:
+        """As `AsyncClient.model`."""
+        return self._portal.run(self._client.model(ref))
+
+    def status(self) -> ServerStatus:
+        """As `AsyncClient.status`."""
+        return self._portal.run(self._client.status())
+
+    def load(self, ref: str) -> float:
+        """As `AsyncClient.load`."""
+        return self._portal.run(self._client.load(ref))
+
+    def unload(self, ref: str) -> None:
+        """As `AsyncClient.unload`."""
+        self._portal.run(self._client.unload(ref))
+
+
+class _Portal:
+    """An event loop in a thread of its own, and a way to run things there."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="blockzoo-client", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_running(self) -> bool:
+        return self._thread.is_alive()
+
+    def run(self, awaitable: Awaitable[T]) -> T:
+        """Wait for an awaitable; Ctrl-C here cancels it there."""
+
+        async def wait() -> T:
+            return await awaitable
+
+        future: Future[T] = asyncio.run_coroutine_threadsafe(wait(), self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        with suppress(RuntimeError):
+            self._loop.close()

@@ -1,0 +1,230 @@
+"""What the router does, free of any wire format: calls in, results out.
+
+A Generate call goes through: check, admit, resolve, tokenise, plan, load, stream.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from blockserve.common.engine_api import Engine
+from blockserve.common.errors import ChainNotLoadedError, DeadlineExceededError
+from blockserve.router.admission import Admission
+from blockserve.router.calls import GenerateCall
+from blockserve.router.chat import ChatLimits, ChatRenderer, Conversation
+from blockserve.router.config import RouterConfig
+from blockserve.router.generation import Answer, stream_answer
+from blockserve.router.loading import ChainLoader
+from blockserve.router.plan import Plan, check_call, check_conversation, plan
+from blockserve.router.resolve import ServedVariant, VariantCatalog, ZooReader
+from blockserve.router.results import Chunk, LoadedChain, ModelInfo, ServerStatus, Tokenized
+
+log = logging.getLogger(__name__)
+
+
+class Router:
+    """Serves the variants of a zoo with an engine. One event loop."""
+
+    def __init__(
+        self,
+        zoo: ZooReader,
+        engine: Engine,
+        config: RouterConfig | None = None,
+        *,
+        version: str = "",
+        catalog: VariantCatalog | None = None,
+        renderer: ChatRenderer | None = None,
+    ) -> None:
+        """Put the parts together.
+
+        Args:
+            zoo: where variants are looked up.
+            engine: what runs them.
+            config: the limits.
+            version: of the program, for `status`.
+            catalog: one made earlier over the same zoo, with tokenizers already parsed.
+            renderer: one made earlier, with its child process already started.
+        """
+        self.config = config or RouterConfig()
+        self.admission = Admission(self.config.max_requests, self.config.retry_after_seconds)
+        self._catalog = catalog or VariantCatalog(zoo, self.config)
+        self._renderer = renderer or ChatRenderer(chat_limits(self.config))
+        self._engine = engine
+        self._loader = ChainLoader(engine)
+        self._version = version
+        self._started = time.monotonic()
+        self._numbers = itertools.count()
+
+    async def close(self) -> None:
+        """Let go of child processes and loads; requests have to be drained before."""
+        await self._loader.close()
+        await self._renderer.close()
+
+    async def generate(
+        self, call: GenerateCall, *, arrival: float | None = None, deadline: float | None = None
+    ) -> AsyncGenerator[Chunk, None]:
+        """Answer one call; closing the iterator cancels it.
+
+        Args:
+            call: what was asked.
+            arrival: `time.monotonic()` value when it came in; None means now.
+            deadline: `time.monotonic()` value, or None.
+
+        Raises:
+            BlockzooError: any of `errors`; see `plan`, `VariantCatalog.get` and `Engine.generate`.
+        """
+        arrival = time.monotonic() if arrival is None else arrival
+        check_call(call, self.config)
+        with self.admission.admit():
+            variant = await self._catalog.get(call.model)
+            prompt = await self._prompt_ids(variant, call)
+            engine_id = f"{call.request_id}#{next(self._numbers)}"
+            resolved = plan(call, variant, prompt, self.config, engine_id=engine_id, deadline=deadline)
+            tokenizer = await self._catalog.tokenizer(variant)
+            answer = Answer(resolved, tokenizer, arrival=arrival)
+            outcome = "cancelled"
+            try:
+                async with aclosing(self._run(resolved, answer)) as chunks:
+                    async for chunk in chunks:
+                        yield chunk
+                outcome = "finished"
+            except Exception as error:
+                outcome = type(error).__name__
+                raise
+            finally:
+                _log_request(resolved, answer, outcome, time.monotonic() - arrival)
+
+    async def tokenize(self, model: str, prompt: str | Conversation) -> Tokenized:
+        """The token ids that `generate` would run for this prompt.
+
+        Raises:
+            BlockzooError: the variant, its template or its tokenizer is at fault.
+        """
+        if isinstance(prompt, Conversation):
+            check_conversation(prompt, self.config)
+        variant = await self._catalog.get(model)
+        ids, text = await self._encode(variant, prompt)
+        return Tokenized(ids, text, variant.chain.context_length)
+
+    async def models(self, after: str, size: int) -> tuple[list[ModelInfo], bool]:
+        """One page of variants by name, and whether more follow."""
+        variants, more = await self._catalog.page(after, size)
+        return [self._model(variant) for variant in variants], more
+
+    async def model(self, ref: str) -> ModelInfo:
+        """One variant (VariantNotFoundError)."""
+        return self._model(await self._catalog.get(ref))
+
+    async def load(self, ref: str) -> tuple[str, float]:
+        """Bring a variant's blocks into memory; its chain's digest and the seconds it took."""
+        started = time.monotonic()
+        variant = await self._catalog.get(ref)
+        await self._loader.ensure(variant.record.chain)
+        return variant.record.chain, time.monotonic() - started
+
+    async def unload(self, ref: str) -> str:
+        """Let go of a variant's blocks once its requests have ended; its chain's digest."""
+        variant = await self._catalog.get(ref)
+        await self._engine.unload(variant.record.chain)
+        return variant.record.chain
+
+    async def status(self) -> ServerStatus:
+        """What is loaded, the segments, the queues and the use of KV pages."""
+        report, refs = self._engine.report(), await self._catalog.refs_by_chain()
+        return ServerStatus(
+            version=self._version,
+            uptime_seconds=time.monotonic() - self._started,
+            zoo_url=self._catalog.zoo_url,
+            device=report.device,
+            waiting_requests=report.waiting_requests,
+            running_requests=report.running_requests,
+            passes=report.passes,
+            kv_pages_total=report.kv_pages_total,
+            kv_pages_used=report.kv_pages_used,
+            kv_bytes_total=report.kv_bytes_total,
+            block_bytes=report.block_bytes,
+            chains=tuple(
+                LoadedChain(
+                    chain_digest=chain.chain,
+                    models=refs.get(chain.chain, ()),
+                    running_requests=chain.running_requests,
+                    private_bytes=chain.private_bytes,
+                    total_bytes=chain.total_bytes,
+                )
+                for chain in report.chains
+            ),
+            segments=report.segments,
+        )
+
+    async def _run(self, resolved: Plan, answer: Answer) -> AsyncGenerator[Chunk, None]:
+        """Load and stream; once more when the chain was unloaded between the two."""
+        chain, deadline = resolved.request.chain, resolved.request.deadline
+        for attempt in (1, 2):
+            if deadline is not None and time.monotonic() >= deadline:
+                raise DeadlineExceededError("the deadline passed before the request could start")
+            await self._loader.ensure(chain)
+            try:
+                async with aclosing(stream_answer(self._engine, resolved, answer)) as chunks:
+                    async for chunk in chunks:
+                        yield chunk
+                return
+            except ChainNotLoadedError:
+                if attempt == 2 or answer.num_tokens:
+                    raise
+
+    async def _prompt_ids(self, variant: ServedVariant, call: GenerateCall) -> tuple[int, ...]:
+        if isinstance(call.prompt, tuple):
+            return call.prompt
+        ids, _ = await self._encode(variant, call.prompt)
+        return ids
+
+    async def _encode(
+        self, variant: ServedVariant, prompt: str | Conversation
+    ) -> tuple[tuple[int, ...], str]:
+        """Token ids and the text behind them; templates write their special tokens themselves."""
+        if isinstance(prompt, str):
+            return await self._catalog.encode(variant, prompt, add_special_tokens=True), prompt
+        text = await self._renderer.render(variant.templates, prompt)
+        return await self._catalog.encode(variant, text, add_special_tokens=False), text
+
+    def _model(self, variant: ServedVariant) -> ModelInfo:
+        record, chain = variant.record, variant.chain
+        return ModelInfo(
+            name=record.name,
+            version=record.version,
+            chain_digest=record.chain,
+            family=chain.family,
+            context_length=chain.context_length,
+            has_chat_template=bool(variant.templates.by_name),
+            loaded=self._engine.is_loaded(record.chain),
+            num_layers=len(chain.links) - 2,
+            provenance=record.provenance,
+        )
+
+
+def chat_limits(config: RouterConfig) -> ChatLimits:
+    """The renderer's part of the settings."""
+    return ChatLimits(
+        seconds=config.chat_seconds,
+        memory_bytes=config.chat_memory_bytes,
+        max_chars=config.chat_max_chars,
+        processes=config.chat_processes,
+    )
+
+
+def _log_request(resolved: Plan, answer: Answer, outcome: str, seconds: float) -> None:
+    """One line per request; never what was said."""
+    log.info(
+        "request id=%s model=%s outcome=%s prompt_tokens=%d output_tokens=%d first_token=%.3f seconds=%.3f",
+        resolved.call.request_id,
+        resolved.variant.ref,
+        outcome,
+        len(resolved.request.prompt),
+        answer.num_tokens,
+        answer.first_token_seconds,
+        seconds,
+    )

@@ -1,0 +1,94 @@
+"""The gRPC face of the router: a message in, a value to `Router`, a message out.
+
+Errors are raised as they are; `common.status.ErrorInterceptor` translates them.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from blockproto.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
+from blockserve.router import convert
+from blockserve.router.service import Router
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
+    """`blockproto.v1.InferenceService`."""
+
+    def __init__(self, router: Router) -> None:
+        self._router = router
+
+    async def Generate(  # noqa: N802 - the generated name
+        self, request: inference_pb2.GenerateRequest, context: Any
+    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        """Stream the tokens of one request."""
+        arrival = time.monotonic()
+        remaining = context.time_remaining()
+        call = convert.call_from_message(request, made_up_id=uuid.uuid4().hex)
+        deadline = None if remaining is None else arrival + remaining
+        async with aclosing(self._router.generate(call, arrival=arrival, deadline=deadline)) as chunks:
+            async for chunk in chunks:
+                yield convert.chunk_to_message(chunk)
+
+    async def Tokenize(  # noqa: N802
+        self, request: inference_pb2.TokenizeRequest, context: Any
+    ) -> inference_pb2.TokenizeResponse:
+        """Token ids of a prompt."""
+        del context
+        model, prompt = convert.model_name(request.model), convert.tokenize_prompt(request)
+        return convert.tokenized_to_message(await self._router.tokenize(model, prompt))
+
+    async def ListModels(  # noqa: N802
+        self, request: inference_pb2.ListModelsRequest, context: Any
+    ) -> inference_pb2.ListModelsResponse:
+        """One page of the zoo's variants."""
+        del context
+        config = self._router.config
+        size = min(request.page_size or config.page_size, config.max_page_size)
+        models, more = await self._router.models(convert.name_from_page_token(request.page_token), size)
+        return inference_pb2.ListModelsResponse(
+            models=[convert.model_to_message(model) for model in models],
+            next_page_token=convert.page_token(models[-1].name) if more else "",
+        )
+
+    async def GetModel(  # noqa: N802
+        self, request: inference_pb2.GetModelRequest, context: Any
+    ) -> inference_pb2.GetModelResponse:
+        """One variant."""
+        del context
+        model = await self._router.model(convert.model_name(request.model))
+        return inference_pb2.GetModelResponse(model=convert.model_to_message(model))
+
+
+class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
+    """`blockproto.v1.AdminService`."""
+
+    def __init__(self, router: Router) -> None:
+        self._router = router
+
+    async def LoadModel(  # noqa: N802
+        self, request: admin_pb2.LoadModelRequest, context: Any
+    ) -> admin_pb2.LoadModelResponse:
+        """Read a variant's blocks into memory."""
+        del context
+        chain, seconds = await self._router.load(convert.model_name(request.model))
+        return admin_pb2.LoadModelResponse(chain_digest=chain, seconds=seconds)
+
+    async def UnloadModel(  # noqa: N802
+        self, request: admin_pb2.UnloadModelRequest, context: Any
+    ) -> admin_pb2.UnloadModelResponse:
+        """Let go of a variant's blocks."""
+        del context
+        chain = await self._router.unload(convert.model_name(request.model))
+        return admin_pb2.UnloadModelResponse(chain_digest=chain)
+
+    async def GetStatus(  # noqa: N802
+        self, request: admin_pb2.GetStatusRequest, context: Any
+    ) -> admin_pb2.GetStatusResponse:
+        """What the server holds and does."""
+        del request, context
+        return convert.status_to_message(await self._router.status())
