@@ -13,11 +13,10 @@ from blockserve.common.errors import EngineFailedError
 from blockserve.worker.request import ChunkLogits, Outcome, RunningRequest
 
 
-def sample_next(
-    running: Sequence[RunningRequest], rows: Sequence[Tensor]
-) -> list[tuple[RunningRequest, Outcome]]:
-    """Draw the next token of each request from its row of logits [vocab]."""
-    logits = torch.stack(list(rows))
+def sample_next(results: Sequence[ChunkLogits]) -> list[tuple[RunningRequest, Outcome]]:
+    """Draw the next token of each request from the last row of its logits; one vocabulary size for all."""
+    running = [result.chunk.running for result in results]
+    logits = torch.stack([result.rows[-1] for result in results])
     broken = set(nonfinite_rows(logits))
     if broken:
         logits[list(broken)] = 0.0
@@ -36,10 +35,7 @@ def sample_next(
     outcomes: list[tuple[RunningRequest, Outcome]] = []
     for place, (one, token) in enumerate(zip(running, tokens, strict=True)):
         if place in broken:
-            error = EngineFailedError(
-                "the model produced logits that are not finite", hint="Check the weights."
-            )
-            outcomes.append((one, error))
+            outcomes.append((one, EngineFailedError("the logits are not finite", hint="Check the weights.")))
             continue
         index = len(one.output)
         one.output.append(token)
