@@ -165,7 +165,8 @@ def _check_lora_modules(targeted: list[str], tensors: _Sorted, base: Outline) ->
             raise UnsupportedAdapterError(f"LoRA on {module!r}, which is no linear module, is not supported")
         if set(tensors.lora.get(module, ())) != {"A", "B"}:
             raise AdapterBaseMismatchError(
-                f"target_modules names {module!r} of base {base.ref}, but the adapter does not hold its two matrices",
+                f"target_modules names {module!r} of base {base.ref}, "
+                "but the adapter does not hold its two matrices",
                 hint="The adapter was probably trained on another base; give that one with --base.",
                 base=base.ref,
                 module=module,
@@ -278,7 +279,7 @@ def _share_when_tied(
     bare = [name for name in (_EMBEDDING, _HEAD) if name in whole and not _is_saved(config, name)]
     if len(bare) == 2 and not equal(whole[_EMBEDDING].name, whole[_HEAD].name):
         raise UnsupportedAdapterError(
-            f"the adapter holds two different matrices for embed_tokens and lm_head, which base {base.ref} ties",
+            f"the adapter holds different matrices for embed_tokens and lm_head, which base {base.ref} ties",
             hint="Name the one that was trained in modules_to_save.",
             base=base.ref,
         )

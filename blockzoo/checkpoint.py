@@ -61,6 +61,9 @@ MAX_FILE_BYTES = 512 << 20
 MAX_SHARDS = 10_000
 """Most shards an index may name."""
 
+_PARSED_BYTES = 1 << 20
+"""JSON files up to this size are parsed as a check; larger ones are vocabularies."""
+
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _JSON_FILES = frozenset(name for name in KEPT_FILES if name.endswith(".json"))
 
@@ -136,7 +139,7 @@ def folder_kind(path: Path) -> FolderKind:
     if not path.is_dir():
         raise CheckpointError(
             f"{path} is not a folder" if path.exists() else f"there is no folder {path}",
-            hint="Give a Hugging Face checkpoint folder (config.json and safetensors files) or a PEFT adapter folder.",
+            hint="Give a Hugging Face checkpoint folder (config.json, safetensors) or a PEFT adapter folder.",
         )
     if (path / ADAPTER_CONFIG).is_file() and not (path / WEIGHTS).is_file():
         weights = (path / ADAPTER_WEIGHTS).is_file()
@@ -157,16 +160,30 @@ def read_json(path: Path) -> dict[str, object]:
         InvalidConfigError: it is missing, too large, or not a JSON object.
         TruncatedFileError: it is empty.
     """
-    data = _read_limited(path, MAX_JSON_BYTES)
+    return parse_json_object(path.name, _read_limited(path, MAX_JSON_BYTES))
+
+
+def parse_json_object(name: str, data: bytes) -> dict[str, object]:
+    """Return the JSON object in a file's contents; raises as `read_json` does."""
     if not data.strip():
-        raise TruncatedFileError(f"{path.name} is empty", file=path.name)
+        raise TruncatedFileError(f"{name} is empty", file=name)
     try:
         value = json.loads(data, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise InvalidConfigError(f"{path.name} is not JSON: {str(error)[:200]}", file=path.name) from error
+        raise InvalidConfigError(f"{name} is not JSON: {str(error)[:200]}", file=name) from error
     if not isinstance(value, dict):
-        raise InvalidConfigError(f"{path.name} is not a JSON object", file=path.name)
+        raise InvalidConfigError(f"{name} is not a JSON object", file=name)
     return value
+
+
+def _check_ends(name: str, data: bytes) -> None:
+    """Tell a file that was cut off without parsing megabytes of vocabulary, which the tokenizer does later."""
+    if data[:64].lstrip()[:1] != b"{" or data[-64:].rstrip()[-1:] != b"}":
+        raise TruncatedFileError(
+            f"{name} is not a whole JSON object",
+            hint="Fetch the file again; it was probably cut off.",
+            file=name,
+        )
 
 
 def read_kept_file(path: Path) -> bytes:
@@ -176,9 +193,13 @@ def read_kept_file(path: Path) -> bytes:
         InvalidConfigError: a JSON file is damaged, or the file is too large.
         TruncatedFileError: a JSON file is empty.
     """
+    data = _read_limited(path, MAX_FILE_BYTES)
     if path.name in _JSON_FILES:
-        read_json(path)
-    return _read_limited(path, MAX_FILE_BYTES)
+        if len(data) > _PARSED_BYTES:
+            _check_ends(path.name, data)
+        else:
+            parse_json_object(path.name, data)
+    return data
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -115,13 +115,13 @@ class SafetensorsFile:
             return
 
 
-def parse_header(file: str, header: bytes, data_bytes: int) -> dict[str, TensorEntry]:
+def parse_header(file: str, header: bytes, data_bytes: int | None) -> dict[str, TensorEntry]:
     """Read and check a header.
 
     Args:
         file: name for messages.
         header: the JSON bytes.
-        data_bytes: bytes that follow the header in the file.
+        data_bytes: bytes that follow the header in the file, None when they are still to be written.
 
     Returns:
         Entries by name, in the order of their bytes.
@@ -218,10 +218,10 @@ def _dtype(file: str, name: str, value: object) -> DType:
         ) from error
 
 
-def _check_cover(file: str, entries: Iterable[TensorEntry], data_bytes: int) -> None:
+def _check_cover(file: str, entries: Iterable[TensorEntry], data_bytes: int | None) -> None:
     position = 0
     for entry in entries:
-        if entry.end > data_bytes:
+        if data_bytes is not None and entry.end > data_bytes:
             raise TruncatedFileError(
                 f"{file} holds {data_bytes} bytes of tensors, but {entry.name!r} ends at byte {entry.end}",
                 hint=_DOWNLOAD_HINT,
@@ -232,7 +232,7 @@ def _check_cover(file: str, entries: Iterable[TensorEntry], data_bytes: int) -> 
             problem = "overlaps the tensor before it" if entry.begin < position else "leaves a gap before it"
             raise CheckpointError(f"{file}: tensor {entry.name!r} {problem}", file=file, tensor=entry.name)
         position = entry.end
-    if position != data_bytes:
+    if data_bytes is not None and position != data_bytes:
         raise CheckpointError(
             f"{file} holds {data_bytes - position} bytes that belong to no tensor", file=file
         )

@@ -7,13 +7,22 @@ in `compute`, which the engine imports when it builds a block.
 from __future__ import annotations
 
 from blockzoo.errors import UnsupportedArchitectureError
-from blockzoo.families.base import ChainPlan, Family, PlannedBlock, PlannedTensor
+from blockzoo.families.base import CHUNK_ROWS, ChainPlan, Family, PlannedBlock, PlannedTensor
 from blockzoo.families.llama import LlamaFamily
 from blockzoo.families.mistral import MistralFamily
 from blockzoo.families.qwen2 import Qwen2Family
 from blockzoo.families.qwen3 import Qwen3Family
 
-__all__ = ["ChainPlan", "Family", "PlannedBlock", "PlannedTensor", "for_architecture", "get", "supported"]
+__all__ = [
+    "CHUNK_ROWS",
+    "ChainPlan",
+    "Family",
+    "PlannedBlock",
+    "PlannedTensor",
+    "for_architecture",
+    "get",
+    "supported",
+]
 
 _FAMILIES: tuple[Family, ...] = (LlamaFamily(), MistralFamily(), Qwen2Family(), Qwen3Family())
 _BY_NAME = {family.name: family for family in _FAMILIES}

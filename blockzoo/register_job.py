@@ -1,0 +1,188 @@
+"""What registering a checkpoint and registering an adapter have in common."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from blockzoo.checkpoint import ModelFolder, read_kept_file
+from blockzoo.contents import FolderLayout, InBlock, InFile
+from blockzoo.errors import VariantNotFoundError
+from blockzoo.finite import Weights, check_finite
+from blockzoo.manifest import BlockManifest, ChainId, FileRef, JsonValue, VariantRecord
+from blockzoo.outline import Outline
+from blockzoo.progress import Progress
+from blockzoo.registration import Registration
+from blockzoo.store import ZooStore
+from blockzoo.upload import Totals
+
+_MAX_CHECK_WORKERS = 8
+"""Threads that look for NaN; more than these wait for memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class RegisterResult:
+    """What a registration did.
+
+    Attributes:
+        record: the version that is current now.
+        unchanged: nothing differs from the version that was current, so it still is.
+        num_bytes: bytes of the folder's tensors.
+        new_bytes: decoded bytes of tensors and files that the zoo did not have.
+        stored_bytes: bytes written for them; fewer where differences are smaller.
+        num_blobs: tensors (chunks of large ones) and files.
+        num_new_blobs: of these, stored now.
+        ignored: tensors that no block uses, kept for export only.
+        seconds: time it took.
+    """
+
+    record: VariantRecord
+    unchanged: bool
+    num_bytes: int
+    new_bytes: int
+    stored_bytes: int
+    num_blobs: int
+    num_new_blobs: int
+    ignored: tuple[str, ...]
+    seconds: float
+
+    def to_json(self) -> dict[str, JsonValue]:
+        """Return the result for `--json`."""
+        return {
+            "name": self.record.name,
+            "version": self.record.version,
+            "kind": self.record.kind,
+            "chain": self.record.chain,
+            "base": self.record.provenance.get("base"),
+            "unchanged": self.unchanged,
+            "num_bytes": self.num_bytes,
+            "new_bytes": self.new_bytes,
+            "stored_bytes": self.stored_bytes,
+            "num_blobs": self.num_blobs,
+            "num_new_blobs": self.num_new_blobs,
+            "ignored": [*self.ignored],
+            "milliseconds": round(self.seconds * 1000),
+        }
+
+
+class RegisterJob:
+    """One registration: what both kinds of folder need."""
+
+    def __init__(self, store: ZooStore, folder: ModelFolder, name: str, progress: Progress) -> None:
+        self.store = store
+        self.folder = folder
+        self.name = name
+        self.totals = Totals()
+        self._progress = progress
+        self._started = time.monotonic()
+        self._lock = threading.Lock()
+
+    def check_weights(self) -> None:
+        """Refuse NaN and infinity anywhere in the folder."""
+        weights = [
+            Weights(name, entry.dtype, shard.read(name))
+            for shard in self.folder.shards
+            for name, entry in shard.tensors.items()
+        ]
+        with self.task("checking weights") as on_bytes:
+            check_finite(weights, on_bytes, workers=min(_MAX_CHECK_WORKERS, os.cpu_count() or 1))
+
+    def read_files(self) -> dict[str, bytes]:
+        """Read and check the files beside the weights."""
+        return {name: read_kept_file(path) for name, path in self.folder.files.items()}
+
+    @contextmanager
+    def task(self, title: str) -> Iterator[Callable[[int], None]]:
+        """Report one pass over the folder's tensors; what it yields may be called from any thread."""
+        self._progress.start(title, self.folder.num_bytes)
+
+        def advance(num_bytes: int) -> None:
+            with self._lock:
+                self._progress.advance(num_bytes)
+
+        try:
+            yield advance
+        finally:
+            self._progress.finish()
+
+    @contextmanager
+    def registration(self) -> Iterator[Registration]:
+        """Begin to write."""
+        with (
+            self.task("storing") as on_bytes,
+            self.store.registration(f"register {self.name}", on_bytes=on_bytes) as registration,
+        ):
+            yield registration
+
+    def provenance(self, base: Outline | None) -> dict[str, str]:
+        """Say where the variant comes from."""
+        facts = {
+            "source": str(self.folder.path.resolve()),
+            "registered_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "registered_by": f"blockzoo {importlib.metadata.version('blockzoo')}",
+            "num_bytes": str(self.folder.num_bytes),
+        }
+        return facts if base is None else {**facts, "base": base.ref}
+
+    def finish(
+        self,
+        registration: Registration,
+        chain: ChainId,
+        files: Mapping[str, FileRef],
+        provenance: Mapping[str, str],
+        ignored: Sequence[str] = (),
+    ) -> RegisterResult:
+        """Commit, unless the current version is the same already."""
+        kind = self.folder.kind.value
+        current = _current(self.store, self.name)
+        unchanged = current is not None and (current.chain, current.kind, dict(current.files)) == (
+            chain,
+            kind,
+            dict(files),
+        )
+        if current is None or not unchanged:
+            current = registration.commit(self.name, chain, kind=kind, files=files, provenance=provenance)
+        return RegisterResult(
+            record=current,
+            unchanged=unchanged,
+            num_bytes=self.folder.num_bytes,
+            new_bytes=self.totals.new_bytes,
+            stored_bytes=self.totals.stored_bytes,
+            num_blobs=self.totals.blobs,
+            num_new_blobs=self.totals.new_blobs,
+            ignored=tuple(ignored),
+            seconds=time.monotonic() - self._started,
+        )
+
+
+def read_outline(store: ZooStore, record: VariantRecord) -> Outline:
+    """Return the chain of a variant."""
+    return Outline.read(store, f"{record.name}@{record.version}", record.chain)
+
+
+def folder_layout(folder: ModelFolder, tensors: Mapping[str, InBlock | InFile]) -> FolderLayout:
+    """Return what `export` needs to write the folder again."""
+    return FolderLayout(
+        filenames=tuple(folder.files),
+        shards={shard.path.name: shard.header.decode("utf-8") for shard in folder.shards},
+        tensors=tensors,
+    )
+
+
+def with_tied(head: BlockManifest, embedding: BlockManifest) -> BlockManifest:
+    """Record whether the matrices are the same; the bytes decide, whatever the config says."""
+    tied = head.tensors["lm_head.weight"] == embedding.tensors["weight"]
+    return replace(head, config={**head.config, "tied": tied})
+
+
+def _current(store: ZooStore, name: str) -> VariantRecord | None:
+    try:
+        return store.resolve(name)
+    except VariantNotFoundError:
+        return None
