@@ -12,9 +12,9 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
-from blockzoo.zoo import Zoo
 from torch import Tensor
 
 from blockkernels.linear import can_pack
@@ -47,6 +47,22 @@ _TORCH_DTYPES = {
 
 BlockKey = tuple[BlockId, torch.dtype]
 """A base block at a compute type."""
+
+
+class BlockSource(Protocol):
+    """Where blocks come from: a `blockzoo.zoo.Zoo`, or part of one."""
+
+    def chain(self, chain_id: ChainId) -> ChainManifest:
+        """The manifest of a chain."""
+        ...
+
+    def block(self, block_id: BlockId) -> BlockManifest:
+        """The manifest of a block."""
+        ...
+
+    def read_tensor(self, ref: TensorRef) -> Sequence[memoryview]:
+        """A tensor's bytes, one buffer for each of its chunks, checked against their digests."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +152,7 @@ class BlockManager:
     `prepare` runs in a loader thread, for one chain at a time; the rest belongs to the engine's thread.
     """
 
-    def __init__(self, zoo: Zoo, config: EngineConfig) -> None:
+    def __init__(self, zoo: BlockSource, config: EngineConfig) -> None:
         """Make an empty manager that loads from `zoo`."""
         self._zoo = zoo
         self._config = config

@@ -18,7 +18,6 @@ from concurrent.futures import Future
 from dataclasses import replace
 
 import torch
-from blockzoo.zoo import Zoo
 from torch import Tensor
 
 from blockserve.common.engine_api import (
@@ -36,7 +35,7 @@ from blockserve.common.errors import (
     QueueFullError,
     ServerStoppingError,
 )
-from blockserve.worker.blocks import BlockManager, LoadedChain, PreparedChain
+from blockserve.worker.blocks import BlockManager, BlockSource, LoadedChain, PreparedChain
 from blockserve.worker.config import EngineConfig
 from blockserve.worker.executor import Executor
 from blockserve.worker.kv import KvPool, KvShape
@@ -56,7 +55,7 @@ Sink = Callable[[Outcome], None]
 class BlockEngine:
     """Serves any number of chains from shared blocks; see `blockserve.common.engine_api.Engine`."""
 
-    def __init__(self, zoo: Zoo, config: EngineConfig | None = None) -> None:
+    def __init__(self, zoo: BlockSource, config: EngineConfig | None = None) -> None:
         """Make an engine over a zoo. `start` starts its thread."""
         self.config = config or EngineConfig()
         self._device = torch.device(self.config.device)

@@ -1,0 +1,46 @@
+"""PackedLinear against the plain product, and its promise that a row does not depend on the batch."""
+
+import pytest
+import torch
+
+from blockkernels.linear import PackedLinear, can_pack, linear_reference
+
+_CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("tokens", "inner", "outer"), [(1, 63, 500), (7, 64, 96), (33, 177, 1)])
+def test_product_is_the_reference(
+    dtype: torch.dtype, bias: bool, tokens: int, inner: int, outer: int
+) -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(outer, inner).to(dtype), torch.randn(tokens, inner).to(dtype)
+    offset = torch.randn(outer).to(dtype) if bias else None
+    want = linear_reference(x.double(), weight.double(), None if offset is None else offset.double())
+    got = PackedLinear(weight, offset)(x).double()
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    assert ((got - want).abs().max() / want.abs().max()).item() <= tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_does_not_depend_on_the_batch(dtype: torch.dtype) -> None:
+    if not can_pack(dtype, _CPU):
+        pytest.skip("this processor does not pack the dtype")
+    torch.manual_seed(1)
+    linear = PackedLinear(torch.randn(960, 576).to(dtype))
+    x = torch.randn(129, 576).to(dtype)
+    alone = torch.cat([linear(x[row : row + 1]) for row in (0, 7, 128)])
+    for size in (8, 31, 129):
+        together = linear(x[-size:])
+        assert torch.equal(together[-1], alone[2])
+    assert torch.equal(linear(x)[[0, 7, 128]], alone)
+
+
+def test_bytes_are_counted() -> None:
+    linear = PackedLinear(torch.zeros(10, 6), torch.zeros(10))
+    assert (linear.out_features, linear.in_features, linear.num_bytes) == (10, 6, (60 + 10) * 4)
+
+
+def test_sixteen_bit_floats_are_not_packed_on_the_cpu() -> None:
+    assert not can_pack(torch.float16, _CPU)

@@ -1,0 +1,32 @@
+"""rms_norm against its reference and against transformers' module."""
+
+import pytest
+import torch
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from blockkernels.rms_norm import rms_norm, rms_norm_reference
+
+
+@pytest.mark.parametrize("shape", [(1, 63), (5, 500), (3, 7, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_is_the_reference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(shape).to(dtype), torch.randn(shape[-1]).to(dtype)
+    got, want = rms_norm(x, weight, 1e-5), rms_norm_reference(x, weight, 1e-5)
+    if dtype == torch.float32:
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    else:
+        assert torch.equal(got, want)
+
+
+def test_rms_norm_reference_is_the_models_norm() -> None:
+    torch.manual_seed(1)
+    module = LlamaRMSNorm(177, eps=1e-3)
+    module.weight.data = torch.randn(177)
+    x = torch.randn(9, 177)
+    torch.testing.assert_close(rms_norm_reference(x, module.weight.data, 1e-3), module(x).detach())
+
+
+def test_rms_norm_feels_epsilon() -> None:
+    x = torch.full((1, 8), 1e-4)
+    assert rms_norm(x, torch.ones(8), 1e-2).max() < 0.01 < rms_norm(x, torch.ones(8), 1e-12).max()
