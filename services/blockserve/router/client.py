@@ -51,7 +51,9 @@ class Generation:
 
     def close(self) -> None:
         """Cancel it; the server frees its memory at once."""
-        self._portal.run(self._inner.aclose())
+        # RuntimeError: after Ctrl-C the generator may still be busy being cancelled, which is what we want.
+        with suppress(RuntimeError):
+            self._portal.run(self._inner.aclose())
 
 
 class Client:

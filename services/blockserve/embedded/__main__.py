@@ -1,0 +1,23 @@
+"""`python -m blockserve.embedded`: serve, with settings from the environment and a file."""
+
+from __future__ import annotations
+
+import sys
+
+from blockserve.embedded.config import ServeConfig
+from blockserve.embedded.run import run
+from blockzoo.errors import BlockzooError
+
+
+def main() -> int:
+    """Exit status 0 after a stop, 1 when the server could not start."""
+    try:
+        run(ServeConfig.load())
+    except BlockzooError as error:
+        sys.stderr.write(f"error: {error}\n{error.hint}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""The embedded server: zoo, engine and router in one process, behind one gRPC server."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+import grpc
+
+import blockserve
+from blockproto.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
+from blockserve.common.status import ErrorInterceptor
+from blockserve.embedded.config import ServeConfig
+from blockserve.embedded.health import NOT_SERVING, HealthReporter
+from blockserve.embedded.listen import TokenInterceptor, bind, read_token, remove_socket, server_options
+from blockserve.embedded.startup import (
+    Parts,
+    RunnableEngine,
+    Timeline,
+    names_to_preload,
+    parse_ahead,
+    process_age,
+)
+from blockserve.router.chat import ChatRenderer
+from blockserve.router.resolve import VariantCatalog, ZooReader
+from blockserve.router.service import Router, chat_limits
+from blockserve.router.servicer import AdminServicer, InferenceServicer
+from blockzoo.errors import BlockzooError
+
+log = logging.getLogger(__name__)
+
+SERVICES = (
+    inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
+    admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name,
+)
+CLOSE_SECONDS = 2.0
+"""How long connections may take to close once no answer is left."""
+
+
+class EmbeddedServer:
+    """One server. `start` it in the event loop that will run it, and `stop` it there.
+
+    Attributes:
+        address: where clients reach it; known after `start`.
+        timeline: where the time of the start went.
+    """
+
+    def __init__(self, config: ServeConfig, *, parts: Parts | None = None) -> None:
+        """Make a server; nothing is opened yet."""
+        self.config = config
+        self.address = config.listen
+        self.timeline = Timeline(process_age())
+        self._parts = parts or Parts()
+        self._health = HealthReporter(SERVICES)
+        self._server: grpc.aio.Server | None = None
+        self._engine: RunnableEngine | None = None
+        self._router: Router | None = None
+        self._renderer: ChatRenderer | None = None
+
+    async def start(self) -> None:
+        """Open the zoo, start the engine, take calls, read what is to be preloaded, say SERVING.
+
+        Raises:
+            ConfigurationError: the address cannot be used, or a file of the settings cannot be read.
+            ZooNotFoundError: there is no zoo.
+        """
+        try:
+            await self._start()
+        except BaseException:
+            await self.stop(drain_seconds=0)
+            raise
+
+    async def _start(self) -> None:
+        config = self.config
+        token = read_token(config)
+        interceptors: list[grpc.aio.ServerInterceptor] = [ErrorInterceptor()]
+        if token is not None:
+            interceptors.insert(0, TokenInterceptor(token))
+        self._server = grpc.aio.server(interceptors=interceptors, options=server_options(config))
+        # Bound before the long work: an address that is taken is told at once.
+        self.address = bind(self._server, config)
+        self._renderer = ChatRenderer(chat_limits(config.router))
+        with self.timeline.stage("prepare"):
+            zoo, catalog, wanted = await self._prepare(self._renderer)
+        with self.timeline.stage("engine"):
+            self._engine = await asyncio.to_thread(self._parts.make_engine, zoo, config.engine)
+            self._engine.start()
+        self._router = Router(
+            zoo,
+            self._engine,
+            config.router,
+            version=blockserve.__version__,
+            catalog=catalog,
+            renderer=self._renderer,
+        )
+        self._add_services(self._server, self._router)
+        await self._health.set(NOT_SERVING)
+        await self._server.start()
+        log.info("listening address=%s zoo=%s version=%s", self.address, zoo.url, blockserve.__version__)
+        with self.timeline.stage("preload"):
+            await self._preload(self._router, wanted)
+        self._health.watch(
+            self._engine.report, stall_seconds=config.stall_seconds, every=config.health_seconds
+        )
+        log.info("ready address=%s timeline: %s", self.address, self.timeline)
+
+    async def _prepare(self, renderer: ChatRenderer) -> tuple[ZooReader, VariantCatalog, list[str]]:
+        """Side by side: import the engine, read the zoo, start the template process."""
+        imports = asyncio.create_task(asyncio.to_thread(self._import_engine))
+        warm = asyncio.create_task(renderer.warm())
+        try:
+            result = await asyncio.to_thread(self._read_zoo)
+            await imports
+            await warm
+        finally:
+            imports.cancel()
+            warm.cancel()
+            await asyncio.gather(imports, warm, return_exceptions=True)
+        return result
+
+    def _import_engine(self) -> None:
+        with self.timeline.stage("import_engine"):
+            self._parts.import_engine()
+
+    def _read_zoo(self) -> tuple[ZooReader, VariantCatalog, list[str]]:
+        with self.timeline.stage("open_zoo"):
+            zoo = self._parts.open_zoo(self.config.zoo)
+            wanted = names_to_preload(zoo, self.config.preload)
+        catalog = VariantCatalog(zoo, self.config.router)
+        with self.timeline.stage("tokenizers"):
+            parse_ahead(catalog, wanted)
+        return zoo, catalog, wanted
+
+    def _add_services(self, server: grpc.aio.Server, router: Router) -> None:
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(router), server)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(router), server)
+        self._health.add_to(server)
+        if self.config.serves_reflection:
+            from grpc_health.v1 import health
+            from grpc_reflection.v1alpha import reflection
+
+            names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, server)
+
+    async def _preload(self, router: Router, refs: Sequence[str]) -> None:
+        """Load variants one after another; one that cannot be loaded does not keep the others from serving."""
+        for ref in refs:
+            try:
+                await router.load(ref)
+            except BlockzooError as error:
+                log.error("variant not loaded variant=%s reason=%s: %s", ref, error.reason, error)
+
+    async def stop(self, *, drain_seconds: float | None = None) -> None:
+        """Stop: NOT_SERVING first, then no new requests, then running answers to their end or the bound.
+
+        Args:
+            drain_seconds: instead of the settings' value.
+        """
+        seconds = self.config.drain_seconds if drain_seconds is None else drain_seconds
+        await self._health.stop()
+        if self._router is not None:
+            running = self._router.admission.num_requests
+            log.info("stopping requests=%d drain_seconds=%g", running, seconds)
+            cut_off = await self._router.admission.drain(seconds)
+            if cut_off:
+                log.warning("answers cut off count=%d", cut_off)
+        if self._server is not None:
+            await self._server.stop(CLOSE_SECONDS)
+            remove_socket(self.address)
+        if self._router is not None:
+            await self._router.close()
+        elif self._renderer is not None:
+            await self._renderer.close()
+        if self._engine is not None:
+            await asyncio.to_thread(self._engine.stop)
+        self._server = self._router = self._engine = self._renderer = None
+        log.info("stopped")
+
+    def cut_off(self) -> None:
+        """End a drain in progress: the answers still running break off now."""
+        if self._router is not None:
+            self._router.admission.evict()
