@@ -6,7 +6,7 @@ import hmac
 import os
 import socket
 import stat
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -160,9 +160,8 @@ def _refusing(handler: Handler) -> Handler:
         del request
         await abort(context, _unauthenticated())
 
-    async def refuse_stream(request: Any, context: Any) -> Any:
-        del request
-        await abort(context, _unauthenticated())
+    async def refuse_stream(request: Any, context: Any) -> AsyncIterator[Any]:
+        await refuse_unary(request, context)
         yield
 
     if handler.response_streaming:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
-import time
+from datetime import UTC, datetime
 from typing import Literal
 
 
 class TextFormatter(logging.Formatter):
     """`2026-11-23T20:45:32.123Z INFO router.service request id=… outcome=finished`."""
 
-    converter = time.gmtime
-
     def __init__(self) -> None:
-        super().__init__(
-            "%(asctime)s.%(msecs)03dZ %(levelname)s %(shortname)s %(message)s", "%Y-%m-%dT%H:%M:%S"
-        )
+        super().__init__("%(asctime)s %(levelname)s %(shortname)s %(message)s")
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
+        """UTC, to the millisecond."""
+        del datefmt
+        moment = datetime.fromtimestamp(record.created, UTC)
+        return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
     def format(self, record: logging.LogRecord) -> str:
         """The line; a traceback follows on lines of its own."""
@@ -25,7 +27,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One object per line: time (seconds since 1970), level, logger, message, and exception where there is one."""
+    """One object per line: time (seconds since 1970), level, logger, message, and exception if any."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line."""

@@ -144,7 +144,7 @@ class EmbeddedServer:
             reflection.enable_server_reflection(names, server)
 
     async def _preload(self, router: Router, refs: Sequence[str]) -> None:
-        """Load variants one after another; one that cannot be loaded does not keep the others from serving."""
+        """Load variants one after another; one that cannot be loaded does not hold up the others."""
         for ref in refs:
             try:
                 await router.load(ref)
