@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import stat
 import threading
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -101,9 +102,10 @@ class LocalStorage:
         """See `Storage`."""
         with translate_os_errors(key):
             try:
-                return self._path(key).stat().st_size
-            except FileNotFoundError:
+                status = self._path(key).stat()
+            except (FileNotFoundError, NotADirectoryError):
                 return None
+        return status.st_size if stat.S_ISREG(status.st_mode) else None
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """See `Storage`. A folder that vanishes meanwhile is empty."""

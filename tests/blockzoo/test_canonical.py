@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import enum
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from blockzoo.canonical import MAX_DEPTH, MAX_SAFE_INTEGER, canonical_json, digest_json, parse_json
+from blockzoo.errors import InvalidInputError
+
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers(-MAX_SAFE_INTEGER, MAX_SAFE_INTEGER)
+    | st.text(st.characters(exclude_categories=["Cs"]))
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), inner, max_size=4)
+    ),
+    max_leaves=20,
+)
+
+
+def test_member_order_of_rfc_8785():
+    # The example of section 3.2.3: the emoji is a surrogate pair in UTF-16 and therefore precedes U+FB33.
+    value = {
+        "\u20ac": "Euro Sign",
+        "\r": "Carriage Return",
+        "\ufb33": "Hebrew Letter Dalet With Dagesh",
+        "1": "One",
+        "\U0001f600": "Emoji: Grinning Face",
+        "\u0080": "Control",
+        "\u00f6": "Latin Small Letter O With Diaeresis",
+    }
+    order = ["Carriage Return", "One", "Control", "Latin Small Letter O With Diaeresis", "Euro Sign"]
+    order += ["Emoji: Grinning Face", "Hebrew Letter Dalet With Dagesh"]
+    assert list(json.loads(canonical_json(value)).values()) == order
+
+
+def test_string_escapes_of_rfc_8785():
+    # Section 3.2.2.2: two-character escapes where they exist, lower-case \u00xx for other controls.
+    text = "\u20ac$\u000f\u000aA'\u0042\u0022\u005c\\\"\u002f\b\t\n\f\r\u007f\u2028"
+    expected = '"\u20ac$\\u000f\\nA\'B\\"\\\\\\\\\\"/\\b\\t\\n\\f\\r\u007f\u2028"'
+    assert canonical_json(text).decode() == expected
+
+
+def test_no_white_space_and_nested_order():
+    assert (
+        canonical_json({"b": [1, {"d": None, "c": True}], "a": -0}) == b'{"a":0,"b":[1,{"c":true,"d":null}]}'
+    )
+
+
+@pytest.mark.parametrize(
+    "value",
+    [1.0, float("nan"), 2**53, -(2**53), b"bytes", {1: 2}, {"a": {"b": 0.5}}, "\ud800", {"\udfff": 1}],
+)
+def test_refused(value):
+    with pytest.raises(InvalidInputError):
+        canonical_json(value)
+
+
+def test_deep_nesting_is_refused_not_overflown():
+    value: list = []
+    for _ in range(MAX_DEPTH + 1):
+        value = [value]
+    with pytest.raises(InvalidInputError, match="nested deeper"):
+        canonical_json(value)
+    with pytest.raises(InvalidInputError):
+        parse_json(b"[" * 100_000)
+
+
+def test_enum_values_are_spelled_by_value():
+    class Kind(enum.StrEnum):
+        LAYER = "layer"
+
+    class Count(enum.IntEnum):
+        TWO = 2
+
+    assert canonical_json([Kind.LAYER, Count.TWO]) == b'["layer",2]'
+
+
+@settings(max_examples=60, deadline=None)
+@given(VALUES)
+def test_round_trip_and_stability(value):
+    data = canonical_json(value)
+    assert parse_json(data) == value
+    assert canonical_json(parse_json(data)) == data
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.dictionaries(st.text(max_size=3), st.integers(0, 3), min_size=2, max_size=6))
+def test_insertion_order_does_not_matter(members):
+    backwards = dict(reversed(members.items()))
+    assert digest_json(members) == digest_json(backwards)
+
+
+@pytest.mark.parametrize("data", [b"1.5", b"NaN", b"Infinity", b'{"a":1,"a":2}', b"\xff", b"{", b"", b"1e3"])
+def test_unreadable_json(data):
+    with pytest.raises(InvalidInputError):
+        parse_json(data)
