@@ -1,0 +1,19 @@
+"""A zoo of content-addressed model blocks, as a library.
+
+    from blockzoo import Zoo
+
+    zoo = Zoo.open("my-zoo", create=True)
+    zoo.register("SmolLM2-135M-Instruct", name="smollm2")
+    zoo.register("my-lora", name="support-bot", base="smollm2")
+    print(zoo.du().sharing_factor)
+
+Nothing here needs torch. `blockzoo.families.compute` does; the engine imports it.
+"""
+
+from __future__ import annotations
+
+from blockzoo.errors import BlockzooError
+from blockzoo.progress import NoProgress, Progress
+from blockzoo.zoo import Zoo
+
+__all__ = ["BlockzooError", "NoProgress", "Progress", "Zoo"]

@@ -177,7 +177,7 @@ def parse_json_object(name: str, data: bytes) -> dict[str, object]:
 
 
 def _check_ends(name: str, data: bytes) -> None:
-    """Tell a file that was cut off without parsing megabytes of vocabulary, which the tokenizer does later."""
+    """Tell a file that was cut off without parsing megabytes of vocabulary; the tokenizer does that later."""
     if data[:64].lstrip()[:1] != b"{" or data[-64:].rstrip()[-1:] != b"}":
         raise TruncatedFileError(
             f"{name} is not a whole JSON object",

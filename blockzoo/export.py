@@ -11,14 +11,15 @@ from pathlib import Path
 
 from blockzoo.contents import LAYOUT_FILE, FolderLayout, InBlock, InFile
 from blockzoo.errors import CorruptManifestError, InvalidInputError, StorageError, StorageFullError
-from blockzoo.manifest import ChainManifest, JsonValue, TensorRef, VariantRecord
+from blockzoo.json_report import JsonReport
+from blockzoo.manifest import ChainManifest, TensorRef, VariantRecord
 from blockzoo.progress import NoProgress, Progress
 from blockzoo.safetensors_io import parse_header
 from blockzoo.store import ZooStore
 
 
 @dataclass(frozen=True, slots=True)
-class ExportResult:
+class ExportResult(JsonReport):
     """What was written.
 
     Attributes:
@@ -32,15 +33,6 @@ class ExportResult:
     path: Path
     files: tuple[str, ...]
     num_bytes: int
-
-    def to_json(self) -> dict[str, JsonValue]:
-        """Return the result for `--json`."""
-        return {
-            "ref": self.ref,
-            "path": str(self.path),
-            "files": [*self.files],
-            "num_bytes": self.num_bytes,
-        }
 
 
 def export_variant(

@@ -10,12 +10,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 from blockzoo.checkpoint import ModelFolder, read_kept_file
 from blockzoo.contents import FolderLayout, InBlock, InFile
 from blockzoo.errors import VariantNotFoundError
 from blockzoo.finite import Weights, check_finite
-from blockzoo.manifest import BlockManifest, ChainId, FileRef, JsonValue, VariantRecord
+from blockzoo.json_report import JsonReport
+from blockzoo.manifest import BlockManifest, ChainId, FileRef, VariantRecord
 from blockzoo.outline import Outline
 from blockzoo.progress import Progress
 from blockzoo.registration import Registration
@@ -27,7 +29,7 @@ _MAX_CHECK_WORKERS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class RegisterResult:
+class RegisterResult(JsonReport):
     """What a registration did.
 
     Attributes:
@@ -52,23 +54,11 @@ class RegisterResult:
     ignored: tuple[str, ...]
     seconds: float
 
-    def to_json(self) -> dict[str, JsonValue]:
-        """Return the result for `--json`."""
-        return {
-            "name": self.record.name,
-            "version": self.record.version,
-            "kind": self.record.kind,
-            "chain": self.record.chain,
-            "base": self.record.provenance.get("base"),
-            "unchanged": self.unchanged,
-            "num_bytes": self.num_bytes,
-            "new_bytes": self.new_bytes,
-            "stored_bytes": self.stored_bytes,
-            "num_blobs": self.num_blobs,
-            "num_new_blobs": self.num_new_blobs,
-            "ignored": [*self.ignored],
-            "milliseconds": round(self.seconds * 1000),
-        }
+    def to_json(self) -> dict[str, Any]:
+        """Return the result for `--json`, flat where the record is concerned."""
+        fields = JsonReport.to_json(self)
+        record = fields.pop("record")
+        return {**{key: record[key] for key in ("name", "version", "kind", "chain", "provenance")}, **fields}
 
 
 class RegisterJob:

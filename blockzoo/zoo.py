@@ -1,0 +1,270 @@
+"""The zoo as one object: everything that the command line and the server do with it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+from blockzoo import gc, layout
+from blockzoo.backup import CopyReport, copy_zoo
+from blockzoo.compare import compare
+from blockzoo.errors import InvalidInputError, NotFoundError
+from blockzoo.export import ExportResult, export_variant
+from blockzoo.gc import GcReport
+from blockzoo.manifest import BlockId, BlockManifest, ChainId, ChainManifest, TensorRef, VariantRecord
+from blockzoo.names import check_name, parse_ref
+from blockzoo.outline import Manifests
+from blockzoo.progress import NoProgress, Progress
+from blockzoo.register import RegisterResult, register_folder
+from blockzoo.reports import DiffReport, RemoveReport, ShowReport, UsageReport, VariantRow
+from blockzoo.storage import open_storage
+from blockzoo.storage.base import ObjectInfo
+from blockzoo.store import ZooStore
+from blockzoo.survey import Survey
+from blockzoo.verify import VerifyReport, verify
+
+_CACHED_MANIFESTS = 1 << 16
+"""Block and chain manifests kept in memory; one takes a few kilobytes, and they never change."""
+
+
+class Zoo:
+    """A zoo. Reading methods may be called from several threads at once.
+
+    Args:
+        store: the zoo below; most callers use `Zoo.open`.
+    """
+
+    def __init__(self, store: ZooStore) -> None:
+        self.store = store
+        self._manifests: Manifests = _CachedManifests(store)
+
+    @classmethod
+    def open(cls, url: str | Path, *, create: bool = False) -> Zoo:
+        """Open the zoo in a folder or at an object store URL.
+
+        Args:
+            url: folder path, `s3://bucket/prefix`, `gs://`, `az://` or `memory://`.
+            create: begin a zoo there when there is none.
+
+        Raises:
+            ZooNotFoundError: there is none and `create` is false.
+            FormatVersionError: the zoo is newer than this version can read.
+            StorageError: the storage refuses, or lacks conditional writes.
+        """
+        return cls(ZooStore.open(open_storage(url), create=create))
+
+    @property
+    def url(self) -> str:
+        """Where the zoo is."""
+        return self.store.storage.url
+
+    # Reading what is registered.
+
+    def variants(self) -> list[VariantRecord]:
+        """Return the current version of every variant, by name."""
+        return self.store.variants()
+
+    def versions(self, name: str) -> list[VariantRecord]:
+        """Return the versions of a variant, oldest first; raises VariantNotFoundError."""
+        self.store.resolve(name)
+        return self.store.versions(name)
+
+    def resolve(self, ref: str) -> VariantRecord:
+        """Return what NAME or NAME@VERSION names.
+
+        Raises:
+            InvalidNameError: it is spelled wrong.
+            VariantNotFoundError: it is not registered; suggests near names.
+        """
+        return self.store.resolve(*parse_ref(ref))
+
+    def chain(self, chain: ChainId) -> ChainManifest:
+        """Return a chain manifest; raises ManifestNotFoundError or CorruptManifestError."""
+        return self._manifests.get_chain(chain)
+
+    def block(self, block: BlockId) -> BlockManifest:
+        """Return a block manifest; raises ManifestNotFoundError or CorruptManifestError."""
+        return self._manifests.get_block(block)
+
+    def read_tensor(self, tensor: TensorRef) -> list[memoryview]:
+        """Return a tensor's bytes, one read-only view for each of its blobs in row order.
+
+        Verified against the ids; raw blobs of a local zoo are mapped, not copied.
+
+        Raises:
+            BlobNotFoundError, CorruptBlobError: a blob is missing or damaged.
+        """
+        return [self.store.blobs.read(blob) for blob in tensor.blobs]
+
+    def read_file(self, record: VariantRecord, filename: str) -> bytes:
+        """Return a file kept with a variant.
+
+        Raises:
+            NotFoundError: the variant has no such file.
+            BlobNotFoundError, CorruptBlobError: it is missing or damaged in the storage.
+        """
+        if filename not in record.files:
+            raise NotFoundError(
+                f"{record.name}@{record.version} has no file {filename[:200]!r}",
+                hint=f"It has {', '.join(sorted(record.files))}.",
+                variant=record.name,
+                file=filename[:200],
+            )
+        return bytes(self.store.blobs.read(record.files[filename].blob))
+
+    # Reports.
+
+    def ls(self) -> list[VariantRow]:
+        """Return a row for every variant, with sizes."""
+        return Survey(self.store, self._manifests).rows()
+
+    def show(self, ref: str) -> ShowReport:
+        """Return all about one version: its chain as runs of links, sizes, who shares it."""
+        return Survey(self.store, self._manifests).show(self.resolve(ref))
+
+    def du(self) -> UsageReport:
+        """Return what everything takes, as checkpoints and in the zoo."""
+        return Survey(self.store, self._manifests).usage()
+
+    def diff(self, a: str, b: str) -> DiffReport:
+        """Return what differs between two variants or versions."""
+        return compare(self._manifests, self.resolve(a), self.resolve(b))
+
+    # Changing the zoo.
+
+    def register(
+        self,
+        path: str | Path,
+        *,
+        name: str,
+        base: str | None = None,
+        progress: Progress | None = None,
+    ) -> RegisterResult:
+        """Register a checkpoint or adapter folder; see `blockzoo.register.register_folder`."""
+        return register_folder(self.store, Path(path), name=name, base=base, progress=progress)
+
+    def export(self, ref: str, dest: str | Path, *, progress: Progress | None = None) -> ExportResult:
+        """Write a variant back as a folder; see `blockzoo.export.export_variant`."""
+        return export_variant(self.store, self.resolve(ref), Path(dest), progress=progress)
+
+    def rm(self, ref: str) -> RemoveReport:
+        """Remove a variant (NAME) or one of its old versions (NAME@VERSION); `gc` frees the bytes later.
+
+        Raises:
+            VariantNotFoundError: it is not registered.
+            CurrentVersionError: the version is the current one.
+        """
+        name, version = parse_ref(ref)
+        numbers = tuple(record.version for record in self.versions(name))
+        if version is None:
+            self.store.remove(name)
+            return RemoveReport(name, numbers, ())
+        self.store.remove_version(name, version)
+        return RemoveReport(name, (version,), tuple(n for n in numbers if n != version))
+
+    def rollback(self, name: str, to: int | None = None) -> VariantRecord:
+        """Make an older version current again, the one before the current when `to` is None."""
+        return self.store.rollback(name, to)
+
+    def gc(
+        self,
+        *,
+        grace_s: float = gc.GRACE_S,
+        dry_run: bool = False,
+        progress: Progress | None = None,
+    ) -> GcReport:
+        """Delete what no variant needs; see `blockzoo.gc.collect`."""
+        meter = _Meter(progress)
+        # How much will go is known only when it has gone.
+        with meter.task("deleting", 0):
+            return gc.collect(self.store, grace_s=grace_s, dry_run=dry_run, on_object=meter.count)
+
+    def verify(
+        self, repair_from: str | Path | None = None, *, progress: Progress | None = None
+    ) -> VerifyReport:
+        """Read everything back; take good bytes from another zoo for what is damaged."""
+        folders = (layout.REFS, layout.CHAINS, layout.BLOCKS, layout.BLOBS)
+        total = sum(info.size for folder in folders for info in self.store.storage.list(folder))
+        source = None if repair_from is None else Zoo.open(repair_from).store
+        meter = _Meter(progress)
+        with meter.task("verifying", total):
+            return verify(self.store, repair_from=source, on_object=meter.count)
+
+    def backup(
+        self, dest: str | Path, *, names: list[str] | None = None, progress: Progress | None = None
+    ) -> CopyReport:
+        """Bring the variants (all when `names` is None) into another zoo, which is created if needed."""
+        return _copy(self.store, Zoo.open(dest, create=True).store, names, progress, revive=False)
+
+    def restore(
+        self,
+        src: str | Path,
+        *,
+        names: list[str] | None = None,
+        revive: bool = False,
+        progress: Progress | None = None,
+    ) -> CopyReport:
+        """Bring variants from a backup; with `revive` also those that were removed here since."""
+        return _copy(Zoo.open(src).store, self.store, names, progress, revive=revive)
+
+
+class _CachedManifests:
+    """Manifests by digest never change, so what was read once is kept."""
+
+    def __init__(self, store: ZooStore) -> None:
+        self.get_chain = lru_cache(_CACHED_MANIFESTS)(store.get_chain)
+        self.get_block = lru_cache(_CACHED_MANIFESTS)(store.get_block)
+
+
+class _Meter:
+    """Passes on progress that comes from several threads, one call at a time."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress or NoProgress()
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def task(self, title: str, total: int) -> Iterator[None]:
+        """Start a task and finish it whatever happens."""
+        self._progress.start(title, total)
+        try:
+            yield
+        finally:
+            self._progress.finish()
+
+    def count(self, info: ObjectInfo) -> None:
+        """Count an object."""
+        self.advance(info.size)
+
+    def advance(self, num_bytes: int) -> None:
+        """Count bytes."""
+        with self._lock:
+            self._progress.advance(num_bytes)
+
+
+def _copy(
+    source: ZooStore,
+    destination: ZooStore,
+    names: Iterable[str] | None,
+    progress: Progress | None,
+    *,
+    revive: bool,
+) -> CopyReport:
+    if source.storage.url == destination.storage.url and not source.storage.url.startswith("memory:"):
+        raise InvalidInputError(
+            f"{source.storage.url} is both source and destination", hint="Give another place."
+        )
+    wanted = None if names is None else [check_name(name) for name in names]
+    meter = _Meter(progress)
+    with ExitStack() as stack:
+        return copy_zoo(
+            source,
+            destination,
+            names=wanted,
+            revive=revive,
+            on_plan=lambda total: stack.enter_context(meter.task("copying", total)),
+            on_bytes=meter.advance,
+        )
