@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -218,16 +218,17 @@ def _dtype(file: str, name: str, value: object) -> DType:
         ) from error
 
 
-def _check_cover(file: str, entries: Iterable[TensorEntry], data_bytes: int | None) -> None:
+def _check_cover(file: str, entries: Sequence[TensorEntry], data_bytes: int | None) -> None:
+    last = max(entries, key=lambda entry: entry.end, default=None)
+    if last is not None and data_bytes is not None and last.end > data_bytes:
+        raise TruncatedFileError(
+            f"{file} holds {data_bytes} bytes of tensors, but {last.name!r} ends at byte {last.end}",
+            hint=_DOWNLOAD_HINT,
+            file=file,
+            tensor=last.name,
+        )
     position = 0
     for entry in entries:
-        if data_bytes is not None and entry.end > data_bytes:
-            raise TruncatedFileError(
-                f"{file} holds {data_bytes} bytes of tensors, but {entry.name!r} ends at byte {entry.end}",
-                hint=_DOWNLOAD_HINT,
-                file=file,
-                tensor=entry.name,
-            )
         if entry.begin != position:
             problem = "overlaps the tensor before it" if entry.begin < position else "leaves a gap before it"
             raise CheckpointError(f"{file}: tensor {entry.name!r} {problem}", file=file, tensor=entry.name)

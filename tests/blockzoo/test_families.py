@@ -1,0 +1,261 @@
+import json
+
+import pytest
+from support.folders import ARCHITECTURES, HEADS, HIDDEN, KV_HEADS, LAYERS, VOCAB, WIDE, config, shapes
+
+from blockzoo import families
+from blockzoo.canonical import canonical_json
+from blockzoo.errors import InvalidConfigError, UnsupportedArchitectureError, UnsupportedFeatureError
+from blockzoo.manifest import BlockKind
+
+
+def plan(architecture="LlamaForCausalLM", **changes):
+    return families.for_architecture(architecture).plan(config(architecture, **changes))
+
+
+def planned_shapes(chain):
+    return {tensor.source: tensor.shape for block in chain.blocks for tensor in block.tensors.values()}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_plan_names_every_tensor_with_its_shape(architecture, tied):
+    chain = plan(architecture, tie_word_embeddings=tied)
+    expected = shapes(config(architecture, tie_word_embeddings=False))
+    assert planned_shapes(chain) == expected
+    assert chain.tied is tied
+    kinds = [block.kind for block in chain.blocks]
+    assert kinds == [BlockKind.EMBEDDING, *[BlockKind.LAYER] * LAYERS, BlockKind.HEAD]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "mlp_bias": True}])
+def test_plan_agrees_with_the_modules_of_transformers(architecture, changes):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    values = config(architecture, tie_word_embeddings=False, use_sliding_window=False, **changes)
+    name = architecture.removesuffix("ForCausalLM") + "Config"
+    options = {key: value for key, value in values.items() if key not in ("architectures", "model_type")}
+    with torch.device("meta"):
+        model = getattr(transformers, architecture)(getattr(transformers, name)(**options))
+    expected = {name: tuple(item.shape) for name, item in model.state_dict().items()}
+    if architecture in ("Qwen2ForCausalLM", "MistralForCausalLM"):
+        values = {key: value for key, value in values.items() if key not in ("attention_bias", "mlp_bias")}
+    assert planned_shapes(families.for_architecture(architecture).plan(values)) == expected
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_tensor_is_found_again_by_its_name(architecture):
+    family = families.for_architecture(architecture)
+    chain = plan(architecture)
+    for position, block in enumerate(chain.blocks):
+        for name, tensor in block.tensors.items():
+            assert family.source_name(position, LAYERS, name) == tensor.source
+            assert family.locate(tensor.source, LAYERS) == (position, name)
+    for foreign in (
+        "model.layers.3.mlp.up_proj.weight",
+        "model.layers.01.x",
+        "transformer.wte.weight",
+        "lm_head",
+    ):
+        assert family.locate(foreign, LAYERS) is None
+
+
+def test_layer_config_holds_what_the_computation_needs_and_no_index():
+    layer = plan().blocks[1]
+    assert layer.config == {
+        "hidden_size": HIDDEN,
+        "intermediate_size": WIDE,
+        "num_heads": HEADS,
+        "num_kv_heads": KV_HEADS,
+        "head_dim": HIDDEN // HEADS,
+        "norm_eps": "1e-05",
+        "rope": {"type": "default", "theta": "10000.0"},
+        "activation": "silu",
+        "sliding_window": None,
+        "qk_norm": False,
+    }
+    assert [dict(block.config) for block in plan().blocks[1:-1]] == [dict(layer.config)] * LAYERS
+    # Context length, token ids and the like do not change what a layer computes.
+    assert plan(max_position_embeddings=64, bos_token_id=9, attention_dropout=0.5).blocks[1] == layer
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_configs_are_canonical_json(architecture):
+    for block in plan(architecture).blocks:
+        assert json.loads(canonical_json(dict(block.config))) == block.config
+
+
+def test_embedding_and_head():
+    chain = plan(tie_word_embeddings=False)
+    assert chain.blocks[0].config == {"hidden_size": HIDDEN, "vocab_size": VOCAB}
+    assert chain.blocks[-1].config == {
+        "hidden_size": HIDDEN, "vocab_size": VOCAB, "norm_eps": "1e-05", "tied": False,
+    }  # fmt: skip
+    assert chain.blocks[0].tensors["weight"].chunk_rows == 4096
+    assert chain.blocks[-1].tensors["lm_head.weight"].chunk_rows == 4096
+    assert (chain.context_length, chain.vocab_size) == (128, VOCAB)
+
+
+OLD_AND_NEW_ROPE = {
+    "default": (
+        {"rope_theta": 500000.0},
+        {"rope_type": "default", "rope_theta": 500000.0},
+        {"type": "default", "theta": "500000.0"},
+    ),
+    "integer theta": (
+        {"rope_theta": 10000},
+        {"rope_theta": 10000},
+        {"type": "default", "theta": "10000.0"},
+    ),
+    "linear": (
+        {"rope_theta": 1e6, "rope_scaling": {"type": "linear", "factor": 4.0}},
+        {"rope_type": "linear", "factor": 4, "rope_theta": 1e6},
+        {"type": "linear", "theta": "1000000.0", "factor": "4.0"},
+    ),
+    "linear by 1 is no scaling": (
+        {"rope_scaling": {"type": "linear", "factor": 1.0}},
+        {"rope_type": "linear", "factor": 1},
+        {"type": "default", "theta": "10000.0"},
+    ),
+    "llama3": (
+        {
+            "rope_theta": 500000.0,
+            "rope_scaling": {
+                "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        },
+        {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64, "rope_theta": 500000.0,
+        },
+        {
+            "type": "llama3", "theta": "500000.0", "factor": "8.0", "low_freq_factor": "1.0",
+            "high_freq_factor": "4.0", "original_context_length": 64,
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OLD_AND_NEW_ROPE)
+def test_rope_of_transformers_4_and_5(name):
+    old, new, expected = OLD_AND_NEW_ROPE[name]
+    assert plan(rope_parameters=None, **old).blocks[1].config["rope"] == expected
+    assert plan(rope_parameters=new).blocks[1].config["rope"] == expected
+
+
+def test_llama3_without_original_length_uses_the_context_length():
+    values = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    assert plan(rope_parameters=values).blocks[1].config["rope"]["original_context_length"] == 128
+
+
+@pytest.mark.parametrize("kind", ["yarn", "dynamic", "longrope", "su"])
+def test_other_rope_types_are_refused_by_name(kind):
+    with pytest.raises(UnsupportedFeatureError, match=kind) as caught:
+        plan(rope_parameters={"rope_type": kind, "factor": 2.0})
+    assert "default, linear, llama3" in caught.value.hint
+
+
+def windows(**changes):
+    return [block.config["sliding_window"] for block in plan(**changes).blocks[1:-1]]
+
+
+def test_sliding_windows():
+    assert windows(architecture="MistralForCausalLM", sliding_window=32) == [32] * 3
+    assert windows(architecture="MistralForCausalLM", sliding_window=None) == [None] * 3
+    qwen = {"architecture": "Qwen2ForCausalLM", "sliding_window": 16}
+    assert windows(**qwen) == [None] * 3
+    assert windows(**qwen, use_sliding_window=True, max_window_layers=1) == [None, 16, 16]
+    types = ["sliding_attention", "full_attention", "sliding_attention"]
+    qwen["architecture"] = "Qwen3ForCausalLM"
+    assert windows(**qwen, use_sliding_window=True, layer_types=types) == [16, None, 16]
+    # Llama ignores the field, as transformers does.
+    assert windows(sliding_window=16) == [None] * 3
+
+
+def test_head_dim_and_defaults():
+    assert plan(head_dim=6).blocks[1].config["head_dim"] == 6
+    assert plan("Qwen3ForCausalLM", head_dim=None).blocks[1].config["head_dim"] == 128
+    assert plan(num_key_value_heads=None).blocks[1].config["num_kv_heads"] == HEADS
+    assert plan(rms_norm_eps=None).blocks[-1].config["norm_eps"] == "1e-06"
+    assert plan(tie_word_embeddings=None).tied is False
+    assert plan(hidden_act="gelu_pytorch_tanh").blocks[1].config["activation"] == "gelu_pytorch_tanh"
+    assert plan(hidden_act="swish").blocks[1] == plan().blocks[1]
+
+
+INVALID = {
+    "zero heads": {"num_attention_heads": 0},
+    "negative layers": {"num_hidden_layers": -1},
+    "a billion layers": {"num_hidden_layers": 10**9},
+    "hidden size missing": {"hidden_size": None},
+    "hidden size a string": {"hidden_size": "16"},
+    "hidden size a fraction": {"hidden_size": 16.5},
+    "hidden size true": {"hidden_size": True},
+    "hidden size not divisible": {"hidden_size": 18},
+    "kv heads do not divide": {"num_key_value_heads": 3},
+    "zero kv heads": {"num_key_value_heads": 0},
+    "odd head": {"head_dim": 5},
+    "zero vocabulary": {"vocab_size": 0},
+    "vocabulary 2**40": {"vocab_size": 2**40},
+    "epsilon zero": {"rms_norm_eps": 0},
+    "epsilon a string": {"rms_norm_eps": "1e-5"},
+    "epsilon huge": {"rms_norm_eps": 10**400},
+    "context missing": {"max_position_embeddings": None},
+    "tied a string": {"tie_word_embeddings": "yes"},
+    "theta negative": {"rope_parameters": {"rope_theta": -1.0}},
+    "rope a list": {"rope_parameters": [1]},
+    "linear without factor": {"rope_parameters": {"rope_type": "linear"}},
+    "llama3 without its factors": {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
+    "llama3 bands reversed": {
+        "rope_parameters": {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0,
+        }
+    },
+    "layer types too few": {"architecture": "Qwen2ForCausalLM", "layer_types": ["full_attention"]},
+    "window not in use": {
+        "architecture": "Qwen2ForCausalLM", "layer_types": ["sliding_attention"] * 3, "sliding_window": 8,
+    },
+    "window zero": {"architecture": "MistralForCausalLM", "sliding_window": 0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", INVALID)
+def test_values_that_no_model_can_have(name):
+    with pytest.raises(InvalidConfigError) as caught:
+        plan(**INVALID[name])
+    assert type(caught.value) is InvalidConfigError
+    assert caught.value.metadata["field"]
+    assert len(str(caught.value)) < 300
+
+
+UNSUPPORTED = {
+    "activation": {"hidden_act": "relu"},
+    "partial rotary": {"partial_rotary_factor": 0.5},
+    "rope per layer type": {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}},
+    "quantised": {"quantization_config": {"quant_method": "gptq"}},
+    "layer type": {"architecture": "Qwen3ForCausalLM", "layer_types": ["linear_attention"] * 3},
+    "mistral with layer types": {"architecture": "MistralForCausalLM", "layer_types": ["full_attention"] * 3},
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_parts_that_blocks_do_not_compute(name):
+    with pytest.raises(UnsupportedFeatureError):
+        plan(**UNSUPPORTED[name])
+
+
+def test_registry():
+    assert set(families.supported()) == set(ARCHITECTURES)
+    assert [families.get(name).name for name in ("llama", "mistral", "qwen2", "qwen3")]
+    for lookup in (families.get, families.for_architecture):
+        with pytest.raises(UnsupportedArchitectureError) as caught:
+            lookup("GPT2LMHeadModel")
+        assert all(name in caught.value.hint for name in ARCHITECTURES)
+
+
+def test_only_rotary_frequencies_may_be_left_over():
+    family = families.get("llama")
+    assert family.is_ignorable("model.layers.0.self_attn.rotary_emb.inv_freq")
+    assert family.is_ignorable("rotary_emb.inv_freq")
+    assert not family.is_ignorable("model.layers.0.self_attn.q_proj.bias")

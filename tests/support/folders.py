@@ -1,0 +1,220 @@
+"""Tiny checkpoint and adapter folders made with numpy alone, byte by byte.
+
+Names and shapes are written down here a second time on purpose: they are what
+Hugging Face checkpoints hold, not what `blockzoo.families` thinks they hold.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HIDDEN, WIDE, HEADS, KV_HEADS, VOCAB, LAYERS = 16, 24, 4, 2, 40, 3
+BITS = {"BF16": 16, "F16": 16, "F32": 32, "F64": 64, "I64": 64, "U8": 8}
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+
+@dataclass(frozen=True)
+class Raw:
+    """A tensor as raw bits."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
+Tensors = dict[str, Raw]
+
+
+def config(architecture: str = "LlamaForCausalLM", **changes: Any) -> dict[str, Any]:
+    """A config.json of the architecture; None as a value removes the field."""
+    values: dict[str, Any] = {
+        "architectures": [architecture],
+        "model_type": architecture.removesuffix("ForCausalLM").lower(),
+        "hidden_size": HIDDEN,
+        "intermediate_size": WIDE,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-05,
+        "hidden_act": "silu",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "tie_word_embeddings": True,
+    }
+    if architecture == "Qwen3ForCausalLM":
+        values["head_dim"] = 6
+    if architecture == "MistralForCausalLM":
+        values["sliding_window"] = 32
+    values.update(changes)
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def shapes(values: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor that transformers saves for this config."""
+    architecture = values["architectures"][0]
+    hidden, wide, vocab = values["hidden_size"], values["intermediate_size"], values["vocab_size"]
+    head_dim = values.get("head_dim") or hidden // values["num_attention_heads"]
+    query, kv = values["num_attention_heads"] * head_dim, values["num_key_value_heads"] * head_dim
+    bias = values.get("attention_bias", False)
+    qkv_bias = bias or architecture == "Qwen2ForCausalLM"
+    result: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
+    for index in range(values["num_hidden_layers"]):
+        linears = {
+            "self_attn.q_proj": (query, hidden, qkv_bias),
+            "self_attn.k_proj": (kv, hidden, qkv_bias),
+            "self_attn.v_proj": (kv, hidden, qkv_bias),
+            "self_attn.o_proj": (hidden, query, bias),
+            "mlp.gate_proj": (wide, hidden, values.get("mlp_bias", False)),
+            "mlp.up_proj": (wide, hidden, values.get("mlp_bias", False)),
+            "mlp.down_proj": (hidden, wide, values.get("mlp_bias", False)),
+        }
+        prefix = f"model.layers.{index}."
+        for name, (rows, columns, has_bias) in linears.items():
+            result[f"{prefix}{name}.weight"] = (rows, columns)
+            if has_bias:
+                result[f"{prefix}{name}.bias"] = (rows,)
+        result[f"{prefix}input_layernorm.weight"] = (hidden,)
+        result[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
+        if architecture == "Qwen3ForCausalLM":
+            result[f"{prefix}self_attn.q_norm.weight"] = (head_dim,)
+            result[f"{prefix}self_attn.k_norm.weight"] = (head_dim,)
+    result["model.norm.weight"] = (hidden,)
+    if not values.get("tie_word_embeddings", False):
+        result["lm_head.weight"] = (vocab, hidden)
+    return result
+
+
+def tensor(shape: Sequence[int], *, seed: Any = 0, dtype: str = "BF16") -> Raw:
+    """Small finite values, in whatever float type."""
+    values = np.random.default_rng(abs(hash_seed(seed))).normal(scale=0.1, size=tuple(shape))
+    return encode(values, dtype)
+
+
+def encode(values: np.ndarray, dtype: str = "BF16") -> Raw:
+    """Encode an array; bfloat16 is the upper half of float32."""
+    if dtype == "BF16":
+        data = (values.astype("<f4").view("<u4") >> 16).astype("<u2").tobytes()
+    else:
+        kind = {"F": "f", "I": "i", "U": "u"}[dtype[0]]
+        data = values.astype(f"<{kind}{BITS[dtype] // 8}").tobytes()
+    return Raw(dtype, tuple(values.shape), data)
+
+
+def hash_seed(seed: Any) -> int:
+    """A number from any text, the same in every process."""
+    return int.from_bytes(str(seed).encode().ljust(8, b"\0")[-8:], "little")
+
+
+def tensors(values: Mapping[str, Any], *, seed: int = 0, dtype: str = "BF16") -> Tensors:
+    """Random weights for a config; the same name, seed and shape give the same bytes."""
+    return {
+        name: tensor(shape, seed=f"{seed}{name[-40:]}{len(name)}{name}", dtype=dtype)
+        for name, shape in shapes(values).items()
+    }
+
+
+def header(items: Mapping[str, Raw]) -> dict[str, Any]:
+    """The header that belongs to tensors written one after the other."""
+    entries, position = {}, 0
+    for name, item in items.items():
+        end = position + len(item.data)
+        entries[name] = {"dtype": item.dtype, "shape": list(item.shape), "data_offsets": [position, end]}
+        position = end
+    return entries
+
+
+def safetensors_bytes(items: Mapping[str, Raw], entries: Mapping[str, Any] | None = None) -> bytes:
+    """A safetensors file; `entries` replaces the true header."""
+    text = json.dumps(header(items) if entries is None else entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + b"".join(item.data for item in items.values())
+
+
+def write_checkpoint(
+    path: Path,
+    values: Mapping[str, Any] | None = None,
+    items: Mapping[str, Raw] | None = None,
+    *,
+    shards: int = 1,
+    files: Mapping[str, str] | None = None,
+) -> Path:
+    """Write a folder as `save_pretrained` does."""
+    values = config() if values is None else values
+    items = tensors(values) if items is None else items
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(values))
+    extra = {"tokenizer.json": '{"model": {}}', "generation_config.json": '{"eos_token_id": 2}'}
+    for name, text in (extra if files is None else files).items():
+        (path / name).write_text(text)
+    if shards == 1:
+        (path / "model.safetensors").write_bytes(safetensors_bytes(items))
+        return path
+    names, weight_map = list(items), {}
+    for index in range(shards):
+        file = f"model-{index + 1:05}-of-{shards:05}.safetensors"
+        part = {name: items[name] for name in names[index::shards]}
+        weight_map.update(dict.fromkeys(part, file))
+        (path / file).write_bytes(safetensors_bytes(part))
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return path
+
+
+def adapter_config(**changes: Any) -> dict[str, Any]:
+    """An adapter_config.json as PEFT writes it."""
+    values: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "someone/base",
+        "r": 4,
+        "lora_alpha": 8,
+        "lora_dropout": 0.05,
+        "target_modules": ["q_proj", "v_proj"],
+        "modules_to_save": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "use_rslora": False,
+        "use_dora": False,
+        "megatron_core": "megatron.core",
+        "loftq_config": {},
+        "peft_version": "0.21.2",
+    }
+    return {**values, **changes}
+
+
+def adapter_tensors(
+    values: Mapping[str, Any],
+    modules: Sequence[str] = ("self_attn.q_proj", "self_attn.v_proj"),
+    rank: int = 4,
+) -> Tensors:
+    """LoRA matrices for modules of every layer."""
+    known = shapes({**values, "tie_word_embeddings": False})
+    items: Tensors = {}
+    for index in range(values["num_hidden_layers"]):
+        for module in modules:
+            rows, columns = known[f"model.layers.{index}.{module}.weight"]
+            name = f"base_model.model.model.layers.{index}.{module}"
+            items[f"{name}.lora_A.weight"] = tensor((rank, columns), seed=f"A{index}{module}", dtype="F32")
+            items[f"{name}.lora_B.weight"] = tensor((rows, rank), seed=f"B{index}{module}", dtype="F32")
+    return items
+
+
+def write_adapter(
+    path: Path, values: Mapping[str, Any] | None = None, items: Mapping[str, Raw] | None = None
+) -> Path:
+    """Write a folder as PEFT's `save_pretrained` does."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "adapter_config.json").write_text(json.dumps(adapter_config() if values is None else values))
+    items = adapter_tensors(config()) if items is None else items
+    (path / "adapter_model.safetensors").write_bytes(safetensors_bytes(items))
+    return path
