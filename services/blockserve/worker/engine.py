@@ -71,6 +71,7 @@ class BlockEngine:
         self._loading = asyncio.Lock()
         self._sinks: dict[RunningRequest, Sink] = {}
         self._commands: deque[Callable[[], None]] = deque()
+        self._arriving: deque[RunningRequest] = deque()  # submitted, not yet seen by the engine's thread
         self._outbox: list[tuple[asyncio.AbstractEventLoop, asyncio.Queue[Outcome], Outcome]] = []
         self._wake = threading.Condition()
         self._stopping = False
@@ -246,7 +247,7 @@ class BlockEngine:
             raise ChainNotLoadedError(
                 f"chain {request.chain} is not in memory", hint="Load the variant first.", chain=request.chain
             )
-        waiting = len(self._scheduler.waiting) + len(self._commands)
+        waiting = len(self._scheduler.waiting) + len(self._arriving)
         if waiting >= self.config.max_waiting_requests:
             raise QueueFullError(
                 f"{waiting} requests are waiting already",
@@ -265,6 +266,7 @@ class BlockEngine:
             )
 
         def accept() -> None:
+            self._arriving.remove(running)
             # The chain may have been unloaded since; its memory then is still held by the request.
             if self._chains.get(chain.id) is not chain:
                 sink(ChainNotLoadedError(f"chain {chain.id} was unloaded", hint="Send the request again."))
@@ -273,7 +275,12 @@ class BlockEngine:
             self._sinks[running] = sink
             self._scheduler.add(running)
 
-        self._post(accept)
+        self._arriving.append(running)
+        try:
+            self._post(accept)
+        except ServerStoppingError:
+            self._arriving.remove(running)
+            raise
         return running
 
     def cancel(self, running: RunningRequest) -> None:
