@@ -9,3 +9,13 @@ from support.variants import VariantFactory
 def variants(tmp_path_factory):
     """Checkpoints, adapters and the oracle's answers, made once."""
     return VariantFactory(tmp_path_factory.mktemp("variants"))
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    """An engine over an empty zoo; all memory it asks for is poisoned."""
+    from support.engine import EngineHarness
+    from support.memory import poisoned_memory
+
+    with poisoned_memory(), EngineHarness(tmp_path_factory.mktemp("zoo")) as harness:
+        yield harness

@@ -4,6 +4,7 @@ Names and shapes are written down here a second time on purpose: they are what
 Hugging Face checkpoints hold, not what `blockzoo.families` thinks they hold.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ def shapes(values: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 def tensor(shape: Sequence[int], *, seed: Any = 0, dtype: str = "BF16") -> Raw:
     """Small finite values, in whatever float type."""
-    values = np.random.default_rng(abs(hash_seed(seed))).normal(scale=0.1, size=tuple(shape))
+    values = np.random.default_rng(hash_seed(seed)).normal(scale=0.1, size=tuple(shape))
     return encode(values, dtype)
 
 
@@ -107,13 +108,13 @@ def encode(values: np.ndarray, dtype: str = "BF16") -> Raw:
 
 def hash_seed(seed: Any) -> int:
     """A number from any text, the same in every process."""
-    return int.from_bytes(str(seed).encode().ljust(8, b"\0")[-8:], "little")
+    return int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:8], "little")
 
 
 def tensors(values: Mapping[str, Any], *, seed: int = 0, dtype: str = "BF16") -> Tensors:
     """Random weights for a config; the same name, seed and shape give the same bytes."""
     return {
-        name: tensor(shape, seed=f"{seed}{name[-40:]}{len(name)}{name}", dtype=dtype)
+        name: tensor(shape, seed=f"{seed} {name}", dtype=dtype)
         for name, shape in shapes(values).items()
     }
 

@@ -1,0 +1,68 @@
+"""The engine against PEFT: every form of LoRA, on tied and untied, biased and normed checkpoints."""
+
+import pytest
+
+from blockzoo.errors import UnsupportedAdapterError
+from support.adapters import ADAPTERS, TRAINABLE_TOKENS
+
+BASES = ["llama-gqa", "llama-gqa-tied"]
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapter_equals_peft(engine, variants, base, name):
+    adapter = variants.adapter(variants.checkpoint(base), name)
+    chain = engine.load(adapter)
+    report = engine.compare(chain, variants.cases(adapter))
+    engine.unload(chain)
+    assert report.is_equal, report
+
+
+@pytest.mark.parametrize(
+    "base", ["llama-biases", "llama-bf16-sharded", "mistral-window", "qwen2-tied", "qwen3"]
+)
+@pytest.mark.parametrize("name", ["all-linear", "patterns", "lm-head"])
+def test_adapter_on_other_architectures_equals_peft(engine, variants, base, name):
+    adapter = variants.adapter(variants.checkpoint(base), name)
+    chain = engine.load(adapter)
+    report = engine.compare(chain, variants.cases(adapter, 8))
+    engine.unload(chain)
+    assert report.is_equal, report
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_all_adapters_loaded_together_equal_peft(engine, variants, base):
+    """Every adapter of one base beside the others; banks then hold rows of all of them."""
+    checkpoint = variants.checkpoint(base)
+    adapters = [variants.adapter(checkpoint, name) for name in ADAPTERS]
+    everyone = [checkpoint, *adapters]
+    chains = {one.name: engine.load(one) for one in everyone}
+    reports = {one.name: engine.compare(chains[one.name], variants.cases(one, 4)) for one in everyone}
+    for chain in chains.values():
+        engine.unload(chain)
+    assert all(report.is_equal for report in reports.values()), reports
+
+
+def test_adapter_on_a_top_quarter_tuned_checkpoint_equals_peft(engine, variants):
+    tuned = variants.top_quarter(variants.checkpoint("llama-gqa"))
+    adapter = variants.adapter(tuned, "all-linear")
+    chain = engine.load(adapter)
+    report = engine.compare(chain, variants.cases(adapter, 8))
+    engine.unload(chain)
+    assert report.is_equal, report
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_adapter_shares_every_base_block(engine, variants, base):
+    checkpoint = variants.checkpoint(base)
+    chains = [engine.register(one) for one in (checkpoint, variants.adapter(checkpoint, "some-layers"))]
+    plain, adapted = (engine.zoo.chain(chain).links for chain in chains)
+    assert [link.base for link in plain] == [link.base for link in adapted]
+    assert [len(link.applied) for link in adapted] == [0, 0, 1, 0, 1, 0]  # layers 1 and 3
+
+
+def test_single_trained_tokens_are_refused_by_name(engine, variants):
+    """PEFT's `trainable_token_indices` is not plain LoRA; ignoring it would give wrong answers."""
+    adapter = variants.adapter(variants.checkpoint("llama-gqa"), "trainable-tokens", spec=TRAINABLE_TOKENS)
+    with pytest.raises(UnsupportedAdapterError, match="trainable token"):
+        engine.register(adapter)

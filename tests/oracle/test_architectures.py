@@ -1,0 +1,76 @@
+"""The engine against transformers: every architecture and shape, chunked prompts, long contexts."""
+
+import pytest
+
+from blockserve.worker.config import EngineConfig
+from support.engine import EngineHarness
+from support.memory import poisoned_memory
+from support.models import CONTEXT_LENGTH, SPECS
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_checkpoint_equals_transformers(engine, variants, name):
+    variant = variants.checkpoint(name)
+    chain = engine.load(variant)
+    report = engine.compare(chain, variants.cases(variant))
+    engine.unload(chain)
+    assert report.is_equal, report
+    assert report.num_prompts == 20
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_top_quarter_tuned_equals_transformers(engine, variants, name):
+    """A partly tuned copy runs beside its base, which it shares three quarters of the layers with."""
+    base = variants.checkpoint(name)
+    tuned = variants.top_quarter(base)
+    chains = engine.load(base), engine.load(tuned)
+    links = [engine.zoo.chain(chain).links for chain in chains]
+    differing = [place for place, (old, new) in enumerate(zip(*links, strict=True)) if old != new]
+    assert differing == [4]  # embedding, layers 0 to 3, head
+    reports = [
+        engine.compare(chain, variants.cases(one, 8))
+        for chain, one in zip(chains, (base, tuned), strict=True)
+    ]
+    for chain in chains:
+        engine.unload(chain)
+    assert all(report.is_equal for report in reports), reports
+    assert all(
+        a.tokens != b.tokens for a, b in zip(variants.cases(base, 8), variants.cases(tuned, 8), strict=True)
+    )
+
+
+# max_running_requests, max_tokens_per_pass, kv_page_tokens
+BATCHING = [(1, 1, 1), (3, 5, 3), (2, 63, 500), (36, 47, 7), (64, 512, 32), (8, 4096, 16)]
+
+
+@pytest.mark.parametrize("name", ["llama-rope-llama3", "mistral-window", "qwen2", "qwen3"])
+@pytest.mark.parametrize(("running", "tokens", "page"), BATCHING)
+def test_chunks_and_pages_of_any_size_give_the_same(variants, tmp_path, name, running, tokens, page):
+    """Long prompts, up to a context that is exactly full, cut into chunks and pages at odd places."""
+    variant = variants.checkpoint(name)
+    cases = variants.oracle(variant).cases(
+        4, lengths=(63, 129, 300, CONTEXT_LENGTH - 16), num_tokens=16, seed=3
+    )
+    config = EngineConfig(
+        dtype="float32",
+        max_running_requests=running,
+        max_tokens_per_pass=tokens,
+        kv_page_tokens=page,
+        kv_cache_bytes=8 << 20,
+    )
+    with poisoned_memory(), EngineHarness(tmp_path / "zoo", config) as engine:
+        report = engine.compare(engine.load(variant), cases)
+    assert report.is_equal, report
+
+
+def test_a_pool_too_small_for_all_requests_gives_the_same(variants, tmp_path):
+    """Requests wait for pages; pages that others left behind are used again."""
+    variant = variants.checkpoint("llama-gqa")
+    page_bytes = 2 * 8 * 3 * 14 * 4
+    config = EngineConfig(dtype="float32", kv_page_tokens=8, kv_cache_bytes=page_bytes * 4 * 40)
+    with poisoned_memory(), EngineHarness(tmp_path / "zoo", config) as engine:
+        chain = engine.load(variant)
+        assert engine.report().kv_pages_total <= 4 * 40
+        report = engine.compare(chain, variants.cases(variant))
+        assert engine.report().kv_pages_used == 0
+    assert report.is_equal, report

@@ -1,0 +1,112 @@
+"""The engine against transformers and PEFT on SmolLM2-135M-Instruct: base, LoRA, top quarter tuned."""
+
+import pytest
+from transformers import AutoTokenizer
+
+from blockserve.worker.config import EngineConfig
+from support.adapters import ATTENTION, AdapterSpec
+from support.engine import Ask, EngineHarness
+from support.oracle import MIN_MARGIN
+
+pytestmark = [pytest.mark.model, pytest.mark.timeout(1800)]
+
+QUESTIONS = (
+    "Explain what a lighthouse is in two sentences.",
+    "List three colours of the rainbow.",
+    "What is the capital of France, and which river runs through it?",
+    "Write a haiku about rain on a tin roof.",
+    "Translate to German: The cat sleeps on the warm stove.",
+    "def fibonacci(n):",
+    "Once upon a time, in a village by the sea,",
+    "Why do leaves change colour in autumn?",
+    "17 + 25 =",
+    "Give me a recipe for pancakes with four ingredients.",
+    "Hi",
+    "Summarise: The meeting was moved from Monday to Thursday because two speakers were ill.",
+    "Who wrote Romeo and Juliet?",
+    "Name a mammal that lays eggs.",
+    "The quick brown fox jumps over the lazy dog. " * 6,
+    "SELECT name, COUNT(*) FROM orders",
+    "Tell me a joke about computers.",
+    "Describe the taste of an apple to someone who has never eaten one.",
+    "How far is the moon from the earth?",
+    "Is water wet? Argue both sides.",
+    "Continue the list: Monday, Tuesday,",
+    "What should I pack for a week in the mountains in March?",
+    "Rewrite politely: Send me the report now.",
+    "In one word: what do bees make?",
+)
+LORA = AdapterSpec(
+    {"r": 8, "lora_alpha": 4, "target_modules": [*ATTENTION, "gate_proj", "up_proj", "down_proj"]}
+)
+
+
+@pytest.fixture(scope="module")
+def prompts(smollm2):
+    """Every second question as a chat, the others as plain text."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+
+    def encode(index, question):
+        if index % 2:
+            return tokenizer(question)["input_ids"]
+        chat = [{"role": "user", "content": question}]
+        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+    return [tuple(encode(index, question)) for index, question in enumerate(QUESTIONS)]
+
+
+@pytest.fixture(scope="module")
+def family(variants, smollm2):
+    """Base, LoRA and top-quarter variant."""
+    base = variants.existing("smollm2", smollm2)
+    return [base, variants.adapter(base, "all-linear", spec=LORA), variants.top_quarter(base, num_layers=30)]
+
+
+@pytest.fixture(scope="module")
+def expected(variants, family, prompts):
+    """The oracle's answers to twenty questions whose answers float32 can decide, for each variant."""
+    answers = {}
+    for variant in family:
+        decided = [one for one in variants.oracle(variant).expect(prompts) if one.margin > MIN_MARGIN]
+        variants.forget(variant)
+        answers[variant] = decided[:20]
+        assert len(answers[variant]) == 20
+    return answers
+
+
+@pytest.fixture(scope="module")
+def smollm2_engine(tmp_path_factory, family):
+    """All three variants loaded in one engine."""
+    config = EngineConfig(
+        dtype="float32", kv_cache_bytes=512 << 20, max_tokens_per_pass=101, kv_page_tokens=24
+    )
+    with EngineHarness(tmp_path_factory.mktemp("zoo"), config) as harness:
+        for variant in family:
+            harness.load(variant)
+        yield harness
+
+
+@pytest.mark.parametrize("index", [0, 1, 2], ids=["base", "lora", "top quarter"])
+def test_variant_equals_transformers(smollm2_engine, family, expected, index):
+    variant = family[index]
+    report = smollm2_engine.compare(smollm2_engine.register(variant), expected[variant])
+    print(f"{variant.name}: {report.logits_error:.1e}")
+    assert report.is_equal, report
+    assert report.num_prompts == 20
+
+
+def test_all_variants_together_equal_transformers(smollm2_engine, family, expected):
+    """Sixty requests of three variants at once, in one base pass where their blocks are the same."""
+    cases = [
+        (variant, one) for place in range(20) for variant in family for one in [expected[variant][place]]
+    ]
+    asks = [Ask(smollm2_engine.register(variant), one.prompt, len(one.tokens)) for variant, one in cases]
+    assert smollm2_engine.run(asks) == [one.tokens for _, one in cases]
+    assert max(one.largest_batch_chains for one in smollm2_engine.report().segments) == 3
+
+
+def test_variants_answer_differently(family, expected):
+    base, lora, tuned = (expected[variant] for variant in family)
+    for other in (lora, tuned):
+        by_prompt = {one.prompt: one.tokens for one in other}
+        assert any(by_prompt.get(one.prompt, one.tokens) != one.tokens for one in base)
