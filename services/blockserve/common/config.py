@@ -18,6 +18,7 @@ from pydantic_settings import (
     SettingsConfigDict,
     YamlConfigSettingsSource,
 )
+from yaml import YAMLError
 
 from blockserve.common.errors import ConfigurationError
 
@@ -101,7 +102,7 @@ class Settings(BaseSettings):
             raise ConfigurationError(
                 _describe(error), hint="docs/configuration.md explains every setting."
             ) from error
-        except (ValueError, OSError) as error:
+        except (YAMLError, ValueError, OSError) as error:
             raise ConfigurationError(
                 f"the settings cannot be read: {error}", hint="docs/configuration.md explains every setting."
             ) from error

@@ -66,7 +66,8 @@ def _rebuild(packed: bytes, code: grpc.StatusCode) -> BlockzooError | None:
 
 
 def _by_reason() -> Mapping[str, type[BlockzooError]]:
-    return {cls.reason: cls for cls in all_errors() if cls is not BlockzooError}
+    # A class that declares no reason of its own is no kind of its own.
+    return {cls.reason: cls for cls in all_errors() if cls is not BlockzooError and "reason" in vars(cls)}
 
 
 def _restore(error: BlockzooError, metadata: Mapping[str, str], retry_after: float) -> None:

@@ -40,6 +40,7 @@ STATUS: Mapping[type[BlockzooError], grpc.StatusCode] = {
     # The caller has to change the call.
     zoo_errors.InvalidInputError: _Code.INVALID_ARGUMENT,
     zoo_errors.InvalidNameError: _Code.INVALID_ARGUMENT,
+    zoo_errors.CurrentVersionError: _Code.FAILED_PRECONDITION,
     zoo_errors.CheckpointError: _Code.INVALID_ARGUMENT,
     zoo_errors.TruncatedFileError: _Code.INVALID_ARGUMENT,
     zoo_errors.PickleRefusedError: _Code.INVALID_ARGUMENT,
@@ -49,6 +50,7 @@ STATUS: Mapping[type[BlockzooError], grpc.StatusCode] = {
     zoo_errors.TensorMismatchError: _Code.INVALID_ARGUMENT,
     zoo_errors.InvalidConfigError: _Code.INVALID_ARGUMENT,
     zoo_errors.UnsupportedArchitectureError: _Code.INVALID_ARGUMENT,
+    zoo_errors.UnsupportedFeatureError: _Code.INVALID_ARGUMENT,
     zoo_errors.AdapterError: _Code.INVALID_ARGUMENT,
     zoo_errors.AdapterBaseMismatchError: _Code.INVALID_ARGUMENT,
     zoo_errors.UnknownTargetError: _Code.INVALID_ARGUMENT,

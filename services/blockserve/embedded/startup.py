@@ -45,9 +45,8 @@ def open_zoo(url: str) -> ZooReader:
 
 def make_engine(zoo: ZooReader, config: EngineConfig) -> RunnableEngine:
     """The real engine over the real zoo."""
-    from blockzoo.zoo import Zoo
-
     from blockserve.worker.engine import BlockEngine
+    from blockzoo.zoo import Zoo
 
     assert isinstance(zoo, Zoo)
     return BlockEngine(zoo, config)

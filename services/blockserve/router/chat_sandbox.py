@@ -91,9 +91,18 @@ def _strftime_now(form: str) -> str:
     return datetime.datetime.now().strftime(form)  # noqa: DTZ005 - the server's local day, as transformers does
 
 
+class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """The sandbox of jinja2, except that a forbidden attribute fails even where it is only printed."""
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> jinja2.Undefined:
+        if attribute.startswith("_"):
+            raise jinja2.exceptions.SecurityError(f"a template cannot reach {attribute!r}")
+        return super().unsafe_undefined(obj, attribute)
+
+
 def environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     """The environment that transformers renders chat templates in: same options, filters and globals."""
-    env = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    env = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
     )
     env.filters["tojson"] = _to_json

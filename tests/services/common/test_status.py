@@ -1,0 +1,245 @@
+"""Errors on the wire: each class mapped on purpose, details that survive the trip, nothing lost."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import pkgutil
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2, status_pb2
+
+import blockserve
+import blockzoo
+from blockserve.common import errors as serve_errors
+from blockserve.common.errors import QueueFullError, RemoteError, SamplingError, ServerStoppingError
+from blockserve.common.rpc_errors import from_rpc_error
+from blockserve.common.status import DETAILS_KEY, STATUS, ErrorInterceptor, all_errors, status_code, to_status
+from blockzoo import errors as zoo_errors
+from blockzoo.errors import BlockzooError, UnsupportedArchitectureError, VariantNotFoundError
+from support.edge import async_test
+
+
+def test_every_error_class_is_mapped_on_purpose() -> None:
+    for package in (blockzoo, blockserve):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if "errors" in module.name:
+                importlib.import_module(module.name)
+    ours = {cls for cls in all_errors() if cls.__module__.startswith(("blockzoo.", "blockserve."))}
+    assert ours == set(STATUS)
+
+
+def test_reasons_tell_the_classes_apart() -> None:
+    reasons = [cls.reason for cls in STATUS]
+    assert len(set(reasons)) == len(reasons)
+    assert all(reason.isupper() for reason in reasons)
+
+
+def test_a_class_made_later_takes_its_parents_status() -> None:
+    class LateError(zoo_errors.CorruptBlobError):
+        """Not in the table."""
+
+    assert status_code(LateError("x")) is grpc.StatusCode.DATA_LOSS
+
+
+class FailedCall(grpc.RpcError):
+    """What a client sees of a status."""
+
+    def __init__(self, code: grpc.StatusCode, details: str, packed: bytes | None = None) -> None:
+        self._values = code, details, packed
+
+    def code(self) -> grpc.StatusCode:
+        return self._values[0]
+
+    def details(self) -> str:
+        return self._values[1]
+
+    def trailing_metadata(self) -> list[tuple[str, Any]]:
+        return [] if self._values[2] is None else [("other", "x"), (DETAILS_KEY, self._values[2])]
+
+
+def round_trip(error: BlockzooError) -> BlockzooError:
+    status = to_status(error)
+    return from_rpc_error(FailedCall(status_code(error), status.message, status.SerializeToString()))
+
+
+def make(cls: type[BlockzooError]) -> BlockzooError:
+    if cls is SamplingError:
+        return SamplingError("sampling.top_p", "7 is too much")
+    if cls is VariantNotFoundError:
+        return VariantNotFoundError("kvj", ["kjv", "kiv"])
+    if cls is UnsupportedArchitectureError:
+        return UnsupportedArchitectureError("Mamba", ["Llama", "Qwen2"])
+    if cls is zoo_errors.CurrentVersionError:
+        return zoo_errors.CurrentVersionError("kjv", 3)
+    return cls("what happened", hint="what to do", chain="c0ffee")
+
+
+@pytest.mark.parametrize("cls", sorted(STATUS, key=lambda cls: cls.__name__))
+def test_an_error_comes_back_as_itself(cls: type[BlockzooError]) -> None:
+    error, back = make(cls), round_trip(make(cls))
+    if cls is BlockzooError or issubclass(cls, RemoteError):
+        assert type(back) is RemoteError
+        assert back.metadata["remote_reason"] == cls.reason
+    else:
+        assert type(back) is cls
+        assert back.metadata.items() >= error.metadata.items()
+    assert str(back) == str(error)
+    assert back.hint == error.hint
+
+
+def test_what_classes_carry_beside_metadata_comes_back() -> None:
+    assert round_trip(QueueFullError("full", retry_after=2.5)).retry_after == 2.5
+    assert round_trip(make(SamplingError)).field == "sampling.top_p"
+    assert round_trip(make(VariantNotFoundError)).suggestions == ("kjv", "kiv")
+    assert round_trip(make(UnsupportedArchitectureError)).supported == ("Llama", "Qwen2")
+
+
+def details(error: BlockzooError, kind: Any) -> Any:
+    for packed in to_status(error).details:
+        if packed.Is(kind.DESCRIPTOR):
+            message = kind()
+            packed.Unpack(message)
+            return message
+    return None
+
+
+def test_the_details_are_the_standard_ones() -> None:
+    info = details(make(VariantNotFoundError), error_details_pb2.ErrorInfo)
+    assert (info.domain, info.reason) == ("blockzoo", "VARIANT_NOT_FOUND")
+    assert info.metadata["suggestions"] == "kjv, kiv"
+    retry = details(QueueFullError("full", retry_after=1.5), error_details_pb2.RetryInfo)
+    assert retry.retry_delay.ToMilliseconds() == 1500
+    request = details(make(SamplingError), error_details_pb2.BadRequest)
+    assert [violation.field for violation in request.field_violations] == ["sampling.top_p"]
+
+
+def test_no_retry_is_promised_where_it_cannot_help() -> None:
+    assert details(serve_errors.KvCapacityError("too big"), error_details_pb2.RetryInfo) is None
+
+
+def test_a_status_fits_the_header_frame_whatever_a_caller_sent() -> None:
+    names = ["n" * 4000] * 500
+    error = VariantNotFoundError("x" * 1_000_000, names)
+    for i in range(100):
+        error.metadata = {**error.metadata, f"key{i}": "v" * 5000}
+    assert to_status(error).ByteSize() < 7000
+
+
+def test_metadata_cannot_collide_with_python_names() -> None:
+    error = BlockzooError("odd")
+    error.metadata = {"self": "a", "message": "b"}
+    status = to_status(error)
+    back = from_rpc_error(FailedCall(grpc.StatusCode.INTERNAL, "odd", status.SerializeToString()))
+    assert back.metadata["self"] == "a"
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (grpc.StatusCode.UNAVAILABLE, serve_errors.UnavailableError),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, serve_errors.DeadlineExceededError),
+        (grpc.StatusCode.UNAUTHENTICATED, serve_errors.UnauthenticatedError),
+        (grpc.StatusCode.UNIMPLEMENTED, RemoteError),
+    ],
+)
+def test_statuses_that_carry_no_details_are_typed_too(
+    code: grpc.StatusCode, kind: type[BlockzooError]
+) -> None:
+    assert type(from_rpc_error(FailedCall(code, "gone"))) is kind
+    foreign = status_pb2.Status(message="of another program")
+    foreign.details.add().Pack(error_details_pb2.ErrorInfo(reason="QUEUE_FULL", domain="elsewhere"))
+    assert type(from_rpc_error(FailedCall(code, "gone", foreign.SerializeToString()))) is kind
+
+
+class Details:
+    """HandlerCallDetails of one method."""
+
+    method = "/test.Service/Method"
+    invocation_metadata = ()
+
+
+async def intercepted(handler: Any) -> Any:
+    async def continuation(details: Any) -> Any:
+        return handler
+
+    return await ErrorInterceptor().intercept_service(continuation, Details())  # type: ignore[arg-type]
+
+
+class Context:
+    """Records how a call was aborted."""
+
+    aborted: tuple[grpc.StatusCode, str, Any] | None = None
+
+    async def abort(self, code: grpc.StatusCode, message: str, trailing_metadata: Any) -> None:
+        self.aborted = code, message, trailing_metadata
+        raise grpc.aio.AbortError
+
+
+@async_test
+async def test_the_interceptor_translates_in_unary_calls_and_streams() -> None:
+    async def unary(request: Any, context: Any) -> Any:
+        raise ServerStoppingError("stopping")
+
+    async def stream(request: Any, context: Any) -> Any:
+        yield 1
+        raise ServerStoppingError("stopping")
+
+    context = Context()
+    handler = await intercepted(grpc.unary_unary_rpc_method_handler(unary))
+    with pytest.raises(grpc.aio.AbortError):
+        await handler.unary_unary(None, context)
+    assert context.aborted is not None
+    assert context.aborted[:2] == (grpc.StatusCode.UNAVAILABLE, "stopping")
+
+    context, received = Context(), list[int]()
+    handler = await intercepted(grpc.unary_stream_rpc_method_handler(stream))
+    responses = handler.unary_stream(None, context)
+    received.append(await anext(responses))
+    with pytest.raises(grpc.aio.AbortError):
+        await anext(responses)
+    assert received == [1]
+    assert context.aborted is not None
+
+
+@async_test
+async def test_leaving_a_stream_runs_its_cleanup_at_once() -> None:
+    closed = []
+
+    async def stream(request: Any, context: Any) -> Any:
+        try:
+            while True:
+                yield 1
+        finally:
+            closed.append(True)
+
+    handler = await intercepted(grpc.unary_stream_rpc_method_handler(stream))
+    responses = handler.unary_stream(None, Context())
+    await anext(responses)
+    await responses.aclose()
+    assert closed == [True]
+
+
+@async_test
+async def test_an_unknown_exception_is_logged_under_the_id_the_caller_gets(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def unary(request: Any, context: Any) -> Any:
+        raise ZeroDivisionError("secret of the server")
+
+    context = Context()
+    handler = await intercepted(grpc.unary_unary_rpc_method_handler(unary))
+    caplog.set_level(logging.ERROR)
+    with pytest.raises(grpc.aio.AbortError):
+        await handler.unary_unary(None, context)
+    assert context.aborted is not None
+    code, message, trailers = context.aborted
+    assert code is grpc.StatusCode.INTERNAL
+    assert "secret" not in message
+    incident = from_rpc_error(FailedCall(code, message, trailers[0][1])).metadata["incident"]
+    assert incident in message
+    assert incident in caplog.text
+    assert "ZeroDivisionError" in caplog.text
+    assert "/test.Service/Method" in caplog.text

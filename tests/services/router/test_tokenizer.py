@@ -1,0 +1,114 @@
+"""Text to token ids, as transformers does it; one parsed copy per blob."""
+
+from __future__ import annotations
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from blockserve.common.errors import PromptError
+from blockserve.router.tokenizer import TokenizerCache, VariantTokenizer
+from blockzoo.manifest import BlobId
+from support.edge import byte_fallback_tokenizer, byte_level_tokenizer, tokenizer_json
+
+TEXTS = [
+    "In the beginning God created the heaven and the earth.",
+    "  two  spaces\tand\n\nnewlines  ",
+    "Größe, naïve, 東京, 🦁🏳️‍🌈, \u0000 and \x7f",
+    "<|im_start|>user\nhello<|im_end|>\n",
+    "x" * 3000,
+    "def f(x):\n    return x**2  # 12345 67890",
+]
+
+
+def test_special_tokens_come_from_the_post_processor_or_not_at_all() -> None:
+    tokenizer = VariantTokenizer.from_bytes(tokenizer_json())
+    bos = tokenizer.token_id("<s>")
+    plain = tokenizer.encode("hello", add_special_tokens=False)
+    assert tokenizer.encode("hello", add_special_tokens=True) == (bos, *plain)
+    assert bos not in plain
+
+
+def test_truncation_and_padding_in_the_file_are_not_applied() -> None:
+    raw = byte_level_tokenizer()
+    raw.enable_truncation(4)
+    raw.enable_padding(length=4)
+    tokenizer = VariantTokenizer.from_bytes(raw.to_str().encode())
+    assert len(tokenizer.encode("q" * 50, add_special_tokens=False)) == 50
+    assert len(tokenizer.encode("q", add_special_tokens=False)) == 1
+
+
+def test_decoders_are_told_apart() -> None:
+    assert VariantTokenizer(byte_level_tokenizer()).is_byte_level
+    assert not VariantTokenizer(byte_fallback_tokenizer()).is_byte_level
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b"\xff\xfe", b'{"model": 5}', b"[" * 5000])
+def test_a_file_that_is_no_tokenizer_is_a_typed_error(data: bytes) -> None:
+    with pytest.raises(PromptError, match=r"tokenizer\.json"):
+        VariantTokenizer.from_bytes(data)
+
+
+def test_threads_that_want_the_same_blob_parse_it_once() -> None:
+    cache, reads, barrier = TokenizerCache(4), [], threading.Barrier(6)
+
+    def read() -> bytes:
+        reads.append(threading.get_ident())
+        return tokenizer_json()
+
+    def get() -> VariantTokenizer:
+        barrier.wait()
+        return cache.get(BlobId("a"), read)
+
+    with ThreadPoolExecutor(6) as pool:
+        found = [future.result() for future in [pool.submit(get) for _ in range(6)]]
+    assert len(reads) == 1
+    assert all(tokenizer is found[0] for tokenizer in found)
+
+
+def test_the_least_used_tokenizer_is_forgotten() -> None:
+    cache, reads = TokenizerCache(2), []
+
+    def get(blob: str) -> None:
+        cache.get(BlobId(blob), lambda: reads.append(blob) or tokenizer_json())
+
+    for blob in ("a", "b", "a", "c", "a", "b"):
+        get(blob)
+    assert reads == ["a", "b", "c", "b"]
+
+
+def test_a_failure_is_not_remembered() -> None:
+    cache = TokenizerCache(2)
+    with pytest.raises(PromptError):
+        cache.get(BlobId("a"), lambda: b"broken")
+    assert cache.get(BlobId("a"), tokenizer_json).token_id("<s>") is not None
+
+
+@pytest.mark.parametrize("make", [byte_level_tokenizer, byte_fallback_tokenizer])
+def test_made_tokenizers_match_transformers(make: object, tmp_path: Path) -> None:
+
+    raw = make()  # type: ignore[operator]
+    raw.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"})
+    )
+    compare(tmp_path)
+
+
+@pytest.mark.model
+def test_smollm2_matches_transformers(smollm2: Path) -> None:
+    compare(smollm2)
+
+
+def compare(folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(folder)
+    ours = VariantTokenizer.from_bytes((folder / "tokenizer.json").read_bytes())
+    for text in TEXTS:
+        for special in (True, False):
+            expected = theirs(text, add_special_tokens=special)["input_ids"]
+            assert list(ours.encode(text, add_special_tokens=special)) == expected
