@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from blockzoo import layout
 from blockzoo.errors import BlockzooError
 from blockzoo.manifest import BlobId, BlockId, ChainId, VariantRecord
 
@@ -36,6 +37,13 @@ class Closure:
     def digests(self) -> set[str]:
         """Return all of them."""
         return {*self.chains, *self.blocks, *self.blobs}
+
+    def objects(self) -> dict[str, str]:
+        """Return the key of everything that is needed, with its digest."""
+        keys: dict[str, str] = {layout.chain_key(digest): digest for digest in self.chains}
+        keys.update((layout.block_key(digest), digest) for digest in self.blocks)
+        keys.update((layout.blob_key(digest), digest) for digest in self.blobs)
+        return keys
 
 
 class Walker:

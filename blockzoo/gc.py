@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from blockzoo import layout
 from blockzoo.closure import Walker, ignore_problem
-from blockzoo.errors import BlockzooError, CorruptionError, NotFoundError
+from blockzoo.errors import BlockzooError, ConflictError, CorruptionError, NotFoundError
 from blockzoo.leases import (
     SKEW_S,
     Entry,
@@ -124,10 +124,25 @@ def _sweep(
                 return doomed, deleted
             store.storage.delete(info.key)
             deleted.append(info)
+            if store.clock.now() >= marker.expires:
+                _own_up(store, info.key)
             if on_object is not None:
                 on_object(info)
         store.storage.sync(info.key for info in stage)
     return doomed, deleted
+
+
+def _own_up(store: ZooStore, key: str) -> None:
+    """Raise ConflictError when a delete that came too late has hit something that is needed by now."""
+    walker = Walker(store, ignore_problem)
+    for record in store.records():
+        walker.add_record(record)
+    if key in walker.closure.objects():
+        raise ConflictError(
+            f"this gc was suspended in the middle of deleting {key}, which is needed again",
+            hint="Register that checkpoint again, or run `blockzoo verify --repair FROM`.",
+            key=key,
+        )
 
 
 def _objects(store: ZooStore) -> Iterator[ObjectInfo]:
@@ -149,11 +164,7 @@ def _needed_keys(store: ZooStore) -> set[str]:
     loose = Walker(store, ignore_problem)
     for digest in leased:
         _add_leased(store, loose, digest)
-    closures = (walker.closure, loose.closure)
-    keys = {key for closure in closures for key in map(layout.chain_key, closure.chains)}
-    keys |= {key for closure in closures for key in map(layout.block_key, closure.blocks)}
-    keys |= {key for closure in closures for key in map(layout.blob_key, closure.blobs)}
-    return keys
+    return {*walker.closure.objects(), *loose.closure.objects()}
 
 
 def _walk_roots(store: ZooStore) -> Walker:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from blockzoo.blobs import TensorData, file_data
 from blockzoo.canonical import canonical_json, digest_bytes
-from blockzoo.closure import Closure, Walker
+from blockzoo.closure import Walker
 from blockzoo.digest import blob_id
 from blockzoo.errors import BlobNotFoundError, ConflictError, ManifestNotFoundError
 from blockzoo.layout import blob_key, block_key, chain_key
@@ -190,7 +190,7 @@ class Registration:
         missing = [blob for blob in closure.blobs - self._sure if not self._store.blobs.exists(blob)]
         if missing:
             raise BlobNotFoundError(f"blob {missing[0]} is not in the zoo any more", blob=missing[0])
-        self._storage.sync(key for digest, key in _keys(closure) if digest not in self._sure)
+        self._storage.sync(key for key, digest in closure.objects().items() if digest not in self._sure)
         self._sure |= closure.digests()
 
     def _hold(self, digests: Iterable[str]) -> None:
@@ -289,13 +289,6 @@ class _Draft:
         if self.staged is not None:
             self.staged.discard()
             self.staged = None
-
-
-def _keys(closure: Closure) -> Iterator[tuple[str, str]]:
-    """Yield digest and key of everything in a closure."""
-    yield from ((digest, chain_key(digest)) for digest in closure.chains)
-    yield from ((digest, block_key(digest)) for digest in closure.blocks)
-    yield from ((digest, blob_key(digest)) for digest in closure.blobs)
 
 
 def _drop_repeats(drafts: Sequence[_Draft]) -> None:

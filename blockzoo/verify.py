@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from blockzoo import layout
 from blockzoo.blobs import TensorData
 from blockzoo.canonical import canonical_json, digest_bytes, digest_json
-from blockzoo.closure import Closure, Walker, ignore_problem
+from blockzoo.closure import Walker, ignore_problem
 from blockzoo.errors import CorruptionError, CorruptManifestError, NotFoundError
 from blockzoo.leases import LeaseHolder
 from blockzoo.manifest import BlobId, VariantRecord
@@ -154,19 +154,13 @@ def _add_missing_of(store: ZooStore, record: VariantRecord, ref: str, found: dic
     # A damaged blob hides its base, which is found damaged or missing by itself when repair comes again.
     walker = Walker(store, ignore_problem)
     walker.add_record(record)
-    for key in _closure_keys(walker.closure):
+    for key in walker.closure.objects():
         if key not in found and store.storage.size(key) is None:
             if store.storage.size(layout.ref_key(record.name, record.version)) is None:
                 return  # removed while it was being read
             found[key] = Problem(key, missing=True, message=f"{key} is missing")
         if key in found:
             _hurt(found, key, ref)
-
-
-def _closure_keys(closure: Closure) -> Iterator[str]:
-    yield from map(layout.chain_key, closure.chains)
-    yield from map(layout.block_key, closure.blocks)
-    yield from map(layout.blob_key, closure.blobs)
 
 
 def _hurt(found: dict[str, Problem], key: str, ref: str) -> None:

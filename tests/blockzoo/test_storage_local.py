@@ -89,12 +89,12 @@ def test_a_really_full_file_system(tmp_path):
     try:
         storage = LocalStorage(tmp_path / "zoo")
 
-        def fill() -> None:
+        def fill(storage: LocalStorage) -> None:
             for number in range(100):
                 storage.put_if_absent(f"blobs/{number}", [bytes(40_000)])
 
         with pytest.raises(StorageFullError):
-            fill()
+            fill(storage)
         assert all(info.size == 40_000 for info in storage.list("blobs"))
         storage.delete("blobs/0")
         assert storage.put_if_absent("blobs/0", [bytes(30_000)])

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import pytest
+
+from blockzoo.canonical import canonical_json
+from blockzoo.errors import ConflictError, CorruptManifestError
+from blockzoo.leases import (
+    SKEW_S,
+    LeaseHolder,
+    active_leases,
+    drop_expired,
+    drop_marker,
+    publish_sweep,
+    read_entries,
+    wait_until_safe,
+    write_entry,
+)
+from blockzoo.storage import MemoryStorage
+from support.zoo_faults import FakeClock, HookedStorage, open_memory, tensor
+
+A, B, C = "a" * 64, "b" * 64, "c" * 64
+
+
+@pytest.fixture
+def storage():
+    return MemoryStorage()
+
+
+@pytest.fixture
+def clock():
+    return FakeClock()
+
+
+def keys(storage) -> list[str]:
+    return sorted(info.key for info in storage.list(""))
+
+
+def test_entries_round_trip(storage, clock):
+    written = write_entry(storage, "leases", [A, B], clock.now() + 60, "register x")
+    assert list(read_entries(storage, "leases")) == [written]
+    assert active_leases(storage, clock) == [written]
+    clock.time += 60
+    assert active_leases(storage, clock) == []
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"{}", b'{"digests":["x"],"expires_ms":1,"purpose":""}'])
+def test_an_unreadable_lease_is_not_ignored(storage, clock, body):
+    storage.put_if_absent("leases/x.json", [body])
+    with pytest.raises(CorruptManifestError, match=r"leases/x\.json"):
+        active_leases(storage, clock)
+
+
+def test_nothing_to_wait_for(storage, clock):
+    write_entry(storage, "condemned", [A], clock.now() + 600, "gc")
+    wait_until_safe(storage, clock, frozenset([A, B]))
+    assert clock.slept == []
+
+
+def test_wait_for_a_sweep_to_end(storage, clock):
+    marker = write_entry(storage, "condemned", [A], clock.now() + 600, "gc")
+    publish_sweep(storage, marker)
+    wait_until_safe(storage, clock, frozenset([B]))
+    assert clock.slept == []
+    told = []
+    clock.on_sleep = lambda: len(clock.slept) == 3 and drop_marker(storage, marker)
+    wait_until_safe(storage, clock, frozenset([A]), told.append)
+    assert len(clock.slept) == 3
+    assert told == [marker]
+
+
+def test_wait_until_a_dead_sweep_expires(storage, clock):
+    marker = write_entry(storage, "condemned", [A], clock.now() + 5, "gc")
+    publish_sweep(storage, marker)
+    wait_until_safe(storage, clock, frozenset([A]))
+    assert clock.now() >= marker.expires
+
+
+def test_markers_go_in_the_order_that_shows_no_sweepless_marker_to_one_who_waits(storage, clock):
+    watched = HookedStorage(storage)
+    marker = write_entry(watched, "condemned", [A], clock.now() + 5, "gc")
+    publish_sweep(watched, marker)
+    drop_marker(watched, marker)
+    stem = marker.key.removesuffix(".json")
+    assert watched.operations == [
+        ("put", marker.key),
+        ("put", f"{stem}.sweep"),
+        ("delete", marker.key),
+        ("delete", f"{stem}.sweep"),
+    ]
+
+
+def test_a_holder_leases_before_it_looks_for_markers(storage, clock):
+    seen = []
+    watched = HookedStorage(storage)
+    original = watched.list
+
+    def look(prefix):
+        seen.append((prefix, [info.key for info in storage.list("leases")]))
+        return original(prefix)
+
+    watched.list = look
+    LeaseHolder(watched, clock, "x").hold([A])
+    assert [prefix for prefix, leases in seen if prefix == "condemned" and len(leases) == 1] == ["condemned"]
+
+
+def test_a_holder_grows_and_releases(storage, clock):
+    holder = LeaseHolder(storage, clock, "x")
+    holder.hold([A])
+    holder.hold([A])
+    holder.hold([A, B])
+    assert sorted(sorted(entry.digests) for entry in active_leases(storage, clock)) == [[A], [B]]
+    assert holder.held == {A, B}
+    holder.release()
+    assert keys(storage) == []
+
+
+def test_a_holder_renews_before_half_of_the_time_is_left(storage, clock):
+    holder = LeaseHolder(storage, clock, "x", ttl_s=100)
+    holder.hold([A])
+    holder.hold([B])
+    clock.time += 40
+    holder.renew()
+    assert len(keys(storage)) == 2
+    clock.time += 20
+    holder.renew()
+    (entry,) = active_leases(storage, clock)
+    assert entry.digests == {A, B}
+    assert entry.expires == pytest.approx(clock.now() + 100)
+
+
+def test_a_renewal_never_leaves_a_gap(storage, clock):
+    holder = LeaseHolder(watched := HookedStorage(storage), clock, "x", ttl_s=100)
+    holder.hold([A])
+    clock.time += 60
+    watched.after = lambda operation, key: covered.append(
+        any(A in entry.digests for entry in active_leases(storage, clock))
+    )
+    covered: list[bool] = []
+    holder.renew()
+    assert covered == [True, True]
+
+
+@pytest.mark.parametrize("act", ["hold", "renew", "check"])
+def test_a_lease_that_ran_out_is_noticed_before_it_ends_for_others(storage, clock, act):
+    holder = LeaseHolder(storage, clock, "x", ttl_s=100)
+    holder.hold([A])
+    clock.time += 100 - SKEW_S
+    assert len(active_leases(storage, clock)) == 1
+    with pytest.raises(ConflictError):
+        holder.hold([B]) if act == "hold" else getattr(holder, act)()
+
+
+def test_only_what_is_long_dead_is_dropped(storage, clock):
+    lease = write_entry(storage, "leases", [A], clock.now() + 10, "x")
+    marker = write_entry(storage, "condemned", [A], clock.now() + 10, "gc")
+    publish_sweep(storage, marker)
+    storage.put_if_absent("condemned/orphan.sweep", [b"{}"])
+    drop_expired(storage, clock)
+    assert keys(storage) == sorted([lease.key, marker.key, marker.key.replace(".json", ".sweep")])
+    clock.time += 10 + 2 * SKEW_S + 1
+    drop_expired(storage, clock)
+    assert keys(storage) == []
+
+
+def test_leases_are_plain_canonical_json():
+    store = open_memory()
+    with store.registration("register bot") as registration:
+        registration.put_tensors([tensor(1)])
+        (info,) = store.storage.list("leases")
+        body = bytes(store.storage.get(info.key))
+        (entry,) = read_entries(store.storage, "leases")
+        assert entry.purpose == "register bot"
+        assert body.startswith(canonical_json({"digests": [*entry.digests]})[:-1])
