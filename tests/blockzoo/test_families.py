@@ -1,12 +1,12 @@
 import json
 
 import pytest
-from support.folders import ARCHITECTURES, HEADS, HIDDEN, KV_HEADS, LAYERS, VOCAB, WIDE, config, shapes
 
 from blockzoo import families
 from blockzoo.canonical import canonical_json
 from blockzoo.errors import InvalidConfigError, UnsupportedArchitectureError, UnsupportedFeatureError
 from blockzoo.manifest import BlockKind
+from support.folders import ARCHITECTURES, HEADS, HIDDEN, KV_HEADS, LAYERS, VOCAB, WIDE, config, shapes
 
 
 def plan(architecture="LlamaForCausalLM", **changes):

@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
-from support.folders import BITS, encode
 
 from blockzoo.errors import NonFiniteWeightsError
 from blockzoo.finite import Weights, check_finite, is_finite
 from blockzoo.manifest import DType
+from support.folders import BITS, encode
 
 FLOATS = ("BF16", "F16", "F32", "F64")
 SIZE = 300_001
