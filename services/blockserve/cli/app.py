@@ -1,0 +1,97 @@
+"""The typer app: one verb per function, grouped as the help text shows them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from blockserve.cli import care_verbs, change_verbs, chat, generate, inspect_verbs, serve, server_verbs
+from blockserve.cli.options import JsonOption
+from blockserve.cli.output import print_json, say
+
+ZOO_PANEL = "The zoo"
+CARE_PANEL = "Care of the zoo"
+SERVER_PANEL = "A server"
+CLIENT_PANEL = "Talking to a server"
+
+
+def build_app(arguments: Sequence[str]) -> typer.Typer:
+    """The app for one command line.
+
+    Args:
+        arguments: the command line; the options of `serve` are made from its settings only when it is called,
+            because importing the settings takes longer than a help text.
+    """
+    app = typer.Typer(
+        name="blockzoo",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback(help=reflow(_root.__doc__ or ""))(_root)
+    for panel, verbs in (
+        (ZOO_PANEL, (change_verbs.register, inspect_verbs.ls, inspect_verbs.show, inspect_verbs.du)),
+        (ZOO_PANEL, (inspect_verbs.diff, change_verbs.export, change_verbs.rm, change_verbs.rollback)),
+        (CARE_PANEL, (care_verbs.gc, care_verbs.verify, care_verbs.backup, care_verbs.restore)),
+        (SERVER_PANEL, (serve.command(with_options="serve" in arguments),)),
+        (SERVER_PANEL, (server_verbs.status, server_verbs.load, server_verbs.unload, version)),
+        (CLIENT_PANEL, (generate.generate, chat.chat)),
+    ):
+        for verb in verbs:
+            app.command(verb.__name__, help=reflow(verb.__doc__ or ""), rich_help_panel=panel)(verb)
+    return app
+
+
+def reflow(doc: str) -> str:
+    """A docstring as help text: paragraphs on one line each, to fill any terminal; examples as they are."""
+    paragraphs = inspect.cleandoc(doc).split("\n\n")
+    return "\n\n".join(text if text.startswith("\b") else " ".join(text.split()) for text in paragraphs)
+
+
+def version(as_json: JsonOption = False) -> None:
+    """Print the version of blockzoo.
+
+    \b
+    Examples:
+      blockzoo version
+      blockzoo version --json
+    """
+    import platform
+
+    import blockserve
+
+    if as_json:
+        print_json({"version": blockserve.__version__, "python": platform.python_version()})
+    else:
+        say(f"blockzoo {blockserve.__version__} (Python {platform.python_version()})")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        version()
+        raise typer.Exit
+
+
+def _root(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Print tracebacks; allowed after any verb.")] = False,
+) -> None:
+    """Serve many fine-tuned variants of a language model from shared blocks.
+
+    A zoo keeps checkpoints and adapters cut into content-addressed blocks; what is equal is kept once.
+    A server answers requests of all variants together wherever their blocks are shared.
+
+    \b
+    Start here:
+      blockzoo register ./checkpoint --name base
+      blockzoo register ./my-lora --name support-bot --base base
+      blockzoo serve
+      blockzoo chat support-bot
+    """
+    del show_version, debug  # acted on before

@@ -1,0 +1,194 @@
+"""Verbs that keep a zoo healthy: gc, verify, backup, restore."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from blockserve.cli.failures import CORRUPTION
+from blockserve.cli.options import DEFAULT_ZOO, JsonOption, ZooOption, open_zoo
+from blockserve.cli.output import add_row, format_bytes, make_table, print_json, say, stdout
+from blockserve.cli.progress import progress
+
+if TYPE_CHECKING:
+    from blockzoo.backup import CopyReport
+    from blockzoo.gc import GcReport
+    from blockzoo.verify import VerifyReport
+
+NamesOption = Annotated[
+    list[str] | None, typer.Option("--name", "-n", metavar="NAME", help="Only this variant; may be repeated.")
+]
+
+
+def gc(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be deleted.")] = False,
+    grace: Annotated[
+        float | None,
+        typer.Option(
+            "--grace",
+            metavar="SECONDS",
+            min=0,
+            help="Seconds between condemning and deleting: a server finishes loading what was just removed. "
+            "0 is safe when no server uses the zoo. Default: 60.",
+        ),
+    ] = None,
+    zoo: ZooOption = DEFAULT_ZOO,
+    as_json: JsonOption = False,
+) -> None:
+    """Delete what no variant needs any more.
+
+    Safe beside running registrations and servers, and safe to interrupt: the next gc goes on.
+
+    \b
+    Examples:
+      blockzoo gc --dry-run
+      blockzoo gc
+      blockzoo gc --grace 0
+    """
+    from blockzoo.gc import GRACE_S
+
+    with progress() as reporter:
+        grace_s = GRACE_S if grace is None else grace
+        report = open_zoo(zoo).gc(grace_s=grace_s, dry_run=dry_run, progress=reporter)
+    if as_json:
+        print_json({"dry_run": dry_run, **_as_json(report)})
+    else:
+        _print_gc(report, dry_run)
+
+
+def verify(
+    repair_from: Annotated[
+        str | None,
+        typer.Option(
+            "--repair", metavar="FROM", help="Another zoo, a backup for example, to take good bytes from."
+        ),
+    ] = None,
+    zoo: ZooOption = DEFAULT_ZOO,
+    as_json: JsonOption = False,
+) -> None:
+    """Read everything back and name the variants that damage hurts.
+
+    Ends with exit code 5 when something is damaged or missing and was not repaired.
+
+    \b
+    Examples:
+      blockzoo verify
+      blockzoo verify --repair /backups/zoo
+    """
+    with progress() as reporter:
+        report = open_zoo(zoo).verify(repair_from, progress=reporter)
+    if as_json:
+        print_json({"ok": report.ok, **_as_json(report)})
+    else:
+        _print_verify(report, repairing=repair_from is not None)
+    if not report.ok:
+        raise typer.Exit(CORRUPTION)
+
+
+def backup(
+    destination: Annotated[
+        str, typer.Argument(metavar="DEST", help="The zoo to copy to; created if needed.")
+    ],
+    names: NamesOption = None,
+    zoo: ZooOption = DEFAULT_ZOO,
+    as_json: JsonOption = False,
+) -> None:
+    """Copy variants into another zoo.
+
+    Only what the other zoo lacks is copied, and every object is checked on the way.
+
+    \b
+    Examples:
+      blockzoo backup /backups/zoo
+      blockzoo backup s3://backups/zoo --name support-bot
+    """
+    with progress() as reporter:
+        report = open_zoo(zoo).backup(destination, names=names, progress=reporter)
+    _print_copy(report, "Backed up", as_json)
+
+
+def restore(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="The zoo to copy from, a backup for example.")
+    ],
+    names: NamesOption = None,
+    revive: Annotated[
+        bool,
+        typer.Option("--revive", help="Also bring back variants that were removed here since the backup."),
+    ] = False,
+    zoo: ZooOption = DEFAULT_ZOO,
+    as_json: JsonOption = False,
+) -> None:
+    """Bring variants back from another zoo.
+
+    A zoo that does not exist yet is created. Versions that are here already stay as they are.
+
+    \b
+    Examples:
+      blockzoo restore /backups/zoo
+      blockzoo restore /backups/zoo --name support-bot --revive
+    """
+    with progress() as reporter:
+        opened = open_zoo(zoo, create=True)
+        report = opened.restore(source, names=names, revive=revive, progress=reporter)
+    _print_copy(report, "Restored", as_json)
+
+
+def _as_json(report: GcReport | VerifyReport | CopyReport) -> dict[str, Any]:
+    import dataclasses
+
+    return dataclasses.asdict(report)
+
+
+def _print_gc(report: GcReport, dry_run: bool) -> None:
+    verb = "Would delete" if dry_run else "Deleted"
+    say(
+        f"{verb} {report.deleted} objects, {format_bytes(report.freed_bytes)}; "
+        f"{report.kept} stay, {format_bytes(report.kept_bytes)}"
+    )
+    if report.temp_bytes:
+        say(f"Removed {format_bytes(report.temp_bytes)} that interrupted writers had left.")
+    if report.spared:
+        say(f"Spared {report.spared} objects that a registration wanted meanwhile.")
+    if not report.finished:
+        say("Time ran out; run it again to delete the rest.")
+
+
+def _print_verify(report: VerifyReport, *, repairing: bool) -> None:
+    say(f"Read {report.objects} objects, {format_bytes(report.num_bytes)}")
+    if report.strays:
+        say(
+            f"{len(report.strays)} objects do not belong to a zoo and harm nothing, "
+            f"for example {report.strays[0]}"
+        )
+    if not report.problems:
+        say("Everything is as it should be.")
+        return
+    table = make_table("OBJECT", "PROBLEM", "HURTS", "REPAIRED")
+    for problem in report.problems:
+        hurts = ", ".join(problem.variants) or "nobody"
+        add_row(table, problem.key, problem.message, hurts, "yes" if problem.repaired else "no")
+    stdout().print(table)
+    if not report.ok:
+        left = sum(not problem.repaired for problem in report.problems)
+        way_out = (
+            "the other zoo has no good copy"
+            if repairing
+            else "`blockzoo verify --repair FROM` takes good copies from a backup"
+        )
+        say(f"{left} not repaired: {way_out}.")
+
+
+def _print_copy(report: CopyReport, done: str, as_json: bool) -> None:
+    if as_json:
+        print_json(_as_json(report))
+        return
+    say(
+        f"{done} {len(report.added)} versions: {report.copied} objects, {format_bytes(report.copied_bytes)}; "
+        f"{report.present} were there"
+    )
+    for ref in report.added:
+        say(f"  {ref}")
+    for ref, reason in sorted(report.skipped.items()):
+        say(f"  {ref} skipped: {reason}")

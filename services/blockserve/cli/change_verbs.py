@@ -1,0 +1,157 @@
+"""Verbs that change what is registered: register, export, rm, rollback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from blockserve.cli.options import (
+    DEFAULT_ZOO,
+    JsonOption,
+    NameArgument,
+    RefArgument,
+    YesOption,
+    ZooOption,
+    open_zoo,
+)
+from blockserve.cli.output import format_bytes, format_seconds, print_json, say
+from blockserve.cli.progress import progress
+from blockserve.cli.questions import confirm
+
+if TYPE_CHECKING:
+    from blockzoo.register import RegisterResult
+
+
+def register(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="A Hugging Face checkpoint or a PEFT LoRA adapter.")
+    ],
+    name: Annotated[str, typer.Option("--name", "-n", metavar="NAME", help="What the variant is called.")],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base",
+            metavar="VARIANT",
+            help="The variant an adapter belongs to, or that a checkpoint was tuned from: "
+            "changed tensors are then stored as lossless differences where that is smaller.",
+        ),
+    ] = None,
+    zoo: ZooOption = DEFAULT_ZOO,
+    as_json: JsonOption = False,
+) -> None:
+    """Register a checkpoint or an adapter as a variant.
+
+    Everything is checked before anything is written. Registering a name again makes its next version;
+    requests in flight keep theirs. A zoo that does not exist yet is created.
+
+    \b
+    Examples:
+      blockzoo register ./SmolLM2-135M-Instruct --name smollm2
+      blockzoo register ./my-lora --name support-bot --base smollm2
+      blockzoo register ./my-full-fine-tune --name legal --base smollm2
+    """
+    with progress() as reporter:
+        result = open_zoo(zoo, create=True).register(folder, name=name, base=base, progress=reporter)
+    if as_json:
+        print_json(result.to_json())
+    else:
+        _print_registered(result)
+
+
+def export(
+    ref: RefArgument,
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="A folder that does not exist yet, or is empty.")
+    ],
+    zoo: ZooOption = DEFAULT_ZOO,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a variant back as the folder it was registered from, tensor bytes identical.
+
+    \b
+    Examples:
+      blockzoo export legal ./legal-checkpoint
+      blockzoo export support-bot@1 ./support-bot-v1
+    """
+    with progress() as reporter:
+        result = open_zoo(zoo).export(ref, folder, progress=reporter)
+    if as_json:
+        print_json(result.to_json())
+    else:
+        say(
+            f"Wrote {result.ref} to {result.path}: "
+            f"{len(result.files)} files, {format_bytes(result.num_bytes)}"
+        )
+
+
+def rm(
+    ref: RefArgument, yes: YesOption = False, zoo: ZooOption = DEFAULT_ZOO, as_json: JsonOption = False
+) -> None:
+    """Remove a variant with all its versions, or one old version of it.
+
+    Bytes stay until `blockzoo gc`; what other variants share stays for good.
+
+    \b
+    Examples:
+      blockzoo rm support-bot
+      blockzoo rm support-bot@1 --yes
+    """
+    opened = open_zoo(zoo)
+    record = opened.resolve(ref)
+    if "@" in ref:
+        question = f"Remove version {record.version} of {record.name}?"
+    else:
+        question = f"Remove {record.name} with all its {len(opened.versions(record.name))} version(s)?"
+    confirm(question, yes=yes)
+    report = opened.rm(ref)
+    if as_json:
+        print_json(report.to_json())
+        return
+    removed = ", ".join(f"{report.name}@{version}" for version in report.removed)
+    say(f"Removed {removed}. `blockzoo gc` frees what nobody else uses.")
+
+
+def rollback(
+    name: NameArgument,
+    to: Annotated[
+        int | None,
+        typer.Option("--to", metavar="N", min=1, help="The version to go back to. [default: the one before]"),
+    ] = None,
+    zoo: ZooOption = DEFAULT_ZOO,
+    as_json: JsonOption = False,
+) -> None:
+    """Make an older version current again.
+
+    Versions never change, so this adds a new one that points at the old chain.
+
+    \b
+    Examples:
+      blockzoo rollback support-bot
+      blockzoo rollback support-bot --to 2
+    """
+    record = open_zoo(zoo).rollback(name, to)
+    if as_json:
+        print_json({"name": record.name, "version": record.version, "chain": record.chain})
+    else:
+        say(f"{record.name}@{record.version} is current now; chain {record.chain[:12]}")
+
+
+def _print_registered(result: RegisterResult) -> None:
+    record = result.record
+    ref = f"{record.name}@{record.version}"
+    if result.unchanged:
+        say(f"{ref} is already exactly this; nothing was written.")
+        return
+    share = 1 - result.new_bytes / result.num_bytes if result.num_bytes else 0.0
+    say(f"Registered {ref} ({record.kind}) in {format_seconds(result.seconds)}")
+    say(
+        f"  {format_bytes(result.num_bytes)} in the folder, {format_bytes(result.new_bytes)} new to the zoo "
+        f"({max(share, 0.0):.0%} was there), {format_bytes(result.stored_bytes)} stored"
+    )
+    if result.ignored:
+        names = ", ".join(result.ignored[:3]) + (", ..." if len(result.ignored) > 3 else "")
+        say(
+            f"  {len(result.ignored)} tensors are not part of the model and are kept for export only: {names}"
+        )

@@ -1,0 +1,74 @@
+"""How a command fails: exit codes, and what is printed.
+
+====  ==========================================================
+code  meaning
+====  ==========================================================
+0     done
+1     failed: the input was refused, or something is not possible
+2     the command line or the configuration is wrong
+3     a variant, version or zoo that was named does not exist
+4     somebody else changed the same thing; trying again may work
+5     stored bytes are damaged or missing
+130   interrupted with Ctrl-C
+====  ==========================================================
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+FAILURE = 1
+USAGE = 2
+NOT_FOUND = 3
+CONFLICT = 4
+CORRUPTION = 5
+INTERRUPTED = 130
+
+
+def exit_code(error: BaseException) -> int:
+    """The code for an error; the table is in the module docstring."""
+    from blockserve.common.errors import ConfigurationError
+    from blockzoo import errors
+
+    # A manifest names these, so their absence is damage and not a wrong name.
+    if isinstance(error, errors.CorruptionError | errors.BlobNotFoundError | errors.ManifestNotFoundError):
+        return CORRUPTION
+    if isinstance(error, errors.NotFoundError):
+        return NOT_FOUND
+    if isinstance(error, errors.ConflictError):
+        return CONFLICT
+    if isinstance(error, ConfigurationError):
+        return USAGE
+    return FAILURE
+
+
+def report(error: Exception, *, as_json: bool = False) -> int:
+    """Print the error on stderr, as a sentence and a hint or as one JSON object; return its exit code."""
+    from blockzoo.errors import BlockzooError
+
+    if isinstance(error, BlockzooError):
+        reason, message, hint, metadata = error.reason, str(error), error.hint, dict(error.metadata)
+    elif isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        reason, message, hint, metadata = "OS", f"{where}{error.strerror or error}", "", {}
+    else:
+        reason, metadata = "INTERNAL", {}
+        message = f"internal error: {type(error).__name__}: {error}"
+        hint = "This is a fault of blockzoo; run the command again with --debug and report what it prints."
+    if as_json:
+        value = {"reason": reason, "message": message, "hint": hint, "metadata": metadata}
+        sys.stderr.write(json.dumps({"error": value}, ensure_ascii=False) + "\n")
+    else:
+        _print(message, hint)
+    return exit_code(error)
+
+
+def _print(message: str, hint: str) -> None:
+    from rich.text import Text
+
+    from blockserve.cli.output import stderr
+
+    stderr().print(Text(f"Error: {message}", style="bold red"), soft_wrap=True)
+    if hint:
+        stderr().print(Text(hint), soft_wrap=True)

@@ -1,0 +1,188 @@
+"""Verbs that look: ls, show, du, diff."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from blockserve.cli.options import DEFAULT_ZOO, JsonOption, RefArgument, ZooOption, open_zoo
+from blockserve.cli.output import add_row, format_bytes, make_table, print_json, say, stdout
+
+if TYPE_CHECKING:
+    from blockzoo.reports import Applied, DiffReport, Run, ShowReport, UsageReport, VariantRow
+
+
+def ls(zoo: ZooOption = DEFAULT_ZOO, as_json: JsonOption = False) -> None:
+    """List the variants of a zoo.
+
+    PRIVATE is what only this variant needs: removing it would free about that much.
+
+    \b
+    Examples:
+      blockzoo ls
+      blockzoo ls --zoo s3://models/zoo
+      blockzoo ls --json | jq -r '.variants[].name'
+    """
+    opened = open_zoo(zoo)
+    rows = opened.ls()
+    if as_json:
+        print_json({"zoo": opened.url, "variants": [row.to_json() for row in rows]})
+    elif rows:
+        _print_rows(rows)
+    else:
+        say("The zoo is empty. Register a checkpoint: blockzoo register FOLDER --name NAME")
+
+
+def show(ref: RefArgument, zoo: ZooOption = DEFAULT_ZOO, as_json: JsonOption = False) -> None:
+    """Show one variant: its chain of blocks, and who shares them.
+
+    Links that look alike are one line. Links in the drawing that no other variant uses stand in brackets.
+
+    \b
+    Examples:
+      blockzoo show support-bot
+      blockzoo show support-bot@2
+      blockzoo show support-bot --json | jq .chain
+    """
+    report = open_zoo(zoo).show(ref)
+    if as_json:
+        print_json(report.to_json())
+    else:
+        _print_variant(report)
+
+
+def du(zoo: ZooOption = DEFAULT_ZOO, as_json: JsonOption = False) -> None:
+    """Show what the variants take, as checkpoints and in the zoo.
+
+    \b
+    Examples:
+      blockzoo du
+      blockzoo du --json | jq .sharing_factor
+    """
+    report = open_zoo(zoo).du()
+    if as_json:
+        print_json(report.to_json())
+    else:
+        _print_usage(report)
+
+
+def diff(a: RefArgument, b: RefArgument, zoo: ZooOption = DEFAULT_ZOO, as_json: JsonOption = False) -> None:
+    """Show what differs between two variants, or two versions of one.
+
+    \b
+    Examples:
+      blockzoo diff smollm2 support-bot
+      blockzoo diff support-bot@1 support-bot@2
+    """
+    report = open_zoo(zoo).diff(a, b)
+    if as_json:
+        print_json(report.to_json())
+    else:
+        _print_diff(report)
+
+
+def _print_rows(rows: list[VariantRow]) -> None:
+    numeric = ("VERSION", "LAYERS", "CHECKPOINT", "PRIVATE")
+    table = make_table(
+        "NAME",
+        "VERSION",
+        "KIND",
+        "BASE",
+        "FAMILY",
+        "LAYERS",
+        "CHECKPOINT",
+        "PRIVATE",
+        "REGISTERED",
+        numeric=numeric,
+    )
+    for row in rows:
+        add_row(
+            table,
+            row.name,
+            row.version,
+            row.kind,
+            row.base or "-",
+            row.family or "?",
+            row.num_layers,
+            format_bytes(row.checkpoint_bytes),
+            format_bytes(row.private_bytes),
+            row.registered_at[:16].replace("T", " "),
+        )
+    stdout().print(table)
+
+
+def _print_variant(report: ShowReport) -> None:
+    current = "current" if report.current else "old"
+    versions = ", ".join(map(str, report.versions))
+    say(f"{report.name}@{report.version} ({current}; versions {versions}), {report.kind}, {report.family}")
+    say(f"  {report.draw()}")
+    say(f"  chain      {report.chain}")
+    say(f"  context    {report.context_length} tokens, vocabulary {report.vocab_size}")
+    say(
+        f"  bytes      {format_bytes(report.checkpoint_bytes)} as a checkpoint, "
+        f"{format_bytes(report.private_bytes)} private, {format_bytes(report.stored_bytes)} stored in all"
+    )
+    for key, value in sorted(report.provenance.items()):
+        say(f"  {key:<10} {value}")
+    say("")
+    table = make_table("LINKS", "KIND", "BYTES", "APPLIED", "SHARED WITH", numeric=("BYTES",))
+    for run in report.runs:
+        applied = "; ".join(map(_describe_applied, run.applied)) or "-"
+        add_row(table, run.label, run.kind, format_bytes(run.num_bytes), applied, _shared(run))
+    stdout().print(table)
+    files = make_table("FILE", "BYTES", numeric=("BYTES",))
+    for name, size in sorted(report.files.items()):
+        if not name.startswith("."):
+            add_row(files, name, format_bytes(size))
+    say("")
+    stdout().print(files)
+
+
+def _shared(run: Run) -> str:
+    if not run.shared_with:
+        return "nobody"
+    more = len(run.shared_with) - 4
+    return ", ".join(run.shared_with[:4]) + (f" and {more} more" if more > 0 else "")
+
+
+def _describe_applied(item: Applied) -> str:
+    ranks = "/".join(map(str, item.ranks))
+    return f"{item.kind} rank {ranks} on {', '.join(item.modules)} ({format_bytes(item.num_bytes)})"
+
+
+def _print_usage(report: UsageReport) -> None:
+    numeric = ("VERSIONS", "CHECKPOINTS", "PRIVATE", "PRIVATE STORED")
+    table = make_table("NAME", *numeric, numeric=numeric)
+    for row in report.rows:
+        sizes = (row.checkpoint_bytes, row.private_bytes, row.private_stored_bytes)
+        add_row(table, row.name, row.versions, *map(format_bytes, sizes))
+    stdout().print(table)
+    say("")
+    say(f"as checkpoints   {format_bytes(report.checkpoint_bytes):>8}")
+    say(f"distinct         {format_bytes(report.distinct_bytes):>8}")
+    say(
+        f"stored           {format_bytes(report.stored_bytes):>8}   "
+        f"checkpoints would take {report.sharing_factor:.1f} times as much"
+    )
+    say(f"manifests        {format_bytes(report.manifest_bytes):>8}")
+    if report.unreachable_bytes:
+        say(f"unreachable      {format_bytes(report.unreachable_bytes):>8}   `blockzoo gc` frees it")
+
+
+def _print_diff(report: DiffReport) -> None:
+    say(f"{report.a} -> {report.b}")
+    say(
+        f"  {report.equal} links equal, {report.adapters} differ in adapters only, "
+        f"{report.different} differ; {format_bytes(report.changed_bytes)} of base blocks changed"
+    )
+    changed = [link for link in report.links if link.status != "equal"]
+    if changed:
+        table = make_table(
+            "LINK", "KIND", "STATUS", "TENSORS CHANGED", "BYTES CHANGED", numeric=("LINK", "BYTES CHANGED")
+        )
+        for link in changed:
+            names = ", ".join(tensor.name for tensor in link.tensors) or "-"
+            size = sum(tensor.changed_bytes for tensor in link.tensors)
+            add_row(table, link.position, link.kind, link.status, names, format_bytes(size))
+        stdout().print(table)
+    if report.files:
+        say(f"  files: {', '.join(name for name in report.files if not name.startswith('.')) or '-'}")

@@ -1,0 +1,42 @@
+"""Entry point: runs the app and turns whatever goes wrong into one sentence and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+DEBUG_VARIABLE = "BLOCKZOO_DEBUG"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; return its exit code (see `blockserve.cli.failures`)."""
+    arguments, debug = _take_debug(list(sys.argv[1:] if argv is None else argv))
+    # Leaving by exception ends without running what would print tracebacks over the message.
+    try:
+        from blockserve.cli.app import build_app
+
+        build_app(arguments)(args=arguments, prog_name="blockzoo")
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else 1
+        if code == 130:
+            sys.stderr.write("Interrupted.\n")
+        return code
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted.\n")
+        return 130
+    except Exception as error:
+        if debug:
+            raise
+        from blockserve.cli.failures import report
+
+        return report(error, as_json="--json" in arguments)
+    return 0
+
+
+def _take_debug(arguments: list[str]) -> tuple[list[str], bool]:
+    """`--debug` is allowed anywhere before `--`, so that a failed command is repeated by adding it."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    head = [word for word in arguments[:end] if word != "--debug"]
+    debug = len(head) < end or os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
+    return head + arguments[end:], debug

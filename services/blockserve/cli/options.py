@@ -1,0 +1,40 @@
+"""Options that several verbs share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from blockzoo.zoo import Zoo
+
+DEFAULT_ZOO = "~/.blockzoo"
+ZOO_VARIABLE = "BLOCKZOO_ZOO"
+
+ZooOption = Annotated[
+    str,
+    typer.Option(
+        "--zoo",
+        metavar="PATH|URL",
+        envvar=ZOO_VARIABLE,
+        help="The zoo: a folder, or a URL such as s3://bucket/zoo.",
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+RefArgument = Annotated[
+    str, typer.Argument(metavar="VARIANT", help="NAME for the current version, NAME@N for version N.")
+]
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="The variant's name.")]
+
+
+def open_zoo(place: str, *, create: bool = False) -> Zoo:
+    """Open the zoo that `--zoo` names.
+
+    Raises:
+        ZooNotFoundError: there is none and `create` is false.
+    """
+    from blockzoo.zoo import Zoo
+
+    return Zoo.open(place, create=create)

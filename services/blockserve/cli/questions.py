@@ -1,0 +1,27 @@
+"""Asking before something is lost."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from blockserve.cli.failures import FAILURE, USAGE
+from blockserve.cli.output import note
+
+
+def confirm(question: str, *, yes: bool) -> None:
+    """Return when the person agrees; end the command otherwise.
+
+    Without a terminal nobody can answer, so `--yes` is needed there.
+    """
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        note(f"{question} Nobody is there to answer: say --yes.")
+        raise typer.Exit(USAGE)
+    sys.stderr.write(f"{question} [y/N] ")
+    sys.stderr.flush()
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        note("Nothing was changed.")
+        raise typer.Exit(FAILURE)

@@ -1,0 +1,174 @@
+"""Verbs that operate a running server: status, load, unload."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import threading
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from blockserve.cli.connection import Connection, connects
+from blockserve.cli.options import JsonOption, RefArgument
+from blockserve.cli.output import add_row, format_bytes, format_seconds, make_table, print_json, say, short
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+    from blockserve.router.client import Client
+    from blockserve.router.results import ServerStatus
+
+CALL_TIMEOUT_S = 10.0
+"""A status answer takes milliseconds; a server that needs longer is in trouble, and that is worth knowing."""
+
+
+@connects
+def status(
+    watch: Annotated[
+        float | None,
+        typer.Option(
+            "--watch", "-w", metavar="SECONDS", min=0.1, help="Show it again every so often, until Ctrl-C."
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+    *,
+    connection: Connection,
+) -> None:
+    """Show what a server holds and does: loaded chains, segments, queues, KV pages.
+
+    A segment is a run of base blocks that the same chains pass through. MIXED counts forward calls that
+    served more than one variant at once. With --json and --watch each line is one JSON value.
+
+    \b
+    Examples:
+      blockzoo status
+      blockzoo status --watch 1
+      blockzoo status --json | jq '.segments[].mixed_calls'
+    """
+    with connection.open(timeout=CALL_TIMEOUT_S) as client:
+        if watch is None:
+            _print_once(client.status(), as_json)
+        elif as_json or not sys.stdout.isatty():
+            _print_lines(client, watch, as_json)
+        else:
+            _watch(client, watch)
+
+
+@connects
+def load(model: RefArgument, as_json: JsonOption = False, *, connection: Connection) -> None:
+    """Bring a variant's blocks into a server's memory before its first request does.
+
+    Blocks that other loaded variants use are there already and cost nothing.
+
+    \b
+    Examples:
+      blockzoo load support-bot
+    """
+    with connection.open() as client:
+        seconds = client.load(model)
+    if as_json:
+        print_json({"model": model, "seconds": seconds})
+    else:
+        say(f"{model} is loaded ({format_seconds(seconds)}).")
+
+
+@connects
+def unload(model: RefArgument, as_json: JsonOption = False, *, connection: Connection) -> None:
+    """Let a server forget a variant's blocks once its running requests have ended.
+
+    Blocks that other loaded variants use stay. The next request to the variant loads it again.
+
+    \b
+    Examples:
+      blockzoo unload support-bot
+    """
+    with connection.open() as client:
+        client.unload(model)
+    if as_json:
+        print_json({"model": model})
+    else:
+        say(f"{model} is unloaded.")
+
+
+def status_to_json(report: ServerStatus) -> dict[str, Any]:
+    """The status as documented in docs/compatibility.md."""
+    return dataclasses.asdict(report)
+
+
+def _print_once(report: ServerStatus, as_json: bool) -> None:
+    from blockserve.cli.output import stdout
+
+    if as_json:
+        print_json(status_to_json(report))
+    else:
+        stdout().print(_draw(report))
+
+
+def _print_lines(client: Client, seconds: float, as_json: bool) -> None:
+    import json
+
+    while True:
+        report = client.status()
+        say(json.dumps(status_to_json(report)) if as_json else _headline(report))
+        sys.stdout.flush()
+        threading.Event().wait(seconds)
+
+
+def _watch(client: Client, seconds: float) -> None:
+    from rich.live import Live
+
+    from blockserve.cli.output import stdout
+
+    with Live(_draw(client.status()), console=stdout(), screen=True, auto_refresh=False) as live:
+        while True:
+            threading.Event().wait(seconds)
+            live.update(_draw(client.status()), refresh=True)
+
+
+def _headline(report: ServerStatus) -> str:
+    return (
+        f"{report.running_requests} running, {report.waiting_requests} waiting, "
+        f"{report.kv_pages_used} of {report.kv_pages_total} KV pages, {len(report.chains)} chains loaded"
+    )
+
+
+def _draw(report: ServerStatus) -> Group:
+    from rich.console import Group
+    from rich.text import Text
+
+    used = report.kv_pages_used / report.kv_pages_total if report.kv_pages_total else 0.0
+    head = "\n".join(
+        (
+            f"blockzoo {report.version}, up {format_seconds(report.uptime_seconds)}, "
+            f"on {report.device}, zoo {report.zoo_url}",
+            f"requests  {report.running_requests} running, {report.waiting_requests} waiting; "
+            f"{report.passes} passes",
+            f"KV pages  {report.kv_pages_used} of {report.kv_pages_total} used ({used:.0%} of "
+            f"{format_bytes(report.kv_bytes_total)})",
+            f"blocks    {format_bytes(report.block_bytes)} in memory",
+        )
+    )
+    chains = make_table(
+        "CHAIN", "VARIANTS", "RUNNING", "PRIVATE", "TOTAL", numeric=("RUNNING", "PRIVATE", "TOTAL")
+    )
+    for chain in report.chains:
+        sizes = (format_bytes(chain.private_bytes), format_bytes(chain.total_bytes))
+        models = ", ".join(chain.models) or "-"
+        add_row(chains, short(chain.chain_digest), models, chain.running_requests, *sizes)
+    numeric = ("CHAINS", "CALLS", "TOKENS", "MIXED", "MOST SEQUENCES", "MOST CHAINS")
+    segments = make_table("SEGMENT", "BLOCKS", *numeric, numeric=numeric)
+    for segment in report.segments:
+        last = segment.first_position + segment.num_blocks - 1
+        add_row(
+            segments,
+            short(segment.segment_id),
+            f"{segment.first_position}-{last}",
+            segment.num_chains,
+            segment.forward_calls,
+            segment.tokens,
+            segment.mixed_calls,
+            segment.largest_batch_sequences,
+            segment.largest_batch_chains,
+        )
+    return Group(Text(head), Text(), chains, Text(), segments)
