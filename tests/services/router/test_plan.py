@@ -1,0 +1,185 @@
+"""Checked and resolved requests: defaults in the right order, and every absurd value named."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from blockserve.common.errors import (
+    EmptyPromptError,
+    PromptError,
+    PromptTooLongError,
+    ResumeError,
+    SamplingError,
+)
+from blockserve.router.calls import GenerateCall, SamplingWishes, StoppingWishes
+from blockserve.router.chat import Conversation
+from blockserve.router.config import RouterConfig
+from blockserve.router.plan import Plan, check_call, plan
+from blockserve.router.resolve import ServedVariant, VariantCatalog
+from support.edge import FakeZoo, byte_level_tokenizer, variant_files
+
+LIMITS = RouterConfig()
+VOCAB = byte_level_tokenizer().get_vocab_size()
+EOS = byte_level_tokenizer().token_to_id("</s>")
+CALL = GenerateCall("id", "tale", "hello")
+
+
+def variant(**generation: Any) -> ServedVariant:
+    zoo = FakeZoo(context_length=100)
+    config = json.dumps({"eos_token_id": EOS, **generation}).encode()
+    zoo.add("tale", files=variant_files(generation_config_json=config))
+    return VariantCatalog(zoo).get_blocking("tale")
+
+
+def planned(call: GenerateCall = CALL, prompt: tuple[int, ...] = (1, 2, 3), **generation: Any) -> Plan:
+    check_call(call, LIMITS)
+    return plan(call, variant(**generation), prompt, LIMITS, engine_id="id#1", deadline=5.0)
+
+
+def sampling(**values: Any) -> GenerateCall:
+    return replace(CALL, sampling=SamplingWishes(**values))
+
+
+def stopping(**values: Any) -> GenerateCall:
+    return replace(CALL, stopping=StoppingWishes(**values))
+
+
+def test_a_call_that_says_nothing_gets_the_documented_values() -> None:
+    request = planned().request
+    params = request.sampling
+    assert (params.temperature, params.top_k, params.top_p, params.min_p) == (1.0, 0, 1.0, 0.0)
+    assert request.max_tokens == 97
+    assert request.stop_token_ids == {EOS}
+    assert (request.logprobs, request.prompt_logprobs, request.deadline) == (None, False, 5.0)
+    assert (request.request_id, request.prompt) == ("id#1", (1, 2, 3))
+
+
+def test_the_variants_defaults_come_before_ours_and_after_the_callers() -> None:
+    generation = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.9, "min_p": 0.1}
+    params = planned(**generation).request.sampling
+    assert (params.temperature, params.top_k, params.top_p, params.min_p) == (0.6, 20, 0.9, 0.1)
+    params = planned(sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0), **generation).request.sampling
+    assert (params.temperature, params.top_k, params.top_p, params.min_p) == (0.0, 0, 1.0, 0.0)
+    assert params.is_greedy
+
+
+def test_unset_seeds_differ_and_a_set_one_is_kept() -> None:
+    drawn = {planned().request.sampling.seed for _ in range(20)}
+    assert len(drawn) == 20
+    assert all(0 <= seed < 2**64 for seed in drawn)
+    assert planned(sampling(seed=2**64 - 1)).request.sampling.seed == 2**64 - 1
+
+
+def test_stop_tokens_are_the_callers_and_the_variants() -> None:
+    assert planned(stopping(stop_token_ids=(5, 6))).request.stop_token_ids == {5, 6, EOS}
+    assert planned(stopping(stop_token_ids=(5,), ignore_eos=True)).request.stop_token_ids == {5}
+
+
+def test_max_tokens_ends_at_the_context() -> None:
+    assert planned(stopping(max_tokens=7)).request.max_tokens == 7
+    assert planned(stopping(max_tokens=100)).request.max_tokens == 97
+    limits = RouterConfig(max_output_tokens=10)
+    assert plan(CALL, variant(), (1,), limits, engine_id="x").request.max_tokens == 10
+
+
+@pytest.mark.parametrize(
+    ("call", "field"),
+    [
+        (sampling(temperature=math.nan), "sampling.temperature"),
+        (sampling(temperature=-0.1), "sampling.temperature"),
+        (sampling(temperature=math.inf), "sampling.temperature"),
+        (sampling(temperature=2.1), "sampling.temperature"),
+        (sampling(temperature=1e-9), "sampling.temperature"),
+        (sampling(top_k=VOCAB + 1), "sampling.top_k"),
+        (sampling(top_p=0.0), "sampling.top_p"),
+        (sampling(top_p=1.1), "sampling.top_p"),
+        (sampling(top_p=-1.0), "sampling.top_p"),
+        (sampling(top_p=math.nan), "sampling.top_p"),
+        (sampling(min_p=-0.1), "sampling.min_p"),
+        (sampling(min_p=1.1), "sampling.min_p"),
+        (sampling(min_p=math.nan), "sampling.min_p"),
+        (stopping(max_tokens=0), "stopping.max_tokens"),
+        (stopping(max_tokens=101), "stopping.max_tokens"),
+        (stopping(max_tokens=2**32 - 1), "stopping.max_tokens"),
+        (stopping(stop=("",)), "stopping.stop[0]"),
+        (stopping(stop=("ok", "x" * 257)), "stopping.stop[1]"),
+        (stopping(stop=("x",) * 17), "stopping.stop"),
+        (stopping(stop_token_ids=(1, VOCAB)), "stopping.stop_token_ids[1]"),
+        (stopping(stop_token_ids=(1,) * 257), "stopping.stop_token_ids"),
+        (replace(CALL, logprobs=21), "response.logprobs"),
+    ],
+)
+def test_absurd_values_are_refused_by_name(call: GenerateCall, field: str) -> None:
+    with pytest.raises(SamplingError) as caught:
+        planned(call)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        sampling(temperature=2.0),
+        sampling(temperature=0.001),
+        sampling(top_k=VOCAB),
+        sampling(top_p=1e-6),
+        sampling(min_p=1.0),
+        stopping(max_tokens=1, stop=("x" * 256,) * 16, stop_token_ids=(VOCAB - 1,)),
+        replace(CALL, logprobs=20),
+    ],
+)
+def test_values_at_the_limits_are_taken(call: GenerateCall) -> None:
+    planned(call)
+
+
+def test_a_prompt_needs_something_in_it() -> None:
+    for empty in ("", ()):
+        with pytest.raises(EmptyPromptError):
+            check_call(replace(CALL, prompt=empty), LIMITS)
+    with pytest.raises(EmptyPromptError):
+        check_call(replace(CALL, prompt=Conversation([])), LIMITS)
+    with pytest.raises(EmptyPromptError):
+        planned(prompt=())
+
+
+def test_a_prompt_has_to_leave_room_for_one_token() -> None:
+    assert planned(prompt=(1,) * 99).request.max_tokens == 1
+    with pytest.raises(PromptTooLongError) as caught:
+        planned(prompt=(1,) * 100)
+    assert caught.value.metadata["prompt_tokens"] == "100"
+    assert caught.value.metadata["context_length"] == "100"
+    assert "99" in caught.value.hint
+
+
+def test_prompt_tokens_outside_the_vocabulary_are_found() -> None:
+    call = replace(CALL, prompt=(1, VOCAB, 3))
+    with pytest.raises(PromptError, match=r"token_ids\.ids\[1\]"):
+        planned(call, prompt=(1, VOCAB, 3))
+    assert planned(call, prompt=(1, VOCAB - 1)).request.prompt == (1, VOCAB - 1)
+
+
+def test_too_many_messages_are_refused() -> None:
+    turns = [{"role": "user", "content": "x"}] * 4097
+    with pytest.raises(PromptError, match="4097"):
+        check_call(replace(CALL, prompt=Conversation(turns)), LIMITS)
+
+
+def test_resuming_needs_the_seed_unless_greedy() -> None:
+    resumed = replace(CALL, resume_from=3)
+    with pytest.raises(ResumeError) as caught:
+        planned(resumed)
+    assert caught.value.metadata["field"] == "sampling.seed"
+    planned(replace(resumed, sampling=SamplingWishes(seed=1)))
+    planned(replace(resumed, sampling=SamplingWishes(temperature=0.0)))
+    planned(resumed, do_sample=False)
+
+
+def test_resuming_behind_the_end_is_refused() -> None:
+    call = replace(stopping(max_tokens=5), sampling=SamplingWishes(seed=1))
+    planned(replace(call, resume_from=5))
+    with pytest.raises(ResumeError):
+        planned(replace(call, resume_from=6))

@@ -1,0 +1,118 @@
+"""Names to versions: seen at once when they change, kept by whoever already has one."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from blockserve.common.errors import PromptError
+from blockserve.router.config import RouterConfig
+from blockserve.router.resolve import VariantCatalog
+from blockzoo.errors import VariantNotFoundError
+from support.edge import FakeZoo, async_test, variant_files
+
+
+@async_test
+async def test_a_new_version_is_seen_by_the_next_request_and_not_by_one_that_runs() -> None:
+    zoo = FakeZoo()
+    zoo.add("tale", "chain-1")
+    catalog = VariantCatalog(zoo)
+    running = await catalog.get("tale")
+    zoo.add("tale", "chain-2")
+    assert (await catalog.get("tale")).ref == "tale@2"
+    assert (running.ref, running.record.chain) == ("tale@1", "chain-1")
+    assert (await catalog.get("tale@1")).record.chain == "chain-1"
+
+
+@async_test
+async def test_between_refreshes_the_zoo_is_not_asked() -> None:
+    zoo, now = FakeZoo(), 100.0
+    zoo.add("tale")
+    catalog = VariantCatalog(zoo, RouterConfig(refresh_seconds=5), clock=lambda: now)
+    for _ in range(3):
+        assert (await catalog.get("tale")).ref == "tale@1"
+    assert zoo.num_resolved == 1
+    zoo.add("tale")
+    now += 4.9
+    assert (await catalog.get("tale")).ref == "tale@1"
+    now += 0.2
+    assert (await catalog.get("tale")).ref == "tale@2"
+
+
+@async_test
+async def test_small_files_are_read_once_per_version() -> None:
+    zoo = FakeZoo()
+    zoo.add("tale")
+    catalog = VariantCatalog(zoo)
+    for _ in range(3):
+        variant = await catalog.get("tale")
+        await catalog.encode(variant, "hello", add_special_tokens=True)
+    assert len(zoo.files_read) == len(set(zoo.files_read))
+
+
+@async_test
+async def test_variants_with_the_same_tokenizer_share_it() -> None:
+    zoo = FakeZoo()
+    zoo.add("tale")
+    zoo.add("song")
+    catalog = VariantCatalog(zoo)
+    first = await catalog.tokenizer(await catalog.get("tale"))
+    assert first is await catalog.tokenizer(await catalog.get("song"))
+
+
+@async_test
+async def test_no_such_variant_suggests_near_names() -> None:
+    zoo = FakeZoo()
+    zoo.add("tale")
+    with pytest.raises(VariantNotFoundError) as caught:
+        await VariantCatalog(zoo).get("tael")
+    assert caught.value.suggestions == ("tale",)
+
+
+@async_test
+async def test_a_variant_without_a_tokenizer_takes_token_ids_only() -> None:
+    zoo = FakeZoo()
+    zoo.add("tale", files=variant_files(tokenizer_json=None))
+    catalog = VariantCatalog(zoo)
+    variant = await catalog.get("tale")
+    assert await catalog.tokenizer(variant) is None
+    with pytest.raises(PromptError) as caught:
+        await catalog.encode(variant, "hello", add_special_tokens=True)
+    assert caught.value.hint == "Send token ids."
+
+
+@async_test
+async def test_pages_are_in_the_order_of_names_and_describe_only_their_own() -> None:
+    zoo = FakeZoo()
+    for name in ("d", "b", "a", "c", "e"):
+        zoo.add(name, files={"generation_config.json": json.dumps({"name": name}).encode()})
+    catalog = VariantCatalog(zoo)
+    first, more = await catalog.page("", 2)
+    assert ([variant.record.name for variant in first], more) == (["a", "b"], True)
+    assert len(zoo.files_read) == 2
+    last, more = await catalog.page("c", 2)
+    assert ([variant.record.name for variant in last], more) == (["d", "e"], False)
+    assert await catalog.page("e", 2) == ([], False)
+
+
+@async_test
+async def test_chains_know_their_variants_older_versions_in_use_included() -> None:
+    zoo = FakeZoo()
+    zoo.add("tale", "shared")
+    zoo.add("song", "shared")
+    catalog = VariantCatalog(zoo)
+    await catalog.get("tale")
+    zoo.add("tale", "other")
+    assert await catalog.refs_by_chain() == {"shared": ("song@1", "tale@1"), "other": ("tale@2",)}
+
+
+@async_test
+async def test_the_cache_of_variants_is_bounded() -> None:
+    zoo = FakeZoo()
+    for name in "abc":
+        zoo.add(name)
+    catalog = VariantCatalog(zoo, RouterConfig(cached_variants=2))
+    for name in "abcabc":
+        assert (await catalog.get(name)).record.name == name
+    assert len(catalog._served) == 2
