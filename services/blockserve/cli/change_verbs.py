@@ -144,11 +144,11 @@ def _print_registered(result: RegisterResult) -> None:
     if result.unchanged:
         say(f"{ref} is already exactly this; nothing was written.")
         return
-    share = 1 - result.new_bytes / result.num_bytes if result.num_bytes else 0.0
+    known = max(0.0, 1 - result.new_bytes / result.num_bytes) if result.num_bytes else 0.0
     say(f"Registered {ref} ({record.kind}) in {format_seconds(result.seconds)}")
     say(
-        f"  {format_bytes(result.num_bytes)} in the folder, {format_bytes(result.new_bytes)} new to the zoo "
-        f"({max(share, 0.0):.0%} was there), {format_bytes(result.stored_bytes)} stored"
+        f"  {format_bytes(result.num_bytes)} in the folder, {known:.0%} of it known; "
+        f"{format_bytes(result.new_bytes)} new, {format_bytes(result.stored_bytes)} stored"
     )
     if result.ignored:
         names = ", ".join(result.ignored[:3]) + (", ..." if len(result.ignored) > 3 else "")

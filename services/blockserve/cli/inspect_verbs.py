@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from blockserve.cli.options import DEFAULT_ZOO, JsonOption, RefArgument, ZooOption, open_zoo
 from blockserve.cli.output import add_row, format_bytes, make_table, print_json, say, stdout
 
 if TYPE_CHECKING:
-    from blockzoo.reports import Applied, DiffReport, Run, ShowReport, UsageReport, VariantRow
+    from blockzoo.reports import Applied, DiffReport, LinkDiff, Run, ShowReport, UsageReport, VariantRow
 
 
 def ls(zoo: ZooOption = DEFAULT_ZOO, as_json: JsonOption = False) -> None:
@@ -81,32 +82,13 @@ def diff(a: RefArgument, b: RefArgument, zoo: ZooOption = DEFAULT_ZOO, as_json: 
 
 
 def _print_rows(rows: list[VariantRow]) -> None:
-    numeric = ("VERSION", "LAYERS", "CHECKPOINT", "PRIVATE")
     table = make_table(
-        "NAME",
-        "VERSION",
-        "KIND",
-        "BASE",
-        "FAMILY",
-        "LAYERS",
-        "CHECKPOINT",
-        "PRIVATE",
-        "REGISTERED",
-        numeric=numeric,
-    )
+        "NAME", "VERSION", "KIND", "BASE", "CHECKPOINT", "PRIVATE", "REGISTERED",
+        numeric=("VERSION", "CHECKPOINT", "PRIVATE"),
+    )  # fmt: skip
     for row in rows:
-        add_row(
-            table,
-            row.name,
-            row.version,
-            row.kind,
-            row.base or "-",
-            row.family or "?",
-            row.num_layers,
-            format_bytes(row.checkpoint_bytes),
-            format_bytes(row.private_bytes),
-            row.registered_at[:16].replace("T", " "),
-        )
+        sizes = (format_bytes(row.checkpoint_bytes), format_bytes(row.private_bytes))
+        add_row(table, row.name, row.version, row.kind, row.base or "-", *sizes, row.registered_at[:10])
     stdout().print(table)
 
 
@@ -115,14 +97,16 @@ def _print_variant(report: ShowReport) -> None:
     versions = ", ".join(map(str, report.versions))
     say(f"{report.name}@{report.version} ({current}; versions {versions}), {report.kind}, {report.family}")
     say(f"  {report.draw()}")
-    say(f"  chain      {report.chain}")
-    say(f"  context    {report.context_length} tokens, vocabulary {report.vocab_size}")
-    say(
-        f"  bytes      {format_bytes(report.checkpoint_bytes)} as a checkpoint, "
-        f"{format_bytes(report.private_bytes)} private, {format_bytes(report.stored_bytes)} stored in all"
-    )
-    for key, value in sorted(report.provenance.items()):
-        say(f"  {key:<10} {value}")
+    facts = {
+        "chain": report.chain,
+        "context": f"{report.context_length} tokens, vocabulary {report.vocab_size}",
+        "bytes": f"{format_bytes(report.checkpoint_bytes)} as a checkpoint, "
+        f"{format_bytes(report.private_bytes)} private, {format_bytes(report.stored_bytes)} stored in all",
+        **dict(sorted(report.provenance.items())),
+    }
+    width = max(map(len, facts))
+    for key, value in facts.items():
+        say(f"  {key:<{width}}  {value}")
     say("")
     table = make_table("LINKS", "KIND", "BYTES", "APPLIED", "SHARED WITH", numeric=("BYTES",))
     for run in report.runs:
@@ -176,13 +160,27 @@ def _print_diff(report: DiffReport) -> None:
     )
     changed = [link for link in report.links if link.status != "equal"]
     if changed:
-        table = make_table(
-            "LINK", "KIND", "STATUS", "TENSORS CHANGED", "BYTES CHANGED", numeric=("LINK", "BYTES CHANGED")
-        )
-        for link in changed:
-            names = ", ".join(tensor.name for tensor in link.tensors) or "-"
-            size = sum(tensor.changed_bytes for tensor in link.tensors)
-            add_row(table, link.position, link.kind, link.status, names, format_bytes(size))
+        table = make_table("LINKS", "STATUS", "CHANGED", "BYTES", numeric=("BYTES",))
+        for (kind, status, names, applied), group in groupby(changed, _alike):
+            links = list(group)
+            size = sum(tensor.changed_bytes for link in links for tensor in link.tensors)
+            if applied:
+                names = (*names, "what is applied")
+                size += sum(link.applied_bytes_b for link in links)
+            add_row(table, _label(kind, links), status, ", ".join(names), format_bytes(size))
         stdout().print(table)
     if report.files:
         say(f"  files: {', '.join(name for name in report.files if not name.startswith('.')) or '-'}")
+
+
+def _alike(link: LinkDiff) -> tuple[str, str, tuple[str, ...], bool]:
+    applied = link.status == "adapters" or link.applied_bytes_a != link.applied_bytes_b
+    return link.kind, link.status, tuple(tensor.name for tensor in link.tensors), applied
+
+
+def _label(kind: str, links: list[LinkDiff]) -> str:
+    """Layers are numbered as in the checkpoint: the embedding stands before them."""
+    if kind != "layer":
+        return kind
+    first, last = links[0].position - 1, links[-1].position - 1
+    return f"layer {first}" if first == last else f"layers {first}-{last}"

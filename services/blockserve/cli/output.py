@@ -12,11 +12,15 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+PIPE_WIDTH = 10_000
+"""Columns where there is no terminal: rows are never folded, so that grep and awk see whole ones."""
+
+
 def stdout() -> Console:
     """The console for results. Made anew each time, because tests and pipes replace `sys.stdout`."""
     from rich.console import Console
 
-    return Console(file=sys.stdout, highlight=False)
+    return Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
 
 def stderr() -> Console:
