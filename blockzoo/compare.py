@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from blockzoo.contents import OWN_PREFIX
-from blockzoo.manifest import BlockManifest, Link, TensorRef, VariantRecord
+from blockzoo.digest import num_bytes
+from blockzoo.manifest import BlobId, BlockManifest, Link, TensorRef, VariantRecord
 from blockzoo.outline import Manifests
 from blockzoo.reports import DiffReport, LinkDiff, TensorDiff
-from blockzoo.survey import chunk_sizes
 
 
 def compare(manifests: Manifests, a: VariantRecord, b: VariantRecord) -> DiffReport:
@@ -71,9 +71,14 @@ def _tensors(a: BlockManifest | None, b: BlockManifest | None) -> list[TensorDif
         if old == new:
             continue
         known = set(old.blobs) if old else set()
-        changed = sum(size for blob, size in chunk_sizes(new) if blob not in known) if new else 0
+        changed = sum(size for blob, size in _chunk_sizes(new) if blob not in known) if new else 0
         diffs.append(TensorDiff(name, old.num_bytes if old else 0, new.num_bytes if new else 0, changed))
     return diffs
+
+
+def _chunk_sizes(tensor: TensorRef) -> list[tuple[BlobId, int]]:
+    shapes = tensor.chunk_shapes()
+    return [(blob, num_bytes(tensor.dtype, shape)) for blob, shape in zip(tensor.blobs, shapes, strict=True)]
 
 
 def _applied_bytes(manifests: Manifests, link: Link | None) -> int:

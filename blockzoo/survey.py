@@ -11,7 +11,9 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 
 from blockzoo import layout
+from blockzoo.blobs import TensorData
 from blockzoo.contents import OWN_PREFIX
+from blockzoo.digest import num_bytes
 from blockzoo.manifest import (
     BlobId,
     BlockId,
@@ -19,7 +21,7 @@ from blockzoo.manifest import (
     BlockManifest,
     ChainId,
     ChainManifest,
-    TensorRef,
+    DType,
     VariantRecord,
 )
 from blockzoo.outline import Manifests
@@ -38,7 +40,7 @@ class Survey:
     def __init__(self, store: ZooStore, manifests: Manifests) -> None:
         self._store = store
         self._manifests = manifests
-        self._sizes: dict[BlobId, int] = {}
+        self._parts: dict[BlobId, tuple[DType, tuple[int, ...]]] = {}
         self._blocks: dict[BlockId, frozenset[BlobId]] = {}
         self._records: dict[str, list[VariantRecord]] = defaultdict(list)
         for record in store.records():
@@ -173,7 +175,7 @@ class Survey:
         blobs: set[BlobId] = set()
         for ref in record.files.values():
             blobs.add(ref.blob)
-            self._sizes[ref.blob] = ref.size
+            self._parts[ref.blob] = (DType.U8, (ref.size,))
         return blobs.union(*map(self._block_blobs, self._block_ids(record.chain)))
 
     def _block_ids(self, chain: ChainId) -> Iterable[BlockId]:
@@ -183,32 +185,28 @@ class Survey:
     def _block_blobs(self, block: BlockId) -> frozenset[BlobId]:
         if block not in self._blocks:
             tensors = self._manifests.get_block(block).tensors.values()
-            self._sizes.update(size for tensor in tensors for size in chunk_sizes(tensor))
+            for tensor in tensors:
+                for blob, shape in zip(tensor.blobs, tensor.chunk_shapes(), strict=True):
+                    self._parts[blob] = (tensor.dtype, shape)
             self._blocks[block] = frozenset(blob for tensor in tensors for blob in tensor.blobs)
         return self._blocks[block]
 
     def _with_bases(self, blobs: set[BlobId]) -> set[BlobId]:
-        """Add the bases of differences. Only what is stored smaller than it is can be one."""
-        encoded = [blob for blob in blobs if self._stored.get(blob, 0) < self._sizes[blob]]
-        bases = (self._store.blobs.info(blob).base for blob in encoded if blob in self._stored)
+        """Add the bases of differences."""
+        bases = (self._store.blobs.info(blob).base for blob in blobs if self._is_encoded(blob))
         return blobs | {base for base in bases if base is not None}
 
+    def _is_encoded(self, blob: BlobId) -> bool:
+        """Tell from its size, which spares reading the header of every blob."""
+        dtype, shape = self._parts[blob]
+        header = self._store.blobs.encode(TensorData(dtype, shape, b""), None)[0]
+        return blob in self._stored and self._stored[blob] != len(header) + num_bytes(dtype, shape)
+
     def _decoded(self, blobs: set[BlobId]) -> int:
-        return sum(self._sizes[blob] for blob in blobs)
+        return sum(num_bytes(*self._parts[blob]) for blob in blobs)
 
     def _stored_bytes(self, blobs: set[BlobId]) -> int:
         return sum(self._stored.get(blob, 0) for blob in blobs)
-
-
-def chunk_sizes(tensor: TensorRef) -> list[tuple[BlobId, int]]:
-    """Return the decoded bytes of each blob of a tensor."""
-    sizes = []
-    for blob, shape in zip(tensor.blobs, tensor.chunk_shapes(), strict=True):
-        count = tensor.dtype.itemsize
-        for dim in shape:
-            count *= dim
-        sizes.append((blob, count))
-    return sizes
 
 
 def _summary(block: BlockManifest) -> Applied:
