@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from blockzoo import layout
+from blockzoo.backup import copy_zoo
+from blockzoo.digest import blob_id
+from blockzoo.errors import FormatVersionError
+from blockzoo.manifest import DType
+from blockzoo.store import ZooStore
+from blockzoo.verify import verify
+from support.zoo_faults import contents, open_memory, register, tensor
+
+
+def make() -> ZooStore:
+    """Two variants that share a tensor, one stored as a difference, and leftovers."""
+    store = open_memory()
+    register(store, "base", [tensor(1), tensor(2)])
+    base = blob_of(store, "base", 0)
+    register(store, "tuned", [tensor(1, nudge=4, base=base), tensor(2)])
+    register(store, "gone", [tensor(7)], file=b"gone")
+    store.remove("gone")
+    return store
+
+
+def blob_of(store: ZooStore, name: str, index: int):
+    link = store.get_chain(store.resolve(name).chain).links[index]
+    return store.get_block(link.base).tensors["weight"].blobs[0]
+
+
+def flip(store: ZooStore, key: str, bit: int = 0) -> None:
+    data = bytearray(store.storage.get(key))
+    data[bit // 8 % len(data)] ^= 1 << bit % 8
+    store.storage.replace(key, [bytes(data)])
+
+
+def hurt(store: ZooStore, **kwargs) -> dict[str, tuple[str, ...]]:
+    return {problem.key: problem.variants for problem in verify(store, **kwargs).problems}
+
+
+@pytest.fixture
+def store():
+    return make()
+
+
+def test_a_sound_zoo(store):
+    seen = []
+    report = verify(store, on_object=seen.append)
+    assert report.ok
+    assert report.problems == report.strays == ()
+    # 3 chains, 4 blocks, 4 tensors, 2 files (one shared), 3 refs.
+    assert report.objects == len(seen) == 3 + 4 + 4 + 2 + 3
+    assert report.num_bytes == sum(info.size for info in seen)
+
+
+def test_strays_are_listed(store):
+    store.storage.put_if_absent("blobs/aa/notes.txt", [b""])
+    store.storage.put_if_absent("refs/variants/readme", [b""])
+    report = verify(store)
+    assert report.ok
+    assert report.strays == ("blobs/aa/notes.txt", "refs/variants/readme")
+
+
+def test_a_flipped_bit_names_the_variants_it_hurts(store):
+    shared = layout.blob_key(blob_of(store, "base", 1))
+    flip(store, shared, 9000)
+    assert hurt(store) == {shared: ("base@1", "tuned@1")}
+
+
+def test_a_damaged_base_hurts_the_difference_too(store):
+    base, difference = (layout.blob_key(blob_of(store, name, 0)) for name in ("base", "tuned"))
+    flip(store, base, 9000)
+    assert hurt(store) == {base: ("base@1", "tuned@1"), difference: ("tuned@1",)}
+
+
+def test_damaged_leftovers_hurt_nobody(store):
+    loose = layout.blob_key(blob_id(DType.BF16, (512,), tensor(7).data))
+    flip(store, loose, 9000)
+    assert hurt(store) == {loose: ()}
+
+
+@pytest.mark.parametrize("what", ["chain", "block", "blob", "base"])
+def test_missing_objects(store, what):
+    record = store.resolve("tuned")
+    key = {
+        "chain": layout.chain_key(record.chain),
+        "block": layout.block_key(store.get_chain(record.chain).links[0].base),
+        "blob": layout.blob_key(blob_of(store, "tuned", 0)),
+        "base": layout.blob_key(blob_of(store, "base", 0)),
+    }[what]
+    difference = layout.blob_key(blob_of(store, "tuned", 0))
+    store.storage.delete(key)
+    problems = {problem.key: problem for problem in verify(store).problems}
+    assert problems[key].missing
+    assert "tuned@1" in problems[key].variants
+    assert set(problems) == ({key, difference} if what == "base" else {key})
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_single_flipped_bit_is_found_and_repaired(data):
+    store, source = make(), make()
+    infos = sorted(
+        (info for info in store.storage.list("") if info.key != "zoo.json"), key=lambda info: info.key
+    )
+    before = {info.key: bytes(store.storage.get(info.key)) for info in infos}
+    info = data.draw(st.sampled_from(infos))
+    flip(store, info.key, data.draw(st.integers(0, info.size * 8 - 1)))
+    report = verify(store)
+    assert info.key in {problem.key for problem in report.problems}
+    assert not report.ok
+    assert verify(store, repair_from=source).ok
+    assert verify(store).problems == ()
+    assert contents(store, store.resolve("tuned")) == [tensor(1, nudge=4).data, tensor(2).data]
+    assert {key for key in before if store.storage.size(key) is None} == set()
+
+
+def test_repair_of_many_things_at_once(store):
+    source = open_memory()
+    copy_zoo(store, source)
+    for info in list(store.storage.list("chains")):
+        store.storage.delete(info.key)
+    for info in list(store.storage.list("blocks")):
+        store.storage.delete(info.key)
+    for number, info in enumerate(list(store.storage.list("blobs"))):
+        flip(store, info.key, 31 * number)
+    report = verify(store, repair_from=source)
+    needed = {problem.key for problem in report.problems if problem.variants}
+    assert all(problem.repaired for problem in report.problems if problem.variants)
+    # What only the removed variant needed is not in the backup.
+    assert {problem.key for problem in report.problems if not problem.repaired}.isdisjoint(needed)
+    assert contents(store, store.resolve("base")) == [tensor(1).data, tensor(2).data]
+    assert contents(store, store.resolve("tuned")) == [tensor(1, nudge=4).data, tensor(2).data]
+
+
+def test_repair_takes_nothing_damaged(store):
+    source = make()
+    key = layout.blob_key(blob_of(store, "base", 1))
+    flip(store, key, 9000)
+    flip(source, key, 9001)
+    damaged = bytes(store.storage.get(key))
+    report = verify(store, repair_from=source)
+    assert [(problem.key, problem.repaired) for problem in report.problems] == [(key, False)]
+    assert store.storage.get(key) == damaged
+
+
+def test_a_repaired_difference_stands_on_its_own(store):
+    """The source may have used another base, so repair stores the tensor itself."""
+    difference = blob_of(store, "tuned", 0)
+    flip(store, layout.blob_key(difference), 0)
+    assert verify(store, repair_from=make()).ok
+    assert store.blobs.info(difference).base is None
+
+
+def test_a_damaged_base_alone_is_enough_to_repair(store):
+    base, difference = blob_of(store, "base", 0), blob_of(store, "tuned", 0)
+    flip(store, layout.blob_key(base), 9000)
+    assert verify(store, repair_from=make()).ok
+    assert store.blobs.info(difference).base == base
+
+
+def test_repair_respects_the_format(store):
+    store.storage.replace("zoo.json", [b'{"format":2,"min_reader":1,"min_writer":2,"created_by":"x"}'])
+    newer = ZooStore.open(store.storage)
+    flip(newer, layout.blob_key(blob_of(newer, "base", 1)), 9000)
+    with pytest.raises(FormatVersionError):
+        verify(newer, repair_from=make())
+
+
+def test_a_variant_removed_meanwhile_is_no_problem(store):
+    """Verification reads a ref; before it looks for the chain, somebody removes and collects both."""
+    record = store.resolve("base")
+    original = store.read_ref
+
+    def remove_after_reading(name, version):
+        found = original(name, version)
+        if name == "base" and store.storage.size(layout.chain_key(record.chain)) is not None:
+            store.storage.delete(layout.ref_key("base", 1))
+            store.storage.delete(layout.chain_key(record.chain))
+        return found
+
+    store.read_ref = remove_after_reading
+    assert verify(store).problems == ()
