@@ -123,7 +123,9 @@ class DecoderFamily(Family):
         heads = reader.integer("num_attention_heads", most=_MAX_WIDTH)
         kv_heads = reader.integer("num_key_value_heads", most=_MAX_WIDTH, default=heads)
         if heads % kv_heads:
-            raise reader.error("num_attention_heads", f"is {heads}, not a multiple of num_key_value_heads {kv_heads}")
+            raise reader.error(
+                "num_attention_heads", f"is {heads}, not a multiple of num_key_value_heads {kv_heads}"
+            )
         given = reader.has("head_dim")
         head_dim = reader.integer("head_dim", most=_MAX_WIDTH) if given else self.default_head_dim(reader)
         if head_dim % 2:

@@ -52,7 +52,9 @@ def _rope_values(config: ConfigReader) -> dict[str, object]:
             if not isinstance(value, dict):
                 raise config.error(key, "is not an object")
             if any(isinstance(item, dict) for item in value.values()):
-                raise UnsupportedFeatureError(f"config.json: {key} differs between layer types, which is not supported")
+                raise UnsupportedFeatureError(
+                    f"config.json: {key} differs between layer types, which is not supported"
+                )
             return value
     return {}
 
