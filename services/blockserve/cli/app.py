@@ -30,7 +30,7 @@ def build_app(arguments: Sequence[str]) -> typer.Typer:
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         rich_markup_mode="rich",
-        context_settings={"help_option_names": ["-h", "--help"]},
+        context_settings={"help_option_names": ["--help", "-h"]},
     )
     app.callback(help=reflow(_root.__doc__ or ""))(_root)
     for panel, verbs in (

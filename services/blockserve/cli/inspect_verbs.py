@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from blockserve.cli.options import DEFAULT_ZOO, JsonOption, RefArgument, ZooOption, open_zoo
 from blockserve.cli.output import add_row, format_bytes, make_table, print_json, say, stdout
+
+FirstArgument = Annotated[str, typer.Argument(metavar="A", help="NAME or NAME@N.")]
+SecondArgument = Annotated[str, typer.Argument(metavar="B", help="NAME or NAME@N.")]
 
 if TYPE_CHECKING:
     from blockzoo.reports import Applied, DiffReport, LinkDiff, Run, ShowReport, UsageReport, VariantRow
@@ -66,7 +71,9 @@ def du(zoo: ZooOption = DEFAULT_ZOO, as_json: JsonOption = False) -> None:
         _print_usage(report)
 
 
-def diff(a: RefArgument, b: RefArgument, zoo: ZooOption = DEFAULT_ZOO, as_json: JsonOption = False) -> None:
+def diff(
+    a: FirstArgument, b: SecondArgument, zoo: ZooOption = DEFAULT_ZOO, as_json: JsonOption = False
+) -> None:
     """Show what differs between two variants, or two versions of one.
 
     \b

@@ -1,0 +1,115 @@
+"""Command lines against a real tiny zoo, and against a real gRPC server over a scripted engine."""
+
+import asyncio
+import json
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blockserve.cli import main
+from blockzoo import Zoo
+from support.edge import Rig, serving
+from support.folders import config, tensors, write_adapter, write_checkpoint
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command line did."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """Standard output, which must be one JSON value and nothing else."""
+        return json.loads(self.out)
+
+    @property
+    def error(self) -> dict[str, Any]:
+        """The error that `--json` prints on standard error."""
+        return json.loads(self.err)["error"]
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a command line in this process; wide, so that help texts do not fold."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERMINAL_WIDTH", "200")
+
+    def run(*words: object) -> Outcome:
+        code = main([str(word) for word in words])
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    """Folders to register: base, tuned (the last layer differs), adapter."""
+    place = tmp_path / "folders"
+    values = config()
+    items = tensors(values)
+    write_checkpoint(place / "base", values, items)
+    other = tensors(values, seed=1)
+    tuned = {name: other[name] if ".layers.2." in name else item for name, item in items.items()}
+    write_checkpoint(place / "tuned", values, tuned)
+    write_adapter(place / "adapter")
+    return place
+
+
+@pytest.fixture
+def zoo(tmp_path: Path, folders: Path, monkeypatch: pytest.MonkeyPatch) -> Zoo:
+    """A zoo with `base`, `tuned` and the adapter `bot`, named by BLOCKZOO_ZOO."""
+    monkeypatch.setenv("BLOCKZOO_ZOO", str(tmp_path / "zoo"))
+    zoo = Zoo.open(tmp_path / "zoo", create=True)
+    zoo.register(folders / "base", name="base")
+    zoo.register(folders / "tuned", name="tuned")
+    zoo.register(folders / "adapter", name="bot", base="base")
+    return zoo
+
+
+class Served:
+    """A server in a thread of its own, so that the commands under test can block."""
+
+    def __init__(self) -> None:
+        self.ready = threading.Event()
+        self.rig: Rig
+        self._loop = asyncio.new_event_loop()
+        self._stop = asyncio.Event()
+        self._thread = threading.Thread(target=lambda: self._loop.run_until_complete(self._serve()))
+        self._thread.start()
+        assert self.ready.wait(60)
+
+    async def _serve(self) -> None:
+        async with serving() as rig:
+            self.rig = rig
+            self.ready.set()
+            await self._stop.wait()
+
+    def call(self, act: Callable[[], None]) -> None:
+        """Run something in the server's event loop."""
+        self._loop.call_soon_threadsafe(act)
+
+    def close(self) -> None:
+        """Stop the server."""
+        self.call(self._stop.set)
+        self._thread.join()
+        self._loop.close()
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+    """A server with the variant `tale`, named by BLOCKZOO_SERVER."""
+    served = Served()
+    monkeypatch.setenv("BLOCKZOO_SERVER", served.rig.server.address)
+    yield served
+    served.close()

@@ -1,0 +1,112 @@
+import io
+import threading
+
+import pytest
+
+from blockserve.cli import output, progress
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (1500, "1.5 kB"), (99_940, "99.9 kB"), (99_960, "100 kB"),
+     (999_499, "999 kB"), (999_600, "1 MB"), (269_060_552, "269 MB"), (5e9, "5 GB"), (2.5e12, "2.5 TB")],
+)  # fmt: skip
+def test_format_bytes(count, text):
+    assert output.format_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.213, "0.21 s"),
+        (3.44, "3.4 s"),
+        (42.4, "42 s"),
+        (125, "2 min 05 s"),
+        (119.7, "2 min 00 s"),
+        (11_520, "3 h 12 min"),
+    ],
+)
+def test_format_seconds(seconds, text):
+    assert output.format_seconds(seconds) == text
+
+
+def test_cells_are_text_and_not_markup(capsys):
+    table = output.make_table("NAME")
+    output.add_row(table, "[red]x[/red]")
+    output.stdout().print(table)
+    assert "[red]x[/red]" in capsys.readouterr().out
+
+
+class Recorder(io.StringIO):
+    """A stream that tells when a sign has come a number of times."""
+
+    def __init__(self, wanted, terminal=False, sign="\n"):
+        super().__init__()
+        self.wanted = wanted
+        self.terminal = terminal
+        self.sign = sign
+        self.reached = threading.Event()
+
+    def isatty(self):
+        return self.terminal
+
+    def write(self, text):
+        written = super().write(text)
+        if self.getvalue().count(self.sign) >= self.wanted:
+            self.reached.set()
+        return written
+
+
+def test_lines_come_while_work_goes_on(monkeypatch):
+    stream = Recorder(wanted=2)
+    monkeypatch.setattr(progress.sys, "stderr", stream)
+    lines = progress.Lines(first_after_s=0.001, every_s=0.001)
+    lines.start("copying", 2_000_000)
+    lines.advance(500_000)
+    assert stream.reached.wait(60)
+    lines.finish()
+    assert lines.describe() == ""
+    lines.close()
+    assert stream.getvalue().splitlines()[-1].startswith("copying: 500 kB of 2 MB, ")
+
+
+def test_a_task_without_a_known_end(monkeypatch):
+    monkeypatch.setattr(progress.sys, "stderr", Recorder(wanted=1))
+    lines = progress.Lines(first_after_s=1000, every_s=1000)
+    lines.start("deleting", 0)
+    lines.advance(10)
+    assert lines.describe().startswith("deleting: 10 B, ")
+    lines.close()
+
+
+def test_short_work_shows_nothing(monkeypatch):
+    stream = Recorder(wanted=1)
+    monkeypatch.setattr(progress.sys, "stderr", stream)
+    with progress.progress() as reporter:
+        reporter.start("copying", 100)
+        reporter.advance(100)
+        reporter.finish()
+    assert isinstance(reporter, progress.Lines)
+    assert stream.getvalue() == ""
+
+
+def test_a_terminal_gets_a_bar_that_goes_away(monkeypatch):
+    stream = Recorder(wanted=1, terminal=True, sign="verifying")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(progress.sys, "stderr", stream)
+    monkeypatch.setattr(progress, "BAR_AFTER_S", 0.0)
+    with pytest.raises(KeyboardInterrupt), progress.progress() as reporter:  # noqa: PT012
+        assert isinstance(reporter, progress.Bars)
+        reporter.start("verifying", 1000)
+        reporter.advance(10)
+        assert stream.reached.wait(60)
+        raise KeyboardInterrupt
+    # The cursor is back: a bar hides it while it moves.
+    assert stream.getvalue().count("\x1b[?25l") == stream.getvalue().count("\x1b[?25h")
+
+
+def test_quiet_reports_nothing():
+    with progress.progress(quiet=True) as reporter:
+        reporter.start("x", 1)
+        reporter.advance(1)
+        reporter.finish()

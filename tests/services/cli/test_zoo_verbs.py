@@ -1,0 +1,239 @@
+import json
+
+import pytest
+
+from blockserve.cli import care_verbs, questions
+from blockzoo import Zoo
+from blockzoo.layout import blob_key
+
+
+def flip_a_byte(zoo, tmp_path, name, tensor="self_attn.q_proj.weight"):
+    """Damage a tensor of the variant's last layer; returns the file."""
+    chain = zoo.chain(zoo.resolve(name).chain)
+    blob = zoo.block(chain.links[-2].base).tensors[tensor].blobs[0]
+    path = tmp_path / "zoo" / blob_key(blob)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(data)
+    return path
+
+
+def test_register_says_what_was_new(run, folders, tmp_path):
+    place = tmp_path / "new" / "zoo"
+    outcome = run("register", folders / "base", "--name", "base", "--zoo", place, "--json")
+    assert outcome.code == 0
+    assert {
+        "name": "base",
+        "version": 1,
+        "kind": "checkpoint",
+        "unchanged": False,
+    }.items() <= outcome.json.items()
+    assert outcome.json["num_new_blobs"] == outcome.json["num_blobs"]
+    assert Zoo.open(place).resolve("base").chain == outcome.json["chain"]
+    outcome = run("register", folders / "tuned", "-n", "tuned", "--base", "base", "--zoo", place)
+    assert outcome.out.startswith("Registered tuned@1 (checkpoint) in ")
+    assert "of it known" in outcome.out
+    assert "exactly this" in run("register", folders / "tuned", "-n", "tuned", "--zoo", place).out
+
+
+def test_register_an_adapter(run, zoo, folders):
+    outcome = run("register", folders / "adapter", "--name", "second", "--base", "base", "--json")
+    assert outcome.json["kind"] == "adapter"
+
+
+def test_ls(run, zoo):
+    rows = run("ls", "--json").json
+    assert rows["zoo"] == zoo.url
+    assert [row["name"] for row in rows["variants"]] == ["base", "bot", "tuned"]
+    lines = run("ls").out.splitlines()
+    assert lines[0].split() == ["NAME", "VERSION", "KIND", "BASE", "CHECKPOINT", "PRIVATE", "REGISTERED"]
+    assert lines[2].split()[:4] == ["bot", "1", "adapter", "base@1"]
+
+
+def test_ls_of_an_empty_zoo_says_how_to_go_on(run, tmp_path):
+    Zoo.open(tmp_path / "empty", create=True)
+    assert "blockzoo register" in run("ls", "--zoo", tmp_path / "empty").out
+    assert run("ls", "--zoo", tmp_path / "empty", "--json").json["variants"] == []
+
+
+def test_rows_are_not_folded_in_a_pipe(run, zoo, folders, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    name = "a-name-that-is-long-" * 4
+    run("register", folders / "base", "--name", name)
+    assert any(line.startswith(f"{name} ") for line in run("ls").out.splitlines())
+
+
+def test_show(run, zoo):
+    report = run("show", "tuned", "--json").json
+    assert report["name"] == "tuned"
+    assert [item["kind"] for item in report["runs"]] == ["embedding", "layer", "layer", "head"]
+    out = run("show", "bot").out
+    assert "embedding -> layers 0-1 + adapter -> layer 2 + adapter -> head" in out
+    assert "rank 4 on" in out
+    assert "layout" not in out
+
+
+def test_du(run, zoo):
+    report = run("du", "--json").json
+    assert report["sharing_factor"] > 1
+    assert {row["name"] for row in report["rows"]} == {"base", "bot", "tuned"}
+    assert "checkpoints would take" in run("du").out
+
+
+def test_diff_joins_links_that_differ_alike(run, zoo):
+    report = run("diff", "base", "tuned", "--json").json
+    assert (report["equal"], report["adapters"], report["different"]) == (4, 0, 1)
+    assert "layer 2" in run("diff", "base", "tuned").out
+    lines = run("diff", "base", "bot").out.splitlines()
+    assert [line for line in lines if line.startswith("layers 0-2 ")]
+
+
+def test_export_gives_the_bytes_back(run, zoo, folders, tmp_path):
+    outcome = run("export", "tuned", tmp_path / "out", "--json")
+    assert outcome.json["ref"] == "tuned@1"
+    for name in outcome.json["files"]:
+        assert (tmp_path / "out" / name).read_bytes() == (folders / "tuned" / name).read_bytes()
+    assert run("export", "tuned", tmp_path / "out").code == 1
+
+
+class Keyboard:
+    """A terminal somebody types a line on."""
+
+    def __init__(self, line):
+        self.line = line
+
+    def isatty(self):
+        return True
+
+    def readline(self):
+        return self.line
+
+
+@pytest.mark.parametrize(
+    ("typed", "removed"), [("y\n", True), ("YES\n", True), ("n\n", False), ("\n", False), ("", False)]
+)
+def test_rm_asks(run, zoo, monkeypatch, typed, removed):
+    monkeypatch.setattr(questions.sys, "stdin", Keyboard(typed))
+    outcome = run("rm", "bot")
+    assert "Remove bot with all its 1 version(s)? [y/N]" in outcome.err
+    assert outcome.code == (0 if removed else 1)
+    assert ("bot" in {record.name for record in zoo.variants()}) is not removed
+
+
+def test_rm_where_nobody_can_answer_needs_yes(run, zoo):
+    outcome = run("rm", "bot")
+    assert outcome.code == 2
+    assert "--yes" in outcome.err
+    assert run("rm", "bot", "--yes", "--json").json == {"name": "bot", "removed": [1], "remaining": []}
+    assert run("show", "bot").code == 3
+
+
+def test_rm_of_a_version_and_rollback(run, zoo, folders):
+    run("register", folders / "tuned", "--name", "base")
+    assert run("rollback", "base", "--json").json["version"] == 3
+    assert zoo.resolve("base").chain == zoo.resolve("base@1").chain
+    assert "Removed base@2" in run("rm", "base@2", "-y").out
+    outcome = run("rm", "base@3", "--yes")
+    assert outcome.code == 1
+    assert "is the current version" in outcome.err
+
+
+def test_rollback_to_a_version(run, zoo, folders):
+    run("register", folders / "tuned", "--name", "base")
+    assert "base@3 is current now" in run("rollback", "base", "--to", 1).out
+    assert run("rollback", "base", "--to", 9).code == 3
+    assert run("rollback", "base", "--to", 0).code == 2
+
+
+def test_gc(run, zoo):
+    run("rm", "tuned", "--yes")
+    planned = run("gc", "--dry-run", "--json").json
+    assert planned["dry_run"]
+    assert planned["deleted"] > 0
+    done = run("gc", "--grace", "0", "--json").json
+    assert (done["deleted"], done["freed_bytes"]) == (planned["deleted"], planned["freed_bytes"])
+    assert "Deleted 0 objects" in run("gc", "--grace", 0).out
+    assert run("gc", "--grace", -1).code == 2
+
+
+def test_verify_finds_damage_names_who_is_hurt_and_repairs(run, zoo, tmp_path):
+    assert run("backup", tmp_path / "backup").code == 0
+    assert "Everything is as it should be." in run("verify").out
+    flip_a_byte(zoo, tmp_path, "tuned")
+    report = run("verify", "--json")
+    assert report.code == 5
+    assert report.json["ok"] is False
+    assert report.json["problems"][0]["variants"] == ["tuned@1"]
+    text = run("verify")
+    assert text.code == 5
+    assert "tuned@1" in text.out
+    assert "--repair FROM" in text.out
+    assert run("verify", "--repair", tmp_path / "backup").code == 0
+    assert run("verify").code == 0
+
+
+def test_verify_that_cannot_repair_says_so(run, zoo, tmp_path):
+    Zoo.open(tmp_path / "other", create=True)
+    flip_a_byte(zoo, tmp_path, "tuned")
+    outcome = run("verify", "--repair", tmp_path / "other")
+    assert outcome.code == 5
+    assert "no good copy" in outcome.out
+
+
+def test_backup_and_restore(run, zoo, tmp_path):
+    report = run("backup", tmp_path / "backup", "--name", "bot", "--json").json
+    assert report["added"] == ["bot@1"]
+    run("rm", "bot", "--yes")
+    skipped = run("restore", tmp_path / "backup")
+    assert "bot@1 skipped" in skipped.out
+    assert run("restore", tmp_path / "backup", "--revive").code == 0
+    assert zoo.resolve("bot").kind == "adapter"
+    fresh = run("restore", tmp_path / "backup", "--zoo", tmp_path / "fresh")
+    assert "Restored 1 versions" in fresh.out
+
+
+def test_reports_tell_rare_things(capsys):
+    from blockzoo.gc import GcReport
+
+    care_verbs._print_gc(GcReport(deleted=1, spared=2, temp_bytes=3, finished=False), dry_run=False)
+    out = capsys.readouterr().out
+    for words in ("Spared 2", "Removed 3 B", "run it again"):
+        assert words in out
+
+
+DOCUMENTED = {
+    ("register", "{folders}/base", "--name", "base"): {
+        "name", "version", "kind", "chain", "provenance", "unchanged", "num_bytes", "new_bytes",
+        "stored_bytes", "num_blobs", "num_new_blobs", "ignored", "seconds",
+    },
+    ("ls",): {"zoo", "variants"},
+    ("show", "bot"): {
+        "name", "version", "current", "versions", "kind", "chain", "family", "context_length", "vocab_size",
+        "runs", "checkpoint_bytes", "private_bytes", "stored_bytes", "files", "provenance",
+    },
+    ("du",): {
+        "rows", "checkpoint_bytes", "distinct_bytes", "stored_bytes", "manifest_bytes", "unreachable_bytes",
+        "sharing_factor",
+    },
+    ("diff", "base", "bot"): {"a", "b", "links", "files", "equal", "adapters", "different", "changed_bytes"},
+    ("export", "bot", "{tmp}/out"): {"ref", "path", "files", "num_bytes"},
+    ("rm", "bot", "--yes"): {"name", "removed", "remaining"},
+    ("rollback", "base"): {"name", "version", "chain"},
+    ("gc", "--dry-run"): {
+        "dry_run", "deleted", "freed_bytes", "kept", "kept_bytes", "spared", "temp_bytes", "finished",
+    },
+    ("verify",): {"ok", "objects", "num_bytes", "problems", "strays"},
+    ("backup", "{tmp}/backup"): {"copied", "copied_bytes", "present", "added", "skipped"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", DOCUMENTED, ids=lambda words: words[0])
+def test_json_keys_are_the_promised_ones(run, zoo, folders, tmp_path, words):
+    run("register", folders / "tuned", "--name", "base")
+    words = [word.format(folders=folders, tmp=tmp_path) for word in words]
+    outcome = run(*words, "--json")
+    assert outcome.code == 0, outcome.err
+    assert set(outcome.json) >= DOCUMENTED[next(key for key in DOCUMENTED if key[0] == words[0])]
+    assert outcome.err == ""
+    assert json.dumps(outcome.json)
