@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedModel
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
-TRAIN = training.TrainConfig(steps=40, learning_rate=3e-4, batch_rows=4, row_tokens=192)
+TRAIN = training.TrainConfig(steps=40, learning_rate=6e-4, batch_rows=4, row_tokens=192)
 
 _MIN_CHARS = 300  # entries that only point at another one teach no voice
 
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="base checkpoint folder")
     parser.add_argument("--out", type=Path, required=True, help="where the tuned checkpoint is written")
     parser.add_argument("--steps", type=int, default=TRAIN.steps)
+    parser.add_argument("--learning-rate", type=float, default=TRAIN.learning_rate)
     parser.add_argument("--seed", type=int, default=0, help="other seeds give other variants")
     parser.add_argument(
         "--refresh-texts",
@@ -53,7 +54,7 @@ def main() -> None:
         print(f"{args.out}: already there")
         return
     config = training.TrainConfig(
-        args.steps, TRAIN.learning_rate, TRAIN.batch_rows, TRAIN.row_tokens, args.seed
+        args.steps, args.learning_rate, TRAIN.batch_rows, TRAIN.row_tokens, args.seed
     )
     columns = (
         TextColumn("{task.description}"),

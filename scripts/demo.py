@@ -1,0 +1,292 @@
+"""The demo: several variants of one real model, answered side by side from shared blocks.
+
+    python scripts/demo.py [--model CHECKPOINT] [--zoo FOLDER] [--prompt TEXT]
+
+Registers the variants in a zoo, starts the server as a process of its own, and talks to it over
+gRPC as any client would. Every figure it prints is measured in this run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves the script's folder out
+
+from demo_variants import ROOT, Variant, demo_variants, register_all, train_missing
+from demo_view import Answer, View, make_view
+from rich.console import Console
+from rich.rule import Rule
+
+from blockserve.cli.output import add_row, format_bytes, make_table
+from blockserve.common.engine_api import SegmentReport
+from blockserve.common.errors import UnavailableError
+from blockserve.router.client import AsyncClient
+from blockserve.router.results import ServerStatus
+from blockzoo.errors import BlockzooError
+from blockzoo.zoo import Zoo
+
+BASE = "smollm2"
+MAX_TOKENS = 64
+SAMPLING_SEED = 7
+START_SECONDS = 120.0
+HELDOUT_TOKENS = 512  # tokens of a held-out text that are sent in one prompt
+
+
+def main() -> int:
+    """Run the demo; exit status 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", type=Path, default=ROOT / ".cache" / "smollm2", help="base checkpoint folder"
+    )
+    parser.add_argument(
+        "--zoo", type=Path, default=ROOT / ".cache" / "demo-zoo", help="where the zoo is kept"
+    )
+    parser.add_argument("--prompt", default="What is love?", help="what every variant is asked")
+    args = parser.parse_args()
+    console = Console(highlight=False)
+    if not (args.model / "config.json").is_file():
+        console.print(
+            f"{args.model} is not a checkpoint folder: run `make model`, or pass --model", markup=False
+        )
+        return 1
+    try:
+        run(console, args.model, args.zoo, args.prompt)
+    except KeyboardInterrupt:
+        console.print("\ninterrupted; the server was stopped, the zoo is intact")
+        return 130
+    except BlockzooError as error:
+        console.print(f"error: {error}\n{error.hint}", markup=False)
+        return 1
+    except subprocess.CalledProcessError as error:
+        return 130 if error.returncode == -signal.SIGINT else error.returncode
+    return 0
+
+
+def run(console: Console, model: Path, zoo_folder: Path, prompt: str) -> None:
+    """Everything the demo does, in order."""
+    started = time.monotonic()
+    train_missing(model)
+    console.print(Rule("1. Register: checkpoints become shared blocks", align="left"))
+    zoo = Zoo.open(zoo_folder, create=True)
+    variants = register_all(zoo, demo_variants(model, BASE), console)
+    names = [variant.name for variant in variants]
+    with server(zoo_folder, names) as address:
+        asyncio.run(talk(console, address, zoo, variants, prompt))
+    console.print(Rule("Now you", align="left"))
+    place = _shown(zoo_folder)
+    for command in (
+        f"blockzoo show {names[-1]} --zoo {place}",
+        f"blockzoo serve --zoo {place} --preload all",
+        f"blockzoo chat {names[1] if len(names) > 1 else BASE}      (in another terminal, while it serves)",
+    ):
+        console.print(f"  {_shown(Path(sys.executable).parent)}/{command}", markup=False, soft_wrap=True)
+    console.print(f"  (this took {time.monotonic() - started:.0f} s)")
+
+
+@contextmanager
+def server(zoo_folder: Path, names: Sequence[str]) -> Iterator[str]:
+    """A server over the zoo, as a process that is stopped whatever happens; gives its address."""
+    with tempfile.TemporaryDirectory(prefix="blockzoo-") as folder:
+        address = f"unix:{folder}/demo.sock"
+        log = Path(folder) / "server.log"
+        command = [
+            sys.executable,
+            "-m",
+            "blockserve.cli",
+            "serve",
+            "--zoo",
+            str(zoo_folder),
+            "--listen",
+            address,
+        ]
+        for name in names:
+            command += ["--preload", name]
+        # A session of its own: Ctrl-C reaches the demo only, which then stops the server in order.
+        with log.open("wb") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        try:
+            asyncio.run(wait_ready(address, process, log))
+            yield address
+        finally:
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+async def wait_ready(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Return once the server has loaded what it preloads and takes requests."""
+    deadline = time.monotonic() + START_SECONDS
+    async with AsyncClient(address) as client:
+        while process.poll() is None and time.monotonic() < deadline:
+            with suppress(UnavailableError):
+                await client.wait_ready(1.0)
+                return
+    sys.stderr.write(log.read_text(errors="replace")[-2000:])
+    raise BlockzooError("the server did not start", hint="Its last lines are above.")
+
+
+async def talk(console: Console, address: str, zoo: Zoo, variants: Sequence[Variant], prompt: str) -> None:
+    """Send the requests and print what came of them."""
+    async with AsyncClient(address) as client:
+        for variant in variants:
+            await client.load(variant.name)
+        console.print(Rule(f"2. Ask all variants at once: {prompt}", align="left"))
+        answers = [Answer(variant.name) for variant in variants]
+        with make_view(console, answers) as view:
+            await asyncio.gather(*(ask(client, answer, prompt, view) for answer in answers))
+        print_speed(console, answers)
+        status = await client.status()
+        console.print(Rule("3. Different variants met in one pass of the shared blocks", align="left"))
+        print_segments(console, status)
+        console.print(Rule("4. What sharing saves", align="left"))
+        print_sharing(console, zoo, status)
+        console.print(Rule("5. Each variant knows its own domain (loss on held-out text)", align="left"))
+        await print_losses(console, client, variants)
+
+
+async def ask(client: AsyncClient, answer: Answer, prompt: str, view: View) -> None:
+    """Stream one answer."""
+    answer.sent_at = time.monotonic()
+    stream = client.chat(
+        answer.variant, prompt, temperature=0.8, min_p=0.1, seed=SAMPLING_SEED, max_tokens=MAX_TOKENS
+    )
+    async for chunk in stream:
+        answer.add(chunk.text, len(chunk.token_ids))
+        view.update(answer)
+    view.end(answer)
+
+
+def print_speed(console: Console, answers: Sequence[Answer]) -> None:
+    """Time to first token and tokens per second of every answer, and of all together."""
+    table = make_table(
+        "variant", "first token", "tokens", "tokens/s", numeric=("first token", "tokens", "tokens/s")
+    )
+    for answer in answers:
+        first = f"{answer.time_to_first_token:.2f} s"
+        add_row(table, answer.variant, first, answer.num_tokens, f"{answer.tokens_per_second:.1f}")
+    console.print(table)
+    span = max(a.last_at or a.sent_at for a in answers) - min(a.sent_at for a in answers)
+    total = sum(answer.num_tokens for answer in answers)
+    console.print(f"together: {total} tokens in {span:.2f} s, {total / span:.0f} tokens/s")
+
+
+def print_segments(console: Console, status: ServerStatus) -> None:
+    """The table of forward calls per segment, counted where the forward is called."""
+    numeric = ("variants", "calls", "mixed calls", "widest", "tokens")
+    table = make_table("segment", *numeric, numeric=numeric)
+    last = max(segment.first_position + segment.num_blocks for segment in status.segments) - 1
+    for segment in sorted(status.segments, key=lambda s: (s.first_position, -s.num_chains)):
+        add_row(
+            table,
+            segment_label(segment, last),
+            segment.num_chains,
+            segment.forward_calls,
+            segment.mixed_calls,
+            segment.largest_batch_chains,
+            segment.tokens,
+        )
+    console.print(table)
+    note = (
+        f"{status.passes} passes; calls: forward calls of the segment's base blocks, one for a whole batch; "
+        "mixed calls: with several variants in the batch; widest: most variants in one call"
+    )
+    console.print(note)
+
+
+def segment_label(segment: SegmentReport, last: int) -> str:
+    """A segment in words; position 0 is the embedding, `last` the head."""
+    first, end = segment.first_position, segment.first_position + segment.num_blocks - 1
+    parts = ["embedding"] if first == 0 else []
+    low, high = max(first, 1), min(end, last - 1)
+    if low <= high:
+        parts.append(f"layer {low - 1}" if low == high else f"layers {low - 1}-{high - 1}")
+    if end == last:
+        parts.append("head")
+    return ", ".join(parts)
+
+
+def print_sharing(console: Console, zoo: Zoo, status: ServerStatus) -> None:
+    """Bytes as checkpoints, in the zoo and in memory; what is private to each variant."""
+    usage = zoo.du()
+    in_memory = {model.partition("@")[0]: chain for chain in status.chains for model in chain.models}
+    numeric = ("as a checkpoint", "private in the zoo", "stored as", "private in memory")
+    table = make_table("variant", *numeric, numeric=numeric)
+    for row in usage.rows:
+        chain = in_memory.get(row.name)
+        add_row(
+            table,
+            row.name,
+            format_bytes(row.checkpoint_bytes),
+            format_bytes(row.private_bytes),
+            format_bytes(row.private_stored_bytes),
+            format_bytes(chain.private_bytes) if chain else "-",
+        )
+    console.print(table)
+    line = (
+        f"as checkpoints {format_bytes(usage.checkpoint_bytes)}; in the zoo {format_bytes(usage.stored_bytes)}, "
+        f"{usage.sharing_factor:.1f} times less; in memory {format_bytes(status.block_bytes)} of blocks"
+    )
+    console.print(line, soft_wrap=True)
+
+
+async def print_losses(console: Console, client: AsyncClient, variants: Sequence[Variant]) -> None:
+    """Held-out losses of base and variants through the server (prompt_logprobs), nats per token."""
+    table = make_table(
+        "domain",
+        "tokens",
+        "base",
+        "variant",
+        "difference",
+        numeric=("tokens", "base", "variant", "difference"),
+    )
+    tuned = [variant for variant in variants if variant.heldout is not None]
+
+    async def losses(variant: Variant) -> tuple[int, float, float]:
+        assert variant.heldout is not None
+        text = variant.heldout.read_text(encoding="utf-8")
+        (count, base), (_, own) = await asyncio.gather(
+            heldout_loss(client, variants[0].name, text), heldout_loss(client, variant.name, text)
+        )
+        return count, base, own
+
+    for variant, (count, base, own) in zip(tuned, await asyncio.gather(*map(losses, tuned)), strict=True):
+        add_row(table, variant.name, count, f"{base:.3f}", f"{own:.3f}", f"{own - base:+.3f}")
+    console.print(table)
+    console.print("nats per token, lower is better; the text was not trained on")
+
+
+async def heldout_loss(client: AsyncClient, model: str, text: str) -> tuple[int, float]:
+    """Tokens counted and mean negative log-likelihood of a text, window by window."""
+    ids = (await client.tokenize(model, text)).token_ids
+    windows = [ids[at : at + HELDOUT_TOKENS] for at in range(0, len(ids) - 1, HELDOUT_TOKENS)]
+    windows = [window for window in windows if len(window) > 1]
+    results = await asyncio.gather(
+        *(client.generate(model, window, prompt_logprobs=True, max_tokens=1).result() for window in windows)
+    )
+    logprobs = [position.logprob for result in results for position in result.prompt_logprobs]
+    return len(logprobs), -sum(logprobs) / len(logprobs)
+
+
+def _shown(path: Path) -> str:
+    """A path as one would type it here."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
+
+
+if __name__ == "__main__":
+    sys.exit(main())
