@@ -1,0 +1,134 @@
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from blockserve.cli import serve
+from blockserve.cli.settings_options import iterate_settings, option_type
+from blockserve.embedded.config import ServeConfig
+from blockzoo import Zoo
+
+SETTINGS = list(iterate_settings(ServeConfig))
+
+
+def test_names_are_distinct_without_their_sections():
+    names = [setting.name for setting in SETTINGS]
+    assert len(names) == len(set(names))
+    assert "config" not in names
+
+
+def test_every_setting_says_what_it_means():
+    for setting in SETTINGS:
+        assert setting.meaning.endswith("."), setting.path
+        assert setting.meaning[0].isupper() or setting.meaning[0] in '"`', setting.path
+
+
+def test_every_setting_is_an_option_but_secrets(run):
+    text = run("serve", "--help").out
+    for setting in SETTINGS:
+        shown = re.search(rf"{setting.flag}\b", text)
+        if setting.is_secret:
+            assert not re.search(rf"{setting.flag} ", text)
+        else:
+            assert shown, setting.flag
+    assert [setting.name for setting in SETTINGS if setting.is_secret] == ["token"]
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The settings that `serve` would run with, instead of running."""
+    seen = []
+    monkeypatch.setattr("blockserve.embedded.run.run", lambda config, **given: seen.append(config))
+    return seen
+
+
+def test_options_become_settings(run, started, zoo):
+    words = (
+        "--listen unix:/x --preload a --preload b --device cuda --dtype float32 --kv-cache-bytes 123456 "
+        "--max-output-tokens 7 --no-reflection --insecure --log-format json --drain-seconds 1.5"
+    )
+    assert run("serve", "--zoo", "here", *words.split()).code == 0
+    (config,) = started
+    assert (config.zoo, config.listen, config.preload) == ("here", "unix:/x", ("a", "b"))
+    assert (config.engine.device, config.engine.dtype, config.engine.kv_cache_bytes) == (
+        "cuda",
+        "float32",
+        123456,
+    )
+    assert config.router.max_output_tokens == 7
+    assert (config.reflection, config.insecure, config.log_format, config.drain_seconds) == (
+        False,
+        True,
+        "json",
+        1.5,
+    )
+
+
+def test_what_is_not_said_comes_from_environment_file_and_defaults(run, started, tmp_path, monkeypatch):
+    (tmp_path / "serve.yaml").write_text(
+        yaml.safe_dump({"engine": {"kv_page_tokens": 16}, "drain_seconds": 3})
+    )
+    monkeypatch.setenv("BLOCKZOO_DRAIN_SECONDS", "4")
+    assert run("serve", "--config", tmp_path / "serve.yaml", "--max-running-requests", 5).code == 0
+    (config,) = started
+    assert config.zoo == "~/.blockzoo"
+    assert config.drain_seconds == 4
+    assert (config.engine.max_running_requests, config.engine.kv_page_tokens) == (5, 16)
+
+
+@pytest.mark.parametrize("source", ["environment", "file"])
+def test_the_zoo_of_environment_and_file_counts(run, started, tmp_path, monkeypatch, source):
+    (tmp_path / "serve.yaml").write_text("zoo: elsewhere\n" if source == "file" else "{}\n")
+    if source == "environment":
+        monkeypatch.setenv("BLOCKZOO_ZOO", "elsewhere")
+    run("serve", "--config", tmp_path / "serve.yaml")
+    assert started[0].zoo == "elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--listen", "0.0.0.0:7450"], "can be reached from other machines"),
+        (["--config", "/nowhere.yaml"], "does not exist"),
+        (["--kv-cache-bytes", "0"], "at least 1"),
+        (["--device-of-dreams", "x"], "No such option"),
+        (["--dtype", "int1"], "--dtype"),
+    ],
+)
+def test_settings_that_cannot_be(run, started, words, message):
+    outcome = run("serve", *words)
+    assert outcome.code == 2
+    assert message in outcome.err
+    assert not started
+
+
+def test_kinds_of_options():
+    assert option_type(Path | None) == Path | None
+    assert option_type(tuple[str, ...]) == list[str] | None
+    assert option_type(dict[str, int]) is None
+    assert serve.command(with_options=False).__signature__.parameters == {}
+
+
+def test_no_zoo_to_serve(run, tmp_path):
+    outcome = run("serve", "--zoo", tmp_path / "nowhere", "--listen", "127.0.0.1:0")
+    assert outcome.code == 3
+    assert "there is no zoo" in outcome.err
+
+
+def test_serve_announces_itself_and_stops_on_ctrl_c(zoo):
+    assert isinstance(zoo, Zoo)
+    command = [sys.executable, "-m", "blockserve.cli", "serve", "--listen", "127.0.0.1:0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        lines = []
+        while not (lines and lines[-1].startswith("Serving ")):
+            lines.append(process.stderr.readline())
+            assert lines[-1], "".join(lines)
+        assert re.search(r" on 127\.0\.0\.1:[1-9]\d+\.", lines[-1])
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+        assert process.wait() == 0, rest
+    assert "Traceback" not in rest
