@@ -53,6 +53,7 @@ def test_chunks_and_pages_of_any_size_give_the_same(variants, tmp_path, name, ru
     )
     config = EngineConfig(
         dtype="float32",
+        num_threads=1,
         max_running_requests=running,
         max_tokens_per_pass=tokens,
         kv_page_tokens=page,
@@ -67,7 +68,9 @@ def test_a_pool_too_small_for_all_requests_gives_the_same(variants, tmp_path):
     """Requests wait for pages; pages that others left behind are used again."""
     variant = variants.checkpoint("llama-gqa")
     page_bytes = 2 * 8 * 3 * 14 * 4
-    config = EngineConfig(dtype="float32", kv_page_tokens=8, kv_cache_bytes=page_bytes * 4 * 40)
+    config = EngineConfig(
+        dtype="float32", num_threads=1, kv_page_tokens=8, kv_cache_bytes=page_bytes * 4 * 40
+    )
     with poisoned_memory(), EngineHarness(tmp_path / "zoo", config) as engine:
         chain = engine.load(variant)
         assert engine.report().kv_pages_total <= 4 * 40
