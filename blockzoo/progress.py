@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Receives progress; called from the thread that called the operation."""
+    """Receives progress: one call at a time, but possibly from threads of the operation's own."""
 
     def start(self, task: str, total_bytes: int) -> None:
         """A task begins; the one before it has finished."""

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from blockzoo import families
-from blockzoo.canonical import canonical_json
+from blockzoo.canonical import canonical_json, digest_json
 from blockzoo.errors import InvalidConfigError, UnsupportedArchitectureError, UnsupportedFeatureError
 from blockzoo.manifest import BlockKind
 from support.folders import ARCHITECTURES, HEADS, HIDDEN, KV_HEADS, LAYERS, VOCAB, WIDE, config, shapes
@@ -259,3 +259,19 @@ def test_only_rotary_frequencies_may_be_left_over():
     assert family.is_ignorable("model.layers.0.self_attn.rotary_emb.inv_freq")
     assert family.is_ignorable("rotary_emb.inv_freq")
     assert not family.is_ignorable("model.layers.0.self_attn.q_proj.bias")
+
+
+GOLDEN = {
+    "LlamaForCausalLM": "fe6536b9e6d1c39b4088faa522d9020ce6757f8c8cea153908b9f905feff6f28",
+    "MistralForCausalLM": "a1a29ae97f3f80b4e5cb914de23f2a8299eac65d2d1b7404de75ee0ea73f8634",
+    "Qwen2ForCausalLM": "40caab60cc7a86eecce969c303061f6d00f92507433cdc37e16aeb4c47c55913",
+    "Qwen3ForCausalLM": "85cd46032a3500fc1135ba01f9224aedf0422c099f76c5df0e4374e363317d43",
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_enters_the_digest_of_a_block_never_changes(architecture):
+    """Another digest here means that nothing registered from now on shares with what is in zoos already."""
+    chain = plan(architecture)
+    content = [[block.kind.value, dict(block.config), sorted(block.tensors)] for block in chain.blocks]
+    assert digest_json([chain.family, content]) == GOLDEN[architecture]
