@@ -89,6 +89,10 @@ proto: ## Generate the stubs under proto/ with the oldest supported tools
 proto-check:
 	@scripts/proto.sh check && echo 'ok  proto stubs'
 
+.PHONY: docs
+docs: venv ## Write what docs/ takes from the code: settings, the list of modules
+	@$(BIN)/python scripts/document_settings.py && $(BIN)/python scripts/document_modules.py
+
 .PHONY: wheel
 wheel: venv ## Build the wheel into dist/ and check that it holds all four packages
 	@$(BIN)/python scripts/check_wheel.py dist && echo 'ok  wheel'

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from blockserve.cli.connection import set_signature
-from blockserve.cli.options import DEFAULT_ZOO
 from blockserve.cli.output import note
 
 if TYPE_CHECKING:
@@ -53,11 +52,7 @@ def _serve(given: Mapping[str, Any]) -> None:
     from blockserve.embedded.config import ServeConfig
     from blockserve.embedded.run import run
 
-    config_file = given.get("config")
-    config = ServeConfig.load(config_file, **_overrides(given))
-    if "zoo" not in config.model_fields_set:
-        config = ServeConfig.load(config_file, **_overrides({**given, "zoo": DEFAULT_ZOO}))
-    run(config, on_ready=_announce)
+    run(ServeConfig.load(given.get("config"), **_overrides(given)), on_ready=_announce)
 
 
 def _announce(server: EmbeddedServer) -> None:
@@ -106,12 +101,11 @@ def _parameter(name: str, annotation: Any) -> inspect.Parameter:
 
 def _option(setting: SettingInfo) -> Any:
     unit = f" ({setting.unit})" if setting.unit else ""
-    default = DEFAULT_ZOO if setting.path == "zoo" else setting.describe_default()
     return typer.Option(
         setting.flag
         if setting.annotation not in (bool, bool | None)
         else f"{setting.flag}/--no-{setting.flag[2:]}",
         # The settings read the environment themselves; BLOCKZOO_ZOO is the one that other verbs know too.
-        help=f"{setting.meaning}{unit} Default: {default}.",
+        help=f"{setting.meaning}{unit} Default: {setting.describe_default()}.",
         rich_help_panel=PANELS.get(setting.section, setting.section),
     )

@@ -20,9 +20,9 @@ class ServeConfig(Settings):
     """Settings of `blockzoo serve`."""
 
     zoo: str = setting(
-        "zoo",
+        "~/.blockzoo",
         "The zoo to serve: a folder, or a URL such as s3://bucket/zoo.",
-        reason="What the other commands use in the same folder.",
+        reason="What the other commands use too.",
     )
     listen: str = setting(
         DEFAULT_TARGET,

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from blockserve.cli import serve
+from blockserve.cli.options import DEFAULT_ZOO
 from blockserve.cli.settings_options import iterate_settings, option_type
 from blockserve.embedded.config import ServeConfig
 from blockzoo import Zoo
@@ -75,7 +76,7 @@ def test_what_is_not_said_comes_from_environment_file_and_defaults(run, started,
     monkeypatch.setenv("BLOCKZOO_DRAIN_SECONDS", "4")
     assert run("serve", "--config", tmp_path / "serve.yaml", "--max-running-requests", 5).code == 0
     (config,) = started
-    assert config.zoo == "~/.blockzoo"
+    assert config.zoo == DEFAULT_ZOO
     assert config.drain_seconds == 4
     assert (config.engine.max_running_requests, config.engine.kv_page_tokens) == (5, 16)
 
