@@ -9,7 +9,6 @@ import signal
 from collections.abc import Callable
 
 from blockserve.embedded.config import ServeConfig
-from blockserve.embedded.listen import remove_socket
 from blockserve.embedded.logs import configure_logging
 from blockserve.embedded.server import EmbeddedServer
 from blockserve.embedded.startup import Parts
@@ -54,7 +53,7 @@ async def serve(
     def on_signal(number: signal.Signals) -> None:
         if stop.is_set():
             log.warning("signal=%s again: ending at once", number.name)
-            remove_socket(server.address)
+            server.remove_own_socket()
             # Threads inside a matrix product would hold up every gentler way.
             os._exit(INTERRUPTED)
         log.info("signal=%s: stopping, again to end at once", number.name)

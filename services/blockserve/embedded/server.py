@@ -53,6 +53,7 @@ class EmbeddedServer:
         self.timeline = Timeline(process_age())
         self._parts = parts or Parts()
         self._health = HealthReporter(SERVICES)
+        self._is_bound = False
         self._server: grpc.aio.Server | None = None
         self._engine: RunnableEngine | None = None
         self._router: Router | None = None
@@ -80,6 +81,7 @@ class EmbeddedServer:
         self._server = grpc.aio.server(interceptors=interceptors, options=server_options(config))
         # Bound before the long work: an address that is taken is told at once.
         self.address = bind(self._server, config)
+        self._is_bound = True
         self._renderer = ChatRenderer(chat_limits(config.router))
         with self.timeline.stage("prepare"):
             zoo, catalog, wanted = await self._prepare(self._renderer)
@@ -166,8 +168,11 @@ class EmbeddedServer:
             if cut_off:
                 log.warning("answers cut off count=%d", cut_off)
         if self._server is not None:
+            if self._is_bound and self._router is None:
+                # gRPC lets go of a port only when a server that was started is stopped.
+                await self._server.start()
             await self._server.stop(CLOSE_SECONDS)
-            remove_socket(self.address)
+            self.remove_own_socket()
         if self._router is not None:
             await self._router.close()
         elif self._renderer is not None:
@@ -176,6 +181,11 @@ class EmbeddedServer:
             await asyncio.to_thread(self._engine.stop)
         self._server = self._router = self._engine = self._renderer = None
         log.info("stopped")
+
+    def remove_own_socket(self) -> None:
+        """Take away the socket file, if it is this server's: at a failed start another's may lie there."""
+        if self._is_bound:
+            remove_socket(self.address)
 
     def cut_off(self) -> None:
         """End a drain in progress: the answers still running break off now."""

@@ -17,6 +17,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, Self, TypedDict, Unpack
 
@@ -238,16 +239,22 @@ class AsyncClient:
         """The chunks of an answer, over as many connections as it takes."""
         deadline = None if timeout is None else time.monotonic() + timeout
         failures = 0
+        finished = False
         while True:
             try:
-                async for chunk in self._attempt(call, cache_salt, deadline):
-                    failures = 0
-                    call = continued(call, chunk)
-                    yield chunk
-                    if chunk.finish is not None:
-                        return
+                async with aclosing(self._attempt(call, cache_salt, deadline)) as chunks:
+                    async for chunk in chunks:
+                        failures = 0
+                        call = continued(call, chunk)
+                        finished = chunk.finish is not None
+                        yield chunk
+                # The stream was read to its end, so the server saw an answer delivered, not a caller gone.
+                if finished:
+                    return
                 raise UnavailableError("the answer broke off without an end", code="UNAVAILABLE")
             except BlockzooError as error:
+                if finished:
+                    return
                 failures += 1
                 if failures > self._resume_attempts or not is_transient(error):
                     raise

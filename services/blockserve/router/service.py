@@ -86,16 +86,17 @@ class Router:
             resolved = plan(call, variant, prompt, self.config, engine_id=engine_id, deadline=deadline)
             tokenizer = await self._catalog.tokenizer(variant)
             answer = Answer(resolved, tokenizer, arrival=arrival)
-            outcome = "cancelled"
+            outcome = ""
             try:
                 async with aclosing(self._run(resolved, answer)) as chunks:
                     async for chunk in chunks:
                         yield chunk
-                outcome = "finished"
             except Exception as error:
                 outcome = type(error).__name__
                 raise
             finally:
+                # A caller may leave as soon as it has the last chunk; that answer is finished all the same.
+                outcome = outcome or ("finished" if answer.finished else "cancelled")
                 _log_request(resolved, answer, outcome, time.monotonic() - arrival)
 
     async def tokenize(self, model: str, prompt: str | Conversation) -> Tokenized:

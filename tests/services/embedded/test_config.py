@@ -1,0 +1,67 @@
+"""Settings of the server: what is refused before anything is opened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from blockserve.common.errors import ConfigurationError
+from blockserve.embedded.config import ServeConfig
+
+
+def test_nobody_else_can_reach_a_server_that_nobody_configured() -> None:
+    config = ServeConfig.load()
+    assert config.listen == "127.0.0.1:7450"
+    assert not config.insecure
+    assert config.serves_reflection
+
+
+@pytest.mark.parametrize("listen", ["0.0.0.0:7450", "[::]:7450", "10.1.2.3:7450", "zoo.example:7450"])
+def test_another_address_needs_tls_and_a_credential_or_a_clear_word(listen: str, tmp_path: Path) -> None:
+    tls = {"tls_cert": tmp_path / "c.pem", "tls_key": tmp_path / "k.pem"}
+    for settings in ({}, tls, {"token": "t"}):
+        with pytest.raises(ConfigurationError, match="can be reached from other machines"):
+            ServeConfig.load(listen=listen, **settings)
+    assert ServeConfig.load(listen=listen, insecure=True).listen == listen
+    assert ServeConfig.load(listen=listen, token="t", **tls).has_credential
+    config = ServeConfig.load(listen=listen, tls_client_ca=tmp_path / "ca.pem", **tls)
+    assert config.has_tls
+    assert not config.serves_reflection
+    assert ServeConfig.load(listen=listen, token="t", reflection=True, **tls).serves_reflection
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"tls_cert": "c.pem"}, "set together"),
+        ({"tls_client_ca": "ca.pem"}, "tls_client_ca needs"),
+        ({"token": "a", "token_file": "f"}, "not both"),
+        ({"listen": "nonsense"}, "neither host:port"),
+        ({"listen": "127.0.0.1:99999"}, "neither host:port"),
+        ({"listen": "unix:"}, "needs a path"),
+        ({"stall_seconds": 0}, "stall_seconds"),
+        ({"log_level": "loud"}, "log_level"),
+        ({"engine": {"kv_page_tokens": 0}}, "kv_page_tokens"),
+        ({"router": {"max_requests": 0}}, "router.max_requests"),
+    ],
+)
+def test_settings_that_make_no_sense(settings: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigurationError, match=words):
+        ServeConfig.load(**settings)
+
+
+def test_sections_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BLOCKZOO_ENGINE_KV_CACHE_BYTES", "1048576")
+    monkeypatch.setenv("BLOCKZOO_ENGINE_DTYPE", "float32")
+    monkeypatch.setenv("BLOCKZOO_ROUTER_MAX_STOP_STRINGS", "3")
+    monkeypatch.setenv("BLOCKZOO_MAX_MESSAGE_BYTES", "100000")
+    monkeypatch.setenv("BLOCKZOO_PRELOAD", '["a", "b"]')
+    config = ServeConfig.load()
+    assert (config.engine.kv_cache_bytes, config.engine.dtype) == (1 << 20, "float32")
+    assert (config.router.max_stop_strings, config.max_message_bytes) == (3, 100_000)
+    assert config.preload == ("a", "b")
+
+
+def test_a_token_does_not_show_in_what_is_printed() -> None:
+    assert "s3cret" not in repr(ServeConfig.load(token="s3cret"))

@@ -1,0 +1,182 @@
+"""Who can reach the server, and who is let in."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from blockserve.common.errors import ConfigurationError, UnauthenticatedError, UnavailableError
+from blockserve.router.aio_client import AsyncClient
+from blockserve.router.channel import Credentials
+from support.edge import async_test, serving
+
+
+@async_test
+async def test_a_unix_socket_belongs_to_its_owner_and_goes_with_the_server(tmp_path: Path) -> None:
+    path = tmp_path / "zoo.sock"
+    async with serving(listen=f"unix:{path}") as rig:
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert rig.server.address == f"unix:{path}"
+        assert (await rig.client.generate("tale", "x", max_tokens=1).result()).token_ids
+    assert not path.exists()
+
+
+@async_test
+async def test_a_socket_left_by_a_crash_is_taken_over_a_living_one_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "zoo.sock"
+    import socket
+
+    with socket.socket(socket.AF_UNIX) as crashed:
+        crashed.bind(str(path))
+    async with serving(listen=f"unix:{path}") as rig:
+        with pytest.raises(ConfigurationError, match="another server answers"):
+            async with serving(listen=f"unix:{path}"):
+                pass
+        assert await rig.client.models()
+
+
+@async_test
+async def test_a_path_that_is_no_socket_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "precious.txt"
+    path.write_text("data")
+    with pytest.raises(ConfigurationError, match="not a socket"):
+        async with serving(listen=f"unix:{path}"):
+            pass
+    assert path.read_text() == "data"
+    with pytest.raises(ConfigurationError, match="does not exist"):
+        async with serving(listen=f"unix:{tmp_path}/none/zoo.sock"):
+            pass
+
+
+@async_test
+async def test_a_port_that_is_taken_is_an_error_not_a_shared_port() -> None:
+    async with serving() as rig:
+        with pytest.raises(ConfigurationError, match="cannot listen on"):
+            async with serving(listen=rig.server.address):
+                pass
+        assert await rig.client.models()
+
+
+@pytest.mark.parametrize("token", [None, "wrong", "t0ken and more", ""])
+@async_test
+async def test_a_call_without_the_token_is_refused(token: str | None) -> None:
+    async with serving(token="t0ken") as rig:
+        credentials = Credentials(token=token)
+        async with AsyncClient(rig.server.address, credentials=credentials) as client:
+            with pytest.raises(UnauthenticatedError, match="bearer token"):
+                await client.models()
+            with pytest.raises(UnauthenticatedError):
+                await client.generate("tale", "x").result()
+            with pytest.raises(UnauthenticatedError):
+                await client.unload("tale")
+        assert rig.engine.requests == []
+
+
+@async_test
+async def test_a_call_with_the_token_passes_and_health_needs_none(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("t0ken\n")
+    async with serving(token_file=tmp_path / "token") as rig:
+        async with AsyncClient(rig.server.address, credentials=Credentials(token="t0ken")) as client:
+            assert (await client.generate("tale", "x", max_tokens=1).result()).token_ids
+        stub = health_pb2_grpc.HealthStub(rig.client._channel)
+        answer = await stub.Check(health_pb2.HealthCheckRequest())
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+@pytest.mark.parametrize("content", ["", " \n"])
+@async_test
+async def test_an_empty_token_is_no_token(tmp_path: Path, content: str) -> None:
+    (tmp_path / "token").write_text(content)
+    with pytest.raises(ConfigurationError, match="empty"):
+        async with serving(token_file=tmp_path / "token"):
+            pass
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A self-signed authority, a server certificate for 127.0.0.1 and a client certificate."""
+    folder = tmp_path_factory.mktemp("tls")
+
+    def openssl(*arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
+
+    try:
+        new_key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2")
+        openssl("req", "-x509", *new_key, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=ca")
+        for name in ("server", "client"):
+            openssl(
+                *("req", "-x509", *new_key, "-CA", "ca.pem", "-CAkey", "ca.key", "-subj", f"/CN={name}"),
+                *("-addext", "subjectAltName=IP:127.0.0.1", "-addext", "basicConstraints=critical,CA:FALSE"),
+                *("-keyout", f"{name}.key", "-out", f"{name}.pem"),
+            )
+    except FileNotFoundError:
+        pytest.skip("no openssl program to make certificates with")
+    return folder
+
+
+@async_test
+async def test_tls_with_a_token(certificates: Path) -> None:
+    tls: dict[str, Any] = {
+        "tls_cert": certificates / "server.pem",
+        "tls_key": certificates / "server.key",
+        "token": "t0ken",
+    }
+    async with serving(**tls) as rig:
+        credentials = Credentials(token="t0ken", ca_file=certificates / "ca.pem")
+        async with AsyncClient(rig.server.address, credentials=credentials) as client:
+            assert (await client.generate("tale", "x", max_tokens=1).result()).token_ids
+        with pytest.raises(UnavailableError):
+            await rig.client.models()
+
+
+@async_test
+async def test_tls_with_client_certificates(certificates: Path) -> None:
+    tls: dict[str, Any] = {
+        "tls_cert": certificates / "server.pem",
+        "tls_key": certificates / "server.key",
+        "tls_client_ca": certificates / "ca.pem",
+    }
+    async with serving(**tls) as rig:
+        known = Credentials(
+            ca_file=certificates / "ca.pem",
+            cert_file=certificates / "client.pem",
+            key_file=certificates / "client.key",
+        )
+        async with AsyncClient(rig.server.address, credentials=known) as client:
+            assert await client.models()
+        stranger = Credentials(ca_file=certificates / "ca.pem")
+        async with AsyncClient(rig.server.address, credentials=stranger) as client:
+            with pytest.raises(UnavailableError):
+                await client.models()
+
+
+@async_test
+async def test_a_missing_certificate_is_named(tmp_path: Path) -> None:
+    missing = tmp_path / "none.pem"
+    with pytest.raises(ConfigurationError, match=r"none\.pem"):
+        async with serving(tls_cert=missing, tls_key=missing):
+            pass
+
+
+@async_test
+async def test_reflection_lists_the_services_only_where_it_is_on() -> None:
+    from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+    async def listed(rig: Any) -> set[str]:
+        stub = reflection_pb2_grpc.ServerReflectionStub(rig.client._channel)
+        request = reflection_pb2.ServerReflectionRequest(list_services="")
+        async for response in stub.ServerReflectionInfo(iter([request])):
+            return {service.name for service in response.list_services_response.service}
+        return set()
+
+    async with serving() as rig:
+        assert await listed(rig) >= {"blockproto.v1.InferenceService", "grpc.health.v1.Health"}
+    async with serving(reflection=False) as rig:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await listed(rig)
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
