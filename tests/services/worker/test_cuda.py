@@ -4,11 +4,11 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-from support.tiny import SMALL, TinyZoo
 
 from blockserve.common.engine_api import EngineRequest, SamplingParams
 from blockserve.worker.debug import prompt_logits
 from blockserve.worker.engine import BlockEngine
+from support.tiny import SMALL, TinyZoo
 
 _PROMPTS = [tuple(range(3, 3 + length)) for length in (1, 8, 33, 100)]
 
