@@ -98,5 +98,5 @@ wheel: venv ## Build the wheel into dist/ and check that it holds all four packa
 	@$(BIN)/python scripts/check_wheel.py dist && echo 'ok  wheel'
 
 .PHONY: clean
-clean: ## Remove the environment, caches and the prepared model; zoos stay
+clean: ## Remove the environment, caches, the prepared model and the zoo of the demo
 	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist build
