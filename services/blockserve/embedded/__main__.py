@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 
-from blockserve.embedded.config import ServeConfig
-from blockserve.embedded.run import run
-from blockzoo.errors import BlockzooError
-
 
 def main() -> int:
-    """Exit status 0 after a stop, 1 when the server could not start."""
+    """Exit status 0 after a stop, 1 when the server could not start, 130 when interrupted before it could."""
+    try:
+        from blockserve.embedded.config import ServeConfig
+        from blockserve.embedded.run import run
+        from blockzoo.errors import BlockzooError
+    except KeyboardInterrupt:
+        return 130
     try:
         run(ServeConfig.load())
     except BlockzooError as error:

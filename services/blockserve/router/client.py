@@ -51,6 +51,8 @@ class Generation:
 
     def close(self) -> None:
         """Cancel it; the server frees its memory at once."""
+        if not self._portal.is_running:
+            return
         # RuntimeError: after Ctrl-C the generator may still be busy being cancelled, which is what we want.
         with suppress(RuntimeError):
             self._portal.run(self._inner.aclose())
