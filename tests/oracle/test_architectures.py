@@ -1,11 +1,13 @@
 """The engine against transformers: every architecture and shape, chunked prompts, long contexts."""
 
 import pytest
+import torch
 
 from blockserve.worker.config import EngineConfig
 from support.engine import EngineHarness
 from support.memory import poisoned_memory
-from support.models import CONTEXT_LENGTH, SPECS
+from support.models import CONTEXT_LENGTH, SPECS, load_model
+from support.oracle import logits_error
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -77,3 +79,30 @@ def test_a_pool_too_small_for_all_requests_gives_the_same(variants, tmp_path):
         report = engine.compare(chain, variants.cases(variant))
         assert engine.report().kv_pages_used == 0
     assert report.is_equal, report
+
+
+def test_half_precision_checkpoints_are_exact_by_default_on_the_cpu(variants, tmp_path):
+    """With dtype "auto" float16 weights are computed in float32 there."""
+    variant = variants.checkpoint("llama-fp16")
+    with poisoned_memory(), EngineHarness(tmp_path / "zoo", EngineConfig(num_threads=1)) as engine:
+        report = engine.compare(engine.load(variant), variants.cases(variant, 8))
+    assert report.is_equal, report
+
+
+@pytest.mark.parametrize("name", ["llama-bf16-sharded", "qwen3-tied-bf16"])
+def test_bfloat16_stays_near_transformers(variants, tmp_path, name):
+    """With dtype "auto" bfloat16 weights are computed in bfloat16: near the float32 oracle, not equal to it.
+
+    The bar is what transformers itself loses to bfloat16 on the same prompts, doubled for other rounding.
+    """
+    variant = variants.checkpoint(name)
+    cases = variants.cases(variant, 8)
+    model = load_model(variant.path).to(torch.bfloat16)
+    with torch.inference_mode():
+        theirs = [model(input_ids=torch.tensor([one.prompt + one.tokens])).logits[0].float() for one in cases]
+    bar = 2 * max(logits_error(rows, one.logits) for rows, one in zip(theirs, cases, strict=True))
+    with poisoned_memory(), EngineHarness(tmp_path / "zoo", EngineConfig(num_threads=1)) as engine:
+        chain = engine.load(variant)
+        ours = engine.logits(chain, [one.prompt + one.tokens for one in cases])
+    errors = [logits_error(rows, one.logits) for rows, one in zip(ours, cases, strict=True)]
+    assert 1e-4 < max(errors) < bar < 0.5

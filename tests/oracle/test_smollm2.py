@@ -1,8 +1,11 @@
 """The engine against transformers and PEFT on SmolLM2-135M-Instruct: base, LoRA, top quarter tuned."""
 
+from dataclasses import replace
+
 import pytest
 from transformers import AutoTokenizer
 
+from blockserve.common.engine_api import SamplingParams
 from blockserve.worker.config import EngineConfig
 from support.adapters import ATTENTION, AdapterSpec
 from support.engine import Ask, EngineHarness
@@ -36,6 +39,7 @@ QUESTIONS = (
     "Rewrite politely: Send me the report now.",
     "In one word: what do bees make?",
 )
+LENGTHS = (1, 5, 8, 11, 35, 60)
 LORA = AdapterSpec(
     {"r": 8, "lora_alpha": 4, "target_modules": [*ATTENTION, "gate_proj", "up_proj", "down_proj"]}
 )
@@ -43,7 +47,10 @@ LORA = AdapterSpec(
 
 @pytest.fixture(scope="module")
 def prompts(smollm2):
-    """Every second question as a chat, the others as plain text."""
+    """Every second question as a chat, the others as plain text, cut to a few lengths.
+
+    Equal lengths let the oracle answer in batches without padding; one at a time takes it ten minutes.
+    """
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
 
     def encode(index, question):
@@ -52,7 +59,8 @@ def prompts(smollm2):
         chat = [{"role": "user", "content": question}]
         return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
 
-    return [tuple(encode(index, question)) for index, question in enumerate(QUESTIONS)]
+    encoded = [encode(index, question) for index, question in enumerate(QUESTIONS)]
+    return [tuple(ids[-max(n for n in LENGTHS if n <= len(ids)) :]) for ids in encoded]
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +111,21 @@ def test_all_variants_together_equal_transformers(smollm2_engine, family, expect
     asks = [Ask(smollm2_engine.register(variant), one.prompt, len(one.tokens)) for variant, one in cases]
     assert smollm2_engine.run(asks) == [one.tokens for _, one in cases]
     assert max(one.largest_batch_chains for one in smollm2_engine.report().segments) == 3
+
+
+def test_alone_among_32_others_and_after_reload(smollm2_engine, family, prompts):
+    """One sampled request of each variant, alone, in company, and after every block was away."""
+    sampling = SamplingParams(temperature=0.8, top_k=100, top_p=0.95, seed=11)
+    asks = [Ask(smollm2_engine.register(one), prompts[0], 24, sampling) for one in family]
+    alone = [smollm2_engine.run([ask])[0] for ask in asks]
+    crowd = [replace(asks[i % 3], prompt=prompts[i % 20 + 1], num_tokens=8 + i % 20) for i in range(30)]
+    assert smollm2_engine.run([*asks, *crowd])[:3] == alone
+    for ask in asks:
+        smollm2_engine.unload(ask.chain)
+    assert smollm2_engine.report().block_bytes == 0
+    for one in family:
+        smollm2_engine.load(one)
+    assert [smollm2_engine.run([ask])[0] for ask in asks] == alone
 
 
 def test_variants_answer_differently(family, expected):

@@ -29,7 +29,7 @@ EXACT_CONFIG = EngineConfig(
     kv_cache_bytes=64 << 20,
     kv_page_tokens=7,
 )
-"""Small odd pages and prompt chunks, so that every test crosses their borders; tiny models want one thread."""
+"""Small odd pages and prompt chunks, so tests cross their borders; one thread suits tiny models."""
 
 
 @dataclass(frozen=True)
