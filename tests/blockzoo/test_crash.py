@@ -41,7 +41,7 @@ from support.zoo_faults import (
 NAMES = st.sampled_from(["a", "b", "c"])
 # Few tensors, so that what one variant drops another one picks up.
 TENSORS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), min_size=1, max_size=3)
-STEPS = st.integers(0, 24)
+STEPS = st.integers(0, 80)
 
 
 class Overtaken(BaseException):
@@ -108,7 +108,7 @@ class ZooLife(RuleBasedStateMachine):
 
             hooks.append(at_operation(inner_at or 0, overtake))
         storage = HookedStorage(
-            self.store.storage, lambda operation, key: [hook(operation, key) for hook in hooks]
+            self.store.storage, lambda operation, key: [hook(operation, key) for hook in hooks], reads=True
         )
         with suppress(Killed):
             return act(through(self.store, storage))
@@ -321,7 +321,7 @@ def test_a_registration_killed_at_every_system_call(killer, tmp_path):
         # The next attempt works, whatever the killed one left, and counts on.
         assert register(store, "bot", [tensor(2), tensor(4)]).version == len(store.records())
         assert verify(store).problems == ()
-    assert number > 50
+    assert number > 40
     assert committed > 3
 
 

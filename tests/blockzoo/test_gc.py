@@ -9,6 +9,7 @@ import pytest
 from blockzoo import layout
 from blockzoo.digest import blob_id
 from blockzoo.errors import (
+    BlobNotFoundError,
     ConflictError,
     CorruptBlobError,
     CorruptionError,
@@ -17,7 +18,7 @@ from blockzoo.errors import (
     ManifestNotFoundError,
 )
 from blockzoo.gc import GRACE_S, collect
-from blockzoo.manifest import BlobId, BlockManifest, ChainManifest, DType, Link, TensorRef
+from blockzoo.manifest import BlobId, BlockManifest, ChainId, ChainManifest, DType, Link, TensorRef
 from blockzoo.storage import MemoryStorage
 from blockzoo.store import ZooStore
 from blockzoo.verify import verify
@@ -201,30 +202,54 @@ def test_a_registration_during_the_sweep_waits_and_writes_again(store):
     assert verify(store).problems == ()
 
 
-def test_gc_within_every_step_of_a_registration(store):
-    counting = HookedStorage(MemoryStorage())
-    register(ZooStore.open(counting, create=True), "new", [tensor(2), tensor(3)])
-    for number in range(len(counting.operations)):
+def test_gc_within_every_step_of_a_registration():
+    """Every look counts as a step, so gc also comes between two looks of the registration."""
+    number = 0
+    storage = None
+    while storage is None or number < len(storage.operations):
         zoo = open_memory()
         register(zoo, "old", [tensor(1), tensor(2)])
         zoo.remove("old")
-        storage = HookedStorage(zoo.storage, at_operation(number, lambda zoo=zoo: collect(zoo)))
+        hook = at_operation(number, lambda zoo=zoo: collect(zoo))
+        storage = HookedStorage(zoo.storage, hook, reads=True)
         register(through(zoo, storage), "new", [tensor(2), tensor(3)])
         assert verify(zoo).problems == (), number
         assert contents(zoo, zoo.resolve("new")) == [tensor(2).data, tensor(3).data]
+        number += 1
+    assert number > 30
 
 
-def test_a_registration_within_every_step_of_gc(store):
-    def prepared() -> ZooStore:
+def test_gc_within_every_step_of_a_registration_on_a_forgotten_base():
+    """The base of the difference is unreachable already: it is leased in time, or found missing and named."""
+    number, lost = 0, 0
+    storage = None
+    while storage is None or number < len(storage.operations):
+        zoo = open_memory()
+        register(zoo, "old", [tensor(1)])
+        base = first_blob(zoo, "old")
+        zoo.remove("old")
+        hook = at_operation(number, lambda zoo=zoo: collect(zoo))
+        storage = HookedStorage(zoo.storage, hook, reads=True)
+        try:
+            register(through(zoo, storage), "new", [tensor(1, nudge=4, base=base)])
+        except BlobNotFoundError:
+            lost += 1
+            assert zoo.variants() == []
+        else:
+            assert contents(zoo, zoo.resolve("new")) == [tensor(1, nudge=4).data]
+        assert verify(zoo).problems == (), number
+        number += 1
+    assert 0 < lost < number
+
+
+def test_a_registration_within_every_step_of_gc():
+    """Every look counts as a step, so the registration also comes between two looks of gc."""
+    number = 0
+    storage = None
+    while storage is None or number < len(storage.operations):
         zoo = open_memory()
         register(zoo, "old", [tensor(1), tensor(2)])
         zoo.remove("old")
-        return zoo
-
-    counting = HookedStorage(prepared().storage)
-    collect(ZooStore.open(counting, clock=store.clock))
-    for number in range(len(counting.operations)):
-        zoo = prepared()
 
         def act(zoo: ZooStore = zoo) -> None:
             zoo.clock.on_sleep = interrupt  # it would wait for gc, which cannot go on before this returns
@@ -232,12 +257,45 @@ def test_a_registration_within_every_step_of_gc(store):
                 register(zoo, "new", [tensor(2), tensor(3)])
             zoo.clock.on_sleep = None
 
-        storage = HookedStorage(zoo.storage, at_operation(number, act))
+        storage = HookedStorage(zoo.storage, at_operation(number, act), reads=True)
         assert collect(through(zoo, storage)).finished
         assert verify(zoo).problems == (), number
         if not zoo.variants():
             register(zoo, "new", [tensor(2), tensor(3)])
         assert contents(zoo, zoo.resolve("new")) == [tensor(2).data, tensor(3).data]
+        number += 1
+    assert number > 25
+
+
+def test_a_registration_begun_before_the_sweep_commits_at_every_step_of_it():
+    """Its ref appears and its lease goes at the same moment; wherever gc is just looking, it must see one of them."""
+    number = 0
+    storage = None
+    while storage is None or number < len(storage.operations):
+        zoo = open_memory()
+        record = register(zoo, "old", [tensor(1)])
+        zoo.remove("old")
+        running = []
+
+        def begin(zoo: ZooStore = zoo, chain: ChainId = record.chain, running: list = running) -> None:
+            registration = zoo.registration("new")
+            registration.rely_on(chain)
+            running.append(registration)
+
+        def commit(chain: ChainId = record.chain, running: list = running) -> None:
+            for registration in running:
+                with registration:
+                    registration.commit("new", chain, kind="checkpoint")
+            running.clear()
+
+        zoo.clock.on_sleep = begin
+        storage = HookedStorage(zoo.storage, at_operation(number, commit), reads=True)
+        collect(through(zoo, storage))
+        commit()
+        assert verify(zoo).problems == (), number
+        assert contents(zoo, zoo.resolve("new")) == [tensor(1).data]
+        number += 1
+    assert number > 20
 
 
 def test_a_collector_suspended_inside_a_delete_says_what_it_hit(store):

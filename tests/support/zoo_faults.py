@@ -50,7 +50,8 @@ class HookedStorage:
     """Calls `before(operation, key)` ahead of every change and `after(...)` behind it.
 
     A hook may raise `Killed`, after which the storage is dead to its owner: cleanup in
-    `finally` blocks finds every operation failing, as if the process were gone.
+    `finally` blocks finds every operation failing, as if the process were gone. With
+    `reads`, looking counts as an operation too, so that others can act between two looks.
     """
 
     def __init__(
@@ -58,8 +59,11 @@ class HookedStorage:
         inner: Storage,
         before: Callable[[str, str], None] | None = None,
         after: Callable[[str, str], None] | None = None,
+        *,
+        reads: bool = False,
     ) -> None:
         self.inner = inner
+        self.reads = reads
         self.before = before or (lambda operation, key: None)
         self.after = after or (lambda operation, key: None)
         self.dead = False
@@ -88,20 +92,16 @@ class HookedStorage:
         self.change("replace", key, lambda: self.inner.replace(key, data))
 
     def get(self, key: str) -> memoryview:
-        self.alive()
-        return self.inner.get(key)
+        return self.look("get", key, lambda: self.inner.get(key))
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
-        self.alive()
-        return self.inner.get_range(key, start, length)
+        return self.look("get", key, lambda: self.inner.get_range(key, start, length))
 
     def size(self, key: str) -> int | None:
-        self.alive()
-        return self.inner.size(key)
+        return self.look("size", key, lambda: self.inner.size(key))
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        self.alive()
-        return self.inner.list(prefix)
+        return self.look("list", prefix, lambda: self.inner.list(prefix))
 
     def delete(self, key: str) -> bool:
         return self.change("delete", key, lambda: self.inner.delete(key))
@@ -117,6 +117,12 @@ class HookedStorage:
     def alive(self) -> None:
         if self.dead:
             raise Killed
+
+    def look(self, operation: str, key: str, act: Callable[[], T]) -> T:
+        if self.reads:
+            return self.change(operation, key, act)
+        self.alive()
+        return act()
 
     def change(self, operation: str, key: str, act: Callable[[], T]) -> T:
         self.alive()
