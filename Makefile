@@ -91,7 +91,7 @@ proto-check:
 
 .PHONY: docs
 docs: venv ## Write what docs/ takes from the code: settings, the list of modules
-	@$(BIN)/python scripts/document_settings.py && $(BIN)/python scripts/document_modules.py
+	@$(BIN)/python scripts/config_docs.py && $(BIN)/python scripts/document_modules.py
 
 .PHONY: wheel
 wheel: venv ## Build the wheel into dist/ and check that it holds all four packages

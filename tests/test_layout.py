@@ -123,12 +123,6 @@ def test_local_links_in_documents_lead_somewhere():
             assert (document.parent / target).exists(), f"{document.name}: {target}"
 
 
-def test_the_settings_document_is_what_the_settings_say():
-    command = [sys.executable, ROOT / "scripts" / "document_settings.py", "--check"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
 def test_the_generated_stubs_came_from_the_floor():
     """Newer runtimes accept stubs of older tools, never the other way round."""
     required = dict(item.split(">=") for item in PYPROJECT["project"]["dependencies"])
