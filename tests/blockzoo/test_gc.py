@@ -268,7 +268,7 @@ def test_a_registration_within_every_step_of_gc():
 
 
 def test_a_registration_begun_before_the_sweep_commits_at_every_step_of_it():
-    """Its ref appears and its lease goes at the same moment; wherever gc is just looking, it must see one of them."""
+    """Its ref comes when its lease goes; wherever gc is just looking, it must see one of them."""
     number = 0
     storage = None
     while storage is None or number < len(storage.operations):
