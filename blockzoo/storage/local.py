@@ -248,6 +248,17 @@ def _write_file(path: Path, data: Chunks) -> None:
         os.close(fd)
 
 
+def _make_folder(folder: Path) -> None:
+    """Create a folder and its parents, each new one durable in its parent: the zoo's own folder may be new."""
+    missing = []
+    while not folder.is_dir():
+        missing.append(folder)
+        folder = folder.parent
+    for new in reversed(missing):
+        new.mkdir(exist_ok=True)
+        _sync_folder(new.parent)
+
+
 def _sync_folder(folder: Path) -> None:
     try:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -262,7 +273,7 @@ def _sync_folder(folder: Path) -> None:
 def _open_session(tmp: Path) -> tuple[Path, int]:
     """Make a locked folder; a `clean` that runs between making and locking makes us try again."""
     while True:
-        tmp.mkdir(parents=True, exist_ok=True)
+        _make_folder(tmp)
         session = tmp / uuid.uuid4().hex
         session.mkdir()
         try:

@@ -128,7 +128,7 @@ def test_a_file_system_without_hard_links(tmp_path, monkeypatch, code):
 
 
 def test_order_of_durability(tmp_path, monkeypatch):
-    """Bytes reach the disk before the name appears, new folders and the name before the call returns."""
+    """Bytes reach the disk before the name appears, the name and all folders above before the call returns."""
     steps: list[str] = []
 
     def watch(name, describe):
@@ -147,7 +147,7 @@ def test_order_of_durability(tmp_path, monkeypatch):
     watch("link", lambda source, target: f"link {os.path.relpath(target, tmp_path)}")
     storage.put_if_absent("a/b/c", [b"data"])
     assert steps[0].startswith("sync tmp/")
-    assert steps[1:] == ["sync .", "sync a", "link a/b/c", "sync a/b"]
+    assert steps[1:] == ["link a/b/c", "sync a/b", "sync a", "sync ."]
 
 
 def test_a_batch_is_flushed_before_it_is_linked(tmp_path, monkeypatch):
