@@ -177,7 +177,6 @@ class LocalStorage:
                     os.close(self._session[1])
                     self._session = None
                 with translate_os_errors(self.url):
-                    _make_durable_folder(self._root)
                     self._session = _open_session(self._root / TMP)
             return self._session[0] / uuid.uuid4().hex
 
@@ -250,18 +249,7 @@ def _write_file(path: Path, data: Chunks) -> None:
 
 
 def _make_folder(folder: Path) -> None:
-    """Create a folder and its parents, each new one durable in its parent: the zoo's own folder may be new."""
-    missing = []
-    while not folder.is_dir():
-        missing.append(folder)
-        folder = folder.parent
-    for new in reversed(missing):
-        new.mkdir(exist_ok=True)
-        _sync_folder(new.parent)
-
-
-def _make_durable_folder(folder: Path) -> None:
-    """Create a folder and its parents, each new one durable in its parent."""
+    """Create a folder and its parents, each new one durable in its parent: the zoo itself may be new."""
     missing = []
     while not folder.is_dir():
         missing.append(folder)

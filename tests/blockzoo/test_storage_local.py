@@ -128,7 +128,7 @@ def test_a_file_system_without_hard_links(tmp_path, monkeypatch, code):
 
 
 def test_order_of_durability(tmp_path, monkeypatch):
-    """Bytes reach the disk before the name appears, the name and all folders above before the call returns."""
+    """Bytes reach the disk before the name appears, the name and all folders before the call returns."""
     steps: list[str] = []
 
     def watch(name, describe):
@@ -148,6 +148,20 @@ def test_order_of_durability(tmp_path, monkeypatch):
     storage.put_if_absent("a/b/c", [b"data"])
     assert steps[0].startswith("sync tmp/")
     assert steps[1:] == ["link a/b/c", "sync a/b", "sync a", "sync ."]
+
+
+def test_a_new_zoo_survives_power_loss_with_its_folder(tmp_path, monkeypatch):
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def watched(fd):
+        synced.append(os.path.relpath(os.readlink(f"/proc/self/fd/{fd}"), tmp_path))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    LocalStorage(tmp_path / "new" / "zoo").put_if_absent("zoo.json", [b"{}"])
+    assert synced[:2] == [".", "new"]
+    assert synced[-1] == "new/zoo"
 
 
 def test_a_batch_is_flushed_before_it_is_linked(tmp_path, monkeypatch):
