@@ -192,7 +192,8 @@ class VariantNotFoundError(NotFoundError):
     reason = "VARIANT_NOT_FOUND"
 
     def __init__(self, ref: str, suggestions: Sequence[str] = ()) -> None:
-        hint = f"Did you mean {' or '.join(suggestions)}?" if suggestions else "List variants with `blockzoo ls`."
+        near = f"Did you mean {' or '.join(suggestions)}?"
+        hint = near if suggestions else "List variants with `blockzoo ls`."
         super().__init__(f"variant {ref!r} is not registered", hint=hint, variant=ref)
         self.suggestions = tuple(suggestions)
 

@@ -82,6 +82,8 @@ if [ -e "$venv/.busy" ] || [ "$base" != "$(base_stamp)" ] || ! "$venv/bin/python
     if [ -e "$venv" ] && [ ! -e "$venv/pyvenv.cfg" ] && [ ! -e "$venv/.busy" ]; then
         [ -d "$venv" ] && [ -z "$(ls -A "$venv")" ] || fail "$venv exists and is not a Python environment: name another folder with make VENV=."
     fi
+    # The interpreter may be the one of this very environment, when it is activated.
+    python=$("$python" -c 'import sys; print(sys._base_executable)')
     rm -rf "$venv"
 fi
 echo "Setting up $venv: up to $download_mb MB to download (once; pip keeps them), $disk_mb MB of disk. Log: $log"
