@@ -238,7 +238,8 @@ def print_sharing(console: Console, zoo: Zoo, status: ServerStatus) -> None:
         )
     console.print(table)
     line = (
-        f"as checkpoints {format_bytes(usage.checkpoint_bytes)}; in the zoo {format_bytes(usage.stored_bytes)}, "
+        f"as checkpoints {format_bytes(usage.checkpoint_bytes)}; "
+        f"in the zoo {format_bytes(usage.stored_bytes)}, "
         f"{usage.sharing_factor:.1f} times less; in memory {format_bytes(status.block_bytes)} of blocks"
     )
     console.print(line, soft_wrap=True)
