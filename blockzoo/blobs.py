@@ -17,6 +17,7 @@ The id always names the decoded tensor. The base of an encoded blob is raw itsel
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,6 +48,8 @@ _PREFIX = 32
 _PROBE = 1024
 """Bytes fetched to see a header; every header of a raw blob fits."""
 _MAX_HEADER = 1 << 16
+_CACHED_HEADERS = 1024
+"""Headers of raw blobs kept, two hundred bytes each: the layers of a model have few shapes between them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,11 +168,11 @@ class BlobStore:
             CorruptBlobError: the base is damaged.
         """
         view = as_bytes(tensor.data)
-        raw: list[Buffer] = [_header(tensor, RAW, None, ()), view]
+        raw: list[Buffer] = [_raw_header(tensor.dtype, tuple(tensor.shape)), view]
         if base is None or not view.nbytes:
             return raw
         frames = CODECS[DELTA_CODEC].encode(tensor.dtype, view, self.read(base))
-        header = _header(tensor, DELTA_CODEC, base, [len(frame) for frame in frames])
+        header = _header(tensor.dtype, tensor.shape, DELTA_CODEC, base, [len(frame) for frame in frames])
         if len(header) + sum(map(len, frames)) < len(raw[0]) + view.nbytes:
             return [header, *frames]
         return raw
@@ -207,11 +210,18 @@ class BlobStore:
             raise _corrupt(blob, str(error)) from error
 
 
-def _header(tensor: TensorData, codec: str, base: BlobId | None, frames: Sequence[int]) -> bytes:
+@functools.lru_cache(_CACHED_HEADERS)
+def _raw_header(dtype: DType, shape: tuple[int, ...]) -> bytes:
+    return _header(dtype, shape, RAW, None, ())
+
+
+def _header(
+    dtype: DType, shape: Sequence[int], codec: str, base: BlobId | None, frames: Sequence[int]
+) -> bytes:
     header = canonical_json(
         {
-            "dtype": tensor.dtype.value,
-            "shape": list(tensor.shape),
+            "dtype": dtype.value,
+            "shape": list(shape),
             "codec": codec,
             "base": base,
             "frames": list(frames),

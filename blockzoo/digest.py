@@ -13,6 +13,7 @@ and no tensor can share a preimage.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 
@@ -30,6 +31,9 @@ DIGEST_PATTERN = re.compile(r"[0-9a-f]{64}")
 
 _THREADED_FROM = 1 << 20
 """Bytes from which BLAKE3's own threads pay for their start."""
+
+_CACHED_HEADERS = 1024
+"""Headers kept, a hundred bytes each."""
 
 _MAX_DIMS = 16
 """More dimensions than any weight has; bounds what a hostile header can ask for."""
@@ -57,9 +61,15 @@ def blob_id(dtype: DType, shape: Sequence[int], data: Buffer, *, threads: int | 
         )
     if threads is None:
         threads = blake3.AUTO if expected >= _THREADED_FROM else 1
-    header = canonical_json({"dtype": dtype.value, "shape": list(shape)})
-    hasher = blake3(len(header).to_bytes(4, "little") + header, max_threads=threads)
+    hasher = blake3(_header(dtype, tuple(shape)), max_threads=threads)
     return BlobId(hasher.update(view).hexdigest())
+
+
+@functools.lru_cache(_CACHED_HEADERS)
+def _header(dtype: DType, shape: tuple[int, ...]) -> bytes:
+    """Return the length and the header; the layers of a model have few shapes between them."""
+    header = canonical_json({"dtype": dtype.value, "shape": list(shape)})
+    return len(header).to_bytes(4, "little") + header
 
 
 def num_bytes(dtype: DType, shape: Sequence[int]) -> int:
