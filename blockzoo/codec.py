@@ -11,7 +11,7 @@ Two ways of taking the difference exist, both exact for every bit pattern:
 - ``ulp-planes-zstd``: the number of representable values between the two. A float's
   bits become an integer in the order of the float values, and the integers'
   difference is stored with its sign in the lowest bit. A carry (0x3fff -> 0x4000)
-  is one step here where XOR sees 15 changed bits.
+  is one step here where XOR sees 15 changed bits. Two bf16 fine-tunes took 6 % less than by XOR.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ XOR = "xor-planes-zstd"
 ULP = "ulp-planes-zstd"
 
 LEVEL = 3
-"""zstd level; see docs/log.md for what higher levels cost and gain on real fine-tunes."""
+"""zstd level. On two bf16 fine-tunes of SmolLM2 level 9 stored a tenth less and took four times as long."""
 
 _MAX_WINDOW = 1 << 27
 """Bytes of history a frame may ask the decoder to hold."""

@@ -39,6 +39,7 @@ class LocalStorage:
     def __init__(self, root: Path) -> None:
         self._root = root.resolve()
         self._session_lock = threading.Lock()
+        self._pid = os.getpid()
         self._session: tuple[Path, int] | None = None
 
     @property
@@ -182,7 +183,8 @@ class LocalStorage:
 
     def __del__(self) -> None:
         session = getattr(self, "_session", None)
-        if session is not None:
+        # A forked child must not clear away what its parent is writing.
+        if session is not None and self._pid == os.getpid():
             shutil.rmtree(session[0], ignore_errors=True)
             os.close(session[1])
 

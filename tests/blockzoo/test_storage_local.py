@@ -241,3 +241,22 @@ def test_a_writer_survives_losing_its_folder(tmp_path):
     storage.put_if_absent("a", [b"1"])
     shutil.rmtree(tmp_path / "tmp")
     assert storage.put_if_absent("b", [b"2"])
+
+
+def test_a_forked_child_leaves_its_parents_files_alone(tmp_path):
+    script = f"""
+import os
+from pathlib import Path
+from blockzoo.storage import LocalStorage
+storage = LocalStorage(Path({str(tmp_path)!r}))
+staged = storage.stage([b"data"])
+child = os.fork()
+if child:
+    os.waitpid(child, 0)
+    assert staged.publish("a")
+else:
+    del storage, staged
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert files(tmp_path) == {"a"}
