@@ -92,12 +92,14 @@ class TensorData:
         shape: dimensions.
         data: bytes, row-major, little-endian; must not change until it is stored.
         base: a stored blob of the same dtype and shape to store the difference to, if that is smaller.
+        blob: its id, when the caller has computed it already.
     """
 
     dtype: DType
     shape: tuple[int, ...]
     data: Buffer
     base: BlobId | None = None
+    blob: BlobId | None = None
 
 
 def file_data(data: bytes) -> TensorData:

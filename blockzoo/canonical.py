@@ -9,6 +9,7 @@ their spelling; manifests hold them as strings.
 from __future__ import annotations
 
 import json
+from json.encoder import encode_basestring
 
 from blake3 import blake3
 
@@ -91,8 +92,10 @@ def _write(value: object, parts: list[str], depth: int) -> None:
 
 
 def _scalar(value: bool | str | None) -> str:
-    # json.dumps escapes exactly what RFC 8785 asks for once ensure_ascii is off.
-    return json.dumps(value if value is None or isinstance(value, bool) else str(value), ensure_ascii=False)
+    if isinstance(value, str):
+        # Escapes exactly what RFC 8785 asks for; json.dumps would build an encoder for every string.
+        return encode_basestring(value)
+    return "null" if value is None else "true" if value else "false"
 
 
 def _write_list(values: list[object] | tuple[object, ...], parts: list[str], depth: int) -> None:

@@ -53,20 +53,35 @@ def is_finite(dtype: DType, data: memoryview) -> bool:
     return True
 
 
-def check_finite(weights: Iterable[Weights], on_bytes: Callable[[int], None], *, workers: int) -> None:
+def check_finite(
+    weights: Iterable[Weights],
+    on_bytes: Callable[[int], None],
+    *,
+    workers: int,
+    then: Callable[[int], None] = lambda _: None,
+) -> None:
     """Refuse NaN and infinity in any of the tensors.
 
     Args:
         weights: what to check.
         on_bytes: called after each tensor with its bytes, from the calling thread.
         workers: threads to use.
+        then: called with a tensor's index once it was found finite, from the thread that looked, while
+            its bytes are still in the processor's cache.
 
     Raises:
         NonFiniteWeightsError: names the first such tensor.
     """
     weights = list(weights)
+
+    def look(index: int) -> bool:
+        finite = is_finite(weights[index].dtype, weights[index].data)
+        if finite:
+            then(index)
+        return finite
+
     with ThreadPoolExecutor(workers, thread_name_prefix="blockzoo-check") as pool:
-        results = pool.map(lambda item: is_finite(item.dtype, item.data), weights)
+        results = pool.map(look, range(len(weights)))
         try:
             for item, finite in zip(weights, results, strict=True):
                 if not finite:

@@ -46,10 +46,11 @@ def register_adapter(job: RegisterJob, base_ref: str | None) -> RegisterResult:
         )
     plan = plan_adapter(config, folder.tensors, base, lambda a, b: _same_bytes(folder, a, b))
     files = job.read_files()
-    job.check_weights()
+    uploads = _adapter_uploads(folder, plan, base)
+    pieces = job.inspect(uploads)
     with job.registration() as registration:
         registration.rely_on(record.chain)
-        refs = put_uploads(registration, _adapter_uploads(folder, plan, base), job.totals)
+        refs = put_uploads(registration, uploads, pieces, job.totals)
         chain = _put_chain(registration, base, plan, _base_blocks(base, plan, refs), refs)
         layout = _adapter_layout(folder, plan)
         own = put_files(registration, {**files, LAYOUT_FILE: layout.to_bytes()}, job.totals)

@@ -27,10 +27,10 @@ def register_checkpoint(job: RegisterJob, base_ref: str | None) -> RegisterResul
     matched = match_tensors(plan, folder.tensors)
     base = None if base_ref is None else read_outline(job.store, job.store.resolve(*parse_ref(base_ref)))
     files = job.read_files()
-    job.check_weights()
+    uploads = _checkpoint_uploads(folder, plan, matched.sources, base)
+    pieces = job.inspect(uploads)
     with job.registration() as registration:
-        uploads = _checkpoint_uploads(folder, plan, matched.sources, base)
-        refs = put_uploads(registration, uploads, job.totals)
+        refs = put_uploads(registration, uploads, pieces, job.totals)
         blocks = _checkpoint_blocks(plan, matched.sources, refs)
         chain = _put_chain(registration, blocks, plan)
         layout = _checkpoint_layout(folder, plan, matched.sources, matched.ignored)

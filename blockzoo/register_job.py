@@ -15,14 +15,13 @@ from typing import Any
 from blockzoo.checkpoint import ModelFolder, read_kept_file
 from blockzoo.contents import FolderLayout, InBlock, InFile
 from blockzoo.errors import VariantNotFoundError
-from blockzoo.finite import Weights, check_finite
 from blockzoo.json_report import JsonReport
 from blockzoo.manifest import BlockManifest, ChainId, FileRef, VariantRecord
 from blockzoo.outline import Outline
 from blockzoo.progress import Progress
 from blockzoo.registration import Registration
 from blockzoo.store import ZooStore
-from blockzoo.upload import Totals
+from blockzoo.upload import Pieces, Totals, Upload, inspect_uploads
 
 _MAX_CHECK_WORKERS = 8
 """Threads that look for NaN; more than these wait for memory."""
@@ -73,15 +72,10 @@ class RegisterJob:
         self._started = time.monotonic()
         self._lock = threading.Lock()
 
-    def check_weights(self) -> None:
-        """Refuse NaN and infinity anywhere in the folder."""
-        weights = [
-            Weights(name, entry.dtype, shard.read(name))
-            for shard in self.folder.shards
-            for name, entry in shard.tensors.items()
-        ]
+    def inspect(self, uploads: Mapping[str, Upload]) -> Pieces:
+        """Refuse NaN and infinity in the tensors that are to be stored; nothing is written yet."""
         with self.task("checking weights") as on_bytes:
-            check_finite(weights, on_bytes, workers=min(_MAX_CHECK_WORKERS, os.cpu_count() or 1))
+            return inspect_uploads(uploads, on_bytes, workers=min(_MAX_CHECK_WORKERS, os.cpu_count() or 1))
 
     def read_files(self) -> dict[str, bytes]:
         """Read and check the files beside the weights."""

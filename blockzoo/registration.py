@@ -232,7 +232,7 @@ class Registration:
     def _prepare(self, draft: _Draft) -> None:
         """Hash, and bring the bytes to the storage when they seem to be missing."""
         tensor = draft.tensor
-        draft.blob = blob_id(tensor.dtype, tensor.shape, tensor.data, threads=1)
+        draft.blob = tensor.blob or blob_id(tensor.dtype, tensor.shape, tensor.data, threads=1)
         # Only a hint: nothing is leased yet. `_publish` looks again.
         if not self._store.blobs.exists(draft.blob):
             self._stage(draft)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from blockzoo.blobs import TensorData, file_data
+from blockzoo.digest import as_bytes, blob_id
+from blockzoo.finite import Weights, check_finite
 from blockzoo.manifest import BlobId, DType, FileRef, TensorRef
 from blockzoo.registration import Registration, Stored
 
@@ -56,11 +58,37 @@ class Totals:
                 self.new_bytes += memoryview(tensor.data).nbytes
 
 
+Pieces = Mapping[str, Sequence[TensorData]]
+"""Uploads cut into blobs, by the tensor's name."""
+
+
+def inspect_uploads(
+    uploads: Mapping[str, Upload], on_bytes: Callable[[int], None], *, workers: int
+) -> Pieces:
+    """Cut tensors into blobs, refuse NaN and infinity, and compute the ids on the way.
+
+    Raises:
+        NonFiniteWeightsError: names the first such tensor.
+    """
+    named = [(name, piece) for name, upload in uploads.items() for piece in _cut(upload)]
+    pieces: list[TensorData] = [piece for _, piece in named]
+
+    def identify(index: int) -> None:
+        piece = pieces[index]
+        pieces[index] = replace(piece, blob=blob_id(piece.dtype, piece.shape, piece.data, threads=1))
+
+    weights = [Weights(name, piece.dtype, as_bytes(piece.data)) for name, piece in named]
+    check_finite(weights, on_bytes, workers=workers, then=identify)
+    found: dict[str, list[TensorData]] = {name: [] for name in uploads}
+    for (name, _), piece in zip(named, pieces, strict=True):
+        found[name].append(piece)
+    return found
+
+
 def put_uploads(
-    registration: Registration, uploads: Mapping[str, Upload], totals: Totals
+    registration: Registration, uploads: Mapping[str, Upload], cut: Pieces, totals: Totals
 ) -> dict[str, TensorRef]:
-    """Store tensors; returns where each one is. Raises what `Registration.put_tensors` raises."""
-    cut = {name: _cut(upload) for name, upload in uploads.items()}
+    """Store inspected tensors; returns where each one is. Raises what `Registration.put_tensors` raises."""
     flat = [piece for pieces in cut.values() for piece in pieces]
     stored = registration.put_tensors(flat)
     totals.add(flat, stored)
