@@ -113,10 +113,7 @@ def hash_seed(seed: Any) -> int:
 
 def tensors(values: Mapping[str, Any], *, seed: int = 0, dtype: str = "BF16") -> Tensors:
     """Random weights for a config; the same name, seed and shape give the same bytes."""
-    return {
-        name: tensor(shape, seed=f"{seed} {name}", dtype=dtype)
-        for name, shape in shapes(values).items()
-    }
+    return {name: tensor(shape, seed=f"{seed} {name}", dtype=dtype) for name, shape in shapes(values).items()}
 
 
 def header(items: Mapping[str, Raw]) -> dict[str, Any]:
