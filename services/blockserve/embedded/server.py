@@ -68,6 +68,10 @@ class EmbeddedServer:
         """
         try:
             await self._start()
+        except asyncio.CancelledError:
+            # Told to stop while variants were being read: some may be serving already.
+            await self.stop()
+            raise
         except BaseException:
             await self.stop(drain_seconds=0)
             raise
