@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -37,13 +38,19 @@ def build_app(arguments: Sequence[str]) -> typer.Typer:
         (ZOO_PANEL, (change_verbs.register, inspect_verbs.ls, inspect_verbs.show, inspect_verbs.du)),
         (ZOO_PANEL, (inspect_verbs.diff, change_verbs.export, change_verbs.rm, change_verbs.rollback)),
         (CARE_PANEL, (care_verbs.gc, care_verbs.verify, care_verbs.backup, care_verbs.restore)),
-        (SERVER_PANEL, (serve.command(with_options="serve" in arguments),)),
+        (SERVER_PANEL, (serve.command(with_options=_is_about_serve(arguments)),)),
         (SERVER_PANEL, (server_verbs.status, server_verbs.load, server_verbs.unload, version)),
         (CLIENT_PANEL, (generate.generate, chat.chat)),
     ):
         for verb in verbs:
             app.command(verb.__name__, help=reflow(verb.__doc__ or ""), rich_help_panel=panel)(verb)
     return app
+
+
+def _is_about_serve(arguments: Sequence[str]) -> bool:
+    # While a shell completes a command line, its words come in the environment.
+    words = [*arguments, *(os.environ.get(name, "") for name in ("COMP_WORDS", "_TYPER_COMPLETE_ARGS"))]
+    return any("serve" in text.split() for text in words)
 
 
 def reflow(doc: str) -> str:

@@ -135,3 +135,14 @@ def test_verbs_are_typer_commands_with_a_first_sentence():
         first = (command.help or "").split("\n\n")[0]
         assert first.endswith(".")
         assert len(first) < 110
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"), [("serve --kv", "--kv-cache-bytes"), ("gen", "generate"), ("ls --j", "--json")]
+)
+def test_shells_complete_verbs_and_options(run, monkeypatch, line, offered):
+    words = f"blockzoo {line}"
+    monkeypatch.setenv("_BLOCKZOO_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+    assert offered in run().out.split()
