@@ -16,10 +16,11 @@ from blockkernels.sampling import (
     sample_reference,
     uniform,
 )
-from blockkernels.sampling.kernel import ONE, SORT_BOUND, token_weights, uniforms
+from blockkernels.sampling.kernel import ONE, SORT_BOUNDS, token_weights, uniforms
 from blockkernels.sampling.reference import draw, logprobs_reference, philox4x32, probabilities
 
 VOCAB = 501
+SORT_BOUND = SORT_BOUNDS[-1]
 
 # temperature, top_k, top_p, min_p
 SETTINGS = [
@@ -229,7 +230,7 @@ def test_top_p_takes_lower_ids_first_among_equals():
 def test_rows_are_sorted_whole_when_the_bounded_search_is_too_short(spread):
     """Flat rows hold their mass in more than SORT_BOUND tokens; ties at the bound must not be lost."""
     vocab = 4 * SORT_BOUND + 3
-    logits = make_logits(6, vocab=vocab, seed=6, scale=spread).clamp_(min=-3 * spread)
+    logits = make_logits(8, vocab=vocab, seed=6, scale=spread).clamp_(min=-2 * spread)
     settings = [
         (1.0, 0, 0.5, 0.0),
         (1.0, 2 * SORT_BOUND, 1.0, 0.0),
@@ -237,6 +238,8 @@ def test_rows_are_sorted_whole_when_the_bounded_search_is_too_short(spread):
         (1.0, SORT_BOUND, 0.99, 0.0),
         (1.0, SORT_BOUND + 1, 0.01, 0.0),
         (1.0, 0, 1.0, 0.0),
+        (1.0, 100, 0.9, 0.0),
+        (1.0, SORT_BOUNDS[0] + 1, 0.999, 0.0),
     ]
     weight = token_weights(logits, make_batch(settings)).to(torch.float64)
     for row, (temperature, top_k, top_p, min_p) in enumerate(settings):

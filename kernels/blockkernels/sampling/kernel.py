@@ -22,8 +22,8 @@ ONE = 1 << 42
 """Weight of the most likely token of a row."""
 MAX_VOCAB = 1 << 20
 """Largest vocabulary whose weights cannot overflow 63 bits."""
-SORT_BOUND = 1024
-"""Most candidates that are looked at before a row is sorted whole."""
+SORT_BOUNDS = (256, 2048)
+"""Candidates that are looked at, one bound after the other, before a row is sorted whole."""
 MIN_TEMPERATURE = 1e-30
 """Keeps 0 / temperature finite in float32."""
 
@@ -50,7 +50,7 @@ def sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
     """Draw one token per row.
 
     Rows without filters are not sorted; rows with top-k or top-p look at their best
-    `SORT_BOUND` tokens and are sorted whole only when those do not hold the mass.
+    tokens (`SORT_BOUNDS`) and are sorted whole only when those do not hold the mass.
 
     Args:
         logits: [rows, vocab] float32; not modified. A row with NaN gives an arbitrary valid
@@ -95,7 +95,9 @@ def token_weights(logits: Tensor, batch: SamplingBatch) -> Tensor:
     scaled /= temperature.clamp_(min=MIN_TEMPERATURE)[:, None]
     weight = (scaled.exp() * ONE).round_().to(torch.int64)
     ranked = [r for r in range(batch.num_rows) if 0 < batch.top_k[r] < vocab or batch.top_p[r] < 1.0]
-    if ranked:
+    if len(ranked) == batch.num_rows:
+        weight = _keep_best(scaled, weight, batch)
+    elif ranked:
         index = torch.tensor(ranked, device=device)
         weight[index] = _keep_best(scaled[index], weight[index], _rows(batch, ranked))
     if any(batch.min_p):
@@ -105,19 +107,27 @@ def token_weights(logits: Tensor, batch: SamplingBatch) -> Tensor:
 
 
 def _keep_best(scaled: Tensor, weight: Tensor, batch: SamplingBatch) -> Tensor:
-    """Weights after top-k and top-p; tries few candidates first, then sorts the rows left over."""
+    """Weights after top-k and top-p; looks at few candidates first, at more for the rows left over."""
     vocab = scaled.shape[1]
     wanted = [min(k, vocab) if k > 0 else vocab for k in batch.top_k]
-    bound = min(SORT_BOUND, vocab)
-    if all(k <= bound for k in wanted):
-        bound = max(wanted)
-    result, settled = _keep_among(scaled, weight, batch, wanted, bound)
-    rest = [row for row, done in enumerate(settled) if not done]
-    if rest:
-        index = torch.tensor(rest, device=scaled.device)
-        sub = (scaled[index], weight[index], _rows(batch, rest), [wanted[r] for r in rest])
-        result[index], _ = _keep_among(*sub, vocab)
-    return result
+    bounds = [bound for bound in SORT_BOUNDS if bound < vocab] + [vocab]
+    if max(wanted) <= bounds[0]:
+        bounds[0] = max(wanted)
+    kept = weight
+    rows = list(range(batch.num_rows))
+    for bound in bounds:
+        if len(rows) == batch.num_rows:
+            kept, enough = _keep_among(scaled, weight, batch, wanted, bound)
+        else:
+            index = torch.tensor(rows, device=scaled.device)
+            part, enough = _keep_among(
+                scaled[index], weight[index], _rows(batch, rows), [wanted[r] for r in rows], bound
+            )
+            kept[index] = part
+        rows = [row for row, settled in zip(rows, enough, strict=True) if not settled]
+        if not rows:
+            break
+    return kept
 
 
 def _keep_among(
@@ -134,29 +144,30 @@ def _keep_among(
     best, ids = scaled.topk(bound, dim=-1) if bound < vocab else scaled.sort(dim=-1, descending=True)
     kth = torch.tensor([min(k, bound) - 1 for k in wanted], device=device)[:, None]
     threshold = best.gather(1, kth)
-    unlimited = torch.tensor([k >= vocab for k in wanted], device=device)[:, None]
-    threshold.masked_fill_(unlimited, -math.inf)
-    kept = torch.where(
-        scaled >= threshold, weight, 0
-    )  # every token as likely as the k-th, as transformers keeps
+    threshold.masked_fill_(torch.tensor([k >= vocab for k in wanted], device=device)[:, None], -math.inf)
+    # Tokens equal to the k-th all stay, as in transformers.
+    kept = weight if min(wanted) >= vocab else torch.where(scaled >= threshold, weight, 0)
+    enough = [bound == vocab or k <= bound for k in wanted]
+    if min(batch.top_p) >= 1.0:
+        return kept, enough
     running = torch.where(best >= threshold, weight.gather(1, ids), 0).cumsum(1)  # [rows, bound]
     top_p = torch.tensor(batch.top_p, device=device, dtype=torch.float64)[:, None]
     budget = kept.sum(1, keepdim=True).to(torch.float64) * top_p
     before = torch.cat([torch.zeros_like(running[:, :1]), running[:, :-1]], dim=1)
     count = (before < budget).sum(1, keepdim=True).clamp_(min=1)  # size of the nucleus, if it ends here
     edge = best.gather(1, count - 1)
+    nucleus = scaled >= edge
     spare = count - (best > edge).sum(1, keepdim=True)  # how many of the tokens equal to the edge are in
     equal = scaled == edge
-    nucleus = (scaled > edge) | (equal & (equal.cumsum(1) <= spare))
-    filtered = top_p < 1.0
-    kept = torch.where(nucleus | ~filtered, kept, 0)
-    enough = (running[:, -1:] >= budget) | ~filtered
-    if bound < vocab:
-        in_bound = torch.tensor([k <= bound for k in wanted], device=device)[:, None]
-        enough &= in_bound | (unlimited & filtered)
-    else:
-        enough = torch.ones_like(enough)
-    return kept, enough[:, 0].tolist()
+    if not torch.equal(equal.sum(1, keepdim=True), spare):
+        nucleus &= ~equal | (equal.cumsum(1) <= spare)
+    kept = torch.where(nucleus | (top_p >= 1.0), kept, 0)
+    reached = (running[:, -1:] >= budget)[:, 0].tolist()
+    for row, share in enumerate(batch.top_p):
+        if share < 1.0:
+            # A threshold below the bound is not known, so such a row's budget is not either.
+            enough[row] = bound == vocab or (reached[row] and (wanted[row] <= bound or wanted[row] >= vocab))
+    return kept, enough
 
 
 def _draw(weight: Tensor, noise: Tensor) -> Tensor:
