@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leave
 from demo_variants import ROOT, Variant, demo_variants, register_all, train_missing
 from demo_view import Answer, View, make_view
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.rule import Rule
 
 from blockserve.cli.output import add_row, format_bytes, make_table
@@ -37,9 +38,9 @@ from blockzoo.zoo import Zoo
 
 BASE = "smollm2"
 MAX_TOKENS = 64
-SAMPLING_SEED = 7
+SAMPLING_SEED = 1
 START_SECONDS = 120.0
-HELDOUT_TOKENS = 512  # tokens of a held-out text that are sent in one prompt
+HELDOUT_TOKENS = 512  # of each held-out text; demo/losses.json has the whole of it
 
 
 def main() -> int:
@@ -53,7 +54,7 @@ def main() -> int:
     parser.add_argument(
         "--zoo", type=Path, default=ROOT / ".cache" / "demo-zoo", help="where the zoo is kept"
     )
-    parser.add_argument("--prompt", default="What is love?", help="what every variant is asked")
+    parser.add_argument("--prompt", default="Tell me about the sea.", help="what every variant is asked")
     args = parser.parse_args()
     console = Console(highlight=False)
     if not (args.model / "config.json").is_file():
@@ -82,7 +83,7 @@ def run(console: Console, model: Path, zoo_folder: Path, prompt: str) -> None:
     zoo = Zoo.open(zoo_folder, create=True)
     variants = register_all(zoo, demo_variants(model, BASE), console)
     names = [variant.name for variant in variants]
-    with server(zoo_folder, names) as address:
+    with server(console, zoo_folder, names) as address:
         asyncio.run(talk(console, address, zoo, variants, prompt))
     console.print(Rule("Now you", align="left"))
     place = _shown(zoo_folder)
@@ -96,7 +97,7 @@ def run(console: Console, model: Path, zoo_folder: Path, prompt: str) -> None:
 
 
 @contextmanager
-def server(zoo_folder: Path, names: Sequence[str]) -> Iterator[str]:
+def server(console: Console, zoo_folder: Path, names: Sequence[str]) -> Iterator[str]:
     """A server over the zoo, as a process that is stopped whatever happens; gives its address."""
     with tempfile.TemporaryDirectory(prefix="blockzoo-") as folder:
         address = f"unix:{folder}/demo.sock"
@@ -117,7 +118,8 @@ def server(zoo_folder: Path, names: Sequence[str]) -> Iterator[str]:
         with log.open("wb") as output:
             process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
         try:
-            asyncio.run(wait_ready(address, process, log))
+            with console.status("starting the server"):
+                asyncio.run(wait_ready(address, names, process, log))
             yield address
         finally:
             process.terminate()
@@ -128,13 +130,15 @@ def server(zoo_folder: Path, names: Sequence[str]) -> Iterator[str]:
                 process.wait()
 
 
-async def wait_ready(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Return once the server has loaded what it preloads and takes requests."""
+async def wait_ready(address: str, names: Sequence[str], process: subprocess.Popen[bytes], log: Path) -> None:
+    """Return once the server takes requests and has the variants in memory."""
     deadline = time.monotonic() + START_SECONDS
     async with AsyncClient(address) as client:
         while process.poll() is None and time.monotonic() < deadline:
             with suppress(UnavailableError):
                 await client.wait_ready(1.0)
+                for name in names:
+                    await client.load(name)
                 return
     sys.stderr.write(log.read_text(errors="replace")[-2000:])
     raise BlockzooError("the server did not start", hint="Its last lines are above.")
@@ -143,8 +147,6 @@ async def wait_ready(address: str, process: subprocess.Popen[bytes], log: Path) 
 async def talk(console: Console, address: str, zoo: Zoo, variants: Sequence[Variant], prompt: str) -> None:
     """Send the requests and print what came of them."""
     async with AsyncClient(address) as client:
-        for variant in variants:
-            await client.load(variant.name)
         console.print(Rule(f"2. Ask all variants at once: {prompt}", align="left"))
         answers = [Answer(variant.name) for variant in variants]
         with make_view(console, answers) as view:
@@ -247,39 +249,38 @@ def print_sharing(console: Console, zoo: Zoo, status: ServerStatus) -> None:
 
 async def print_losses(console: Console, client: AsyncClient, variants: Sequence[Variant]) -> None:
     """Held-out losses of base and variants through the server (prompt_logprobs), nats per token."""
-    table = make_table(
-        "domain",
-        "tokens",
-        "base",
-        "variant",
-        "difference",
-        numeric=("tokens", "base", "variant", "difference"),
-    )
+    numeric = ("tokens", "base", "variant", "difference")
+    table = make_table("domain", *numeric, numeric=numeric)
     tuned = [variant for variant in variants if variant.heldout is not None]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("reading held-out texts", total=2 * len(tuned))
 
-    async def losses(variant: Variant) -> tuple[int, float, float]:
-        assert variant.heldout is not None
-        text = variant.heldout.read_text(encoding="utf-8")
-        (count, base), (_, own) = await asyncio.gather(
-            heldout_loss(client, variants[0].name, text), heldout_loss(client, variant.name, text)
-        )
-        return count, base, own
+        async def loss(model: str, text: str) -> tuple[int, float]:
+            found = await heldout_loss(client, model, text)
+            bar.advance(task)
+            return found
 
-    for variant, (count, base, own) in zip(tuned, await asyncio.gather(*map(losses, tuned)), strict=True):
+        async def losses(variant: Variant) -> tuple[int, float, float]:
+            assert variant.heldout is not None
+            text = variant.heldout.read_text(encoding="utf-8")
+            (count, base), (_, own) = await asyncio.gather(
+                loss(variants[0].name, text), loss(variant.name, text)
+            )
+            return count, base, own
+
+        measured = await asyncio.gather(*map(losses, tuned))
+    for variant, (count, base, own) in zip(tuned, measured, strict=True):
         add_row(table, variant.name, count, f"{base:.3f}", f"{own:.3f}", f"{own - base:+.3f}")
     console.print(table)
-    console.print("nats per token, lower is better; the text was not trained on")
+    console.print("nats per token, lower is better; no training has seen these texts")
 
 
 async def heldout_loss(client: AsyncClient, model: str, text: str) -> tuple[int, float]:
-    """Tokens counted and mean negative log-likelihood of a text, window by window."""
-    ids = (await client.tokenize(model, text)).token_ids
-    windows = [ids[at : at + HELDOUT_TOKENS] for at in range(0, len(ids) - 1, HELDOUT_TOKENS)]
-    windows = [window for window in windows if len(window) > 1]
-    results = await asyncio.gather(
-        *(client.generate(model, window, prompt_logprobs=True, max_tokens=1).result() for window in windows)
-    )
-    logprobs = [position.logprob for result in results for position in result.prompt_logprobs]
+    """Tokens counted and mean negative log-likelihood of the first tokens of a text."""
+    ids = (await client.tokenize(model, text)).token_ids[:HELDOUT_TOKENS]
+    result = await client.generate(model, ids, prompt_logprobs=True, max_tokens=1, temperature=0).result()
+    logprobs = [position.logprob for position in result.prompt_logprobs]
     return len(logprobs), -sum(logprobs) / len(logprobs)
 
 
