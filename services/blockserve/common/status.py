@@ -210,6 +210,8 @@ async def _translate(context: Any, method: str, error: Exception) -> NoReturn:
             hint="The server's log has the details under this incident id; please report it.",
             incident=incident,
         )
+    else:
+        log.info("refused method=%s code=%s reason=%s", method, status_code(error).name, error.reason)
     await abort(context, error)
 
 

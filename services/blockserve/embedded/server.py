@@ -114,7 +114,7 @@ class EmbeddedServer:
     async def _prepare(self, renderer: ChatRenderer) -> tuple[ZooReader, VariantCatalog, list[str]]:
         """Side by side: import the engine, read the zoo, start the template process."""
         imports = asyncio.create_task(asyncio.to_thread(self._import_engine))
-        warm = asyncio.create_task(renderer.warm())
+        warm = asyncio.create_task(self._warm(renderer))
         try:
             result = await asyncio.to_thread(self._read_zoo)
             await imports
@@ -124,6 +124,13 @@ class EmbeddedServer:
             warm.cancel()
             await asyncio.gather(imports, warm, return_exceptions=True)
         return result
+
+    async def _warm(self, renderer: ChatRenderer) -> None:
+        """Only saves time: without it the first conversation starts the process, or is told why it cannot."""
+        try:
+            await renderer.warm()
+        except (BlockzooError, OSError, TimeoutError, EOFError) as error:
+            log.warning("chat templates cannot be rendered yet: %r", error)
 
     def _import_engine(self) -> None:
         with self.timeline.stage("import_engine"):

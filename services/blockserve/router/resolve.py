@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections import OrderedDict
@@ -15,7 +16,10 @@ from blockserve.router.chat import ChatTemplates
 from blockserve.router.config import RouterConfig
 from blockserve.router.tokenizer import TokenizerCache, VariantTokenizer
 from blockserve.router.variant_files import GenerationDefaults, chat_templates, generation_defaults
+from blockzoo.errors import BlockzooError
 from blockzoo.manifest import BlobId, ChainId, ChainManifest, VariantRecord
+
+log = logging.getLogger(__name__)
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -71,6 +75,19 @@ class ServedVariant:
         """Where its tokenizer.json is, if it has one."""
         file = self.record.files.get(TOKENIZER_FILE)
         return file.blob if file else None
+
+
+@dataclass(frozen=True, slots=True)
+class DamagedVariant:
+    """A variant in a list that cannot be served; the others in the list can.
+
+    Attributes:
+        record: what the zoo holds.
+        error: why it cannot be served.
+    """
+
+    record: VariantRecord
+    error: BlockzooError
 
 
 class VariantCatalog:
@@ -134,7 +151,7 @@ class VariantCatalog:
 
         return await asyncio.to_thread(work)
 
-    async def page(self, after: str, size: int) -> tuple[list[ServedVariant], bool]:
+    async def page(self, after: str, size: int) -> tuple[list[ServedVariant | DamagedVariant], bool]:
         """Current versions in the order of their names.
 
         Args:
@@ -145,9 +162,9 @@ class VariantCatalog:
             The page, and whether more follow.
         """
 
-        def work() -> tuple[list[ServedVariant], bool]:
+        def work() -> tuple[list[ServedVariant | DamagedVariant], bool]:
             records = [record for record in self._by_name() if record.name > after]
-            return [self._served_variant(record) for record in records[:size]], len(records) > size
+            return [self._or_damaged(record) for record in records[:size]], len(records) > size
 
         return await asyncio.to_thread(work)
 
@@ -207,6 +224,13 @@ class VariantCatalog:
             while len(self._served) > self._config.cached_variants:
                 self._served.popitem(last=False)
         return served
+
+    def _or_damaged(self, record: VariantRecord) -> ServedVariant | DamagedVariant:
+        try:
+            return self._served_variant(record)
+        except BlockzooError as error:
+            log.warning("variant %s@%d is damaged: %s", record.name, record.version, error)
+            return DamagedVariant(record, error)
 
     def _describe(self, record: VariantRecord) -> ServedVariant:
         def read(filename: str) -> bytes | None:

@@ -20,7 +20,7 @@ from blockserve.router.config import RouterConfig
 from blockserve.router.generation import Answer, stream_answer
 from blockserve.router.loading import ChainLoader
 from blockserve.router.plan import Plan, check_call, check_conversation, plan
-from blockserve.router.resolve import ServedVariant, VariantCatalog, ZooReader
+from blockserve.router.resolve import DamagedVariant, ServedVariant, VariantCatalog, ZooReader
 from blockserve.router.results import Chunk, LoadedChain, ModelInfo, ServerStatus, Tokenized
 
 log = logging.getLogger(__name__)
@@ -114,7 +114,10 @@ class Router:
     async def models(self, after: str, size: int) -> tuple[list[ModelInfo], bool]:
         """One page of variants by name, and whether more follow."""
         variants, more = await self._catalog.page(after, size)
-        return [self._model(variant) for variant in variants], more
+        return [
+            self._model(variant) if isinstance(variant, ServedVariant) else _damaged_model(variant)
+            for variant in variants
+        ], more
 
     async def model(self, ref: str) -> ModelInfo:
         """One variant (VariantNotFoundError)."""
@@ -214,6 +217,22 @@ def chat_limits(config: RouterConfig) -> ChatLimits:
         memory_bytes=config.chat_memory_bytes,
         max_chars=config.chat_max_chars,
         processes=config.chat_processes,
+    )
+
+
+def _damaged_model(variant: DamagedVariant) -> ModelInfo:
+    """An entry that says what is wrong where a description would stand."""
+    record = variant.record
+    return ModelInfo(
+        name=record.name,
+        version=record.version,
+        chain_digest=record.chain,
+        family="",
+        context_length=0,
+        has_chat_template=False,
+        loaded=False,
+        num_layers=0,
+        provenance={**record.provenance, "error": f"{variant.error.reason}: {variant.error}"},
     )
 
 

@@ -6,7 +6,6 @@ import asyncio
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -114,6 +113,16 @@ async def test_a_drain_can_be_cut_short() -> None:
         assert len(engine.closed) == 1
 
 
+@async_test
+async def test_a_template_process_that_does_not_start_keeps_no_other_request_from_being_served(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("blockserve.router.chat.sys.executable", "/nonexistent/python")
+    async with serving() as rig:
+        assert "cannot be rendered yet" in caplog.text
+        assert (await rig.client.generate("tale", "x", max_tokens=1).result()).token_ids
+
+
 def test_the_timeline_is_in_order_of_beginning() -> None:
     timeline = Timeline(process_age=2.0)
     with timeline.stage("outer"), timeline.stage("inner"):
@@ -143,9 +152,6 @@ def test_the_edge_runs_without_torch(module: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "imported"
-
-
-Ready = Callable[[EmbeddedServer], None]
 
 
 @async_test

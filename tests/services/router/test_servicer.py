@@ -165,6 +165,26 @@ async def test_models_are_listed_page_by_page() -> None:
 
 
 @async_test
+async def test_a_damaged_variant_is_listed_with_its_damage_and_hides_no_other() -> None:
+    class Damaged(FakeZoo):
+        def chain(self, chain: Any) -> Any:
+            if "song" in chain:
+                raise CorruptBlobError("manifest c0ffee is damaged")
+            return super().chain(chain)
+
+    zoo = Damaged()
+    zoo.add("song")
+    zoo.add("tale")
+    async with serving(zoo) as rig:
+        song, tale = await rig.client.models()
+        assert (song.name, song.context_length) == ("song", 0)
+        assert song.provenance["error"] == "CORRUPT_BLOB: manifest c0ffee is damaged"
+        assert (tale.context_length, "error" in tale.provenance) == (128, False)
+        with pytest.raises(CorruptBlobError):
+            await rig.client.model("song")
+
+
+@async_test
 async def test_loading_unloading_and_status() -> None:
     async with serving() as rig:
         assert not (await rig.client.model("tale")).loaded
