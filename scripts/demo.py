@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves the script's folder out
 
-from demo_variants import ROOT, Variant, demo_variants, register_all, train_missing
+from demo_variants import ROOT, Variant, demo_variants, register_all, shared_machine, train_missing
 from demo_view import Answer, View, make_view
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -65,7 +65,7 @@ def main() -> int:
     try:
         run(console, args.model, args.zoo, args.prompt)
     except KeyboardInterrupt:
-        console.print("\ninterrupted; the server was stopped, the zoo is intact")
+        console.print("\ninterrupted: no server is left running, and the zoo is intact")
         return 130
     except BlockzooError as error:
         console.print(f"error: {error}\n{error.hint}", markup=False)
@@ -116,7 +116,9 @@ def server(console: Console, zoo_folder: Path, names: Sequence[str]) -> Iterator
             command += ["--preload", name]
         # A session of its own: Ctrl-C reaches the demo only, which then stops the server in order.
         with log.open("wb") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+            process = subprocess.Popen(
+                command, stdout=output, stderr=output, start_new_session=True, env=shared_machine()
+            )
         try:
             with console.status("starting the server"):
                 asyncio.run(wait_ready(address, names, process, log))

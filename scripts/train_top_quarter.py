@@ -136,4 +136,7 @@ def write_texts(cache: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)  # nothing was saved; the next run starts over
