@@ -12,8 +12,21 @@ Nothing here needs torch. `blockzoo.families.compute` does; the engine imports i
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from blockzoo.errors import BlockzooError
 from blockzoo.progress import NoProgress, Progress
-from blockzoo.zoo import Zoo
+
+if TYPE_CHECKING:
+    from blockzoo.zoo import Zoo
 
 __all__ = ["BlockzooError", "NoProgress", "Progress", "Zoo"]
+
+
+def __getattr__(name: str) -> object:
+    """Import `Zoo` when it is first asked for: clients need the errors only, and numpy takes its time."""
+    if name == "Zoo":
+        from blockzoo.zoo import Zoo
+
+        return Zoo
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
