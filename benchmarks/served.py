@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import socket
 import subprocess
@@ -71,10 +72,13 @@ def serve(zoo: Path, *options: str) -> Iterator[Server]:
     """
     port = free_port()
     log = CACHE / "bench-server.log"
+    # Compiled modules are kept, as pip does for packages that are installed.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    command = serve_command(zoo, port, *options)
     started = time.monotonic()
     with log.open("wb") as output:
         process = subprocess.Popen(
-            serve_command(zoo, port, *options), stdout=output, stderr=output, cwd=ROOT, start_new_session=True
+            command, stdout=output, stderr=output, cwd=ROOT, start_new_session=True, env=environment
         )
     try:
         wait_for_port(port, process, log)
