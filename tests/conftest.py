@@ -18,6 +18,8 @@ _support.__path__ = [str(ROOT / "tests" / "support")]
 sys.modules["support"] = _support
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported anywhere
+# Most models here are tiny; on a busy machine threads that wait for each other cost ten times the work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)
