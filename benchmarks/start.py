@@ -60,7 +60,11 @@ def run(say: Callable[[str], None]) -> list[Row]:
     python = install_vllm(say)
     folder = fresh_folder("start-zoo")
     Zoo.open(folder, create=True).register(MODEL, name="base")
-    measures = (lambda: _ours(folder), lambda: _vllm_server(python), lambda: _vllm_offline(python))
+    measures: list[Callable[[], float]] = [
+        lambda: _ours(folder),
+        lambda: _vllm_server(python),
+        lambda: _vllm_offline(python),
+    ]
     for measure in measures:
         say(f"warming the page cache: {measure():.2f} s")
     ours, served, offline = interleave(*measures, say=say)
