@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import types
 from pathlib import Path
@@ -20,6 +21,10 @@ sys.modules["support"] = _support
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported anywhere
 # Most models here are tiny; on a busy machine threads that wait for each other cost ten times the work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # Started in the background of a script. Programs under test would inherit it and never see Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
