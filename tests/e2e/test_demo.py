@@ -135,6 +135,6 @@ def test_the_demo_runs_twice(smollm2, tmp_path):
 
 
 def run_demo(*arguments):
-    environment = {**os.environ, "PYTHONSAFEPATH": "1", "GOMP_SPINCOUNT": "0"}
+    environment = {**os.environ, "PYTHONSAFEPATH": "1", "GOMP_SPINCOUNT": "1000"}
     command = [sys.executable, str(ROOT / "scripts" / "demo.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
