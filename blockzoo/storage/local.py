@@ -127,14 +127,15 @@ class LocalStorage:
 
         All of them, whoever made them: ours must not depend on whether theirs are durable yet.
         """
-        parents = {self._path(key).parent for key in keys}
-        folders = {above for parent in parents for above in (parent, *parent.parents)}
-        folders -= set(self._root.parents)
+        folders = {key.rpartition("/")[0] for key in keys}
         with translate_os_errors(self.url):
-            if len(parents) > _SYNC_ALL_FROM and sync_file_system(self._root):
+            if len(folders) > _SYNC_ALL_FROM and sync_file_system(self._root):
                 return
-            for folder in sorted(folders, reverse=True):
-                _sync_folder(folder)
+            above = {"", *folders}
+            for folder in folders:
+                above.update(str(parent) for parent in PurePosixPath(folder).parents if parent.name)
+            for folder in sorted(above, reverse=True):
+                _sync_folder(self._path(folder))
 
     def clean(self) -> int:
         """See `Storage`. Folders of living writers are left alone."""
@@ -146,10 +147,9 @@ class LocalStorage:
         return freed
 
     def _path(self, key: str) -> Path:
-        parts = PurePosixPath(key).parts
-        assert ".." not in parts, key
+        assert ".." not in key.split("/"), key
         assert not key.startswith("/"), key
-        return self._root.joinpath(*parts)
+        return self._root / key
 
     def _walk(self, folder: Path, prefix: str) -> Iterator[ObjectInfo]:
         try:
