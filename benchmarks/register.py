@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -37,6 +38,7 @@ def run(say: Callable[[str], None]) -> list[Row]:
 def _register() -> float:
     folder = fresh_folder("register-zoo")
     zoo = Zoo.open(folder, create=True)
+    os.sync()  # what the sample before left unwritten is not this one's to wait for
     started = time.perf_counter()
     zoo.register(MODEL, name="base")
     seconds = time.perf_counter() - started
@@ -49,6 +51,7 @@ def _copy_and_hash() -> float:
     target = fresh_folder("register-copy")
     target.mkdir(parents=True)
     copy = target / "copy"
+    os.sync()
     started = time.perf_counter()
     subprocess.run(["cp", str(WEIGHTS), str(copy)], check=True)
     digest = _hash(copy)
