@@ -24,7 +24,7 @@ class PackedLinear:
 
     The plain weight is not kept: on the CPU a layer exists in memory once, in
     the order the matrix product reads it. A row's result does not depend on how
-    many rows are computed with it (measured for 1 to 512 rows, see docs/log.md).
+    many rows are computed with it (held by tests/kernels/test_linear.py).
     Where packing does not apply, the plain weight is used as it is.
 
     Attributes:
