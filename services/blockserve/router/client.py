@@ -34,6 +34,7 @@ class Generation:
         self._portal = portal
         self._inner = inner
         self._chunks = aiter(inner)
+        self._reading: asyncio.Task[Any] | None = None
 
     def __iter__(self) -> Iterator[Chunk]:
         try:
@@ -43,6 +44,7 @@ class Generation:
             self.close()
 
     async def _next(self) -> Chunk | None:
+        self._reading = asyncio.current_task()
         return await anext(self._chunks, None)
 
     def result(self) -> Completion:
@@ -53,9 +55,15 @@ class Generation:
         """Cancel it; the server frees its memory at once."""
         if not self._portal.is_running:
             return
-        # RuntimeError: after Ctrl-C the generator may still be busy being cancelled, which is what we want.
-        with suppress(RuntimeError):
-            self._portal.run(self._inner.aclose())
+        self._portal.run(self._close())
+
+    async def _close(self) -> None:
+        # Ctrl-C can strike when a read is already scheduled and nobody holds its future yet. It would go on
+        # reading, and a generator that is being read cannot be closed.
+        if self._reading is not None and not self._reading.done():
+            self._reading.cancel()
+            await asyncio.wait([self._reading])
+        await self._inner.aclose()
 
 
 class Client:

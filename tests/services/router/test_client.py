@@ -243,6 +243,28 @@ def test_leaving_a_loop_cancels_the_answer() -> None:
         asyncio.run(asyncio.wait_for(until(lambda: len(engines[0].closed) == 1), 30))
 
 
+def test_ctrl_c_between_scheduling_a_read_and_waiting_for_it_cancels_the_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The interrupt comes when the read is on its way and nobody holds its future yet."""
+    schedule = asyncio.run_coroutine_threadsafe
+
+    def interrupted(coroutine: Any, loop: asyncio.AbstractEventLoop) -> Any:
+        schedule(coroutine, loop)
+        monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", schedule)
+        raise KeyboardInterrupt
+
+    with served() as (address, engines), Client(address, resume_attempts=0) as client:
+        engines[0].hold_at = 1
+        chunks = iter(client.generate("tale", "x", temperature=0.0, max_tokens=9))
+        next(chunks)
+        monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(chunks)
+        # The engine is held for good: only a cancellation ends the request.
+        asyncio.run(asyncio.wait_for(until(lambda: len(engines[0].closed) == 1), 30))
+
+
 def test_one_client_serves_many_threads() -> None:
     with served() as (address, _), Client(address) as zoo:
         texts: list[str] = []
@@ -259,12 +281,18 @@ def test_one_client_serves_many_threads() -> None:
         assert len(set(texts)) == 1
 
 
+def client_threads() -> set[threading.Thread]:
+    """The sync client's own; gRPC starts and ends threads of its own when it likes."""
+    return {thread for thread in threading.enumerate() if thread.name == "blockzoo-client"}
+
+
 def test_closing_twice_is_fine_and_a_closed_client_leaves_no_thread() -> None:
-    before = threading.active_count()
+    before = client_threads()
     zoo = Client("127.0.0.1:1")
+    assert len(client_threads()) == len(before) + 1
     zoo.close()
     zoo.close()
-    assert threading.active_count() == before
+    assert client_threads() == before
 
 
 # ---- credentials and names
@@ -299,10 +327,10 @@ async def test_a_token_does_not_travel_readable() -> None:
 
 
 def test_a_missing_certificate_is_named(tmp_path: Path) -> None:
-    before = threading.active_count()
+    before = client_threads()
     with pytest.raises(ConfigurationError, match=r"none\.pem"):
         Client("zoo.example:7450", credentials=Credentials(ca_file=tmp_path / "none.pem"))
-    assert threading.active_count() == before
+    assert client_threads() == before
 
 
 def test_the_package_offers_the_clients_by_name() -> None:
