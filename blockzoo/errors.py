@@ -79,10 +79,10 @@ class CurrentVersionError(InvalidInputError):
 
     reason = "CURRENT_VERSION"
 
-    def __init__(self, name: str, version: int) -> None:
+    def __init__(self, name: str, version: int, *, hint: str = "Name an older version.") -> None:
         super().__init__(
             f"{name}@{version} is the current version",
-            hint=f"Name an older version, or remove all with `blockzoo rm {name}`.",
+            hint=hint,
             variant=name,
             version=version,
         )

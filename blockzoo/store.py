@@ -212,7 +212,8 @@ class ZooStore:
         record = self.resolve(name, version)
         self.check_writable()
         if self.resolve(name).version == version:
-            raise CurrentVersionError(name, version)
+            hint = f"Name an older version, or remove all with `blockzoo rm {name}`."
+            raise CurrentVersionError(name, version, hint=hint)
         self._delete_refs(record.name, [version])
         return record
 
@@ -235,7 +236,8 @@ class ZooStore:
             to = older[-1]
         target = self.resolve(name, to)
         if target.version == current.version:
-            raise CurrentVersionError(name, to)
+            hint = f"It is in use already. `blockzoo show {name}@N` says what version N was."
+            raise CurrentVersionError(name, to, hint=hint)
         with self.registration(f"rollback {name} to {to}") as registration:
             return registration.commit(
                 name,

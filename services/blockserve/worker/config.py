@@ -14,7 +14,8 @@ class EngineConfig:
         device: "cpu" or "cuda" (or "cuda:1").
         dtype: type of weights and hidden states. "auto" keeps what the checkpoint has (on the CPU
             float16 becomes float32, because the CPU has no fast float16 products).
-        num_threads: threads of a matrix product; 0 takes every core the process may use.
+        num_threads: threads of a matrix product; 0 takes every core the process may use (affinity, and the
+            CPU quota of its container).
         max_running_requests: most requests in one batch; bounds the time of one decode step.
         max_waiting_requests: most requests that wait for admission; one more is refused, because a
             longer queue only turns into answers that come too late.

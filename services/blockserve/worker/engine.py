@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import threading
 import time
 from collections import deque
@@ -37,6 +36,7 @@ from blockserve.common.errors import (
 )
 from blockserve.worker.blocks import BlockManager, BlockSource, LoadedChain, PreparedChain
 from blockserve.worker.config import EngineConfig
+from blockserve.worker.cores import usable_cores
 from blockserve.worker.executor import Executor
 from blockserve.worker.kv import KvPool, KvShape
 from blockserve.worker.request import Chunk, ChunkLogits, Outcome, RunningRequest
@@ -98,7 +98,7 @@ class BlockEngine:
             self._thread = None
 
     def _run(self) -> None:
-        torch.set_num_threads(self.config.num_threads or len(os.sched_getaffinity(0)))
+        torch.set_num_threads(self.config.num_threads or usable_cores())
         while True:
             with self._wake:
                 while not (self._commands or self._scheduler.has_work or self._stopping):
