@@ -22,7 +22,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves the script's folder out
 
-from demo_variants import ROOT, Variant, demo_variants, register_all, shared_machine, train_missing
+from demo_variants import (
+    ROOT,
+    Variant,
+    base_name,
+    demo_variants,
+    register_all,
+    shared_machine,
+    train_missing,
+)
 from demo_view import Answer, View, make_view
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -36,7 +44,7 @@ from blockserve.router.results import ServerStatus
 from blockzoo.errors import BlockzooError
 from blockzoo.zoo import Zoo
 
-BASE = "smollm2"
+DEFAULT_MODEL = ROOT / ".cache" / "smollm2"
 MAX_TOKENS = 64
 SAMPLING_SEED = 1
 START_SECONDS = 120.0
@@ -48,12 +56,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--model", type=Path, default=ROOT / ".cache" / "smollm2", help="base checkpoint folder"
-    )
-    parser.add_argument(
-        "--zoo", type=Path, default=ROOT / ".cache" / "demo-zoo", help="where the zoo is kept"
-    )
+    parser.add_argument("--model", type=Path, default=DEFAULT_MODEL, help="base checkpoint folder")
+    parser.add_argument("--zoo", type=Path, help="where the zoo is kept [default: one for each model]")
     parser.add_argument("--prompt", default="Tell me about the sea.", help="what every variant is asked")
     args = parser.parse_args()
     console = Console(highlight=False)
@@ -63,7 +67,7 @@ def main() -> int:
         )
         return 1
     try:
-        run(console, args.model, args.zoo, args.prompt)
+        run(console, args.model, args.zoo or default_zoo(args.model), args.prompt)
     except KeyboardInterrupt:
         console.print("\ninterrupted: no server is left running, and the zoo is intact")
         return 130
@@ -75,13 +79,20 @@ def main() -> int:
     return 0
 
 
+def default_zoo(model: Path) -> Path:
+    """A zoo for each model: what one demo registered is not in the tables of another."""
+    cache = ROOT / ".cache"
+    same = model.resolve() == DEFAULT_MODEL.resolve()
+    return cache / "demo-zoo" if same else cache / f"demo-zoo-{base_name(model)}"
+
+
 def run(console: Console, model: Path, zoo_folder: Path, prompt: str) -> None:
     """Everything the demo does, in order."""
     started = time.monotonic()
     train_missing(model)
     console.print(Rule("1. Register: checkpoints become shared blocks", align="left"))
     zoo = Zoo.open(zoo_folder, create=True)
-    variants = register_all(zoo, demo_variants(model, BASE), console)
+    variants = register_all(zoo, demo_variants(model), console)
     names = [variant.name for variant in variants]
     with server(console, zoo_folder, names) as address:
         asyncio.run(talk(console, address, zoo, variants, prompt))
@@ -90,7 +101,7 @@ def run(console: Console, model: Path, zoo_folder: Path, prompt: str) -> None:
     for command in (
         f"blockzoo show {names[-1]} --zoo {place}",
         f"blockzoo serve --zoo {place} --preload all",
-        f"blockzoo chat {names[1] if len(names) > 1 else BASE}      (in another terminal, while it serves)",
+        f"blockzoo chat {names[min(1, len(names) - 1)]}      (in another terminal, while it serves)",
     ):
         console.print(f"  {_shown(Path(sys.executable).parent)}/{command}", markup=False, soft_wrap=True)
     console.print(f"  (this took {time.monotonic() - started:.0f} s)")
@@ -160,7 +171,8 @@ async def talk(console: Console, address: str, zoo: Zoo, variants: Sequence[Vari
         console.print(Rule("4. What sharing saves", align="left"))
         print_sharing(console, zoo, status)
         console.print(Rule("5. Each variant knows its own domain (loss on held-out text)", align="left"))
-        await print_losses(console, client, variants)
+        context_length = zoo.chain(zoo.resolve(variants[0].name).chain).context_length
+        await print_losses(console, client, variants, context_length)
 
 
 async def ask(client: AsyncClient, answer: Answer, prompt: str, view: View) -> None:
@@ -249,17 +261,22 @@ def print_sharing(console: Console, zoo: Zoo, status: ServerStatus) -> None:
     console.print(line, soft_wrap=True)
 
 
-async def print_losses(console: Console, client: AsyncClient, variants: Sequence[Variant]) -> None:
+async def print_losses(
+    console: Console, client: AsyncClient, variants: Sequence[Variant], context_length: int
+) -> None:
     """Held-out losses of base and variants through the server (prompt_logprobs), nats per token."""
     numeric = ("tokens", "base", "variant", "difference")
     table = make_table("domain", *numeric, numeric=numeric)
     tuned = [variant for variant in variants if variant.heldout is not None]
+    if not tuned:
+        return
+    length = min(HELDOUT_TOKENS, context_length - 1)  # one answer token has to fit too
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading held-out texts", total=2 * len(tuned))
 
         async def loss(model: str, text: str) -> tuple[int, float]:
-            found = await heldout_loss(client, model, text)
+            found = await heldout_loss(client, model, text, length)
             bar.advance(task)
             return found
 
@@ -278,9 +295,9 @@ async def print_losses(console: Console, client: AsyncClient, variants: Sequence
     console.print("nats per token, lower is better; no training has seen these texts")
 
 
-async def heldout_loss(client: AsyncClient, model: str, text: str) -> tuple[int, float]:
-    """Tokens counted and mean negative log-likelihood of the first tokens of a text."""
-    ids = (await client.tokenize(model, text)).token_ids[:HELDOUT_TOKENS]
+async def heldout_loss(client: AsyncClient, model: str, text: str, length: int) -> tuple[int, float]:
+    """Tokens counted and mean negative log-likelihood of the first `length` tokens of a text."""
+    ids = (await client.tokenize(model, text)).token_ids[:length]
     result = await client.generate(model, ids, prompt_logprobs=True, max_tokens=1, temperature=0).result()
     logprobs = [position.logprob for position in result.prompt_logprobs]
     return len(logprobs), -sum(logprobs) / len(logprobs)

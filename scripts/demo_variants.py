@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -41,9 +42,14 @@ class Variant:
         return DEMO / "heldout" / f"{self.name}.txt" if self.base else None
 
 
-def demo_variants(model: Path, base: str) -> list[Variant]:
+def base_name(model: Path) -> str:
+    """The base variant's name: the folder's, as far as a variant may be called so."""
+    return re.sub(r"[^a-z0-9]+", "-", model.resolve().name.lower()).strip("-") or "base"
+
+
+def demo_variants(model: Path) -> list[Variant]:
     """The variants, base first."""
-    adapters = DEMO / "adapters"
+    adapters, base = DEMO / "adapters", base_name(model)
     return [
         Variant(base, model, None, "the base model"),
         Variant("kjv", adapters / "kjv", base, "LoRA r4 on q and v: King James Bible"),

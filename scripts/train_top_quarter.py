@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leave
 import train_texts
 import training
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 TRAIN = training.TrainConfig(steps=40, learning_rate=6e-4, batch_rows=4, row_tokens=192)
@@ -102,8 +102,11 @@ def tune(
         "heldout_loss_base": round(base_loss, 4),
         "heldout_loss": round(training.heldout_loss(model, tokenizer, heldout), 4),
     }
+    # What was not trained stays as the base has it, bit for bit and in its own type.
+    tuned = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    tuned.model.layers[split:].load_state_dict(model.model.layers[split:].state_dict())
     partial = out.with_name(out.name + ".partial")
-    model.save_pretrained(partial)
+    tuned.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     (partial / "training.json").write_text(json.dumps(report, indent=2) + "\n")
     partial.rename(out)
