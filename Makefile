@@ -90,8 +90,9 @@ proto-check:
 	@scripts/proto.sh check && echo 'ok  proto stubs'
 
 .PHONY: docs
-docs: venv ## Write what docs/ takes from the code: settings, the list of modules
-	@$(BIN)/python scripts/config_docs.py && $(BIN)/python scripts/document_modules.py
+docs: venv ## Write what docs/ takes from the code: settings, metrics, the list of modules
+	@$(BIN)/python scripts/config_docs.py && $(BIN)/python scripts/metrics_docs.py
+	@$(BIN)/python scripts/document_modules.py
 
 .PHONY: wheel
 wheel: venv ## Build the wheel into dist/ and check that it holds all four packages

@@ -88,7 +88,14 @@ class Served:
 @asynccontextmanager
 async def served(zoo: Zoo, **settings: Any) -> AsyncIterator[Served]:
     config = ServeConfig.load(
-        **{"zoo": zoo.url, "listen": "127.0.0.1:0", "drain_seconds": 0.0, "engine": ENGINE, **settings}
+        **{
+            "zoo": zoo.url,
+            "listen": "127.0.0.1:0",
+            "metrics_listen": "off",
+            "drain_seconds": 0.0,
+            "engine": ENGINE,
+            **settings,
+        }
     )
     server = EmbeddedServer(config)
     await server.start()

@@ -314,7 +314,9 @@ async def serving(
         zoo = FakeZoo()
         zoo.add("tale")
     engine = engine or ScriptedEngine()
-    config = ServeConfig.load(**{"listen": "127.0.0.1:0", "drain_seconds": 0.0, **settings})
+    config = ServeConfig.load(
+        **{"listen": "127.0.0.1:0", "drain_seconds": 0.0, "metrics_listen": "off", **settings}
+    )
     server = EmbeddedServer(config, parts=fake_parts(zoo, engine))
     await server.start()
     try:

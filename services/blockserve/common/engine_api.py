@@ -84,6 +84,24 @@ class PositionLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class RequestTiming:
+    """When the engine met a request; `time.monotonic()` values.
+
+    Attributes:
+        queued: it was put into the queue.
+        scheduled: the first pass that computes for it began.
+    """
+
+    queued: float
+    scheduled: float
+
+    @property
+    def queued_seconds(self) -> float:
+        """Time in the queue."""
+        return self.scheduled - self.queued
+
+
+@dataclass(frozen=True, slots=True)
 class TokenEvent:
     """One output token.
 
@@ -93,6 +111,7 @@ class TokenEvent:
         logprobs: when asked for.
         prompt_logprobs: with index 0, when asked for.
         finish: set on the last token.
+        timing: with index 0, when the engine began with the request.
     """
 
     index: int
@@ -100,6 +119,37 @@ class TokenEvent:
     logprobs: PositionLogprobs | None = None
     prompt_logprobs: tuple[PositionLogprobs, ...] | None = None
     finish: FinishReason | None = None
+    timing: RequestTiming | None = field(default=None, kw_only=True)
+
+
+@dataclass(frozen=True, slots=True)
+class SizeHistogram:
+    """How often a size fell into each bucket.
+
+    Attributes:
+        bounds: upper borders of the buckets, rising.
+        counts: of each bucket, and last of the sizes above all borders.
+        total: sum of the sizes.
+    """
+
+    bounds: tuple[int, ...]
+    counts: tuple[int, ...]
+    total: int
+
+    def __add__(self, other: SizeHistogram) -> SizeHistogram:
+        """Both together; they have the same borders."""
+        counts = tuple(a + b for a, b in zip(self.counts, other.counts, strict=True))
+        return SizeHistogram(self.bounds, counts, self.total + other.total)
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentBatches:
+    """How large the batches of a segment were; one observation for each forward call."""
+
+    segment_id: str
+    sequences: SizeHistogram
+    tokens: SizeHistogram
+    chains: SizeHistogram
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +193,9 @@ class EngineReport:
     seconds_since_progress: float
     chains: tuple[ChainReport, ...] = ()
     segments: tuple[SegmentReport, ...] = field(default=())
+    batches: tuple[SegmentBatches, ...] = field(default=(), kw_only=True)
+    chain_loads: int = field(default=0, kw_only=True)
+    chain_unloads: int = field(default=0, kw_only=True)
 
 
 class Engine(Protocol):

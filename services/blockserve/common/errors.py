@@ -14,10 +14,11 @@
     ├── CapacityError                `retry_after` seconds
     │   ├── QueueFullError
     │   ├── KvCapacityError
+    │   ├── DeadlineTooShortError
     │   └── MemoryBudgetError
     ├── ChainNotLoadedError
     ├── DeadlineExceededError
-    ├── ServerStoppingError
+    ├── ServerStoppingError          `retry_after` seconds
     ├── EngineFailedError
     ├── UnauthenticatedError
     └── RemoteError                  what a client sees of a failure that carried no type
@@ -108,6 +109,12 @@ class KvCapacityError(CapacityError):
         super().__init__(message, retry_after=retry_after, hint=hint, **metadata)
 
 
+class DeadlineTooShortError(CapacityError):
+    """The queue alone would take longer than the caller's deadline allows."""
+
+    reason = "DEADLINE_TOO_SHORT"
+
+
 class MemoryBudgetError(CapacityError):
     """The variant's blocks do not fit into the memory set aside for blocks."""
 
@@ -127,9 +134,17 @@ class DeadlineExceededError(BlockzooError):
 
 
 class ServerStoppingError(BlockzooError):
-    """The server is shutting down and takes no new requests."""
+    """The server is shutting down and takes no new requests.
+
+    Attributes:
+        retry_after: seconds after which another server, or this one's successor, may be asked.
+    """
 
     reason = "SERVER_STOPPING"
+
+    def __init__(self, message: str, *, retry_after: float = 1.0, hint: str = "", **metadata: object) -> None:
+        super().__init__(message, hint=hint, **metadata)
+        self.retry_after = retry_after
 
 
 class EngineFailedError(BlockzooError):

@@ -18,7 +18,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from blockserve.common import errors as serve_errors
-from blockserve.common.errors import CapacityError
+from blockserve.common.errors import CapacityError, ServerStoppingError
 from blockzoo import errors as zoo_errors
 from blockzoo.errors import BlockzooError, InvalidInputError
 
@@ -80,6 +80,7 @@ STATUS: Mapping[type[BlockzooError], grpc.StatusCode] = {
     serve_errors.QueueFullError: _Code.RESOURCE_EXHAUSTED,
     serve_errors.KvCapacityError: _Code.RESOURCE_EXHAUSTED,
     serve_errors.MemoryBudgetError: _Code.RESOURCE_EXHAUSTED,
+    serve_errors.DeadlineTooShortError: _Code.RESOURCE_EXHAUSTED,
     serve_errors.ServerStoppingError: _Code.UNAVAILABLE,
     serve_errors.UnavailableError: _Code.UNAVAILABLE,
     serve_errors.DeadlineExceededError: _Code.DEADLINE_EXCEEDED,
@@ -106,7 +107,7 @@ def to_status(error: BlockzooError) -> status_pb2.Status:
     )
     info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=_metadata(error))
     status.details.add().Pack(info)
-    if isinstance(error, CapacityError) and error.retry_after > 0:
+    if isinstance(error, CapacityError | ServerStoppingError) and error.retry_after > 0:
         delay = Duration()
         delay.FromMilliseconds(max(1, round(error.retry_after * 1000)))
         status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))

@@ -14,6 +14,8 @@ from blockserve.worker.config import EngineConfig
 
 ALL = "all"
 """In `preload`: every variant of the zoo."""
+OFF = "off"
+"""As `metrics_listen`: no metrics endpoint."""
 
 
 class ServeConfig(Settings):
@@ -105,6 +107,28 @@ class ServeConfig(Settings):
         reason="Small against `stall_seconds`, and costs nothing.",
         gt=0,
     )
+    metrics_listen: str = setting(
+        "127.0.0.1:7451",
+        f"Where Prometheus reads metrics over HTTP: `host:port` (port 0 picks a free one), or `{OFF}`.",
+        reason="Only this machine can reach it. If the port is taken and nobody chose it, a free one is used.",
+    )
+    metrics_public: bool = setting(
+        False,
+        "Let `metrics_listen` be an address others can reach; metrics are plain HTTP without a credential.",
+        reason="Metrics tell the names of variants and how much each is used.",
+    )
+    metrics_model_name: str = setting(
+        "blockzoo",
+        "The label `model_name` of metrics that are about the engine and no single variant.",
+        reason="vLLM's metrics all have the label; scalers read these without looking at it.",
+        min_length=1,
+    )
+    metrics_max_labels: int = setting(
+        1000,
+        "Most variants, and segments, with time series of their own; the others share the label `other`.",
+        reason="A variant in use costs a hundred series, and Prometheus pays for each.",
+        ge=0,
+    )
     log_level: Literal["debug", "info", "warning", "error"] = setting(
         "info", "Least important messages to log.", reason="One line per request and per loaded chain."
     )
@@ -143,14 +167,28 @@ class ServeConfig(Settings):
                 f"{self.listen} can be reached from other machines: set tls_cert, tls_key and a credential "
                 "(token_file or tls_client_ca), or say insecure"
             )
+        self._check_metrics()
         return self
+
+    def _check_metrics(self) -> None:
+        if self.metrics_listen == OFF:
+            return
+        if not _is_host_and_port(self.metrics_listen):
+            raise ValueError(f"metrics_listen: {self.metrics_listen!r} is neither host:port nor {OFF}")
+        if not (is_local(self.metrics_listen) or self.metrics_public):
+            raise ValueError(
+                f"{self.metrics_listen} can be reached from other machines: say metrics_public if metrics may"
+            )
 
 
 def _check_address(listen: str) -> None:
     if listen.startswith("unix:"):
         if not listen.removeprefix("unix:"):
             raise ValueError("listen: unix: needs a path")
-        return
-    host, _, port = listen.rpartition(":")
-    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+    elif not _is_host_and_port(listen):
         raise ValueError(f"listen: {listen!r} is neither host:port nor unix:/path")
+
+
+def _is_host_and_port(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    return bool(host) and port.isascii() and port.isdigit() and int(port) <= 65535

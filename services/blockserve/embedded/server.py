@@ -14,6 +14,7 @@ from blockserve.common.status import ErrorInterceptor
 from blockserve.embedded.config import ServeConfig
 from blockserve.embedded.health import NOT_SERVING, HealthReporter
 from blockserve.embedded.listen import TokenInterceptor, bind, read_token, remove_socket, server_options
+from blockserve.embedded.metrics import ServerMetrics
 from blockserve.embedded.startup import (
     Parts,
     RunnableEngine,
@@ -44,6 +45,7 @@ class EmbeddedServer:
     Attributes:
         address: where clients reach it; known after `start`.
         timeline: where the time of the start went.
+        metrics: what is counted, and where it is shown.
     """
 
     def __init__(self, config: ServeConfig, *, parts: Parts | None = None) -> None:
@@ -51,6 +53,7 @@ class EmbeddedServer:
         self.config = config
         self.address = config.listen
         self.timeline = Timeline(process_age())
+        self.metrics = ServerMetrics(config)
         self._parts = parts or Parts()
         self._health = HealthReporter(SERVICES)
         self._is_bound = False
@@ -86,6 +89,7 @@ class EmbeddedServer:
         # Bound before the long work: an address that is taken is told at once.
         self.address = bind(self._server, config)
         self._is_bound = True
+        self.metrics.listen()
         self._renderer = ChatRenderer(chat_limits(config.router))
         with self.timeline.stage("prepare"):
             zoo, catalog, wanted = await self._prepare(self._renderer)
@@ -99,7 +103,9 @@ class EmbeddedServer:
             version=blockserve.__version__,
             catalog=catalog,
             renderer=self._renderer,
+            metrics=self.metrics.requests,
         )
+        self.metrics.watch(self._engine, zoo)
         self._add_services(self._server, self._router)
         await self._health.set(NOT_SERVING)
         await self._server.start()
@@ -190,6 +196,7 @@ class EmbeddedServer:
             await self._renderer.close()
         if self._engine is not None:
             await asyncio.to_thread(self._engine.stop)
+        await asyncio.to_thread(self.metrics.close)
         self._server = self._router = self._engine = self._renderer = None
         log.info("stopped")
 

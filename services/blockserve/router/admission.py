@@ -20,7 +20,7 @@ class Admission:
     """Counts requests in; refuses one too many, and all once the server stops. One event loop."""
 
     def __init__(self, max_requests: int, retry_after: float) -> None:
-        """Allow `max_requests` at once and tell others to come back in `retry_after` seconds."""
+        """Allow `max_requests` at once; others wait `retry_after` seconds if `Router` knows no better."""
         self._max_requests = max_requests
         self._retry_after = retry_after
         self._tickets: set[_Ticket] = set()
@@ -42,12 +42,12 @@ class Admission:
             ServerStoppingError: the server takes no new requests, or stops before the block ends.
         """
         if self._stopping:
-            raise _stopping()
+            raise self._stopping_error()
         if len(self._tickets) >= self._max_requests:
             raise QueueFullError(
                 f"{len(self._tickets)} requests are in progress, which is the server's limit",
                 retry_after=self._retry_after,
-                hint=f"Try again in {self._retry_after:g} s.",
+                hint="Try again after the time that RetryInfo says.",
             )
         task = asyncio.current_task()
         assert task is not None
@@ -60,7 +60,7 @@ class Admission:
             if not ticket.evicted:
                 raise
             task.uncancel()
-            raise _stopping() from None
+            raise self._stopping_error() from None
         finally:
             self._tickets.discard(ticket)
             if not self._tickets:
@@ -90,8 +90,9 @@ class Admission:
                 ticket.task.cancel()
         return len(self._tickets)
 
-
-def _stopping() -> ServerStoppingError:
-    return ServerStoppingError(
-        "the server is stopping", hint="Send the request to another server, or again after the restart."
-    )
+    def _stopping_error(self) -> ServerStoppingError:
+        return ServerStoppingError(
+            "the server is stopping",
+            retry_after=self._retry_after,
+            hint="Send the request to another server, or again after the restart.",
+        )

@@ -16,9 +16,16 @@ class RouterConfig(Section):
     )
     retry_after_seconds: float = setting(
         1.0,
-        "What a refused caller is told to wait.",
+        "What a refused caller is told to wait while the server has not measured how long answers take.",
         unit="seconds",
         reason="About the time in which running answers end and make room.",
+        gt=0,
+    )
+    max_retry_after_seconds: float = setting(
+        60.0,
+        "Most that a refused caller is told to wait.",
+        unit="seconds",
+        reason="Beyond a minute the estimate says little, and callers give up.",
         gt=0,
     )
     max_output_tokens: int = setting(

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from typing import Any
 
-from blockserve.common.engine_api import Engine, FinishReason, PositionLogprobs, TokenEvent
+from blockserve.common.engine_api import Engine, FinishReason, PositionLogprobs, RequestTiming, TokenEvent
 from blockserve.common.errors import EngineFailedError, ResumeError
 from blockserve.router.detokenizer import detokenizer
 from blockserve.router.plan import Plan
@@ -41,6 +41,7 @@ class Answer:
         self._matcher = StopMatcher(stopping.stop, include=stopping.include_stop)
         self._count = 0
         self._first_token_seconds = 0.0
+        self._timing: RequestTiming | None = None
         self._finish: tuple[FinishReason, str | int | None] | None = None
         self._info_sent = False
         # What has not been taken yet.
@@ -63,6 +64,16 @@ class Answer:
     def first_token_seconds(self) -> float:
         """Time from arrival to the first token shown; 0 before that."""
         return self._first_token_seconds
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why the answer ended; None before it does."""
+        return None if self._finish is None else self._finish[0]
+
+    @property
+    def timing(self) -> RequestTiming | None:
+        """When the engine began with the request, as it told with the first token."""
+        return self._timing
 
     def push(self, events: Sequence[TokenEvent]) -> None:
         """Take the engine's tokens up to the one that ends the answer; what lies beyond it is dropped."""
@@ -103,6 +114,7 @@ class Answer:
         if event.index != self._count:
             raise EngineFailedError(f"the engine sent token {event.index}, token {self._count} was next")
         self._count += 1
+        self._timing = event.timing or self._timing
         text = self._text_of(event)
         if event.prompt_logprobs is not None:
             self._prompt_logprobs = event.prompt_logprobs

@@ -1,6 +1,6 @@
 """What the router does, free of any wire format: calls in, results out.
 
-A Generate call goes through: check, admit, resolve, tokenise, plan, load, stream.
+A Generate call goes through: check, admit, resolve, tokenise, plan, load, stream; it is counted all along.
 """
 
 from __future__ import annotations
@@ -12,18 +12,28 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from blockserve.common.engine_api import Engine
-from blockserve.common.errors import ChainNotLoadedError, DeadlineExceededError
+from blockserve.common.errors import (
+    ChainNotLoadedError,
+    DeadlineExceededError,
+    DeadlineTooShortError,
+    QueueFullError,
+)
+from blockserve.common.metrics import MetricsRegistry, RequestMetrics
 from blockserve.router.admission import Admission
 from blockserve.router.calls import GenerateCall
 from blockserve.router.chat import ChatLimits, ChatRenderer, Conversation
 from blockserve.router.config import RouterConfig
 from blockserve.router.generation import Answer, stream_answer
 from blockserve.router.loading import ChainLoader
+from blockserve.router.pacing import Pacer
 from blockserve.router.plan import Plan, check_call, check_conversation, plan
 from blockserve.router.resolve import DamagedVariant, ServedVariant, VariantCatalog, ZooReader
 from blockserve.router.results import Chunk, LoadedChain, ModelInfo, ServerStatus, Tokenized
 
 log = logging.getLogger(__name__)
+
+DEADLINE_MARGIN = 2.0
+"""A request is refused when its queue is estimated to take this many times what is left to its deadline."""
 
 
 class Router:
@@ -38,6 +48,7 @@ class Router:
         version: str = "",
         catalog: VariantCatalog | None = None,
         renderer: ChatRenderer | None = None,
+        metrics: RequestMetrics | None = None,
     ) -> None:
         """Put the parts together.
 
@@ -48,9 +59,12 @@ class Router:
             version: of the program, for `status`.
             catalog: one made earlier over the same zoo, with tokenizers already parsed.
             renderer: one made earlier, with its child process already started.
+            metrics: where requests are counted; None counts into a registry that nobody reads.
         """
         self.config = config or RouterConfig()
         self.admission = Admission(self.config.max_requests, self.config.retry_after_seconds)
+        self.metrics = metrics or RequestMetrics(MetricsRegistry())
+        self._pacer = Pacer(self.config.retry_after_seconds, self.config.max_retry_after_seconds)
         self._catalog = catalog or VariantCatalog(zoo, self.config)
         self._renderer = renderer or ChatRenderer(chat_limits(self.config))
         self._engine = engine
@@ -78,26 +92,70 @@ class Router:
             BlockzooError: any of `errors`; see `plan`, `VariantCatalog.get` and `Engine.generate`.
         """
         arrival = time.monotonic() if arrival is None else arrival
-        check_call(call, self.config)
-        with self.admission.admit():
-            variant = await self._catalog.get(call.model)
-            prompt = await self._prompt_ids(variant, call)
-            engine_id = f"{call.request_id}#{next(self._numbers)}"
-            resolved = plan(call, variant, prompt, self.config, engine_id=engine_id, deadline=deadline)
-            tokenizer = await self._catalog.tokenizer(variant)
-            answer = Answer(resolved, tokenizer, arrival=arrival)
-            outcome = ""
+        with self.metrics.request(arrival) as meter:
             try:
-                async with aclosing(self._run(resolved, answer)) as chunks:
-                    async for chunk in chunks:
-                        yield chunk
-            except Exception as error:
-                outcome = type(error).__name__
+                check_call(call, self.config)
+                with self.admission.admit():
+                    resolved, answer = await self._prepare(call, arrival, deadline)
+                    meter.resolve(resolved.variant.record.name, len(resolved.request.prompt))
+                    async with aclosing(self._logged(resolved, answer, arrival)) as chunks:
+                        async for chunk in chunks:
+                            meter.advance(answer.num_tokens, answer.timing, answer.finish_reason)
+                            self._note_served(answer)
+                            yield chunk
+            except QueueFullError as error:
+                error.retry_after = self._pacer.delay(self._engine.report().running_requests)
                 raise
-            finally:
-                # A caller may leave as soon as it has the last chunk; that answer is finished all the same.
-                outcome = outcome or ("finished" if answer.finished else "cancelled")
-                _log_request(resolved, answer, outcome, time.monotonic() - arrival)
+
+    async def _prepare(
+        self, call: GenerateCall, arrival: float, deadline: float | None
+    ) -> tuple[Plan, Answer]:
+        """Everything that comes before the engine."""
+        variant = await self._catalog.get(call.model)
+        prompt = await self._prompt_ids(variant, call)
+        engine_id = f"{call.request_id}#{next(self._numbers)}"
+        resolved = plan(call, variant, prompt, self.config, engine_id=engine_id, deadline=deadline)
+        self._check_deadline(resolved)
+        tokenizer = await self._catalog.tokenizer(variant)
+        return resolved, Answer(resolved, tokenizer, arrival=arrival)
+
+    def _check_deadline(self, resolved: Plan) -> None:
+        """Refuse at once what would wait in vain (DeadlineTooShortError); in doubt let it try.
+
+        The estimate takes every waiting request for one that comes first, so requests that may overtake
+        others are let through.
+        """
+        deadline = resolved.request.deadline
+        if deadline is None or resolved.request.priority < 0:
+            return
+        report = self._engine.report()
+        wait = self._pacer.wait(report.waiting_requests, report.running_requests)
+        remaining = deadline - time.monotonic()
+        if wait > DEADLINE_MARGIN * remaining:
+            raise DeadlineTooShortError(
+                f"the deadline is in {remaining:.1f} s, and the queue takes about {wait:.1f} s",
+                retry_after=self._pacer.delay(report.running_requests),
+                hint="Allow more time, or try again after the time that RetryInfo says.",
+            )
+
+    def _note_served(self, answer: Answer) -> None:
+        if answer.finished and answer.timing is not None:
+            self._pacer.note_served(time.monotonic() - answer.timing.scheduled)
+
+    async def _logged(self, resolved: Plan, answer: Answer, arrival: float) -> AsyncGenerator[Chunk, None]:
+        """The answer's chunks, and one line in the log at its end."""
+        outcome = ""
+        try:
+            async with aclosing(self._run(resolved, answer)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        except Exception as error:
+            outcome = type(error).__name__
+            raise
+        finally:
+            # A caller may leave as soon as it has the last chunk; that answer is finished all the same.
+            outcome = outcome or ("finished" if answer.finished else "cancelled")
+            _log_request(resolved, answer, outcome, time.monotonic() - arrival)
 
     async def tokenize(self, model: str, prompt: str | Conversation) -> Tokenized:
         """The token ids that `generate` would run for this prompt.

@@ -28,7 +28,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         """Stream the tokens of one request."""
         arrival = time.monotonic()
         remaining = context.time_remaining()
-        call = convert.call_from_message(request, made_up_id=uuid.uuid4().hex)
+        with self._router.metrics.request(arrival):
+            call = convert.call_from_message(request, made_up_id=uuid.uuid4().hex)
         deadline = None if remaining is None else arrival + remaining
         async with aclosing(self._router.generate(call, arrival=arrival, deadline=deadline)) as chunks:
             async for chunk in chunks:

@@ -19,6 +19,8 @@ class EngineConfig:
         max_running_requests: most requests in one batch; bounds the time of one decode step.
         max_waiting_requests: most requests that wait for admission; one more is refused, because a
             longer queue only turns into answers that come too late.
+        max_waiting_prompt_tokens: most prompt tokens of the requests that wait; bounds the memory and the
+            time that long prompts take up in the queue.
         max_tokens_per_pass: tokens of one pass, decode first, then prompt chunks; bounds how long
             running requests wait for somebody's long prompt.
         kv_cache_bytes: size of the KV pool, for each shape of keys and values in use (models of one
@@ -33,6 +35,7 @@ class EngineConfig:
     num_threads: int = 0
     max_running_requests: int = 64
     max_waiting_requests: int = 1024
+    max_waiting_prompt_tokens: int = 1 << 20
     max_tokens_per_pass: int = 512
     kv_cache_bytes: int = 1 << 30
     kv_page_tokens: int = 32
@@ -41,7 +44,13 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         """Refuse values no engine can run with."""
-        for name in ("max_running_requests", "max_tokens_per_pass", "kv_cache_bytes", "kv_page_tokens"):
+        for name in (
+            "max_running_requests",
+            "max_waiting_prompt_tokens",
+            "max_tokens_per_pass",
+            "kv_cache_bytes",
+            "kv_page_tokens",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.max_tokens_per_pass < self.max_running_requests:

@@ -79,7 +79,9 @@ class BlockEngine:
         self._block_bytes = 0
         self._arrivals = 0
         self._passes = 0
+        self._chain_loads = self._chain_unloads = 0
         self._last_progress = time.monotonic()
+        self._is_idle = False  # the thread waits for work; guarded by `_wake`
 
     # ---- the life of the thread
 
@@ -102,7 +104,9 @@ class BlockEngine:
         while True:
             with self._wake:
                 while not (self._commands or self._scheduler.has_work or self._stopping):
+                    self._is_idle = True
                     self._wake.wait()
+                self._is_idle = False
                 commands = list(self._commands)
                 self._commands.clear()
                 stopping = self._stopping
@@ -144,6 +148,10 @@ class BlockEngine:
                 raise ServerStoppingError(
                     "the engine is not running", hint="Send the request again elsewhere."
                 )
+            if self._is_idle:
+                # Having had nothing to do is not a lack of progress: the time to do this begins now.
+                self._is_idle = False
+                self._last_progress = time.monotonic()
             self._commands.append(command)
             self._wake.notify()
 
@@ -210,6 +218,9 @@ class BlockEngine:
     def _use_chains(self) -> None:
         bases = {name: [link.base for link in chain.manifest.links] for name, chain in self._chains.items()}
         self._executor.use_segments(compute_segments(bases))
+        known = {one.chain for one in self._chain_reports}
+        self._chain_loads += len(bases.keys() - known)
+        self._chain_unloads += len(known - bases.keys())
         self._chain_reports = tuple(
             ChainReport(name, 0, *self._blocks.chain_bytes(chain)) for name, chain in self._chains.items()
         )
@@ -231,7 +242,7 @@ class BlockEngine:
                     finished = True
                     raise outcome
                 finished = outcome[-1].finish is not None
-                yield outcome
+                yield [replace(one, timing=running.timing) if one.index == 0 else one for one in outcome]
         finally:
             if not finished:
                 self.cancel(running)
@@ -247,13 +258,7 @@ class BlockEngine:
             raise ChainNotLoadedError(
                 f"chain {request.chain} is not in memory", hint="Load the variant first.", chain=request.chain
             )
-        waiting = len(self._scheduler.waiting) + len(self._arriving)
-        if waiting >= self.config.max_waiting_requests:
-            raise QueueFullError(
-                f"{waiting} requests are waiting already",
-                hint="Send fewer requests at a time, or raise max_waiting_requests.",
-                limit=self.config.max_waiting_requests,
-            )
+        self._check_queue(len(request.prompt))
         self._arrivals += 1
         running = RunningRequest(request, chain, self._arrivals, probe=probe)
         pool = self._pools[chain.lane.kv_shape]
@@ -282,6 +287,25 @@ class BlockEngine:
             self._arriving.remove(running)
             raise
         return running
+
+    def _check_queue(self, prompt_tokens: int) -> None:
+        """Refuse one request too many, or more prompt than the queue may hold (QueueFullError)."""
+        config = self.config
+        waiting = (*self._scheduler.waiting, *self._arriving)
+        tokens = sum(len(running.request.prompt) for running in waiting)
+        if len(waiting) >= config.max_waiting_requests:
+            raise QueueFullError(
+                f"{len(waiting)} requests are waiting already",
+                hint="Send fewer requests at a time, or raise max_waiting_requests.",
+                limit=config.max_waiting_requests,
+            )
+        # A prompt beyond the bound still has its turn when nobody waits.
+        if waiting and tokens + prompt_tokens > config.max_waiting_prompt_tokens:
+            raise QueueFullError(
+                f"{tokens} prompt tokens are waiting already",
+                hint="Send fewer or shorter prompts at a time, or raise max_waiting_prompt_tokens.",
+                limit=config.max_waiting_prompt_tokens,
+            )
 
     def cancel(self, running: RunningRequest) -> None:
         """Stop a request and free its pages before the next pass; one that has ended is left alone."""
@@ -322,6 +346,10 @@ class BlockEngine:
         chunks = self._scheduler.next_chunks(self._try_admit)
         if not chunks:
             return
+        now = time.monotonic()
+        for chunk in chunks:
+            if chunk.running.scheduled is None:
+                chunk.running.scheduled = now
         try:
             results = self._executor.run(chunks)
             outcomes = self._advance(chunks, results)
@@ -382,7 +410,7 @@ class BlockEngine:
         pools = list(self._pools.values())
         return EngineReport(
             device=str(self._device),
-            waiting_requests=len(self._scheduler.waiting),
+            waiting_requests=len(self._scheduler.waiting) + len(self._arriving),
             running_requests=len(self._scheduler.running),
             passes=self._passes,
             kv_pages_total=sum(pool.allocator.num_pages for pool in pools),
@@ -411,6 +439,13 @@ class BlockEngine:
                 for segment in segments
                 if segment.id in counters
             ),
+            batches=tuple(
+                counters[segment.id].batches.report(segment.id)
+                for segment in segments
+                if segment.id in counters
+            ),
+            chain_loads=self._chain_loads,
+            chain_unloads=self._chain_unloads,
         )
 
 

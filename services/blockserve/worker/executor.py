@@ -19,6 +19,7 @@ from torch import Tensor
 from blockkernels.attention import attend
 from blockkernels.lora import GroupedRows, LoraBank, RowRange, TokenRun, add_lora, group_rows
 from blockkernels.rotary import RopeParameters, inverse_frequencies, rotary_table
+from blockserve.worker.batch_sizes import BatchSizes
 from blockserve.worker.blocks import BlockManager, LoadedChain
 from blockserve.worker.kv import KvPool, KvShape, KvTable
 from blockserve.worker.request import Chunk, ChunkLogits
@@ -77,7 +78,11 @@ class AdapterPlan:
 
 @dataclass(slots=True)
 class SegmentCounters:
-    """What a segment has done; `block_calls` is counted at the call of each base block's forward."""
+    """What a segment has done; `block_calls` is counted at the call of each base block's forward.
+
+    Everything else is counted once for each call of the segment's first block, so a visit that calls no
+    block (a head without a row of logits to compute) counts nothing.
+    """
 
     block_calls: list[int]
     tokens: int = 0
@@ -85,15 +90,18 @@ class SegmentCounters:
     mixed_calls: int = 0
     largest_batch_sequences: int = 0
     largest_batch_chains: int = 0
+    batches: BatchSizes = field(default_factory=BatchSizes)
 
-    def record(self, chunks: Sequence[Chunk]) -> None:
-        """Count one batch."""
-        chains = len({chunk.running.chain.id for chunk in chunks})
-        self.tokens += sum(chunk.num_tokens for chunk in chunks)
-        self.sequences += len(chunks)
+    def record(self, runs: Sequence[ChainRun]) -> None:
+        """Count one batch: chain and rows of each sequence in it."""
+        chains = len({chain.id for chain, _ in runs})
+        tokens = sum(count for _, count in runs)
+        self.tokens += tokens
+        self.sequences += len(runs)
         self.mixed_calls += chains > 1
-        self.largest_batch_sequences = max(self.largest_batch_sequences, len(chunks))
+        self.largest_batch_sequences = max(self.largest_batch_sequences, len(runs))
         self.largest_batch_chains = max(self.largest_batch_chains, chains)
+        self.batches.add(sequences=len(runs), tokens=tokens, chains=chains)
 
 
 class Executor:
@@ -155,7 +163,6 @@ class Executor:
         """Run one segment over the chunks at `places` of the lane."""
         chunks = [batch.chunks[place] for place in places]
         counters = self.counters[segment.id]
-        counters.record(chunks)
         rows = batch.rows(places)
         context = _SegmentContext(self, batch, places, rows)
         hidden = batch.hidden[rows] if segment.first else None
@@ -166,6 +173,8 @@ class Executor:
             context.move_to(position)
             if isinstance(block, HeadBlock):
                 return self._run_head(block, context, _present(hidden), chunks, counters, offset)
+            if offset == 0:
+                counters.record([(chunk.running.chain, chunk.num_tokens) for chunk in chunks])
             counters.block_calls[offset] += 1
             if isinstance(block, EmbeddingBlock):
                 hidden = block(batch.token_ids[rows])
@@ -199,7 +208,10 @@ class Executor:
             return []
         if len(picked) < row:
             hidden = hidden[torch.tensor(picked, device=hidden.device)]
-        context.narrow_to([(chunk.running.chain, count) for chunk, count in wanted])
+        runs = [(chunk.running.chain, count) for chunk, count in wanted]
+        context.narrow_to(runs)
+        if offset == 0:
+            counters.record(runs)
         counters.block_calls[offset] += 1
         logits = block(hidden, context).float()
         parts = logits.split([count for _, count in wanted])

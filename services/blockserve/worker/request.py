@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from blockserve.common.engine_api import EngineRequest, PositionLogprobs, TokenEvent
+from blockserve.common.engine_api import EngineRequest, PositionLogprobs, RequestTiming, TokenEvent
 from blockserve.worker.blocks import LoadedChain
 from blockserve.worker.kv import KvTable
 from blockzoo.errors import BlockzooError
@@ -29,6 +30,8 @@ class RunningRequest:
         output: tokens sampled so far.
         prompt_logprobs: collected while the prompt is computed, when asked for.
         probe: receives the logits of every prompt position (float32 [rows, vocab]) when set; see `debug`.
+        queued: `time.monotonic()` when it came.
+        scheduled: the same when its first pass began.
     """
 
     request: EngineRequest
@@ -39,6 +42,13 @@ class RunningRequest:
     output: list[int] = field(default_factory=list)
     prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
     probe: list[Tensor] | None = None
+    queued: float = field(default_factory=time.monotonic)
+    scheduled: float | None = None
+
+    @property
+    def timing(self) -> RequestTiming | None:
+        """How long it waited; None while it does."""
+        return None if self.scheduled is None else RequestTiming(self.queued, self.scheduled)
 
     @property
     def wants_prompt_logits(self) -> bool:

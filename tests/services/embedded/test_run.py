@@ -31,7 +31,7 @@ def make_engine(zoo, config):
     return asyncio.run(make())
 parts = fake_parts(zoo, None)
 parts = type(parts)(open_zoo=parts.open_zoo, make_engine=make_engine, import_engine=STARTING)
-run(ServeConfig.load(listen=sys.argv[1], drain_seconds=float(sys.argv[2])), parts=parts,
+run(ServeConfig.load(listen=sys.argv[1], drain_seconds=float(sys.argv[2]), metrics_listen="off"), parts=parts,
     on_ready=lambda server: print("ready", flush=True))
 print("ended", flush=True)
 """
