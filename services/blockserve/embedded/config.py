@@ -110,7 +110,7 @@ class ServeConfig(Settings):
     metrics_listen: str = setting(
         "127.0.0.1:7451",
         f"Where Prometheus reads metrics over HTTP: `host:port` (port 0 picks a free one), or `{OFF}`.",
-        reason="Only this machine can reach it. If the port is taken and nobody chose it, a free one is used.",
+        reason="Only this machine reaches it. If the port is taken and nobody chose it, a free one is used.",
     )
     metrics_public: bool = setting(
         False,

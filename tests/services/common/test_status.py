@@ -92,6 +92,7 @@ def test_an_error_comes_back_as_itself(cls: type[BlockzooError]) -> None:
 
 def test_what_classes_carry_beside_metadata_comes_back() -> None:
     assert round_trip(QueueFullError("full", retry_after=2.5)).retry_after == 2.5
+    assert round_trip(ServerStoppingError("stopping", retry_after=0.5)).retry_after == 0.5
     assert round_trip(make(SamplingError)).field == "sampling.top_p"
     assert round_trip(make(VariantNotFoundError)).suggestions == ("kjv", "kiv")
     assert round_trip(make(UnsupportedArchitectureError)).supported == ("Llama", "Qwen2")

@@ -65,3 +65,17 @@ def test_sections_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_token_does_not_show_in_what_is_printed() -> None:
     assert "s3cret" not in repr(ServeConfig.load(token="s3cret"))
+
+
+@pytest.mark.parametrize("listen", ["off", "127.0.0.1:0", "localhost:7451", "[::1]:7451"])
+def test_metrics_are_read_on_this_machine(listen: str) -> None:
+    assert ServeConfig.load(metrics_listen=listen).metrics_listen == listen
+
+
+def test_metrics_for_other_machines_need_a_clear_word() -> None:
+    with pytest.raises(ConfigurationError, match="metrics_public"):
+        ServeConfig.load(metrics_listen="0.0.0.0:7451")
+    assert ServeConfig.load(metrics_listen="0.0.0.0:7451", metrics_public=True).metrics_public
+    for listen in ("7451", "unix:/tmp/x", "127.0.0.1:70000"):
+        with pytest.raises(ConfigurationError, match="neither host:port nor off"):
+            ServeConfig.load(metrics_listen=listen)

@@ -80,18 +80,19 @@ def test_answers_still_running_at_the_bound_are_cut_off(tmp_path: Path) -> None:
         assert server.wait(30) == 0
 
 
-def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_at_once(tmp_path: Path, number: signal.Signals) -> None:
     with process(tmp_path, drain=3600) as server:
         assert line(server) == "ready"
         with Client(f"unix:{tmp_path}/s.sock", resume_attempts=0) as zoo:
             next(iter(zoo.generate("tale", "x", max_tokens=3)))
             chunks = iter(zoo.generate("tale", "x", max_tokens=3))
             next(chunks)
-            server.send_signal(signal.SIGINT)
+            server.send_signal(number)
             assert server.stderr is not None
             while "stopping requests=" not in server.stderr.readline():
                 pass
-            server.send_signal(signal.SIGINT)
+            server.send_signal(number)
             assert server.wait(30) == 130
         assert not (tmp_path / "s.sock").exists()
 

@@ -19,7 +19,7 @@ class MetricsRegistry(CollectorRegistry):
         ProcessCollector(registry=self)
 
     def collect(self) -> Iterable[Family]:
-        """All families, without the `_created` series: no dashboard reads them, every variant pays for them."""
+        """All families, without the `_created` series that no dashboard reads and every variant pays for."""
         for family in super().collect():
             family.samples = [sample for sample in family.samples if not sample.name.endswith(_CREATED)]
             yield family
