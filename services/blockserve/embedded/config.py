@@ -126,7 +126,7 @@ class ServeConfig(Settings):
     metrics_max_labels: int = setting(
         1000,
         "Most variants, and segments, with time series of their own; the others share the label `other`.",
-        reason="A variant in use costs a hundred series; a scrape of a thousand takes about a second of a core.",
+        reason="Each costs a hundred series; a scrape of a thousand takes a core about a second.",
         ge=0,
     )
     log_level: Literal["debug", "info", "warning", "error"] = setting(
