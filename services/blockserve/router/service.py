@@ -18,7 +18,7 @@ from blockserve.common.errors import (
     DeadlineTooShortError,
     QueueFullError,
 )
-from blockserve.common.metrics import MetricsRegistry, RequestMetrics
+from blockserve.common.metrics import AnswerMeter, MetricsRegistry, RequestMetrics
 from blockserve.router.admission import Admission
 from blockserve.router.calls import GenerateCall
 from blockserve.router.chat import ChatLimits, ChatRenderer, Conversation
@@ -98,10 +98,8 @@ class Router:
                 with self.admission.admit():
                     resolved, answer = await self._prepare(call, arrival, deadline)
                     meter.resolve(resolved.variant.record.name, len(resolved.request.prompt))
-                    async with aclosing(self._logged(resolved, answer, arrival)) as chunks:
+                    async with aclosing(self._logged(resolved, answer, arrival, meter.answer())) as chunks:
                         async for chunk in chunks:
-                            meter.advance(answer.num_tokens, answer.timing, answer.finish_reason)
-                            self._note_served(answer)
                             yield chunk
             except QueueFullError as error:
                 error.retry_after = self._pacer.delay(self._engine.report().running_requests)
@@ -142,11 +140,13 @@ class Router:
         if answer.finished and answer.timing is not None:
             self._pacer.note_served(time.monotonic() - answer.timing.scheduled)
 
-    async def _logged(self, resolved: Plan, answer: Answer, arrival: float) -> AsyncGenerator[Chunk, None]:
+    async def _logged(
+        self, resolved: Plan, answer: Answer, arrival: float, meter: AnswerMeter
+    ) -> AsyncGenerator[Chunk, None]:
         """The answer's chunks, and one line in the log at its end."""
         outcome = ""
         try:
-            async with aclosing(self._run(resolved, answer)) as chunks:
+            async with aclosing(self._run(resolved, answer, meter)) as chunks:
                 async for chunk in chunks:
                     yield chunk
         except Exception as error:
@@ -222,8 +222,8 @@ class Router:
             segments=report.segments,
         )
 
-    async def _run(self, resolved: Plan, answer: Answer) -> AsyncGenerator[Chunk, None]:
-        """Load and stream; once more when the chain was unloaded between the two."""
+    async def _run(self, resolved: Plan, answer: Answer, meter: AnswerMeter) -> AsyncGenerator[Chunk, None]:
+        """Load, stream and count; once more when the chain was unloaded between the first two."""
         chain, deadline = resolved.request.chain, resolved.request.deadline
         for attempt in (1, 2):
             if deadline is not None and time.monotonic() >= deadline:
@@ -232,6 +232,8 @@ class Router:
             try:
                 async with aclosing(stream_answer(self._engine, resolved, answer)) as chunks:
                     async for chunk in chunks:
+                        meter.advance(answer.num_tokens, answer.timing, answer.finish_reason)
+                        self._note_served(answer)
                         yield chunk
                 return
             except ChainNotLoadedError:

@@ -89,12 +89,13 @@ def test_a_request_is_counted_token_by_token() -> None:
     with metrics.request(arrival=99.0) as meter:
         meter.resolve("kjv", prompt_tokens=5)
         assert value(registry, "blockzoo_variant_requests", model_name="kjv") == 1
-        meter.advance(1, RequestTiming(10.0, 10.4), None)
+        answer = meter.answer()
+        answer.advance(1, RequestTiming(10.0, 10.4), None)
         clock.now = 102.0
-        meter.advance(5, RequestTiming(10.0, 10.4), None)
-        meter.advance(5, RequestTiming(10.0, 10.4), None)
+        answer.advance(5, RequestTiming(10.0, 10.4), None)
+        answer.advance(5, RequestTiming(10.0, 10.4), None)
         clock.now = 103.0
-        meter.advance(6, RequestTiming(10.0, 10.4), FinishReason.STOP)
+        answer.advance(6, RequestTiming(10.0, 10.4), FinishReason.STOP)
         clock.now = 200.0  # the caller reads the last chunk late
     found = {
         "vllm:time_to_first_token_seconds_sum": 1.0,
@@ -117,10 +118,39 @@ def test_an_answer_that_comes_at_once_has_no_time_between_its_tokens() -> None:
     registry, clock = MetricsRegistry(), Clock()
     with RequestMetrics(registry, clock=clock).request(arrival=90.0) as meter:
         meter.resolve("kjv", 1)
-        meter.advance(3, None, FinishReason.LENGTH)
+        meter.answer().advance(3, None, FinishReason.LENGTH)
     assert value(registry, "vllm:inter_token_latency_seconds_count", model_name="kjv") == 2
     assert value(registry, "vllm:inter_token_latency_seconds_sum", model_name="kjv") == 0
     assert value(registry, "vllm:request_queue_time_seconds_count", model_name="kjv") is None
+
+
+def test_a_call_for_several_answers_is_one_request() -> None:
+    registry, clock = MetricsRegistry(), Clock()
+    with RequestMetrics(registry, clock=clock).request(arrival=99.0) as meter:
+        meter.resolve("kjv", prompt_tokens=5)
+        first, second = meter.answer(), meter.answer()
+        first.advance(1, RequestTiming(0.0, 0.5), None)
+        clock.now = 101.0
+        second.advance(1, RequestTiming(0.0, 7.0), None)
+        clock.now = 102.0
+        first.advance(2, None, FinishReason.LENGTH)
+        clock.now = 104.0
+        second.advance(2, None, FinishReason.STOP)
+    found = {
+        "vllm:time_to_first_token_seconds_sum": 1.0,
+        "vllm:time_to_first_token_seconds_count": 1,
+        "vllm:request_queue_time_seconds_sum": 0.5,
+        # Each answer's tokens follow its own.
+        "vllm:inter_token_latency_seconds_sum": 2.0 + 3.0,
+        "vllm:inter_token_latency_seconds_count": 2,
+        "vllm:e2e_request_latency_seconds_sum": 5.0,
+        "vllm:e2e_request_latency_seconds_count": 1,
+        "vllm:prompt_tokens_total": 5,
+        "vllm:generation_tokens_total": 4,
+    }
+    assert {name: value(registry, name, model_name="kjv") for name in found} == found
+    assert value(registry, "vllm:request_success_total", model_name="kjv", finished_reason="length") == 1
+    assert value(registry, "vllm:request_success_total", model_name="kjv", finished_reason="stop") is None
 
 
 def test_how_a_request_ends_decides_where_it_is_counted() -> None:
@@ -132,7 +162,7 @@ def test_how_a_request_ends_decides_where_it_is_counted() -> None:
             if found:
                 meter.resolve("kjv", 2)
             if tokens:
-                meter.advance(tokens, None, None)
+                meter.answer().advance(tokens, None, None)
             if error:
                 raise error
 
@@ -160,7 +190,7 @@ def test_a_caller_who_leaves_with_the_last_token_has_had_the_whole_answer() -> N
     registry = MetricsRegistry()
     with suppress(GeneratorExit), RequestMetrics(registry, clock=Clock()).request(0.0) as meter:
         meter.resolve("kjv", 2)
-        meter.advance(1, None, FinishReason.LENGTH)
+        meter.answer().advance(1, None, FinishReason.LENGTH)
         raise GeneratorExit
     assert value(registry, "vllm:request_success_total", model_name="kjv", finished_reason="length") == 1
     assert value(registry, "vllm:request_success_total", model_name="kjv", finished_reason="abort") is None
@@ -175,7 +205,7 @@ def test_the_thousand_and_first_variant_is_other() -> None:
     for i in [*range(1005), 0, 1004]:
         with metrics.request(0.0) as meter:
             meter.resolve(f"v{i}", 1)
-            meter.advance(1, None, FinishReason.LENGTH)
+            meter.answer().advance(1, None, FinishReason.LENGTH)
     (family,) = (one for one in registry.collect() if one.name == "vllm:generation_tokens")
     counts = {sample.labels["model_name"]: sample.value for sample in family.samples}
     assert len(counts) == 1001
@@ -282,11 +312,11 @@ def everything() -> MetricsRegistry:
     registry.register(VariantCollector(lambda: variants(a="c1"), report, metrics.labels))
     with metrics.request(0.0) as meter:
         meter.resolve("a", 1)
-        meter.advance(2, RequestTiming(0.0, 1.0), FinishReason.STOP)
+        meter.answer().advance(2, RequestTiming(0.0, 1.0), FinishReason.STOP)
     for tokens in (0, 1):
         with suppress(QueueFullError), metrics.request(0.0) as meter:
             meter.resolve("a", 1)
-            meter.advance(tokens, None, None)
+            meter.answer().advance(tokens, None, None)
             raise QueueFullError("full")
     return registry
 
@@ -325,7 +355,7 @@ def test_two_servers_in_one_process_do_not_share_metrics() -> None:
     metrics = RequestMetrics(second, clock=Clock())
     with metrics.request(0.0) as meter:
         meter.resolve("a", 1)
-        meter.advance(1, None, FinishReason.STOP)
+        meter.answer().advance(1, None, FinishReason.STOP)
     assert value(first, "vllm:generation_tokens_total", model_name="a") is None
     assert value(second, "vllm:generation_tokens_total", model_name="a") == 1
 

@@ -8,10 +8,11 @@ registry of its own (`registry`): nothing here is global.
 from blockserve.common.metrics.endpoint import MetricsEndpoint
 from blockserve.common.metrics.engine import EngineCollector
 from blockserve.common.metrics.registry import MetricsRegistry
-from blockserve.common.metrics.requests import RequestMeter, RequestMetrics
+from blockserve.common.metrics.requests import AnswerMeter, RequestMeter, RequestMetrics
 from blockserve.common.metrics.variants import VariantCollector
 
 __all__ = [
+    "AnswerMeter",
     "EngineCollector",
     "MetricsEndpoint",
     "MetricsRegistry",

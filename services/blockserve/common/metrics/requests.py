@@ -59,35 +59,83 @@ class RequestMetrics:
 
 
 class RequestMeter:
-    """One call, counted when its `with` block ends: by the error that ends it, or by what it had reached."""
+    """One call, counted when its `with` block ends: by the error that ends it, or by what it had reached.
+
+    A call may ask for several answers; each has a meter of its own (`answer`), and the call is counted once.
+    """
 
     def __init__(self, metrics: RequestMetrics, arrival: float) -> None:
-        self._metrics = metrics
-        self._arrival = self._last = arrival
+        self.metrics = metrics
+        self._arrival = arrival
         self._label: str | None = None
         self._prompt_tokens = 0
-        self._count = 0
-        self._finish: FinishReason | None = None
+        self._answers: list[AnswerMeter] = []
+        self._has_token = False
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        metrics, label = self._metrics, self._label
+        metrics, label, finish = self.metrics, self._label, self._finish
         if label is not None:
             metrics.in_progress.labels(label).dec()
-        if isinstance(error, Exception) and self._finish is None:
+        if isinstance(error, Exception) and finish is None:
             reason = error.reason if isinstance(error, BlockzooError) else INTERNAL
-            (metrics.failed if self._count else metrics.refused).labels(reason).inc()
+            (metrics.failed if self._has_token else metrics.refused).labels(reason).inc()
         elif label is not None:
             # The rest are cancellations; a caller may leave as soon as it has the last token.
-            metrics.success.labels(label, ABORT if self._finish is None else self._finish.value).inc()
+            metrics.success.labels(label, ABORT if finish is None else finish.value).inc()
+
+    @property
+    def _finish(self) -> FinishReason | None:
+        """Why the call ended, once all its answers have: `length` if one of them was cut off by it."""
+        reasons = [answer.finish for answer in self._answers]
+        if not reasons or None in reasons:
+            return None
+        return FinishReason.LENGTH if FinishReason.LENGTH in reasons else reasons[0]
 
     def resolve(self, variant: str, prompt_tokens: int) -> None:
         """The call names this variant, and its prompt has so many tokens."""
-        self._label = self._metrics.labels.of(variant)
+        self._label = self.metrics.labels.of(variant)
         self._prompt_tokens = prompt_tokens
-        self._metrics.in_progress.labels(self._label).inc()
+        self.metrics.in_progress.labels(self._label).inc()
+
+    def answer(self) -> AnswerMeter:
+        """A meter for one answer to the call, which has been resolved."""
+        assert self._label is not None
+        made = AnswerMeter(self, self._label)
+        self._answers.append(made)
+        return made
+
+    def note_first_token(self, label: str, now: float, timing: RequestTiming | None) -> None:
+        """An answer has its first token; the call counts that of the first of them."""
+        if self._has_token:
+            return
+        self._has_token = True
+        self.metrics.ttft.labels(label).observe(now - self._arrival)
+        self.metrics.prompt_tokens.labels(label).inc(self._prompt_tokens)
+        if timing is not None:
+            self.metrics.queue_time.labels(label).observe(timing.queued_seconds)
+
+    def note_finished(self, label: str, now: float) -> None:
+        """An answer has ended; the call has when it is the last one."""
+        if self._finish is not None:
+            self.metrics.e2e.labels(label).observe(now - self._arrival)
+
+
+class AnswerMeter:
+    """One answer to a call.
+
+    Attributes:
+        finish: why it ended; None before it does.
+    """
+
+    def __init__(self, request: RequestMeter, label: str) -> None:
+        self._request = request
+        self._label = label
+        self._count = 0
+        self._last = 0.0
+        self.finish: FinishReason | None = None
 
     def advance(self, num_tokens: int, timing: RequestTiming | None, finish: FinishReason | None) -> None:
         """Note where the answer is.
@@ -97,13 +145,12 @@ class RequestMeter:
             timing: as the engine told it.
             finish: why the answer ended, once it has.
         """
-        metrics, label, new = self._metrics, self._label, num_tokens - self._count
-        assert label is not None
+        metrics, label, new = self._request.metrics, self._label, num_tokens - self._count
         now = metrics.clock()
         if new:
             metrics.generation_tokens.labels(label).inc(new)
             if self._count == 0:
-                self._note_first(label, now, timing)
+                self._request.note_first_token(label, now, timing)
                 new -= 1
             # Tokens that came together share the time since the last ones; with the first, they took none.
             gap = (now - self._last) / new if self._count and new else 0.0
@@ -111,16 +158,9 @@ class RequestMeter:
             for _ in range(new):
                 inter_token.observe(gap)
             self._count, self._last = num_tokens, now
-        if finish is not None and self._finish is None:
-            self._finish = finish
-            metrics.e2e.labels(label).observe(now - self._arrival)
-
-    def _note_first(self, label: str, now: float, timing: RequestTiming | None) -> None:
-        metrics = self._metrics
-        metrics.ttft.labels(label).observe(now - self._arrival)
-        metrics.prompt_tokens.labels(label).inc(self._prompt_tokens)
-        if timing is not None:
-            metrics.queue_time.labels(label).observe(timing.queued_seconds)
+        if finish is not None and self.finish is None:
+            self.finish = finish
+            self._request.note_finished(label, now)
 
 
 def _counter(registry: CollectorRegistry, info: Metric) -> Counter:
