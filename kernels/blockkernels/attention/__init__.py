@@ -1,6 +1,7 @@
 """Causal attention over keys and values that lie in pages."""
 
 from blockkernels.attention.kernel import attend
+from blockkernels.attention.paged import PagedAttention, can_attend_paged
 from blockkernels.attention.reference import attend_reference
 
-__all__ = ["attend", "attend_reference"]
+__all__ = ["PagedAttention", "attend", "attend_reference", "can_attend_paged"]

@@ -1,0 +1,115 @@
+"""Attention of a whole batch over keys and values in pages, in one call of a C kernel.
+
+What is computed for a query depends on its position alone: neither the batch, nor
+how a prompt is cut into chunks, nor where its pages are changes a bit of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from blockkernels.native import has_dtype, library
+
+
+class _Job(ctypes.Structure):
+    """`attention_job` of paged.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("query", "key", "value")),
+        *((name, ctypes.c_int64) for name in ("query_stride", "key_stride", "value_stride")),
+        *((name, ctypes.c_void_p) for name in ("pool_keys", "pool_values", "out")),
+        *((name, ctypes.c_void_p) for name in ("tables", "table_strides", "lengths", "counts")),
+        *((name, ctypes.c_int64) for name in ("requests", "layer", "page_tokens", "heads", "kv_heads")),
+        *((name, ctypes.c_int64) for name in ("head_dim", "window")),
+        ("scale", ctypes.c_float),
+        ("scratch", ctypes.c_void_p),
+        ("threads", ctypes.c_int64),
+    )
+
+
+def can_attend_paged(pool_keys: Tensor) -> bool:
+    """Whether the C kernel can compute with these pages."""
+    return has_dtype(pool_keys) and library() is not None
+
+
+class PagedAttention:
+    """The attention of one batch at every layer; made once a pass.
+
+    Semantics, for request i with c = counts[i] rows of the batch and n = lengths[i]:
+        slot(p) = tables[i][layer, p // page_tokens] * page_tokens + p % page_tokens
+        pool_keys[slot(n - c + t)] = key[row(i) + t], values likewise
+        out[row(i) + t] = attend_reference(query[row(i)..], pool_keys[slot(0..n-1)], ...)[t]
+    """
+
+    def __init__(
+        self,
+        pool_keys: Tensor,
+        pool_values: Tensor,
+        page_tokens: int,
+        tables: Sequence[npt.NDArray[np.int64]],
+        lengths: Sequence[int],
+        counts: Sequence[int],
+    ) -> None:
+        """Prepare a batch.
+
+        Shape: pool_keys and pool_values [slots, kv_heads, head_dim], contiguous, of one dtype that
+        `can_attend_paged` takes; tables [layers, pages] of page numbers for each request. `lengths` are the
+        keys of a request with those of its new tokens, `counts` its new tokens, in the order of the rows.
+        """
+        assert pool_keys.is_contiguous() and pool_values.is_contiguous()
+        native = library()
+        assert native is not None
+        self._native = native
+        self._call = native.attention[pool_keys.dtype]
+        self._tokens = sum(counts)
+        strides = [table.strides[0] // 8 if table.shape[0] > 1 else 0 for table in tables]
+        assert all(table.dtype == np.int64 and table.strides[1] == 8 for table in tables if table.shape[1] > 1)
+        self._requests = np.array(
+            [[table.ctypes.data for table in tables], strides, lengths, counts], dtype=np.int64
+        )  # [4, requests]
+        self._keep = (pool_keys, pool_values, tables)  # what the addresses point into
+        self._kv_heads, self._head_dim = pool_keys.shape[1:]
+        self._scratch: dict[int, Tensor] = {}
+        job = self._job = _Job()
+        job.pool_keys, job.pool_values = pool_keys.data_ptr(), pool_values.data_ptr()
+        job.tables, job.table_strides, job.lengths, job.counts = (row.ctypes.data for row in self._requests)
+        job.requests, job.page_tokens = len(counts), page_tokens
+        job.kv_heads, job.head_dim = self._kv_heads, self._head_dim
+        job.threads = torch.get_num_threads()
+        self._reference = ctypes.byref(job)
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, *, layer: int, scale: float, window: int | None
+    ) -> Tensor:
+        """Store the new keys and values and attend.
+
+        Shape: query [tokens, heads, head_dim], key and value [tokens, kv_heads, head_dim], the last two
+        dimensions contiguous, result [tokens, heads, head_dim]. DType: of the pool, inside float32.
+        """
+        tokens, heads, _ = query.shape
+        assert tokens == self._tokens and heads % self._kv_heads == 0
+        out = torch.empty(tokens, heads, self._head_dim, dtype=query.dtype)
+        job = self._job
+        for name, part in (("query", query), ("key", key), ("value", value)):
+            assert part.stride(2) == 1 and part.stride(1) == self._head_dim and part.dtype == query.dtype
+            setattr(job, name, part.data_ptr())
+            setattr(job, f"{name}_stride", part.stride(0))
+        job.out, job.layer, job.heads = out.data_ptr(), layer, heads
+        job.scale, job.window = scale, window or 0
+        job.scratch = self._scratch_for(heads).data_ptr()
+        self._call(self._reference)
+        return out
+
+    def _scratch_for(self, heads: int) -> Tensor:
+        if heads not in self._scratch:
+            size = self._native.attention_scratch_bytes(
+                heads, self._kv_heads, self._head_dim, self._tokens, self._job.threads
+            )
+            self._scratch[heads] = torch.empty(size, dtype=torch.uint8)
+        return self._scratch[heads]

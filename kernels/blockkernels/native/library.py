@@ -1,0 +1,82 @@
+"""The loaded C kernels."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import threading
+
+import torch
+from torch import Tensor
+
+from blockkernels.native.build import BuildError, load
+
+_LOG = logging.getLogger(__name__)
+
+SWITCH = "BLOCKZOO_NATIVE_KERNELS"
+"""Environment variable: `off` keeps the C kernels out, should a compiler get them wrong."""
+
+
+class NativeLibrary:
+    """The functions of the C kernels, each for float32 and bfloat16.
+
+    Attributes:
+        attention, lora: run without the interpreter's lock; they may take long.
+        rms_norm, rotary, gated_silu: keep the lock, because giving it away costs more than they do.
+    """
+
+    def __init__(self, loaded: ctypes.CDLL) -> None:
+        """Declare the functions of a loaded library."""
+        quick = ctypes.PyDLL(loaded._name)
+        pointer, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+        self.attention = _both(loaded, "attention_paged", [pointer])
+        self.lora = _both(loaded, "lora_grouped", [pointer])
+        self.rms_norm = _both(quick, "rms_norm", [pointer] * 3 + [integer] * 5 + [real])
+        self.rotary = _both(quick, "rotary", [pointer] * 4 + [integer] * 5)
+        self.gated_silu = _both(quick, "gated_silu", [pointer] * 2 + [integer] * 3)
+        self.attention_scratch_bytes = loaded.attention_scratch_bytes
+        self.attention_scratch_bytes.argtypes = [integer] * 5
+        self.attention_scratch_bytes.restype = integer
+
+
+def _both(source: ctypes.CDLL, name: str, arguments: list[type]) -> dict[torch.dtype, ctypes._NamedFuncPointer]:
+    functions = {torch.float32: source[f"{name}_f32"], torch.bfloat16: source[f"{name}_bf16"]}
+    for function in functions.values():
+        function.argtypes = arguments
+        function.restype = None
+    return functions
+
+
+_lock = threading.Lock()
+_loaded: list[NativeLibrary | None] = []
+
+
+def library() -> NativeLibrary | None:
+    """The C kernels, or None where they are switched off or cannot be built; decided once per process."""
+    if not _loaded:
+        with _lock:
+            if not _loaded:
+                _loaded.append(_find())
+    return _loaded[0]
+
+
+def _find() -> NativeLibrary | None:
+    if os.environ.get(SWITCH, "").lower() in ("off", "0", "no", "false"):
+        _LOG.info("native kernels are off (%s): torch computes everything", SWITCH)
+        return None
+    try:
+        return NativeLibrary(load())
+    except (BuildError, AttributeError) as error:
+        _LOG.warning("no native kernels, torch computes everything: %s", error)
+        return None
+
+
+def has_dtype(tensor: Tensor) -> bool:
+    """Whether the C kernels can compute with a tensor: on the CPU, float32 or bfloat16."""
+    return tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.bfloat16)
+
+
+def address(tensor: Tensor) -> int:
+    """Where a tensor's elements begin."""
+    return tensor.data_ptr()

@@ -1,0 +1,165 @@
+/* Vectors of floats for the C kernels, as wide as the processor has them.
+ *
+ * Built with -ffp-contract=off: a product is fused with a sum only where `fused` says so. The same sequence of
+ * operations on a row therefore gives the same bits in whichever loop the compiler puts it. */
+#ifndef BLOCKKERNELS_VECTORS_H
+#define BLOCKKERNELS_VECTORS_H
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#define LANES 16
+#elif defined(__AVX2__)
+#include <immintrin.h>
+#define LANES 8
+#else
+#if defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+#define LANES 4
+#endif
+
+/* Rows of a register tile: a tile of TILE x 4 vectors has to fit the registers beside its operands. */
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define TILE 4
+#else
+#define TILE 2
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float vf __attribute__((vector_size(4 * LANES)));
+typedef int32_t vi __attribute__((vector_size(4 * LANES)));
+typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
+typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
+
+INLINE vf splat(float value) { return value - (vf){0}; }
+
+INLINE vf load(const float *from) {
+    vf v;
+    memcpy(&v, from, sizeof v);
+    return v;
+}
+
+INLINE void store(float *to, vf v) { memcpy(to, &v, sizeof v); }
+
+INLINE vf fused(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+    return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
+
+INLINE vf pick(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
+
+INLINE vf larger(vf a, vf b) { return pick((vi)(a > b), a, b); }
+
+INLINE vf smaller(vf a, vf b) { return pick((vi)(a < b), a, b); }
+
+/* The sum of all lanes, always in the same tree. */
+INLINE float sum_lanes(vf v) {
+    float part[LANES];
+    store(part, v);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) part[i] += part[i + half];
+    return part[0];
+}
+
+INLINE float largest_lane(vf v) {
+    float part[LANES];
+    store(part, v);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) part[i] = part[i] > part[i + half] ? part[i] : part[i + half];
+    return part[0];
+}
+
+/* exp, within 2 units in the last place for -87 < x < 88; 0 below, and exp(88) above. NaN stays NaN. */
+INLINE vf exponential(vf x) {
+    const vf magic = splat(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
+    vi vanishes = (vi)(x < splat(-87.0f));
+    vi unordered = (vi)(x != x);
+    vf bounded = smaller(larger(x, splat(-87.0f)), splat(88.0f));
+    vf shifted = fused(bounded, splat(1.44269504f), magic);
+    vf whole = shifted - magic;
+    vf rest = fused(whole, splat(-0.693359375f), bounded);
+    rest = fused(whole, splat(2.12194440e-4f), rest);
+    vf y = splat(1.9875691500e-4f);
+    y = fused(y, rest, splat(1.3981999507e-3f));
+    y = fused(y, rest, splat(8.3334519073e-3f));
+    y = fused(y, rest, splat(4.1665795894e-2f));
+    y = fused(y, rest, splat(1.6666665459e-1f));
+    y = fused(y, rest, splat(5.0000001201e-1f));
+    y = fused(y, rest * rest, rest) + splat(1.0f);
+    vi power = __builtin_convertvector(whole, vi);
+    y = y * (vf)((power + 127) << 23);
+    return pick(unordered, x, pick(vanishes, splat(0.0f), y));
+}
+
+/* Elements are float32, or bfloat16 where `is_bf16` says so. */
+
+INLINE int64_t element_bytes(int is_bf16) { return is_bf16 ? 2 : 4; }
+
+INLINE vf widen(vh half) { return (vf)(__builtin_convertvector(half, vu) << 16); }
+
+/* To bfloat16 and back: to nearest, ties to even, as torch rounds. */
+INLINE vu rounded_bits(vf v) {
+    vu bits = (vu)v;
+    vu up = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    vu unordered = (vu)(v != v);
+    return (unordered & 0x7fc0) | (~unordered & up);
+}
+
+INLINE vf round_to(vf v, int is_bf16) { return is_bf16 ? (vf)(rounded_bits(v) << 16) : v; }
+
+INLINE vf load_any(const char *from, int is_bf16) {
+    if (!is_bf16) return load((const float *)from);
+    vh half;
+    memcpy(&half, from, sizeof half);
+    return widen(half);
+}
+
+INLINE void store_any(char *to, vf v, int is_bf16) {
+    if (!is_bf16) {
+        store((float *)to, v);
+        return;
+    }
+    vh half = __builtin_convertvector(rounded_bits(v), vh);
+    memcpy(to, &half, sizeof half);
+}
+
+/* The first `count` < LANES elements, zeros behind them. */
+INLINE vf load_part(const char *from, int64_t count, int is_bf16) {
+    char buffer[4 * LANES] = {0};
+    memcpy(buffer, from, (size_t)(count * element_bytes(is_bf16)));
+    return load_any(buffer, is_bf16);
+}
+
+INLINE void store_part(char *to, vf v, int64_t count, int is_bf16) {
+    char buffer[4 * LANES];
+    store_any(buffer, v, is_bf16);
+    memcpy(to, buffer, (size_t)(count * element_bytes(is_bf16)));
+}
+
+/* LANES elements at `index` of a row of `count`, zeros behind its end. */
+INLINE vf load_at(const char *row, int64_t index, int64_t count, int is_bf16) {
+    const char *from = row + index * element_bytes(is_bf16);
+    return index + LANES <= count ? load_any(from, is_bf16) : load_part(from, count - index, is_bf16);
+}
+
+INLINE void store_at(char *row, vf v, int64_t index, int64_t count, int is_bf16) {
+    char *to = row + index * element_bytes(is_bf16);
+    if (index + LANES <= count) store_any(to, v, is_bf16);
+    else store_part(to, v, count - index, is_bf16);
+}
+
+INLINE int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
+
+#endif
