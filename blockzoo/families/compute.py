@@ -22,7 +22,7 @@ from torch.nn import functional
 from blockkernels.gated_mlp import gated_activation
 from blockkernels.linear import PackedLinear
 from blockkernels.rms_norm import rms_norm
-from blockkernels.rotary import RopeParameters, rotary_reference
+from blockkernels.rotary import RopeParameters, rotary
 from blockzoo.errors import InvalidConfigError
 from blockzoo.manifest import BlockKind, BlockManifest, JsonValue
 
@@ -121,11 +121,11 @@ class LayerBlock:
         states = qkv.view(tokens, heads + 2 * kv_heads, self.head_dim)
         cos, sin = context.rotary(self.rope)
         if self._query_norm is not None and self._key_norm is not None:
-            query = rotary_reference(rms_norm(states[:, :heads], self._query_norm, self._eps), cos, sin)
+            query = rotary(rms_norm(states[:, :heads], self._query_norm, self._eps), cos, sin)
             key = states[:, heads : heads + kv_heads]
-            key = rotary_reference(rms_norm(key, self._key_norm, self._eps), cos, sin)
+            key = rotary(rms_norm(key, self._key_norm, self._eps), cos, sin)
         else:
-            rotated = rotary_reference(states[:, : heads + kv_heads], cos, sin)
+            rotated = rotary(states[:, : heads + kv_heads], cos, sin)
             query, key = rotated[:, :heads], rotated[:, heads:]
         value = states[:, heads + kv_heads :]
         mixed = context.attend(query, key, value, scale=self._scale, window=self.window)

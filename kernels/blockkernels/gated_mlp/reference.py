@@ -16,7 +16,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 """Activations by their Hugging Face name."""
 
 
-def gated_activation(gate_up: Tensor, activation: str) -> Tensor:
+def gated_activation_reference(gate_up: Tensor, activation: str) -> Tensor:
     """act(gate_up[:, :n]) * gate_up[:, n:].
 
     Shape: gate_up [tokens, 2 * intermediate], result [tokens, intermediate].

@@ -1,25 +1,32 @@
-"""LoRA of a mixed batch as two matrix products, whatever the number of adapters.
+"""LoRA of a mixed batch: one call, whatever the number of adapters.
 
-All rows that the batch uses are one tall A and one tall B. A mask keeps of each
-token's products only the rows of its own adapter and scales them. With few
-adapters in a batch the waste is small: eight of rank 16 take a third to a fifth of
-the time of a loop over adapters (`blockkernels.lora.bench`, docs/log.md).
+On the CPU a C kernel takes each token through the rows of its own adapter. Its
+result for a token depends neither on the batch nor on where in the bank the rows
+are. Elsewhere all rows that the batch uses are one tall A and one tall B, and a mask keeps of
+each token's products only the rows of its own adapter and scales them.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from blockkernels.lora.bank import LoraBank, RowRange
 from blockkernels.lora.reference import TokenRun
+from blockkernels.native import has_dtype, library
+
+_RUN_TOKENS = 16
+"""Longer runs are cut, so that threads can share them."""
 
 
-@dataclass(frozen=True, slots=True)
-class GroupedRows:
+class MaskedRows(NamedTuple):
     """Which rows of a bank a batch uses, and how strongly each token uses each row.
 
     Attributes:
@@ -34,36 +41,132 @@ class GroupedRows:
     mask: Tensor
 
 
+class RunArrays(NamedTuple):
+    """Runs of which no two have a token in common, as the C kernel reads them.
+
+    Attributes:
+        runs: int64 [runs, 4]: first token, end token, first row, rank.
+        scales: float32 [runs].
+    """
+
+    runs: npt.NDArray[np.int64]
+    scales: npt.NDArray[np.float32]
+
+
+class GroupedRows:
+    """The adapters of a batch; serves every bank in which they own the same rows with the same scales."""
+
+    def __init__(self, runs: Sequence[TokenRun], adapters: Sequence[RowRange], like: Tensor) -> None:
+        self._runs = runs
+        self._adapters = adapters
+        self._like = like
+
+    @cached_property
+    def masked(self) -> MaskedRows:
+        """For two matrix products over the whole batch."""
+        runs, adapters, like = self._runs, self._adapters, self._like
+        first = min(run.start for run in runs)
+        last = max(run.end for run in runs)
+        used = sorted({run.adapter for run in runs}, key=lambda index: adapters[index].start)
+        columns, total = {}, 0
+        for index in used:
+            columns[index] = slice(total, total + adapters[index].rank)
+            total += adapters[index].rank
+        mask = torch.zeros(last - first, total, dtype=like.dtype, device=like.device)
+        for run in runs:
+            mask[run.start - first : run.end - first, columns[run.adapter]] = adapters[run.adapter].scale
+        start, end = adapters[used[0]].start, adapters[used[-1]].end
+        rows: slice | Tensor = slice(start, end)
+        if end - start != total:
+            wanted = [row for index in used for row in range(adapters[index].start, adapters[index].end)]
+            rows = torch.tensor(wanted, dtype=torch.int64, device=like.device)
+        return MaskedRows(first, last, rows, mask)
+
+    @cached_property
+    def rounds(self) -> tuple[RunArrays, ...]:
+        """For the C kernel: a token with several adapters gets them one round after the other."""
+        rounds: list[list[tuple[int, int, RowRange]]] = []
+        for run in self._runs:
+            free = (one for one in rounds if all(run.end <= at or run.start >= end for at, end, _ in one))
+            chosen = next(free, None)
+            if chosen is None:
+                chosen = []
+                rounds.append(chosen)
+            chosen.append((run.start, run.end, self._adapters[run.adapter]))
+        return tuple(_run_arrays(one) for one in rounds)
+
+
+def _run_arrays(runs: Sequence[tuple[int, int, RowRange]]) -> RunArrays:
+    cut = [
+        (at, min(at + _RUN_TOKENS, end), rows)
+        for start, end, rows in runs
+        for at in range(start, end, _RUN_TOKENS)
+    ]
+    return RunArrays(
+        np.array([(start, end, rows.start, rows.rank) for start, end, rows in cut], dtype=np.int64),
+        np.array([rows.scale for _, _, rows in cut], dtype=np.float32),
+    )
+
+
 def group_rows(runs: Sequence[TokenRun], adapters: Sequence[RowRange], like: Tensor) -> GroupedRows:
     """Prepare a batch.
 
     `adapters[i]` are the rows of adapter i in the bank; `like` gives dtype and device. The result serves
     every bank in which the adapters own the same rows with the same scales. At least one run.
     """
-    first = min(run.start for run in runs)
-    last = max(run.end for run in runs)
-    used = sorted({run.adapter for run in runs}, key=lambda index: adapters[index].start)
-    columns, total = {}, 0
-    for index in used:
-        columns[index] = slice(total, total + adapters[index].rank)
-        total += adapters[index].rank
-    mask = torch.zeros(last - first, total, dtype=like.dtype, device=like.device)
-    for run in runs:
-        mask[run.start - first : run.end - first, columns[run.adapter]] = adapters[run.adapter].scale
-    start, end = adapters[used[0]].start, adapters[used[-1]].end
-    rows: slice | Tensor = slice(start, end)
-    if end - start != total:
-        wanted = [row for index in used for row in range(adapters[index].start, adapters[index].end)]
-        rows = torch.tensor(wanted, dtype=torch.int64, device=like.device)
-    return GroupedRows(first, last, rows, mask)
+    return GroupedRows(tuple(runs), tuple(adapters), like)
 
 
 def add_lora(y: Tensor, x: Tensor, bank: LoraBank, grouped: GroupedRows) -> None:
-    """y[t] += sum over rows of mask[t, row] * (x[t] . down[row]) * up[row], in place.
+    """y[t] += scale * sum over the token's rows of (x[t] . down[row]) * up[row], in place.
 
     Shape: x [tokens, in], y [tokens, out] (may be a column slice of a wider matrix).
     """
-    down, up = bank.down[grouped.rows], bank.up[grouped.rows]
-    target = y[grouped.first : grouped.last]
-    inner = torch.mm(x[grouped.first : grouped.last], down.T).mul_(grouped.mask)
+    if has_dtype(y) and library() is not None:
+        for arrays in grouped.rounds:
+            _add_runs(y, x, bank, arrays)
+    else:
+        _add_masked(y, x, bank, grouped.masked)
+
+
+def _add_masked(y: Tensor, x: Tensor, bank: LoraBank, masked: MaskedRows) -> None:
+    down, up = bank.down[masked.rows], bank.up[masked.rows]
+    target = y[masked.first : masked.last]
+    inner = torch.mm(x[masked.first : masked.last], down.T).mul_(masked.mask)
     target.addmm_(inner, up)
+
+
+class _Job(ctypes.Structure):
+    """`lora_job` of grouped.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "y")),
+        *((name, ctypes.c_int64) for name in ("x_stride", "y_stride")),
+        *((name, ctypes.c_void_p) for name in ("down", "up")),
+        *((name, ctypes.c_int64) for name in ("in_features", "out_features")),
+        *((name, ctypes.c_void_p) for name in ("runs", "scales")),
+        *((name, ctypes.c_int64) for name in ("num_runs", "max_rank", "threads")),
+    )
+
+
+def _add_runs(y: Tensor, x: Tensor, bank: LoraBank, arrays: RunArrays) -> None:
+    native = library()
+    assert native is not None
+    assert x.stride(1) == 1 and y.stride(1) == 1 and x.dtype == y.dtype == bank.down.dtype
+    runs = arrays.runs
+    job = _Job(
+        x.data_ptr(),
+        y.data_ptr(),
+        x.stride(0),
+        y.stride(0),
+        bank.down.data_ptr(),
+        bank.up.data_ptr(),
+        x.shape[1],
+        y.shape[1],
+        runs.ctypes.data,
+        arrays.scales.ctypes.data,
+        len(runs),
+        int(runs[:, 3].max()),
+        torch.get_num_threads(),
+    )
+    native.lora[y.dtype](ctypes.byref(job))

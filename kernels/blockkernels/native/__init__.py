@@ -1,5 +1,5 @@
 """The C kernels of the operations: built by the system's compiler on first use, or not used at all."""
 
-from blockkernels.native.library import address, has_dtype, library
+from blockkernels.native.library import has_dtype, library, threads_for
 
-__all__ = ["address", "has_dtype", "library"]
+__all__ = ["has_dtype", "library", "threads_for"]

@@ -18,6 +18,10 @@ SWITCH = "BLOCKZOO_NATIVE_KERNELS"
 """Environment variable: `off` keeps the C kernels out, should a compiler get them wrong."""
 
 
+_WORTH_THREADS = 1 << 16
+"""Elements; as many take some 20 microseconds."""
+
+
 class NativeLibrary:
     """The functions of the C kernels, each for float32 and bfloat16.
 
@@ -32,9 +36,9 @@ class NativeLibrary:
         pointer, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
         self.attention = _both(loaded, "attention_paged", [pointer])
         self.lora = _both(loaded, "lora_grouped", [pointer])
-        self.rms_norm = _both(quick, "rms_norm", [pointer] * 3 + [integer] * 5 + [real])
-        self.rotary = _both(quick, "rotary", [pointer] * 4 + [integer] * 5)
-        self.gated_silu = _both(quick, "gated_silu", [pointer] * 2 + [integer] * 3)
+        self.rms_norm = _both(quick, "rms_norm", [pointer] * 3 + [integer] * 5 + [real, integer])
+        self.rotary = _both(quick, "rotary", [pointer] * 4 + [integer] * 6)
+        self.gated_silu = _both(quick, "gated_silu", [pointer] * 2 + [integer] * 4)
         self.attention_scratch_bytes = loaded.attention_scratch_bytes
         self.attention_scratch_bytes.argtypes = [integer] * 5
         self.attention_scratch_bytes.restype = integer
@@ -77,6 +81,6 @@ def has_dtype(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.bfloat16)
 
 
-def address(tensor: Tensor) -> int:
-    """Where a tensor's elements begin."""
-    return tensor.data_ptr()
+def threads_for(num_elements: int) -> int:
+    """Threads for an elementwise operation: waking others costs more than a little work."""
+    return torch.get_num_threads() if num_elements > _WORTH_THREADS else 1

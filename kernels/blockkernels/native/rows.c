@@ -5,8 +5,9 @@
 
 /* y[t, h] = weight * round(x[t, h] * rsqrt(mean(x[t, h] ^ 2) + eps)), rows of `size` elements; strides in elements. */
 INLINE void rms_norm(const char *x, const char *weight, char *y, int64_t tokens, int64_t heads, int64_t size,
-                     int64_t x_token, int64_t x_head, float eps, int is_bf16) {
+                     int64_t x_token, int64_t x_head, float eps, int64_t threads, int is_bf16) {
     int64_t bytes = element_bytes(is_bf16);
+#pragma omp parallel for num_threads((int)threads) if (threads > 1)
     for (int64_t row = 0; row < tokens * heads; row++) {
         const char *from = x + (row / heads * x_token + row % heads * x_head) * bytes;
         char *to = y + row * size * bytes;
@@ -32,8 +33,9 @@ INLINE void rms_norm(const char *x, const char *weight, char *y, int64_t tokens,
 
 /* Rotates the pairs (x[i], x[i + half]) of every head by the angle of the token; cos and sin are [tokens, half]. */
 INLINE void rotary(const char *x, const char *cosine, const char *sine, char *y, int64_t tokens, int64_t heads,
-                   int64_t half, int64_t x_token, int64_t x_head, int is_bf16) {
+                   int64_t half, int64_t x_token, int64_t x_head, int64_t threads, int is_bf16) {
     int64_t bytes = element_bytes(is_bf16);
+#pragma omp parallel for num_threads((int)threads) if (threads > 1)
     for (int64_t row = 0; row < tokens * heads; row++) {
         int64_t token = row / heads;
         const char *first = x + (token * x_token + row % heads * x_head) * bytes, *second = first + half * bytes;
@@ -49,8 +51,9 @@ INLINE void rotary(const char *x, const char *cosine, const char *sine, char *y,
 }
 
 /* y[t] = round(gate / (1 + exp(-gate))) * up, where x[t] is gate and up beside each other. */
-INLINE void gated_silu(const char *x, char *y, int64_t tokens, int64_t size, int64_t x_token, int is_bf16) {
+INLINE void gated_silu(const char *x, char *y, int64_t tokens, int64_t size, int64_t x_token, int64_t threads, int is_bf16) {
     int64_t bytes = element_bytes(is_bf16);
+#pragma omp parallel for num_threads((int)threads) if (threads > 1)
     for (int64_t token = 0; token < tokens; token++) {
         const char *gate = x + token * x_token * bytes, *up = gate + size * bytes;
         char *to = y + token * size * bytes;
@@ -68,10 +71,11 @@ INLINE void gated_silu(const char *x, char *y, int64_t tokens, int64_t size, int
 
 BOTH(rms_norm,
      (const char *x, const char *weight, char *y, int64_t tokens, int64_t heads, int64_t size, int64_t x_token,
-      int64_t x_head, float eps),
-     x, weight, y, tokens, heads, size, x_token, x_head, eps)
+      int64_t x_head, float eps, int64_t threads),
+     x, weight, y, tokens, heads, size, x_token, x_head, eps, threads)
 BOTH(rotary,
      (const char *x, const char *cosine, const char *sine, char *y, int64_t tokens, int64_t heads, int64_t half,
-      int64_t x_token, int64_t x_head),
-     x, cosine, sine, y, tokens, heads, half, x_token, x_head)
-BOTH(gated_silu, (const char *x, char *y, int64_t tokens, int64_t size, int64_t x_token), x, y, tokens, size, x_token)
+      int64_t x_token, int64_t x_head, int64_t threads),
+     x, cosine, sine, y, tokens, heads, half, x_token, x_head, threads)
+BOTH(gated_silu, (const char *x, char *y, int64_t tokens, int64_t size, int64_t x_token, int64_t threads), x, y, tokens,
+     size, x_token, threads)

@@ -81,10 +81,11 @@ INLINE float largest_lane(vf v) {
     return part[0];
 }
 
-/* exp, within 2 units in the last place for -87 < x < 88; 0 below, and exp(88) above. NaN stays NaN. */
+/* exp, within 2 units in the last place for -87 < x < 88; 0 below, infinity above. NaN stays NaN. */
 INLINE vf exponential(vf x) {
     const vf magic = splat(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
     vi vanishes = (vi)(x < splat(-87.0f));
+    vi overflows = (vi)(x > splat(88.0f));
     vi unordered = (vi)(x != x);
     vf bounded = smaller(larger(x, splat(-87.0f)), splat(88.0f));
     vf shifted = fused(bounded, splat(1.44269504f), magic);
@@ -100,6 +101,7 @@ INLINE vf exponential(vf x) {
     y = fused(y, rest * rest, rest) + splat(1.0f);
     vi power = __builtin_convertvector(whole, vi);
     y = y * (vf)((power + 127) << 23);
+    y = pick(overflows, splat(INFINITY), y);
     return pick(unordered, x, pick(vanishes, splat(0.0f), y));
 }
 
@@ -117,7 +119,15 @@ INLINE vu rounded_bits(vf v) {
     return (unordered & 0x7fc0) | (~unordered & up);
 }
 
-INLINE vf round_to(vf v, int is_bf16) { return is_bf16 ? (vf)(rounded_bits(v) << 16) : v; }
+INLINE vh narrow(vf v) {
+#if defined(__AVX512BF16__)
+    return (vh)_mm512_cvtneps_pbh((__m512)v);
+#else
+    return __builtin_convertvector(rounded_bits(v), vh);
+#endif
+}
+
+INLINE vf round_to(vf v, int is_bf16) { return is_bf16 ? widen(narrow(v)) : v; }
 
 INLINE vf load_any(const char *from, int is_bf16) {
     if (!is_bf16) return load((const float *)from);
@@ -131,7 +141,7 @@ INLINE void store_any(char *to, vf v, int is_bf16) {
         store((float *)to, v);
         return;
     }
-    vh half = __builtin_convertvector(rounded_bits(v), vh);
+    vh half = narrow(v);
     memcpy(to, &half, sizeof half);
 }
 

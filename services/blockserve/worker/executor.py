@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blockkernels.attention import attend
+from blockkernels.attention import PagedAttention, attend, can_attend_paged
 from blockkernels.lora import GroupedRows, LoraBank, RowRange, TokenRun, add_lora, group_rows
 from blockkernels.rotary import RopeParameters, inverse_frequencies, rotary_table
 from blockserve.worker.batch_sizes import BatchSizes
@@ -311,6 +311,7 @@ class _SegmentContext:
         self._tables: dict[RopeParameters, tuple[Tensor, Tensor]] = {}
         self._position = 0
         self._plan = executor.adapter_plan(self._runs)
+        self._paged: PagedAttention | None = None
 
     def move_to(self, position: int) -> None:
         """Stand at a block of the chain."""
@@ -336,6 +337,10 @@ class _SegmentContext:
     ) -> Tensor:
         """Store the new keys and values and attend, request by request: nothing is padded or mixed."""
         pool, layer = self._batch.pool, self._position - 1
+        if can_attend_paged(pool.keys):
+            if self._paged is None:
+                self._paged = _paged_attention(pool, self._chunks)
+            return self._paged(query, key, value, layer=layer, scale=scale, window=window)
         pool.keys.index_copy_(0, self._slots[layer], key)
         pool.values.index_copy_(0, self._slots[layer], value)
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
@@ -352,6 +357,18 @@ class _SegmentContext:
         planned = self._plan.at(self._position).get(module)
         if planned is not None:
             add_lora(y, x, *planned)
+
+
+def _paged_attention(pool: KvPool, chunks: Sequence[Chunk]) -> PagedAttention:
+    """The attention of a batch for all layers of a segment."""
+    return PagedAttention(
+        pool.keys,
+        pool.values,
+        pool.page_tokens,
+        [table_of(chunk).index for chunk in chunks],
+        [chunk.end for chunk in chunks],
+        [chunk.num_tokens for chunk in chunks],
+    )
 
 
 def _merge(runs: Iterable[ChainRun]) -> list[ChainRun]:
