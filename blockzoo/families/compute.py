@@ -70,7 +70,9 @@ class LayerBlock:
     reads its input once.
     """
 
-    def __init__(self, config: Mapping[str, JsonValue], tensors: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, config: Mapping[str, JsonValue], tensors: Mapping[str, Tensor], *, exact: bool = False
+    ) -> None:
         self.hidden_size = _integer(config, "hidden_size")
         self.num_heads = _integer(config, "num_heads")
         self.num_kv_heads = _integer(config, "num_kv_heads")
@@ -79,15 +81,16 @@ class LayerBlock:
         self.rope = rope_parameters(config)
         self._eps = _real(config, "norm_eps")
         self._activation = str(config["activation"])
+        self._exact = exact
         self._scale = self.head_dim**-0.5
         self._input_norm = tensors["input_layernorm.weight"]
         self._mlp_norm = tensors["post_attention_layernorm.weight"]
         self._query_norm = tensors.get("self_attn.q_norm.weight")
         self._key_norm = tensors.get("self_attn.k_norm.weight")
-        self._qkv = _fused(tensors, ATTENTION_INPUTS)
-        self._out = _fused(tensors, ("self_attn.o_proj",))
-        self._gate_up = _fused(tensors, MLP_INPUTS)
-        self._down = _fused(tensors, ("mlp.down_proj",))
+        self._qkv = _fused(tensors, ATTENTION_INPUTS, exact)
+        self._out = _fused(tensors, ("self_attn.o_proj",), exact)
+        self._gate_up = _fused(tensors, MLP_INPUTS, exact)
+        self._down = _fused(tensors, ("mlp.down_proj",), exact)
         norms = (self._input_norm, self._mlp_norm, self._query_norm, self._key_norm)
         linears = (self._qkv, self._out, self._gate_up, self._down)
         self.num_bytes = sum(norm.nbytes for norm in norms if norm is not None) + sum(
@@ -137,7 +140,7 @@ class LayerBlock:
     def _feed_forward(self, x: Tensor, context: BlockContext) -> Tensor:
         gate_up = self._gate_up(x)
         self._adapt(MLP_INPUTS, x, gate_up, context)
-        middle = gated_activation(gate_up, self._activation)
+        middle = gated_activation(gate_up, self._activation, exact=self._exact)
         out = self._down(middle)
         context.adapt("mlp.down_proj", middle, out)
         return out
@@ -150,10 +153,12 @@ class LayerBlock:
 class HeadBlock:
     """Final norm and projection to the vocabulary."""
 
-    def __init__(self, config: Mapping[str, JsonValue], tensors: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, config: Mapping[str, JsonValue], tensors: Mapping[str, Tensor], *, exact: bool = False
+    ) -> None:
         self._eps = _real(config, "norm_eps")
         self._norm = tensors["norm.weight"]
-        self._lm_head = _fused(tensors, (HEAD_MODULE,))
+        self._lm_head = _fused(tensors, (HEAD_MODULE,), exact)
         self.hidden_size = self._norm.shape[0]
         self.vocab_size = self._lm_head.out_features
         self.num_bytes = self._norm.nbytes + self._lm_head.num_bytes
@@ -171,12 +176,16 @@ ExecutableBlock = EmbeddingBlock | LayerBlock | HeadBlock
 """A base block in memory, ready to compute."""
 
 
-def build_block(manifest: BlockManifest, tensors: Mapping[str, Tensor]) -> ExecutableBlock:
+def build_block(
+    manifest: BlockManifest, tensors: Mapping[str, Tensor], *, exact: bool = False
+) -> ExecutableBlock:
     """Make a base block executable; matrices are laid out for the device they are on.
 
     Args:
         manifest: says kind and config.
         tensors: the block's tensors by name, all of one dtype, on the target device.
+        exact: a token's result must not depend, in any bit, on the tokens computed with it. Holds with the
+            C kernels and packed weights only; who asks for it checks that they are there.
 
     Raises:
         InvalidConfigError: the kind is not executable, or config and tensors do not fit.
@@ -185,9 +194,9 @@ def build_block(manifest: BlockManifest, tensors: Mapping[str, Tensor]) -> Execu
         if manifest.kind == BlockKind.EMBEDDING:
             return EmbeddingBlock(tensors)
         if manifest.kind == BlockKind.LAYER:
-            return LayerBlock(manifest.config, tensors)
+            return LayerBlock(manifest.config, tensors, exact=exact)
         if manifest.kind == BlockKind.HEAD:
-            return HeadBlock(manifest.config, tensors)
+            return HeadBlock(manifest.config, tensors, exact=exact)
     except KeyError as error:
         raise InvalidConfigError(f"{manifest.kind} block lacks {error}", family=manifest.family) from error
     raise InvalidConfigError(
@@ -224,7 +233,7 @@ def rope_parameters(config: Mapping[str, JsonValue]) -> RopeParameters:
     )
 
 
-def _fused(tensors: Mapping[str, Tensor], modules: tuple[str, ...]) -> PackedLinear:
+def _fused(tensors: Mapping[str, Tensor], modules: tuple[str, ...], exact: bool) -> PackedLinear:
     """One linear map for modules that read the same input; a missing bias counts as zero."""
     weights = [tensors[f"{module}.weight"] for module in modules]
     biases = [tensors.get(f"{module}.bias") for module in modules]
@@ -236,7 +245,7 @@ def _fused(tensors: Mapping[str, Tensor], modules: tuple[str, ...]) -> PackedLin
                 for weight, part in zip(weights, biases, strict=True)
             ]
         )
-    return PackedLinear(weights[0] if len(weights) == 1 else torch.cat(weights), bias)
+    return PackedLinear(weights[0] if len(weights) == 1 else torch.cat(weights), bias, exact=exact)
 
 
 def _integer(config: Mapping[str, JsonValue], key: str) -> int:

@@ -51,16 +51,23 @@ def test_rope_theta_in_our_code(variants, report_on, monkeypatch, name):
 @pytest.mark.parametrize("name", ["llama-gqa", "qwen2", "qwen3-tied-bf16"])
 def test_grouped_query_mapping_in_our_code(variants, report_on, monkeypatch, name):
     """Query head h uses key head h % kv_heads where h // group is right."""
-    original = executor.attend
 
-    def altered(query, keys, values, **options):
-        heads, kv_heads = query.shape[1], keys.shape[1]
-        order = sorted(range(heads), key=lambda head: (head % kv_heads, head))
-        out = torch.empty_like(query)
-        out[:, order] = original(query[:, order].contiguous(), keys, values, **options)
-        return out
+    def altered(attend):
+        def with_wrong_heads(query, keys, values, **options):
+            heads, kv_heads = query.shape[1], keys.shape[1]
+            order = sorted(range(heads), key=lambda head: (head % kv_heads, head))
+            out = torch.empty_like(query)
+            out[:, order] = attend(query[:, order].contiguous(), keys, values, **options)
+            return out
 
-    monkeypatch.setattr(executor, "attend", altered)
+        return with_wrong_heads
+
+    class AlteredPagedAttention(executor.PagedAttention):
+        def __call__(self, query, key, value, **options):
+            return altered(super().__call__)(query, key, value, **options)
+
+    monkeypatch.setattr(executor, "attend", altered(executor.attend))  # where no C compiler is
+    monkeypatch.setattr(executor, "PagedAttention", AlteredPagedAttention)
     assert_all_different(report_on(variants.checkpoint(name)))
 
 

@@ -62,17 +62,17 @@ class PagedAttention:
         `can_attend_paged` takes; tables [layers, pages] of page numbers for each request. `lengths` are the
         keys of a request with those of its new tokens, `counts` its new tokens, in the order of the rows.
         """
-        assert pool_keys.is_contiguous() and pool_values.is_contiguous()
+        assert pool_keys.is_contiguous()
+        assert pool_values.is_contiguous()
         native = library()
         assert native is not None
         self._native = native
         self._call = native.attention[pool_keys.dtype]
         self._tokens = sum(counts)
-        strides = [table.strides[0] // 8 if table.shape[0] > 1 else 0 for table in tables]
-        assert all(table.dtype == np.int64 and table.strides[1] == 8 for table in tables if table.shape[1] > 1)
-        self._requests = np.array(
-            [[table.ctypes.data for table in tables], strides, lengths, counts], dtype=np.int64
-        )  # [4, requests]
+        tables = [np.ascontiguousarray(table, dtype=np.int64) for table in tables]
+        places = [table.ctypes.data for table in tables]
+        widths = [table.shape[1] for table in tables]
+        self._requests = np.array([places, widths, lengths, counts], dtype=np.int64)  # [4, requests]
         self._keep = (pool_keys, pool_values, tables)  # what the addresses point into
         self._kv_heads, self._head_dim = pool_keys.shape[1:]
         self._scratch: dict[int, Tensor] = {}
@@ -93,11 +93,13 @@ class PagedAttention:
         dimensions contiguous, result [tokens, heads, head_dim]. DType: of the pool, inside float32.
         """
         tokens, heads, _ = query.shape
-        assert tokens == self._tokens and heads % self._kv_heads == 0
+        assert tokens == self._tokens
+        assert heads % self._kv_heads == 0
         out = torch.empty(tokens, heads, self._head_dim, dtype=query.dtype)
         job = self._job
         for name, part in (("query", query), ("key", key), ("value", value)):
-            assert part.stride(2) == 1 and part.stride(1) == self._head_dim and part.dtype == query.dtype
+            assert part.stride()[1:] == (self._head_dim, 1)
+            assert part.dtype == query.dtype
             setattr(job, name, part.data_ptr())
             setattr(job, f"{name}_stride", part.stride(0))
         job.out, job.layer, job.heads = out.data_ptr(), layer, heads

@@ -24,6 +24,8 @@ from blockkernels.native import has_dtype, library
 
 _RUN_TOKENS = 16
 """Longer runs are cut, so that threads can share them."""
+_PRODUCT_TOKENS = 48
+"""From so many tokens of one adapter on, two matrix products of torch are faster than the C kernel."""
 
 
 class MaskedRows(NamedTuple):
@@ -56,8 +58,11 @@ class RunArrays(NamedTuple):
 class GroupedRows:
     """The adapters of a batch; serves every bank in which they own the same rows with the same scales."""
 
-    def __init__(self, runs: Sequence[TokenRun], adapters: Sequence[RowRange], like: Tensor) -> None:
+    def __init__(
+        self, runs: Sequence[TokenRun], adapters: Sequence[RowRange], like: Tensor, exact: bool
+    ) -> None:
         self._runs = runs
+        self._exact = exact
         self._adapters = adapters
         self._like = like
 
@@ -83,10 +88,24 @@ class GroupedRows:
         return MaskedRows(first, last, rows, mask)
 
     @cached_property
+    def long_runs(self) -> tuple[tuple[slice, RowRange], ...]:
+        """Tokens and rows of runs that two matrix products are best for."""
+        return tuple(
+            (slice(run.start, run.end), self._adapters[run.adapter])
+            for run in self._runs
+            if self._is_long(run)
+        )
+
+    def _is_long(self, run: TokenRun) -> bool:
+        return not self._exact and run.end - run.start >= _PRODUCT_TOKENS
+
+    @cached_property
     def rounds(self) -> tuple[RunArrays, ...]:
         """For the C kernel: a token with several adapters gets them one round after the other."""
         rounds: list[list[tuple[int, int, RowRange]]] = []
         for run in self._runs:
+            if self._is_long(run):
+                continue
             free = (one for one in rounds if all(run.end <= at or run.start >= end for at, end, _ in one))
             chosen = next(free, None)
             if chosen is None:
@@ -108,13 +127,16 @@ def _run_arrays(runs: Sequence[tuple[int, int, RowRange]]) -> RunArrays:
     )
 
 
-def group_rows(runs: Sequence[TokenRun], adapters: Sequence[RowRange], like: Tensor) -> GroupedRows:
+def group_rows(
+    runs: Sequence[TokenRun], adapters: Sequence[RowRange], like: Tensor, *, exact: bool = False
+) -> GroupedRows:
     """Prepare a batch.
 
     `adapters[i]` are the rows of adapter i in the bank; `like` gives dtype and device. The result serves
-    every bank in which the adapters own the same rows with the same scales. At least one run.
+    every bank in which the adapters own the same rows with the same scales. At least one run. With `exact`
+    (and the C kernel) no bit of a token's result depends on the batch.
     """
-    return GroupedRows(tuple(runs), tuple(adapters), like)
+    return GroupedRows(tuple(runs), tuple(adapters), like, exact)
 
 
 def add_lora(y: Tensor, x: Tensor, bank: LoraBank, grouped: GroupedRows) -> None:
@@ -123,6 +145,9 @@ def add_lora(y: Tensor, x: Tensor, bank: LoraBank, grouped: GroupedRows) -> None
     Shape: x [tokens, in], y [tokens, out] (may be a column slice of a wider matrix).
     """
     if has_dtype(y) and library() is not None:
+        for tokens, rows in grouped.long_runs:
+            inner = torch.mm(x[tokens], bank.down[rows.start : rows.end].T)
+            y[tokens].addmm_(inner, bank.up[rows.start : rows.end], alpha=rows.scale)
         for arrays in grouped.rounds:
             _add_runs(y, x, bank, arrays)
     else:

@@ -44,7 +44,9 @@ class NativeLibrary:
         self.attention_scratch_bytes.restype = integer
 
 
-def _both(source: ctypes.CDLL, name: str, arguments: list[type]) -> dict[torch.dtype, ctypes._NamedFuncPointer]:
+def _both(
+    source: ctypes.CDLL, name: str, arguments: list[type]
+) -> dict[torch.dtype, ctypes._NamedFuncPointer]:
     functions = {torch.float32: source[f"{name}_f32"], torch.bfloat16: source[f"{name}_bf16"]}
     for function in functions.values():
         function.argtypes = arguments

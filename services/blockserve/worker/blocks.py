@@ -19,7 +19,7 @@ from torch import Tensor
 
 from blockkernels.linear import can_pack
 from blockkernels.lora import LoraBank, RowRange
-from blockserve.common.errors import MemoryBudgetError
+from blockserve.common.errors import ConfigurationError, MemoryBudgetError
 from blockserve.worker.config import EngineConfig
 from blockserve.worker.kv import KvShape
 from blockzoo.errors import CorruptManifestError, InvalidConfigError
@@ -194,6 +194,7 @@ class BlockManager:
         Raises:
             CorruptBlobError, BlobNotFoundError, ManifestNotFoundError: the zoo is damaged.
             InvalidConfigError: a block cannot be run by this version.
+            ConfigurationError: deterministic results are asked for, and the dtype cannot have them here.
             MemoryBudgetError: the blocks do not fit the configured budget.
         """
         manifest = self._zoo.chain(chain_id)
@@ -201,6 +202,11 @@ class BlockManager:
             raise CorruptManifestError(f"chain {chain_id} has {len(manifest.links)} links", chain=chain_id)
         blocks = {link.base: self._zoo.block(link.base) for link in manifest.links}
         dtype = self._compute_dtype(blocks[manifest.links[0].base])
+        if self._config.deterministic and not can_pack(dtype, self._device):
+            raise ConfigurationError(
+                f"deterministic results need packed matrix products, which {dtype} has not on this machine",
+                hint="Set dtype to float32, or serve without deterministic.",
+            )
         bases = [base for base in blocks if (base, dtype) not in self._blocks]
         wanted = dict.fromkeys((link.base, applied) for link in manifest.links for applied in link.applied)
         pairs = [pair for pair in wanted if ((pair[0], dtype), pair[1]) not in self._adapters]
@@ -286,7 +292,7 @@ class BlockManager:
 
     def _build(self, manifest: BlockManifest, dtype: torch.dtype) -> ExecutableBlock:
         tensors = {name: self._read(ref, dtype) for name, ref in manifest.tensors.items()}
-        return build_block(manifest, tensors)
+        return build_block(manifest, tensors, exact=self._config.deterministic)
 
     def _read_adapter(self, manifest: BlockManifest, dtype: torch.dtype) -> AdapterTensors:
         modules = manifest.config.get("modules")

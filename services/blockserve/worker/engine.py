@@ -19,6 +19,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from blockkernels.native import library
 from blockserve.common.engine_api import (
     ChainReport,
     EngineReport,
@@ -61,7 +62,9 @@ class BlockEngine:
         self._device = torch.device(self.config.device)
         self._blocks = BlockManager(zoo, self.config)
         self._pools: dict[KvShape, KvPool] = {}
-        self._executor = Executor(self._blocks, self._pools, self._device)
+        self._executor = Executor(
+            self._blocks, self._pools, self._device, deterministic=self.config.deterministic
+        )
         self._scheduler = Scheduler(
             max_running=self.config.max_running_requests, max_tokens=self.config.max_tokens_per_pass
         )
@@ -100,6 +103,7 @@ class BlockEngine:
             self._thread = None
 
     def _run(self) -> None:
+        library()  # the first use on a machine compiles it, while blocks are read in other threads
         torch.set_num_threads(self.config.num_threads or usable_cores())
         while True:
             with self._wake:

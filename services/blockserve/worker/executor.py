@@ -18,7 +18,9 @@ from torch import Tensor
 
 from blockkernels.attention import PagedAttention, attend, can_attend_paged
 from blockkernels.lora import GroupedRows, LoraBank, RowRange, TokenRun, add_lora, group_rows
-from blockkernels.rotary import RopeParameters, inverse_frequencies, rotary_table
+from blockkernels.native import library
+from blockkernels.rotary import RopeParameters, RotaryTable, inverse_frequencies
+from blockserve.common.errors import ConfigurationError
 from blockserve.worker.batch_sizes import BatchSizes
 from blockserve.worker.blocks import BlockManager, LoadedChain
 from blockserve.worker.kv import KvPool, KvShape, KvTable
@@ -39,9 +41,10 @@ ModulePlan = dict[str, tuple[LoraBank, GroupedRows]]
 class AdapterPlan:
     """Which adapter rows a batch uses at each position; positions with equal rows share one mask."""
 
-    def __init__(self, blocks: BlockManager, runs: Sequence[ChainRun]) -> None:
+    def __init__(self, blocks: BlockManager, runs: Sequence[ChainRun], exact: bool) -> None:
         """Plan for tokens of these chains, in this order, all with the same base blocks where asked."""
         self._blocks = blocks
+        self._exact = exact
         self._runs = runs
         self._positions: dict[int, ModulePlan] = {}
         self._grouped: dict[object, GroupedRows] = {}
@@ -71,7 +74,7 @@ class AdapterPlan:
             rows_of = tuple(rows for _, rows in ranges[module].values())
             key = (tuple(module_runs), rows_of)
             if key not in self._grouped:
-                self._grouped[key] = group_rows(module_runs, rows_of, bank.down)
+                self._grouped[key] = group_rows(module_runs, rows_of, bank.down, exact=self._exact)
             plan[module] = (bank, self._grouped[key])
         return plan
 
@@ -107,13 +110,30 @@ class SegmentCounters:
 class Executor:
     """Computes passes. Only the engine's thread uses it."""
 
-    def __init__(self, blocks: BlockManager, pools: dict[KvShape, KvPool], device: torch.device) -> None:
-        """Compute with the given blocks and pages."""
+    def __init__(
+        self,
+        blocks: BlockManager,
+        pools: dict[KvShape, KvPool],
+        device: torch.device,
+        *,
+        deterministic: bool = False,
+    ) -> None:
+        """Compute with the given blocks and pages.
+
+        Raises:
+            ConfigurationError: `deterministic`, and the C kernels it needs cannot be had here.
+        """
+        if deterministic and library() is None:
+            raise ConfigurationError(
+                "deterministic results need the C kernels, which cannot be built here",
+                hint="Install a C compiler (the log says what went wrong), or serve without deterministic.",
+            )
+        self._deterministic = deterministic
         self._blocks = blocks
         self._pools = pools
         self._device = device
         self._segments = SegmentMap()
-        self._frequencies: dict[RopeParameters, Tensor] = {}
+        self._rotary_tables: dict[tuple[RopeParameters, torch.dtype], RotaryTable] = {}
         self._plans: OrderedDict[object, AdapterPlan] = OrderedDict()
         self.counters: dict[SegmentId, SegmentCounters] = {}
 
@@ -217,16 +237,17 @@ class Executor:
         parts = logits.split([count for _, count in wanted])
         return [ChunkLogits(chunk, part) for (chunk, _), part in zip(wanted, parts, strict=True)]
 
-    def frequencies(self, rope: RopeParameters) -> Tensor:
-        """Angles per position of a rotary embedding, computed once."""
-        if rope not in self._frequencies:
-            self._frequencies[rope] = inverse_frequencies(rope, self._device)
-        return self._frequencies[rope]
+    def rotary_table(self, rope: RopeParameters, dtype: torch.dtype) -> RotaryTable:
+        """Angles of all positions of a rotary embedding, computed once."""
+        key = (rope, dtype)
+        if key not in self._rotary_tables:
+            self._rotary_tables[key] = RotaryTable(inverse_frequencies(rope, self._device), dtype)
+        return self._rotary_tables[key]
 
     def adapter_plan(self, runs: Sequence[ChainRun]) -> AdapterPlan:
         """What adapters add to a batch of these runs; kept, because decode repeats the same batch."""
         key = tuple((chain.id, count) for chain, count in runs)
-        plan = self._plans.pop(key, None) or AdapterPlan(self._blocks, tuple(runs))
+        plan = self._plans.pop(key, None) or AdapterPlan(self._blocks, tuple(runs), self._deterministic)
         self._plans[key] = plan
         while len(self._plans) > _MAX_PLANS:
             self._plans.popitem(last=False)
@@ -248,6 +269,7 @@ class _LaneBatch:
         token_ids, positions: int64 [tokens].
         slots: KV slot of each token at each layer, int64 [layers, tokens].
         hidden: hidden states between segments, [tokens, hidden].
+        end: one past the largest position.
     """
 
     chunks: Sequence[Chunk]
@@ -257,6 +279,7 @@ class _LaneBatch:
     positions: Tensor
     slots: Tensor
     hidden: Tensor
+    end: int
     tables: dict[RopeParameters, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __init__(self, chunks: Sequence[Chunk], pool: KvPool, device: torch.device) -> None:
@@ -265,6 +288,7 @@ class _LaneBatch:
         self.offsets = [0, *np.cumsum([chunk.num_tokens for chunk in chunks]).tolist()]
         ids = [token for chunk in chunks for token in chunk.running.tokens(chunk.start, chunk.end)]
         positions = [position for chunk in chunks for position in range(chunk.start, chunk.end)]
+        self.end = max(chunk.end for chunk in chunks)
         num_layers = max(chunk.running.chain.num_layers for chunk in chunks)
         slots = np.zeros((num_layers, len(ids)), dtype=np.int64)
         for chunk, row in zip(chunks, self.offsets, strict=False):
@@ -326,8 +350,8 @@ class _SegmentContext:
         if rope not in self._tables:
             whole = self._batch.tables.get(rope)
             if whole is None:
-                frequencies = self._executor.frequencies(rope)
-                whole = rotary_table(self._batch.positions, frequencies, self._batch.hidden.dtype)
+                table = self._executor.rotary_table(rope, self._batch.hidden.dtype)
+                whole = table.at(self._batch.positions, self._batch.end)
                 self._batch.tables[rope] = whole
             self._tables[rope] = (whole[0][self._rows], whole[1][self._rows])
         return self._tables[rope]

@@ -1,0 +1,34 @@
+"""Cosines and sines of all positions, computed once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from blockkernels.rotary.reference import rotary_table
+
+_BLOCK = 1024
+"""Positions computed at a time: always the same ones together, so that a position's values never change."""
+
+
+class RotaryTable:
+    """The angles of a rotary embedding, by position; grows with the largest position asked for."""
+
+    def __init__(self, freqs: Tensor, dtype: torch.dtype) -> None:
+        """Take the angles per position, float32 [head_dim / 2], and the type of the results."""
+        self._freqs = freqs
+        self._dtype = dtype
+        self._cos = torch.empty(0, 1, len(freqs), dtype=dtype, device=freqs.device)
+        self._sin = self._cos
+
+    def at(self, positions: Tensor, end: int) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of positions, all below `end`.
+
+        Shape: positions int64 [tokens]; results [tokens, 1, head_dim / 2].
+        """
+        while self._cos.shape[0] < end:
+            first = self._cos.shape[0]
+            block = torch.arange(first, first + _BLOCK, device=self._freqs.device)
+            cos, sin = rotary_table(block, self._freqs, self._dtype)
+            self._cos, self._sin = torch.cat((self._cos, cos)), torch.cat((self._sin, sin))
+        return self._cos[positions], self._sin[positions]
