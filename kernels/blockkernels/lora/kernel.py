@@ -90,11 +90,8 @@ class GroupedRows:
     @cached_property
     def long_runs(self) -> tuple[tuple[slice, RowRange], ...]:
         """Tokens and rows of runs that two matrix products are best for."""
-        return tuple(
-            (slice(run.start, run.end), self._adapters[run.adapter])
-            for run in self._runs
-            if self._is_long(run)
-        )
+        long = filter(self._is_long, self._runs)
+        return tuple((slice(run.start, run.end), self._adapters[run.adapter]) for run in long)
 
     def _is_long(self, run: TokenRun) -> bool:
         return not self._exact and run.end - run.start >= _PRODUCT_TOKENS
@@ -177,7 +174,8 @@ class _Job(ctypes.Structure):
 def _add_runs(y: Tensor, x: Tensor, bank: LoraBank, arrays: RunArrays) -> None:
     native = library()
     assert native is not None
-    assert x.stride(1) == 1 and y.stride(1) == 1 and x.dtype == y.dtype == bank.down.dtype
+    assert x.stride(1) == y.stride(1) == 1
+    assert x.dtype == y.dtype == bank.down.dtype
     runs = arrays.runs
     job = _Job(
         x.data_ptr(),

@@ -29,7 +29,8 @@ class EngineConfig:
         block_bytes: most bytes of blocks in memory; 0 for no bound of our own.
         deterministic: bfloat16 answers do not depend, in any bit, on what else is in the batch, on cached
             prefixes or on pre-emption (on one machine, with one number of threads; on the CPU). Off, they may
-            differ where two tokens are almost equally likely. Costs a few percent where prompts meet adapters.
+            differ where two tokens are almost equally likely. Prompts with
+            adapters take longer.
         load_threads: blocks read, checked and laid out at the same time while a variant loads.
     """
 
