@@ -29,7 +29,7 @@ _SOURCES = (
     _PACKAGE / "lora" / "grouped.c",
     _PACKAGE / "native" / "rows.c",
 )
-# Products are fused with sums only where the source says so (vectors.h): what loop a row is in must not matter.
+# Products are fused with sums only where the source says so: see vectors.h.
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-ffp-contract=off", "-fno-math-errno")
 _THREADS = ("-fopenmp",)
 _BUILD_SECONDS = 120.0

@@ -6,6 +6,7 @@ import ctypes
 import logging
 import os
 import threading
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ _LOG = logging.getLogger(__name__)
 SWITCH = "BLOCKZOO_NATIVE_KERNELS"
 """Environment variable: `off` keeps the C kernels out, should a compiler get them wrong."""
 
+Functions = dict[torch.dtype, Callable[..., None]]
+"""One function for each type of elements."""
 
 _WORTH_THREADS = 1 << 16
 """Elements; as many take some 20 microseconds."""
@@ -32,7 +35,7 @@ class NativeLibrary:
 
     def __init__(self, loaded: ctypes.CDLL) -> None:
         """Declare the functions of a loaded library."""
-        quick = ctypes.PyDLL(loaded._name)
+        quick = ctypes.PyDLL(loaded._name, handle=loaded._handle)
         pointer, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
         self.attention = _both(loaded, "attention_paged", [pointer])
         self.lora = _both(loaded, "lora_grouped", [pointer])
@@ -44,13 +47,13 @@ class NativeLibrary:
         self.attention_scratch_bytes.restype = integer
 
 
-def _both(
-    source: ctypes.CDLL, name: str, arguments: list[type]
-) -> dict[torch.dtype, ctypes._NamedFuncPointer]:
-    functions = {torch.float32: source[f"{name}_f32"], torch.bfloat16: source[f"{name}_bf16"]}
-    for function in functions.values():
+def _both(source: ctypes.CDLL, name: str, arguments: list[type]) -> Functions:
+    functions: Functions = {}
+    for dtype, suffix in ((torch.float32, "f32"), (torch.bfloat16, "bf16")):
+        function = source[f"{name}_{suffix}"]
         function.argtypes = arguments
         function.restype = None
+        functions[dtype] = function
     return functions
 
 

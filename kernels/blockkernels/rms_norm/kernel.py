@@ -20,18 +20,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         size = x.shape[-1]
         heads, head_stride = (1, 0) if x.dim() == 2 else (x.shape[1], x.stride(1))
         y = torch.empty(x.shape, dtype=x.dtype)
-        native.rms_norm[x.dtype](
-            x.data_ptr(),
-            weight.data_ptr(),
-            y.data_ptr(),
-            x.shape[0],
-            heads,
-            size,
-            x.stride(0),
-            head_stride,
-            eps,
-            threads_for(x.numel()),
-        )
+        places = (x.data_ptr(), weight.data_ptr(), y.data_ptr())
+        strides = (x.stride(0), head_stride)
+        native.rms_norm[x.dtype](*places, x.shape[0], heads, size, *strides, eps, threads_for(x.numel()))
         return y
     if x.dtype == torch.float32:
         return torch.rms_norm(x, (x.shape[-1],), weight, eps)

@@ -1,0 +1,116 @@
+"""Building the C kernels: the cache, two builders at once, and life without a compiler."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from blockkernels.native import build
+
+needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+
+PROGRAM = """
+import logging, sys
+logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
+import torch
+from blockkernels.native import library
+from blockkernels.rms_norm import rms_norm, rms_norm_reference
+x, weight = torch.randn(3, 20), torch.randn(20)
+torch.testing.assert_close(rms_norm(x, weight, 1e-5), rms_norm_reference(x, weight, 1e-5))
+print("native" if library() else "torch")
+"""
+
+
+def start(cache: Path, **environment: str) -> "subprocess.Popen[str]":
+    """A fresh process that loads the kernels, uses one and says which way it went."""
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM],
+        env={**os.environ, "XDG_CACHE_HOME": str(cache), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: "subprocess.Popen[str]") -> tuple[str, str]:
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return out.strip(), err
+
+
+def libraries(cache: Path) -> list[Path]:
+    return list((cache / "blockzoo" / "native").iterdir())
+
+
+@needs_compiler
+def test_two_builders_at_once_and_a_third_that_reads(tmp_path: Path) -> None:
+    pair = [start(tmp_path), start(tmp_path)]
+    assert [finish(process)[0] for process in pair] == ["native", "native"]
+    (made,) = libraries(tmp_path)  # nothing half-built stays behind
+    written = made.stat().st_mtime_ns
+    assert finish(start(tmp_path, CC="false"))[0] == "native"  # no compiler is needed any more
+    assert made.stat().st_mtime_ns == written
+
+
+def test_without_a_compiler_torch_computes(tmp_path: Path) -> None:
+    empty = tmp_path / "bin"
+    empty.mkdir()
+    out, err = finish(start(tmp_path / "cache", PATH=str(empty), CC=""))
+    assert out == "torch"
+    assert err.count("\n") == 1
+    assert "no C compiler" in err
+
+
+def test_a_compiler_that_fails_is_no_fault(tmp_path: Path) -> None:
+    out, err = finish(start(tmp_path, CC="false"))
+    assert out == "torch"
+    assert "false failed" in err
+
+
+def test_the_kernels_can_be_switched_off(tmp_path: Path) -> None:
+    assert finish(start(tmp_path, BLOCKZOO_NATIVE_KERNELS="off"))[0] == "torch"
+    assert not (tmp_path / "blockzoo").exists()
+
+
+@needs_compiler
+def test_without_a_cache_folder_they_are_built_elsewhere(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    assert finish(start(file))[0] == "native"
+
+
+@needs_compiler
+def test_a_damaged_library_is_built_anew(tmp_path: Path) -> None:
+    assert finish(start(tmp_path))[0] == "native"
+    (made,) = libraries(tmp_path)
+    made.write_bytes(b"no library")
+    out, err = finish(start(tmp_path))
+    assert out == "native"
+    assert "built anew" in err
+    assert made.stat().st_size > 10_000
+
+
+@needs_compiler
+def test_a_folder_that_others_can_write_to_is_not_trusted(tmp_path: Path) -> None:
+    folder = tmp_path / "blockzoo" / "native"
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    out, err = finish(start(tmp_path))
+    assert out == "native"
+    assert "others can write" in err
+    assert libraries(tmp_path) == []
+
+
+def test_the_key_follows_sources_and_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    key = build._key()
+    assert build._key() == key
+    monkeypatch.setattr(build, "_processor", lambda: "another")
+    assert build._key() != key
+    monkeypatch.undo()
+    changed = tmp_path / "paged.c"
+    changed.write_bytes(build._SOURCES[0].read_bytes() + b"\n")
+    monkeypatch.setattr(build, "_SOURCES", (changed, *build._SOURCES[1:]))
+    assert build._key() != key
