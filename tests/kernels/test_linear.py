@@ -37,6 +37,29 @@ def test_a_row_does_not_depend_on_the_batch(dtype: torch.dtype) -> None:
     assert torch.equal(linear(x)[[0, 7, 128]], alone)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("inner", "outer"), [(576, 960), (1536, 576), (2048, 2048), (37, 501)])
+def test_exact_rows_do_not_depend_on_the_batch_at_all(
+    inner: int, outer: int, dtype: torch.dtype, threads: int
+) -> None:
+    """Also a single row, which oneDNN may sum in another order where `inner` is large."""
+    if not can_pack(dtype, _CPU):
+        pytest.skip("this processor does not pack the dtype")
+    torch.manual_seed(2)
+    linear = PackedLinear(torch.randn(outer, inner).to(dtype), torch.randn(outer).to(dtype), exact=True)
+    x = torch.randn(512, inner).to(dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        whole = linear(x)
+        for size in (1, 2, 3, 8, 17, 32, 100, 257):
+            assert torch.equal(linear(x[:size]), whole[:size])
+            assert torch.equal(linear(x[-size:]), whole[-size:])
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_bytes_are_counted() -> None:
     linear = PackedLinear(torch.zeros(10, 6), torch.zeros(10))
     assert (linear.out_features, linear.in_features, linear.num_bytes) == (10, 6, (60 + 10) * 4)

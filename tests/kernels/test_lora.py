@@ -7,7 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockkernels.lora import LoraBank, RowRange, TokenRun, add_lora, add_lora_reference, group_rows
+from blockkernels.lora import (
+    LoraBank,
+    RowRange,
+    TokenRun,
+    add_lora,
+    add_lora_reference,
+    group_rows,
+    kernel,
+)
+from blockkernels.native import library
 
 _CPU = torch.device("cpu")
 
@@ -56,6 +65,61 @@ def test_tokens_without_an_adapter_are_untouched() -> None:
     for row in (0, 1, 3, 4, 6, 7, 8):
         assert torch.equal(y[row], before[row])
     assert not torch.equal(y[2], before[2])
+
+
+def _product(x: torch.Tensor, bank: LoraBank, runs: list[TokenRun], ranges: list[RowRange], exact: bool):
+    y = torch.zeros(x.shape[0], bank.up.shape[1], dtype=x.dtype)
+    add_lora(y, x, bank, group_rows(runs, ranges, bank.down, exact=exact))
+    return y
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("exact", [False, True])
+def test_long_runs_and_short_ones_in_one_batch(exact: bool, dtype: torch.dtype) -> None:
+    """Also two adapters on the same tokens, a module of odd size, and ranks from 1 to 70."""
+    torch.manual_seed(4)
+    bank = LoraBank(177, 67, dtype, _CPU)
+    adapters = [
+        (torch.randn(rank, 177).to(dtype), torch.randn(67, rank).to(dtype), 0.5) for rank in (16, 3, 70, 1)
+    ]
+    ranges = [bank.add(*adapter) for adapter in adapters]
+    runs = [TokenRun(0, 90, 0), TokenRun(90, 91, 2), TokenRun(95, 100, 1), TokenRun(95, 100, 3)]
+    x = torch.randn(101, 177).to(dtype)
+    want = torch.zeros(101, 67, dtype=torch.float64)
+    add_lora_reference(want, x.double(), runs, [(a.double(), b.double(), s) for a, b, s in adapters])
+    got = _product(x, bank, runs, ranges, exact).double()
+    assert (got - want).abs().max() <= (1e-5 if dtype == torch.float32 else 2e-2) * want.abs().max()
+
+
+@pytest.mark.skipif(library() is None, reason="no C compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exact_rows_do_not_depend_on_the_batch(dtype: torch.dtype) -> None:
+    """Neither on the neighbours, nor on the length of the run, nor on where in the bank the adapter is."""
+    torch.manual_seed(5)
+    down, up = torch.randn(19, 100).to(dtype), torch.randn(83, 19).to(dtype)
+    first, second = LoraBank(100, 83, dtype, _CPU), LoraBank(100, 83, dtype, _CPU)
+    rows = first.add(down, up, 0.7)
+    other = second.add(torch.randn(5, 100).to(dtype), torch.randn(83, 5).to(dtype), 2.0)
+    moved = second.add(down, up, 0.7)
+    x = torch.randn(200, 100).to(dtype)
+    whole = _product(x, first, [TokenRun(0, 200, 0)], [rows], exact=True)
+    for start, end in ((0, 1), (3, 5), (7, 10), (50, 54), (60, 199)):
+        alone = _product(x[start:end], first, [TokenRun(0, end - start, 0)], [rows], exact=True)
+        assert torch.equal(alone, whole[start:end])
+        runs = [TokenRun(0, start, 1), TokenRun(start, end, 0), TokenRun(end, 200, 1)][start == 0 :]
+        mixed = _product(x, second, runs, [moved, other], exact=True)
+        assert torch.equal(mixed[start:end], whole[start:end])
+
+
+def test_torch_does_it_where_no_compiler_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "library", lambda: None)
+    bank, adapters, ranges = _bank([8, 1, 16])
+    runs = [TokenRun(0, 3, 2), TokenRun(3, 4, 0), TokenRun(6, 11, 1)]
+    x, y = torch.randn(11, 63), torch.randn(11, 50)
+    want = y.clone()
+    add_lora_reference(want, x, runs, adapters)
+    add_lora(y, x, bank, group_rows(runs, ranges, bank.down))
+    torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
 
 
 def test_rows_of_removed_adapters_are_not_read() -> None:

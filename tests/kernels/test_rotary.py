@@ -5,7 +5,14 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from blockkernels.rotary import RopeParameters, inverse_frequencies, rotary_reference, rotary_table
+from blockkernels.rotary import (
+    RopeParameters,
+    RotaryTable,
+    inverse_frequencies,
+    rotary,
+    rotary_reference,
+    rotary_table,
+)
 
 _KINDS = [
     (RopeParameters(64, 100000.0), {"rope_type": "default", "rope_theta": 100000.0}),
@@ -69,3 +76,26 @@ def test_rotation_is_complex_multiplication() -> None:
 def test_unknown_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="yarn"):
         inverse_frequencies(RopeParameters(8, 1.0, "yarn"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("tokens", "heads", "dim"), [(1, 12, 64), (33, 3, 10), (200, 12, 64)])
+def test_rotary_is_the_reference_bit_for_bit(tokens: int, heads: int, dim: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(2)
+    x = torch.randn(tokens, heads + 2, dim).to(dtype)[:, :heads]
+    positions = torch.randint(0, 3000, (tokens,))
+    angles = rotary_table(positions, inverse_frequencies(RopeParameters(dim, 1e4)), dtype)
+    assert torch.equal(rotary(x, *angles), rotary_reference(x, *angles))
+
+
+def test_a_table_grows_and_never_changes() -> None:
+    freqs = inverse_frequencies(RopeParameters(10, 1e4))
+    table, positions = RotaryTable(freqs, torch.bfloat16), torch.tensor([7, 0, 999])
+    before = table.at(positions, 1000)
+    far = torch.tensor([5000])
+    for got, want in zip(table.at(far, 5001), rotary_table(far, freqs, torch.bfloat16), strict=True):
+        torch.testing.assert_close(got, want)
+    for got, was in zip(table.at(positions, 1000), before, strict=True):
+        assert torch.equal(got, was)
+    for got, want in zip(before, rotary_table(positions, freqs, torch.bfloat16), strict=True):
+        torch.testing.assert_close(got, want)

@@ -36,6 +36,7 @@ typedef struct {
     int64_t position; /* of that query in its sequence */
     int64_t first, last; /* queries of this tile */
     int64_t head, end_head; /* key heads of this task */
+    int ahead;              /* ask for memory ahead of its use */
 } tile;
 
 static int64_t width_of(int64_t head_dim) { return round_up(head_dim, 2 * LANES); }
@@ -265,6 +266,22 @@ INLINE void attend_block(const attention_job *job, const tile *t, const workspac
     }
 }
 
+/* Asks for the keys and values at `first` .. `end` - 1 ahead of their use: a request's pages are seldom in a cache,
+ * and reading them is what decoding waits for. */
+INLINE void prefetch_tokens(const attention_job *job, const int64_t *pages, int64_t first, int64_t end, int is_bf16) {
+    int64_t bytes = job->kv_heads * job->head_dim * element_bytes(is_bf16);
+    while (first < end) {
+        int64_t inside = first % job->page_tokens, count = job->page_tokens - inside;
+        if (count > end - first) count = end - first;
+        int64_t at = (pages[first / job->page_tokens] * job->page_tokens + inside) * bytes;
+        for (int64_t line = 0; line < count * bytes; line += 64) {
+            __builtin_prefetch(job->pool_keys + at + line);
+            __builtin_prefetch(job->pool_values + at + line);
+        }
+        first += count;
+    }
+}
+
 INLINE void attend_tile(const attention_job *job, const tile *t, const workspace *w, int is_bf16) {
     int64_t group = job->heads / job->kv_heads, dim = job->head_dim, width = width_of(dim);
     int64_t queries = t->last - t->first, rows = queries * group, all = rows * (t->end_head - t->head);
@@ -287,6 +304,11 @@ INLINE void attend_tile(const attention_job *job, const tile *t, const workspace
         for (int key = low; key < high; key++) {
             slots[key] = t->pages[page] * job->page_tokens + inside;
             if (++inside == job->page_tokens) inside = 0, page++;
+        }
+        if (t->ahead) {
+            int64_t wanted = start + 2 * KEYS < end ? start + 2 * KEYS : end;
+            if (start <= oldest) prefetch_tokens(job, t->pages, start + low, start + high, is_bf16);
+            prefetch_tokens(job, t->pages, start + KEYS, wanted, is_bf16);
         }
         for (int64_t head = t->head; head < t->end_head; head++)
             attend_block(job, t, w, slots, start, low, high, head, is_bf16);
@@ -343,7 +365,7 @@ INLINE void attend(const attention_job *job, int is_bf16) {
         int64_t head = task % parts;
         tile t = {(const int64_t *)(intptr_t)job->tables[request] + job->layer * job->table_strides[request],
                   row, job->lengths[request] - count, first, last,
-                  parts > 1 ? head : 0, parts > 1 ? head + 1 : job->kv_heads};
+                  parts > 1 ? head : 0, parts > 1 ? head + 1 : job->kv_heads, count == 1};
         attend_tile(job, &t, &w, is_bf16);
     }
 }

@@ -1,7 +1,7 @@
 """Times grouped LoRA: `python -m blockkernels.lora.bench`.
 
-Eight adapters of rank 16 on one module, decode batches of 8 and 32, against a
-loop over the adapters.
+Eight adapters of rank 16 on one module, decode batches of 8 and 32 and prompt
+chunks for each, against a loop over the adapters.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def cases() -> list[Case]:
             for _ in range(8)
         ]
         ranges = [bank.add(*adapter) for adapter in adapters]
-        for tokens in (8, 32):
+        for tokens in (8, 32, 512):
             each = tokens // 8
             runs = [TokenRun(index * each, (index + 1) * each, index) for index in range(8)]
             x, y = torch.randn(tokens, inner).bfloat16(), torch.zeros(tokens, outer).bfloat16()

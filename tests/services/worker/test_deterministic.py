@@ -1,0 +1,156 @@
+"""`deterministic`: no bit of a bfloat16 request depends on what it is computed with."""
+
+import random
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from blockkernels.linear import can_pack
+from blockserve.common.engine_api import EngineRequest, SamplingParams, TokenEvent
+from blockserve.common.errors import ConfigurationError
+from blockserve.worker import executor
+from blockserve.worker.config import EngineConfig
+from blockserve.worker.debug import prompt_logits
+from blockserve.worker.engine import BlockEngine
+from blockzoo.manifest import ChainId
+from support.engine import EngineHarness
+from support.tiny import TinyZoo
+from support.variants import Variant, VariantFactory
+
+needs_bf16 = pytest.mark.skipif(
+    executor.library() is None or not can_pack(torch.bfloat16, torch.device("cpu")),
+    reason="this machine has no compiler, or no bfloat16 products",
+)
+
+CONFIG = EngineConfig(
+    dtype="bfloat16", num_threads=1, deterministic=True, kv_cache_bytes=64 << 20, max_tokens_per_pass=512
+)
+OTHERWISE = {
+    "chunks of 64": replace(CONFIG, max_tokens_per_pass=64),
+    "token by token": replace(CONFIG, max_tokens_per_pass=1, max_running_requests=1),
+    "odd pages": replace(CONFIG, kv_page_tokens=7, max_tokens_per_pass=77),
+}
+
+Question = tuple[ChainId, tuple[int, ...]]
+
+
+@pytest.fixture(scope="module")
+def family(factory: VariantFactory) -> list[Variant]:
+    """Everything that computes differently: adapters of mixed ranks, biases, head norms, windows, GELU."""
+    base = factory.checkpoint("llama-gqa")
+    return [
+        base,
+        factory.adapter(base, "all-linear"),
+        factory.adapter(base, "patterns"),
+        factory.adapter(base, "lm-head"),
+        factory.top_quarter(base),
+        *(factory.checkpoint(name) for name in ("qwen2", "qwen3", "mistral-window", "llama-gelu")),
+    ]
+
+
+def questions(chains: Sequence[ChainId], vocab: int, lengths: Sequence[int]) -> list[Question]:
+    rng = random.Random(1)
+    return [
+        (chain, tuple(rng.randrange(vocab) for _ in range(length))) for chain in chains for length in lengths
+    ]
+
+
+def alone(engine: EngineHarness, asked: Sequence[Question]) -> list[torch.Tensor]:
+    return [prompt_logits(engine.engine, *one) for one in asked]
+
+
+def together(engine: EngineHarness, asked: Sequence[Question]) -> list[torch.Tensor]:
+    """All at the same time."""
+    found: dict[int, torch.Tensor] = {}
+
+    def look(place: int) -> None:
+        found[place] = prompt_logits(engine.engine, *asked[place])
+
+    threads = [threading.Thread(target=look, args=(place,)) for place in range(len(asked))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [found[place] for place in range(len(asked))]
+
+
+def assert_same_bits(got: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> None:
+    assert [torch.equal(left, right) for left, right in zip(got, want, strict=True)] == [True] * len(want)
+
+
+def assert_deterministic(
+    folder: Path, variants: Sequence[Variant], vocab: int, lengths: Sequence[int]
+) -> None:
+    with EngineHarness(folder, CONFIG) as engine:
+        asked = questions([engine.load(one) for one in variants], vocab, lengths)
+        want = alone(engine, asked)
+        assert_same_bits(together(engine, asked), want)
+        registered = engine._registered
+    for config in OTHERWISE.values():
+        with EngineHarness(folder, config) as engine:
+            engine._registered = registered
+            for one in variants:
+                engine.load(one)
+            assert_same_bits(together(engine, asked), want)
+
+
+@needs_bf16
+def test_logits_alone_in_company_and_in_other_chunks(tmp_path: Path, family: list[Variant]) -> None:
+    assert_deterministic(tmp_path / "zoo", family, 501, (1, 2, 70, 130))
+
+
+@needs_bf16
+@pytest.mark.model
+def test_logits_of_smollm2(tmp_path: Path, factory: VariantFactory, smollm2: Path) -> None:
+    base = factory.existing("smollm2", smollm2)
+    variants = [base, factory.adapter(base, "all-linear"), factory.adapter(base, "q-v", seed=2)]
+    assert_deterministic(tmp_path / "zoo", variants, 40000, (1, 37, 100))
+
+
+@needs_bf16
+def test_decoded_tokens_have_the_logits_of_a_prompt(tmp_path: Path, family: list[Variant]) -> None:
+    """What was decoded token by token in a crowd, a prompt in chunks gives again: the way of a replay."""
+    with EngineHarness(tmp_path / "zoo", CONFIG) as engine:
+        asked = questions([engine.load(one) for one in family], 501, (3, 40))
+
+        def request(place: int) -> EngineRequest:
+            greedy = SamplingParams(temperature=0.0)
+            return EngineRequest(f"r{place}", *asked[place], greedy, 24, logprobs=3)
+
+        async def crowd() -> list[list[TokenEvent]]:
+            import asyncio
+
+            return await asyncio.gather(*(engine._events(request(place)) for place in range(len(asked))))
+
+        answers = engine._loop.run_until_complete(crowd())
+        for place, events in enumerate(answers):
+            assert (
+                engine.events(request(place)) == events
+            )  # alone: the same tokens, the same log-probabilities
+            chain, prompt = asked[place]
+            output = tuple(event.token_id for event in events)
+            logits = prompt_logits(engine.engine, chain, prompt + output[:-1])[len(prompt) - 1 :]
+            assert tuple(logits.argmax(1).tolist()) == output
+
+
+def test_it_needs_the_c_kernels(tiny: TinyZoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor, "library", lambda: None)
+    with pytest.raises(ConfigurationError, match="need the C kernels") as caught:
+        BlockEngine(tiny.zoo, CONFIG)
+    assert "compiler" in caught.value.hint
+
+
+@needs_bf16
+def test_it_needs_packed_products(tiny: TinyZoo) -> None:
+    engine = BlockEngine(tiny.zoo, replace(CONFIG, dtype="float16"))
+    with pytest.raises(ConfigurationError, match="packed matrix products"):
+        engine._blocks.prepare(tiny.chains["base"])
+
+
+def test_it_is_for_the_cpu() -> None:
+    with pytest.raises(ValueError, match="cpu"):
+        EngineConfig(deterministic=True, device="cuda")
