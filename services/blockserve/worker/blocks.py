@@ -22,6 +22,7 @@ from blockkernels.lora import LoraBank, RowRange
 from blockserve.common.errors import MemoryBudgetError
 from blockserve.worker.config import EngineConfig
 from blockserve.worker.kv import KvShape
+from blockserve.worker.prefix import LayerDigest, layer_digests
 from blockzoo.errors import CorruptManifestError, InvalidConfigError
 from blockzoo.families.compute import EmbeddingBlock, ExecutableBlock, HeadBlock, LayerBlock, build_block
 from blockzoo.manifest import (
@@ -82,6 +83,7 @@ class LoadedChain:
         blocks: base blocks in order, ready to compute.
         dtype: compute type of all its blocks.
         lane: which requests it can share a batch with.
+        layer_digests: what keys its pages in the prefix cache; empty when that is off.
         num_requests: requests that use it now.
         draining: unload as soon as the last request ends.
     """
@@ -91,6 +93,7 @@ class LoadedChain:
     blocks: tuple[ExecutableBlock, ...]
     dtype: torch.dtype
     lane: Lane
+    layer_digests: tuple[LayerDigest, ...] = ()
     num_requests: int = 0
     draining: bool = False
 
@@ -233,7 +236,9 @@ class BlockManager:
         for key, block in prepared.new_blocks.items():
             self._blocks.setdefault(key, _Resident(block))
         blocks = tuple(self._blocks[link.base, dtype].block for link in prepared.manifest.links)
-        chain = LoadedChain(prepared.id, prepared.manifest, blocks, dtype, _lane(prepared.id, blocks, dtype))
+        digests = layer_digests(prepared.id, prepared.manifest, self._config.prefix_sharing)
+        lane = _lane(prepared.id, blocks, dtype)
+        chain = LoadedChain(prepared.id, prepared.manifest, blocks, dtype, lane, digests)
         for key in set(chain.base_keys()):
             self._blocks[key].users += 1
         for adapter_key in set(chain.adapter_keys()):

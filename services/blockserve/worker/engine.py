@@ -39,6 +39,7 @@ from blockserve.worker.config import EngineConfig
 from blockserve.worker.cores import usable_cores
 from blockserve.worker.executor import Executor
 from blockserve.worker.kv import KvPool, KvShape
+from blockserve.worker.memory import KvMemory
 from blockserve.worker.request import Chunk, ChunkLogits, Outcome, RunningRequest
 from blockserve.worker.sampler import collect_prompt, sample_next
 from blockserve.worker.scheduler import Scheduler
@@ -62,8 +63,11 @@ class BlockEngine:
         self._blocks = BlockManager(zoo, self.config)
         self._pools: dict[KvShape, KvPool] = {}
         self._executor = Executor(self._blocks, self._pools, self._device)
+        self._memory = KvMemory(self._pools, self.config.kv_reserve_tokens)
         self._scheduler = Scheduler(
-            max_running=self.config.max_running_requests, max_tokens=self.config.max_tokens_per_pass
+            self._memory,
+            max_running=self.config.max_running_requests,
+            max_tokens=self.config.max_tokens_per_pass,
         )
         self._chains: dict[ChainId, LoadedChain] = {}
         self._chain_reports: tuple[ChainReport, ...] = ()
@@ -261,7 +265,7 @@ class BlockEngine:
         self._check_queue(len(request.prompt))
         self._arrivals += 1
         running = RunningRequest(request, chain, self._arrivals, probe=probe)
-        pool = self._pools[chain.lane.kv_shape]
+        pool = self._memory.pool(running)
         if pool.pages_needed(chain.num_layers, running.max_kv_tokens) > pool.allocator.num_pages:
             raise KvCapacityError(
                 f"prompt and answer of {running.max_kv_tokens + 1} tokens need more pages than the pool has",
@@ -323,9 +327,7 @@ class BlockEngine:
         """Forget a request and free what it holds."""
         del self._sinks[running]
         self._scheduler.remove(running)
-        if running.kv is not None:
-            self._pools[running.chain.lane.kv_shape].free(running.kv)
-            running.kv = None
+        self._memory.release(running)
         running.chain.num_requests -= 1
         self._drop_if_drained(running.chain)
 
@@ -334,16 +336,11 @@ class BlockEngine:
         self._release(running)
         sink(error)
 
-    def _try_admit(self, running: RunningRequest) -> bool:
-        pool = self._pools[running.chain.lane.kv_shape]
-        running.kv = pool.try_allocate(running.chain.num_layers, running.max_kv_tokens)
-        return running.kv is not None
-
     # ---- one pass
 
     def _step(self) -> None:
         self._drop_late()
-        chunks = self._scheduler.next_chunks(self._try_admit)
+        chunks = self._scheduler.next_chunks()
         if not chunks:
             return
         now = time.monotonic()
@@ -399,6 +396,10 @@ class BlockEngine:
         outcomes: list[tuple[RunningRequest, Outcome]] = []
         for group in by_vocab.values():
             outcomes.extend(sample_next(group))
+        failed = {running for running, outcome in outcomes if isinstance(outcome, BlockzooError)}
+        for chunk in chunks:
+            if chunk.running not in failed:
+                self._memory.note_computed(chunk.running)
         return outcomes
 
     # ---- looking in
@@ -414,7 +415,11 @@ class BlockEngine:
             running_requests=len(self._scheduler.running),
             passes=self._passes,
             kv_pages_total=sum(pool.allocator.num_pages for pool in pools),
-            kv_pages_used=sum(pool.allocator.num_pages - pool.allocator.num_free for pool in pools),
+            kv_pages_used=sum(pool.num_used for pool in pools),
+            kv_pages_cached=sum(pool.prefixes.num_evictable_pages for pool in pools),
+            prefix_queried_tokens=self._memory.num_queried,
+            prefix_hit_tokens=self._memory.num_hits,
+            preemptions=self._scheduler.num_preemptions,
             kv_bytes_total=sum(pool.num_bytes for pool in pools),
             block_bytes=self._block_bytes,
             seconds_since_progress=time.monotonic() - self._last_progress,
