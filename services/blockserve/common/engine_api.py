@@ -180,6 +180,7 @@ class ChainReport:
     running_requests: int
     private_bytes: int
     total_bytes: int
+    pinned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +194,7 @@ class EngineReport:
         prefix_queried_tokens: prompt tokens of the requests that looked into the prefix cache.
         prefix_hit_tokens: those of them found there.
         preemptions: how often a running request gave up its pages to an older one.
+        chain_evictions: how often an idle chain was unloaded to make room for another.
     """
 
     device: str
@@ -213,17 +215,24 @@ class EngineReport:
     prefix_queried_tokens: int = 0
     prefix_hit_tokens: int = 0
     preemptions: int = 0
+    chain_evictions: int = 0
 
 
 class Engine(Protocol):
     """Runs requests over chains of blocks. Safe to call from one event loop."""
 
-    async def load(self, chain: ChainId) -> None:
+    async def load(self, chain: ChainId, *, pinned: bool | None = None) -> None:
         """Read the chain's blocks into memory; a chain already there costs nothing.
+
+        Idle chains make room, the least recently used first.
+
+        Args:
+            chain: what to load.
+            pinned: whether it must stay when others need room; None leaves that as it is.
 
         Raises:
             CorruptBlobError: a blob is not what its id says; nothing else is disturbed.
-            MemoryBudgetError: the blocks do not fit.
+            MemoryBudgetError: the blocks do not fit beside those that are pinned or in use.
         """
         ...
 

@@ -35,7 +35,8 @@ class EngineConfig:
             salt: none ("off"), those of the same chain ("variant"), or those whose chains are
             identical up to a layer ("identical_chain": saves memory, and computation where chains
             differ in the head only, but a tenant can find out by timing what another one sent).
-        block_bytes: most bytes of blocks in memory; 0 for no bound of our own.
+        block_bytes: most bytes of blocks in memory; 0 for no bound of our own. A variant that does not
+            fit makes those leave that nobody has used for longest, are not in use and not pinned.
         load_threads: blocks read, checked and laid out at the same time while a variant loads.
     """
 
