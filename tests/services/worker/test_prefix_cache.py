@@ -187,7 +187,7 @@ def test_logits_of_the_prompt_are_always_computed(tiny: TinyZoo, computed: list[
     with rig(tiny.zoo) as server:
         whole = server.ask(chain, PROMPT, 1, prompt_logprobs=True)
         again = server.ask(chain, PROMPT, 1, prompt_logprobs=True)
-        assert whole == again
+        assert whole[0].prompt_logprobs == again[0].prompt_logprobs
         assert whole[0].prompt_logprobs is not None
         assert len(whole[0].prompt_logprobs) == len(PROMPT) - 1
         server.ask(chain, PROMPT, 1)
