@@ -206,6 +206,7 @@ class ScriptedEngine:
         self.fail_generate: Exception | None = None
         self.num_loads = 0
         self.loaded: set[ChainId] = set()
+        self.pinned: set[ChainId] = set()
         self.requests: list[EngineRequest] = []
         self.closed: list[str] = []
         self.pending = 0
@@ -220,8 +221,11 @@ class ScriptedEngine:
         """See `RunnableEngine`."""
         self.is_running = False
 
-    async def load(self, chain: ChainId) -> None:
+    async def load(self, chain: ChainId, *, pinned: bool | None = None) -> None:
         """See `Engine`."""
+        if chain in self.loaded and pinned is not None:
+            (self.pinned.add if pinned else self.pinned.discard)(chain)
+            return
         self.num_loads += 1
         if self.load_gate is not None:
             await self.load_gate.wait()
@@ -283,7 +287,7 @@ class ScriptedEngine:
 
     def report(self) -> EngineReport:
         """See `Engine`."""
-        chains = tuple(ChainReport(chain, 0, 10, 100) for chain in sorted(self.loaded))
+        chains = tuple(ChainReport(chain, 0, 10, 100, chain in self.pinned) for chain in sorted(self.loaded))
         segments = (SegmentReport("segment", 0, 4, len(chains), 7, 50, 20, 3, 8, 2),) if chains else ()
         return EngineReport(
             "cpu", self.pending, 0, 7, 100, 12, 4096, 1234, self.seconds_since_progress, chains, segments

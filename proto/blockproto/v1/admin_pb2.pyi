@@ -23,17 +23,25 @@ class LoadModelRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
     model: _builtins.str
+    pinned: _builtins.bool
+    """Whether its blocks must stay when others need room. Unset leaves that as
+    it is; at first they may go. Unloading unpins.
+    """
     def __init__(
         self,
         *,
         model: _builtins.str = ...,
+        pinned: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_pinned", b"_pinned", "pinned", b"pinned"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_pinned", b"_pinned", "model", b"model", "pinned", b"pinned"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__pinned: _TypeAlias = _typing.Literal["pinned"]  # noqa: Y015
+    _WhichOneofArgType__pinned: _TypeAlias = _typing.Literal["_pinned", b"_pinned"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pinned) -> _WhichOneofReturnType__pinned | None: ...
 
 Global___LoadModelRequest: _TypeAlias = LoadModelRequest  # noqa: Y015
 
@@ -123,12 +131,15 @@ class LoadedChain(_message.Message):
     RUNNING_REQUESTS_FIELD_NUMBER: _builtins.int
     PRIVATE_BYTES_FIELD_NUMBER: _builtins.int
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
     chain_digest: _builtins.str
     running_requests: _builtins.int
     private_bytes: _builtins.int
     """Bytes that no other loaded chain uses."""
     total_bytes: _builtins.int
     """Bytes of all its blocks."""
+    pinned: _builtins.bool
+    """Never unloaded to make room for another chain."""
     @_builtins.property
     def models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Variants of the zoo that resolve to this chain: name@version."""
@@ -141,10 +152,11 @@ class LoadedChain(_message.Message):
         running_requests: _builtins.int = ...,
         private_bytes: _builtins.int = ...,
         total_bytes: _builtins.int = ...,
+        pinned: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chain_digest", b"chain_digest", "models", b"models", "private_bytes", b"private_bytes", "running_requests", b"running_requests", "total_bytes", b"total_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chain_digest", b"chain_digest", "models", b"models", "pinned", b"pinned", "private_bytes", b"private_bytes", "running_requests", b"running_requests", "total_bytes", b"total_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -217,6 +229,11 @@ class GetStatusResponse(_message.Message):
     SEGMENTS_FIELD_NUMBER: _builtins.int
     ZOO_URL_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
+    KV_PAGES_CACHED_FIELD_NUMBER: _builtins.int
+    PREFIX_QUERIED_TOKENS_FIELD_NUMBER: _builtins.int
+    PREFIX_HIT_TOKENS_FIELD_NUMBER: _builtins.int
+    PREEMPTIONS_FIELD_NUMBER: _builtins.int
+    CHAIN_EVICTIONS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     uptime_seconds: _builtins.float
     waiting_requests: _builtins.int
@@ -228,6 +245,15 @@ class GetStatusResponse(_message.Message):
     block_bytes: _builtins.int
     zoo_url: _builtins.str
     device: _builtins.str
+    kv_pages_cached: _builtins.int
+    """KV pages kept by the prefix cache alone; taken when they are needed."""
+    prefix_queried_tokens: _builtins.int
+    """Prompt tokens looked up in the prefix cache, and those found there."""
+    prefix_hit_tokens: _builtins.int
+    preemptions: _builtins.int
+    """How often a running request gave up its KV pages for a while."""
+    chain_evictions: _builtins.int
+    """How often an idle chain was unloaded to make room for another."""
     @_builtins.property
     def chains(self) -> _containers.RepeatedCompositeFieldContainer[Global___LoadedChain]: ...
     @_builtins.property
@@ -248,10 +274,15 @@ class GetStatusResponse(_message.Message):
         segments: _abc.Iterable[Global___SegmentStatus] | None = ...,
         zoo_url: _builtins.str = ...,
         device: _builtins.str = ...,
+        kv_pages_cached: _builtins.int = ...,
+        prefix_queried_tokens: _builtins.int = ...,
+        prefix_hit_tokens: _builtins.int = ...,
+        preemptions: _builtins.int = ...,
+        chain_evictions: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "chains", b"chains", "device", b"device", "kv_bytes_total", b"kv_bytes_total", "kv_pages_total", b"kv_pages_total", "kv_pages_used", b"kv_pages_used", "passes", b"passes", "running_requests", b"running_requests", "segments", b"segments", "uptime_seconds", b"uptime_seconds", "version", b"version", "waiting_requests", b"waiting_requests", "zoo_url", b"zoo_url"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "chain_evictions", b"chain_evictions", "chains", b"chains", "device", b"device", "kv_bytes_total", b"kv_bytes_total", "kv_pages_cached", b"kv_pages_cached", "kv_pages_total", b"kv_pages_total", "kv_pages_used", b"kv_pages_used", "passes", b"passes", "preemptions", b"preemptions", "prefix_hit_tokens", b"prefix_hit_tokens", "prefix_queried_tokens", b"prefix_queried_tokens", "running_requests", b"running_requests", "segments", b"segments", "uptime_seconds", b"uptime_seconds", "version", b"version", "waiting_requests", b"waiting_requests", "zoo_url", b"zoo_url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

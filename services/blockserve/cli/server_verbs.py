@@ -56,17 +56,28 @@ def status(
 
 
 @connects
-def load(model: RefArgument, as_json: JsonOption = False, *, connection: Connection) -> None:
+def load(
+    model: RefArgument,
+    pinned: Annotated[
+        bool | None,
+        typer.Option("--pin/--unpin", help="Keep it in memory when others need room, or no longer."),
+    ] = None,
+    as_json: JsonOption = False,
+    *,
+    connection: Connection,
+) -> None:
     """Bring a variant's blocks into a server's memory before its first request does.
 
-    Blocks that other loaded variants use are there already and cost nothing.
+    Blocks that other loaded variants use are there already and cost nothing. Where the server's
+    block_bytes is too small for all, variants that were not used for longest make room; pinned ones stay.
 
     \b
     Examples:
       blockzoo load support-bot
+      blockzoo load support-bot --pin
     """
     with connection.open() as client:
-        seconds = client.load(model)
+        seconds = client.load(model, pinned=pinned)
     if as_json:
         print_json({"model": model, "seconds": seconds})
     else:
@@ -145,17 +156,22 @@ def _draw(report: ServerStatus) -> Group:
             f"requests  {report.running_requests} running, {report.waiting_requests} waiting; "
             f"{report.passes} passes",
             f"KV pages  {report.kv_pages_used} of {report.kv_pages_total} used ({used:.0%} of "
-            f"{format_bytes(report.kv_bytes_total)})",
-            f"blocks    {format_bytes(report.block_bytes)} in memory",
+            f"{format_bytes(report.kv_bytes_total)}), {report.kv_pages_cached} more cached; "
+            f"{report.preemptions} pre-emptions",
+            f"prefixes  {report.prefix_hit_tokens} of {report.prefix_queried_tokens} prompt tokens "
+            "were in the cache",
+            f"blocks    {format_bytes(report.block_bytes)} in memory; "
+            f"{report.chain_evictions} chains made room for others",
         )
     )
     chains = make_table(
-        "CHAIN", "VARIANTS", "RUNNING", "PRIVATE", "TOTAL", numeric=("RUNNING", "PRIVATE", "TOTAL")
+        "CHAIN", "VARIANTS", "RUNNING", "PRIVATE", "TOTAL", "PINNED", numeric=("RUNNING", "PRIVATE", "TOTAL")
     )
     for chain in report.chains:
         sizes = (format_bytes(chain.private_bytes), format_bytes(chain.total_bytes))
         models = ", ".join(chain.models) or "-"
-        add_row(chains, short(chain.chain_digest), models, chain.running_requests, *sizes)
+        pinned = "yes" if chain.pinned else ""
+        add_row(chains, short(chain.chain_digest), models, chain.running_requests, *sizes, pinned)
     numeric = ("CHAINS", "CALLS", "TOKENS", "MIXED", "MOST SEQUENCES", "MOST CHAINS")
     segments = make_table("SEGMENT", "BLOCKS", *numeric, numeric=numeric)
     for segment in report.segments:

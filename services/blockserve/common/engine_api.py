@@ -59,7 +59,8 @@ class EngineRequest:
         logprobs: None for none, else how many alternatives beside the chosen token.
         prompt_logprobs: report the log-probability of prompt tokens 1.. .
         deadline: `time.monotonic()` value after which the request is dropped, or None.
-        priority: smaller runs first among waiting requests.
+        priority: smaller runs first among waiting requests, and keeps its pages when they run short.
+        cache_salt: requests share cached prefixes only with those of the same salt.
     """
 
     request_id: str
@@ -72,6 +73,7 @@ class EngineRequest:
     prompt_logprobs: bool = False
     deadline: float | None = None
     priority: int = 0
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +114,7 @@ class TokenEvent:
         prompt_logprobs: with index 0, when asked for.
         finish: set on the last token.
         timing: with index 0, when the engine began with the request.
+        cached_prompt_tokens: with index 0: prompt tokens that the prefix cache spared computing.
     """
 
     index: int
@@ -119,6 +122,7 @@ class TokenEvent:
     logprobs: PositionLogprobs | None = None
     prompt_logprobs: tuple[PositionLogprobs, ...] | None = None
     finish: FinishReason | None = None
+    cached_prompt_tokens: int = 0
     timing: RequestTiming | None = field(default=None, kw_only=True)
 
 
@@ -176,11 +180,22 @@ class ChainReport:
     running_requests: int
     private_bytes: int
     total_bytes: int
+    pinned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class EngineReport:
-    """A snapshot of the engine."""
+    """A snapshot of the engine.
+
+    Attributes:
+        kv_pages_used: pages that running requests need; beside them are those in `kv_pages_cached`,
+            free ones, and ones set aside for growth.
+        kv_pages_cached: pages kept by the prefix cache alone; taken when they are needed.
+        prefix_queried_tokens: prompt tokens of the requests that looked into the prefix cache.
+        prefix_hit_tokens: those of them found there.
+        preemptions: how often a running request gave up its pages to an older one.
+        chain_evictions: how often an idle chain was unloaded to make room for another.
+    """
 
     device: str
     waiting_requests: int
@@ -196,17 +211,28 @@ class EngineReport:
     batches: tuple[SegmentBatches, ...] = field(default=(), kw_only=True)
     chain_loads: int = field(default=0, kw_only=True)
     chain_unloads: int = field(default=0, kw_only=True)
+    kv_pages_cached: int = 0
+    prefix_queried_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    preemptions: int = 0
+    chain_evictions: int = 0
 
 
 class Engine(Protocol):
     """Runs requests over chains of blocks. Safe to call from one event loop."""
 
-    async def load(self, chain: ChainId) -> None:
+    async def load(self, chain: ChainId, *, pinned: bool | None = None) -> None:
         """Read the chain's blocks into memory; a chain already there costs nothing.
+
+        Idle chains make room, the least recently used first.
+
+        Args:
+            chain: what to load.
+            pinned: whether it must stay when others need room; None leaves that as it is.
 
         Raises:
             CorruptBlobError: a blob is not what its id says; nothing else is disturbed.
-            MemoryBudgetError: the blocks do not fit.
+            MemoryBudgetError: the blocks do not fit beside those that are pinned or in use.
         """
         ...
 

@@ -65,6 +65,11 @@ class ServeConfig(Settings):
         f"Variants whose blocks are read at the start; `{ALL}` means every variant.",
         reason="Others are read by their first request, which waits for it.",
     )
+    pin: tuple[str, ...] = setting(
+        (),
+        "Variants whose blocks are read at the start and stay when others need room (`engine.block_bytes`).",
+        reason="What must answer at once, always; everything else comes and goes with its use.",
+    )
     max_message_bytes: int = setting(
         16 << 20,
         "Largest message taken or sent.",

@@ -145,7 +145,7 @@ class EmbeddedServer:
     def _read_zoo(self) -> tuple[ZooReader, VariantCatalog, list[str]]:
         with self.timeline.stage("open_zoo"):
             zoo = self._parts.open_zoo(self.config.zoo)
-            wanted = names_to_preload(zoo, self.config.preload)
+            wanted = names_to_preload(zoo, (*self.config.pin, *self.config.preload))
         catalog = VariantCatalog(zoo, self.config.router)
         with self.timeline.stage("tokenizers"):
             parse_ahead(catalog, wanted)
@@ -166,7 +166,7 @@ class EmbeddedServer:
         """Load variants one after another; one that cannot be loaded does not hold up the others."""
         for ref in refs:
             try:
-                await router.load(ref)
+                await router.load(ref, pinned=True if ref in self.config.pin else None)
             except BlockzooError as error:
                 log.error("variant not loaded variant=%s reason=%s: %s", ref, error.reason, error)
 

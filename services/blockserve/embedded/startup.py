@@ -111,9 +111,10 @@ def process_age() -> float:
 
 def names_to_preload(catalog_zoo: ZooReader, wanted: Sequence[str]) -> list[str]:
     """What `preload` means for this zoo."""
+    named = [ref for ref in dict.fromkeys(wanted) if ref != ALL]
     if ALL not in wanted:
-        return list(wanted)
-    return sorted(record.name for record in catalog_zoo.variants())
+        return named
+    return [*named, *sorted({record.name for record in catalog_zoo.variants()} - set(named))]
 
 
 def parse_ahead(catalog: VariantCatalog, refs: Sequence[str]) -> None:

@@ -190,9 +190,14 @@ class AsyncClient:
         request = admin_pb2.GetStatusRequest()
         return convert.status_from_message(await self._call(self._admin.GetStatus, request))
 
-    async def load(self, ref: str) -> float:
-        """Bring a variant's blocks into the server's memory; the seconds it took."""
-        request = admin_pb2.LoadModelRequest(model=ref)
+    async def load(self, ref: str, *, pinned: bool | None = None) -> float:
+        """Bring a variant's blocks into the server's memory; the seconds it took.
+
+        Args:
+            ref: `name` or `name@version`.
+            pinned: whether they must stay when others need room; None leaves that as it is.
+        """
+        request = admin_pb2.LoadModelRequest(model=ref, pinned=pinned)
         seconds: float = (await self._call(self._admin.LoadModel, request)).seconds
         return seconds
 
@@ -229,20 +234,19 @@ class AsyncClient:
             logprobs=options.get("logprobs"),
             prompt_logprobs=options.get("prompt_logprobs", False),
             priority=options.get("priority", 0),
+            cache_salt=options.get("cache_salt", ""),
         )
         timeout = options.get("timeout", self._timeout)
-        return AsyncGeneration(self._stream(call, options.get("cache_salt", ""), timeout))
+        return AsyncGeneration(self._stream(call, timeout))
 
-    async def _stream(
-        self, call: GenerateCall, cache_salt: str, timeout: float | None
-    ) -> AsyncGenerator[Chunk, None]:
+    async def _stream(self, call: GenerateCall, timeout: float | None) -> AsyncGenerator[Chunk, None]:
         """The chunks of an answer, over as many connections as it takes."""
         deadline = None if timeout is None else time.monotonic() + timeout
         failures = 0
         finished = False
         while True:
             try:
-                async with aclosing(self._attempt(call, cache_salt, deadline)) as chunks:
+                async with aclosing(self._attempt(call, deadline)) as chunks:
                     async for chunk in chunks:
                         failures = 0
                         call = continued(call, chunk)
@@ -260,12 +264,10 @@ class AsyncClient:
                     raise
             await asyncio.sleep(min(FIRST_BACKOFF_SECONDS * 2 ** (failures - 1), MAX_BACKOFF_SECONDS))
 
-    async def _attempt(
-        self, call: GenerateCall, cache_salt: str, deadline: float | None
-    ) -> AsyncGenerator[Chunk, None]:
+    async def _attempt(self, call: GenerateCall, deadline: float | None) -> AsyncGenerator[Chunk, None]:
         """The chunks that one connection brings."""
         try:
-            message = convert.call_to_message(call, cache_salt)
+            message = convert.call_to_message(call)
         except (ValueError, TypeError) as error:
             # protobuf's own range and type checks, before anything is sent.
             raise InvalidInputError(f"the request cannot be sent: {error}") from error

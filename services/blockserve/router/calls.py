@@ -46,6 +46,7 @@ class GenerateCall:
         prompt_logprobs: report the prompt's log-probabilities too.
         resume_from: first output token wanted.
         priority: smaller runs first.
+        cache_salt: separates this caller's cached prefixes from those of others.
     """
 
     request_id: str
@@ -57,3 +58,4 @@ class GenerateCall:
     prompt_logprobs: bool = False
     resume_from: int = 0
     priority: int = 0
+    cache_salt: str = ""

@@ -153,9 +153,9 @@ class Client:
         """As `AsyncClient.status`."""
         return self._portal.run(self._client.status())
 
-    def load(self, ref: str) -> float:
+    def load(self, ref: str, *, pinned: bool | None = None) -> float:
         """As `AsyncClient.load`."""
-        return self._portal.run(self._client.load(ref))
+        return self._portal.run(self._client.load(ref, pinned=pinned))
 
     def unload(self, ref: str) -> None:
         """As `AsyncClient.unload`."""

@@ -73,10 +73,11 @@ def call_from_message(message: inference_pb2.GenerateRequest, made_up_id: str) -
         prompt_logprobs=response.prompt_logprobs,
         resume_from=message.resume_from,
         priority=message.priority,
+        cache_salt=message.cache_salt,
     )
 
 
-def call_to_message(call: GenerateCall, cache_salt: str = "") -> inference_pb2.GenerateRequest:
+def call_to_message(call: GenerateCall) -> inference_pb2.GenerateRequest:
     """The inverse of `call_from_message`."""
     message = inference_pb2.GenerateRequest(
         request_id=call.request_id,
@@ -97,7 +98,7 @@ def call_to_message(call: GenerateCall, cache_salt: str = "") -> inference_pb2.G
         ),
         response=inference_pb2.ResponseOptions(logprobs=call.logprobs, prompt_logprobs=call.prompt_logprobs),
         resume_from=call.resume_from,
-        cache_salt=cache_salt,
+        cache_salt=call.cache_salt,
         priority=call.priority,
     )
     if isinstance(call.prompt, str):
@@ -389,8 +390,13 @@ _STATUS_FIELDS = (
     "kv_pages_used",
     "kv_bytes_total",
     "block_bytes",
+    "kv_pages_cached",
+    "prefix_queried_tokens",
+    "prefix_hit_tokens",
+    "preemptions",
+    "chain_evictions",
 )
-_CHAIN_FIELDS = ("chain_digest", "running_requests", "private_bytes", "total_bytes")
+_CHAIN_FIELDS = ("chain_digest", "running_requests", "private_bytes", "total_bytes", "pinned")
 _SEGMENT_FIELDS = (
     "segment_id",
     "first_position",

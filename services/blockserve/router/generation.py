@@ -40,6 +40,7 @@ class Answer:
         stopping = plan.call.stopping
         self._matcher = StopMatcher(stopping.stop, include=stopping.include_stop)
         self._count = 0
+        self._cached_prompt_tokens = 0
         self._first_token_seconds = 0.0
         self._timing: RequestTiming | None = None
         self._finish: tuple[FinishReason, str | int | None] | None = None
@@ -116,6 +117,8 @@ class Answer:
         self._count += 1
         self._timing = event.timing or self._timing
         text = self._text_of(event)
+        if event.index == 0:
+            self._cached_prompt_tokens = event.cached_prompt_tokens
         if event.prompt_logprobs is not None:
             self._prompt_logprobs = event.prompt_logprobs
         if event.index < self._plan.call.resume_from:
@@ -155,7 +158,7 @@ class Answer:
         if self._finish is None:
             return None
         reason, matched = self._finish
-        usage = Usage(prompt_tokens=len(self._plan.request.prompt), completion_tokens=self._count)
+        usage = Usage(len(self._plan.request.prompt), self._count, self._cached_prompt_tokens)
         return Finish(reason, matched, usage, self._first_token_seconds)
 
 

@@ -1,4 +1,8 @@
-"""Chains into memory on first use, each once however many requests wait for it."""
+"""Chains into memory on first use, each once however many requests wait for it.
+
+Loading ahead of the first request is the same call without a request: `AdminService.LoadModel`, or
+`preload` in the settings.
+"""
 
 from __future__ import annotations
 

@@ -123,6 +123,7 @@ def plan(
         prompt_logprobs=call.prompt_logprobs,
         deadline=deadline,
         priority=call.priority,
+        cache_salt=call.cache_salt,
     )
     return Plan(call, variant, request)
 

@@ -138,6 +138,7 @@ class LoadedChain:
         running_requests: how many do now.
         private_bytes: bytes that no other loaded chain uses.
         total_bytes: bytes of all its blocks.
+        pinned: stays when others need room.
     """
 
     chain_digest: str
@@ -145,6 +146,7 @@ class LoadedChain:
     running_requests: int
     private_bytes: int
     total_bytes: int
+    pinned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +164,10 @@ class ServerStatus:
         block_bytes: bytes of blocks in memory.
         chains: what is loaded.
         segments: how the loaded chains share base blocks.
+        kv_pages_cached: pages kept by the prefix cache alone.
+        prefix_queried_tokens, prefix_hit_tokens: prompt tokens looked up in the prefix cache, and found.
+        preemptions: how often a running request gave up its pages for a while.
+        chain_evictions: how often an idle chain was unloaded to make room.
     """
 
     version: str
@@ -177,3 +183,8 @@ class ServerStatus:
     block_bytes: int
     chains: tuple[LoadedChain, ...]
     segments: tuple[SegmentReport, ...]
+    kv_pages_cached: int = 0
+    prefix_queried_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    preemptions: int = 0
+    chain_evictions: int = 0

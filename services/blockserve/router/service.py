@@ -181,11 +181,18 @@ class Router:
         """One variant (VariantNotFoundError)."""
         return self._model(await self._catalog.get(ref))
 
-    async def load(self, ref: str) -> tuple[str, float]:
-        """Bring a variant's blocks into memory; its chain's digest and the seconds it took."""
+    async def load(self, ref: str, *, pinned: bool | None = None) -> tuple[str, float]:
+        """Bring a variant's blocks into memory; its chain's digest and the seconds it took.
+
+        Args:
+            ref: `name` or `name@version`.
+            pinned: whether they must stay when others need room; None leaves that as it is.
+        """
         started = time.monotonic()
         variant = await self._catalog.get(ref)
         await self._loader.ensure(variant.record.chain)
+        if pinned is not None:
+            await self._engine.load(variant.record.chain, pinned=pinned)
         return variant.record.chain, time.monotonic() - started
 
     async def unload(self, ref: str) -> str:
@@ -209,6 +216,11 @@ class Router:
             kv_pages_used=report.kv_pages_used,
             kv_bytes_total=report.kv_bytes_total,
             block_bytes=report.block_bytes,
+            kv_pages_cached=report.kv_pages_cached,
+            prefix_queried_tokens=report.prefix_queried_tokens,
+            prefix_hit_tokens=report.prefix_hit_tokens,
+            preemptions=report.preemptions,
+            chain_evictions=report.chain_evictions,
             chains=tuple(
                 LoadedChain(
                     chain_digest=chain.chain,
@@ -216,6 +228,7 @@ class Router:
                     running_requests=chain.running_requests,
                     private_bytes=chain.private_bytes,
                     total_bytes=chain.total_bytes,
+                    pinned=chain.pinned,
                 )
                 for chain in report.chains
             ),

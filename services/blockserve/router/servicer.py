@@ -76,7 +76,8 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     ) -> admin_pb2.LoadModelResponse:
         """Read a variant's blocks into memory."""
         del context
-        chain, seconds = await self._router.load(convert.model_name(request.model))
+        pinned = request.pinned if request.HasField("pinned") else None
+        chain, seconds = await self._router.load(convert.model_name(request.model), pinned=pinned)
         return admin_pb2.LoadModelResponse(chain_digest=chain, seconds=seconds)
 
     async def UnloadModel(  # noqa: N802

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import warnings
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -19,9 +19,10 @@ from torch import Tensor
 
 from blockkernels.linear import can_pack
 from blockkernels.lora import LoraBank, RowRange
-from blockserve.common.errors import ConfigurationError, MemoryBudgetError
+from blockserve.common.errors import ConfigurationError
 from blockserve.worker.config import EngineConfig
 from blockserve.worker.kv import KvShape
+from blockserve.worker.prefix import LayerDigest, layer_digests
 from blockzoo.errors import CorruptManifestError, InvalidConfigError
 from blockzoo.families.compute import EmbeddingBlock, ExecutableBlock, HeadBlock, LayerBlock, build_block
 from blockzoo.manifest import (
@@ -47,6 +48,8 @@ _TORCH_DTYPES = {
 
 BlockKey = tuple[BlockId, torch.dtype]
 """A base block at a compute type."""
+AdapterKey = tuple[BlockKey, BlockId]
+"""An adapter on a base block."""
 
 
 class BlockSource(Protocol):
@@ -82,8 +85,11 @@ class LoadedChain:
         blocks: base blocks in order, ready to compute.
         dtype: compute type of all its blocks.
         lane: which requests it can share a batch with.
+        layer_digests: what keys its pages in the prefix cache; empty when that is off.
         num_requests: requests that use it now.
         draining: unload as soon as the last request ends.
+        pinned: never unloaded to make room for another chain.
+        last_used: number of its last use among all uses of chains.
     """
 
     id: ChainId
@@ -91,8 +97,11 @@ class LoadedChain:
     blocks: tuple[ExecutableBlock, ...]
     dtype: torch.dtype
     lane: Lane
+    layer_digests: tuple[LayerDigest, ...] = ()
     num_requests: int = 0
     draining: bool = False
+    pinned: bool = False
+    last_used: int = 0
 
     @property
     def num_layers(self) -> int:
@@ -103,7 +112,7 @@ class LoadedChain:
         """Keys of the base blocks, in order."""
         return [(link.base, self.dtype) for link in self.manifest.links]
 
-    def adapter_keys(self) -> list[tuple[BlockKey, BlockId]]:
+    def adapter_keys(self) -> list[AdapterKey]:
         """Every adapter of the chain with the base block it is applied on."""
         return [
             ((link.base, self.dtype), applied) for link in self.manifest.links for applied in link.applied
@@ -143,7 +152,7 @@ class PreparedChain:
     manifest: ChainManifest
     dtype: torch.dtype
     new_blocks: dict[BlockKey, ExecutableBlock]
-    new_adapters: dict[tuple[BlockKey, BlockId], AdapterTensors]
+    new_adapters: dict[AdapterKey, AdapterTensors]
 
 
 class BlockManager:
@@ -158,7 +167,7 @@ class BlockManager:
         self._config = config
         self._device = torch.device(config.device)
         self._blocks: dict[BlockKey, _Resident] = {}
-        self._adapters: dict[tuple[BlockKey, BlockId], _ResidentAdapter] = {}
+        self._adapters: dict[AdapterKey, _ResidentAdapter] = {}
         self._manifests: dict[BlockId, BlockManifest] = {}
 
     @property
@@ -180,6 +189,31 @@ class BlockManager:
             private += adapter.num_bytes if adapter.users == 1 else 0
         return private, total
 
+    def sizes(self, chain: LoadedChain) -> dict[Hashable, int]:
+        """Bytes of each of a loaded chain's blocks and adapters."""
+        found: dict[Hashable, int] = {key: self._blocks[key].block.num_bytes for key in chain.base_keys()}
+        return found | {key: self._adapters[key].num_bytes for key in chain.adapter_keys()}
+
+    def actual_sizes(self, estimate: Mapping[Hashable, int]) -> dict[Hashable, int]:
+        """An estimate with the true sizes of what is in memory already."""
+        known: dict[Hashable, int] = {key: one.block.num_bytes for key, one in self._blocks.items()}
+        known.update((key, one.num_bytes) for key, one in self._adapters.items())
+        return {key: known.get(key, num_bytes) for key, num_bytes in estimate.items()}
+
+    def estimate_sizes(self, chain_id: ChainId) -> dict[Hashable, int]:
+        """Bytes of what a chain needs, whether in memory or not, judged by its manifests.
+
+        Raises:
+            ManifestNotFoundError, CorruptManifestError: the zoo is damaged.
+        """
+        manifest, blocks, dtype = self._open(chain_id)
+        sizes: dict[Hashable, int] = {
+            (base, dtype): _computed_bytes(block, dtype) for base, block in blocks.items()
+        }
+        for base, applied in _adapters(manifest):
+            sizes[(base, dtype), applied] = _computed_bytes(self._zoo.block(applied), dtype)
+        return sizes
+
     def bank(self, key: BlockKey, module: str) -> LoraBank:
         """The adapters on a module of a base block that has some."""
         return self._blocks[key].banks[module]
@@ -195,23 +229,16 @@ class BlockManager:
             CorruptBlobError, BlobNotFoundError, ManifestNotFoundError: the zoo is damaged.
             InvalidConfigError: a block cannot be run by this version.
             ConfigurationError: deterministic results are asked for, and the dtype cannot have them here.
-            MemoryBudgetError: the blocks do not fit the configured budget.
         """
-        manifest = self._zoo.chain(chain_id)
-        if len(manifest.links) < 3:
-            raise CorruptManifestError(f"chain {chain_id} has {len(manifest.links)} links", chain=chain_id)
-        blocks = {link.base: self._zoo.block(link.base) for link in manifest.links}
-        dtype = self._compute_dtype(blocks[manifest.links[0].base])
+        manifest, blocks, dtype = self._open(chain_id)
         if self._config.deterministic and not can_pack(dtype, self._device):
             raise ConfigurationError(
                 f"deterministic results need packed matrix products, which {dtype} has not on this machine",
                 hint="Set dtype to float32, or serve without deterministic.",
             )
         bases = [base for base in blocks if (base, dtype) not in self._blocks]
-        wanted = dict.fromkeys((link.base, applied) for link in manifest.links for applied in link.applied)
-        pairs = [pair for pair in wanted if ((pair[0], dtype), pair[1]) not in self._adapters]
+        pairs = [pair for pair in _adapters(manifest) if ((pair[0], dtype), pair[1]) not in self._adapters]
         adapters = {applied: self._zoo.block(applied) for _, applied in pairs}
-        self._check_budget([*(blocks[base] for base in bases), *adapters.values()], dtype)
         with ThreadPoolExecutor(self._config.load_threads, thread_name_prefix="load") as pool:
             built = pool.map(lambda base: self._build(blocks[base], dtype), bases)
             new_blocks = {(base, dtype): block for base, block in zip(bases, built, strict=True)}
@@ -239,7 +266,9 @@ class BlockManager:
         for key, block in prepared.new_blocks.items():
             self._blocks.setdefault(key, _Resident(block))
         blocks = tuple(self._blocks[link.base, dtype].block for link in prepared.manifest.links)
-        chain = LoadedChain(prepared.id, prepared.manifest, blocks, dtype, _lane(prepared.id, blocks, dtype))
+        digests = layer_digests(prepared.id, prepared.manifest, self._config.prefix_sharing)
+        lane = _lane(prepared.id, blocks, dtype)
+        chain = LoadedChain(prepared.id, prepared.manifest, blocks, dtype, lane, digests)
         for key in set(chain.base_keys()):
             self._blocks[key].users += 1
         for adapter_key in set(chain.adapter_keys()):
@@ -266,6 +295,14 @@ class BlockManager:
                 del self._blocks[key]
         _return_free_memory()
 
+    def _open(self, chain_id: ChainId) -> tuple[ChainManifest, dict[BlockId, BlockManifest], torch.dtype]:
+        """A chain's manifest, its base blocks' manifests, and the type it is computed in."""
+        manifest = self._zoo.chain(chain_id)
+        if len(manifest.links) < 3:
+            raise CorruptManifestError(f"chain {chain_id} has {len(manifest.links)} links", chain=chain_id)
+        blocks = {link.base: self._zoo.block(link.base) for link in manifest.links}
+        return manifest, blocks, self._compute_dtype(blocks[manifest.links[0].base])
+
     def _compute_dtype(self, embedding: BlockManifest) -> torch.dtype:
         if self._config.dtype != "auto":
             chosen: torch.dtype = getattr(torch, self._config.dtype)
@@ -274,21 +311,6 @@ class BlockManager:
         if dtype == torch.float64 or (dtype == torch.float16 and self._device.type == "cpu"):
             return torch.float32
         return dtype
-
-    def _check_budget(self, manifests: Sequence[BlockManifest], dtype: torch.dtype) -> None:
-        if not self._config.block_bytes:
-            return
-        elements = sum(
-            ref.num_bytes // ref.dtype.itemsize for part in manifests for ref in part.tensors.values()
-        )
-        needed = elements * dtype.itemsize
-        if self.num_bytes + needed > self._config.block_bytes:
-            raise MemoryBudgetError(
-                f"the variant needs {needed} bytes of blocks beside the {self.num_bytes} in use; "
-                f"the budget is {self._config.block_bytes}",
-                hint="Unload a variant or raise block_bytes.",
-                retry_after=30.0,
-            )
 
     def _build(self, manifest: BlockManifest, dtype: torch.dtype) -> ExecutableBlock:
         tensors = {name: self._read(ref, dtype) for name, ref in manifest.tensors.items()}
@@ -325,7 +347,7 @@ class BlockManager:
         copied_later = len(ref.shape) == 2 and can_pack(dtype, self._device)
         return tensor if len(chunks) > 1 or copied_later else tensor.clone()
 
-    def _add_adapter(self, key: tuple[BlockKey, BlockId], tensors: AdapterTensors) -> None:
+    def _add_adapter(self, key: AdapterKey, tensors: AdapterTensors) -> None:
         resident = self._blocks[key[0]]
         rows: dict[str, RowRange] = {}
         num_bytes = 0
@@ -340,8 +362,15 @@ class BlockManager:
         self._adapters[key] = _ResidentAdapter(rows, num_bytes)
 
 
-def _adapter_keys(manifest: ChainManifest, dtype: torch.dtype) -> list[tuple[BlockKey, BlockId]]:
-    return [((link.base, dtype), applied) for link in manifest.links for applied in link.applied]
+def _adapters(manifest: ChainManifest) -> list[tuple[BlockId, BlockId]]:
+    """Every adapter with the base block it goes on, once."""
+    return list(dict.fromkeys((link.base, applied) for link in manifest.links for applied in link.applied))
+
+
+def _computed_bytes(manifest: BlockManifest, dtype: torch.dtype) -> int:
+    """Bytes of a block's tensors in the type they are computed in."""
+    elements = sum(ref.num_bytes // ref.dtype.itemsize for ref in manifest.tensors.values())
+    return elements * dtype.itemsize
 
 
 def _lane(chain: ChainId, blocks: Sequence[ExecutableBlock], dtype: torch.dtype) -> Lane:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+PrefixSharing = Literal["off", "variant", "identical_chain"]
+"""See `EngineConfig.prefix_sharing`."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
@@ -25,8 +28,15 @@ class EngineConfig:
             running requests wait for somebody's long prompt.
         kv_cache_bytes: size of the KV pool, for each shape of keys and values in use (models of one
             family and size share one). On the CPU memory is taken as pages are first used.
-        kv_page_tokens: tokens of one KV page of one layer.
-        block_bytes: most bytes of blocks in memory; 0 for no bound of our own.
+        kv_page_tokens: tokens of one KV page of one layer. A prefix is cached in full pages.
+        kv_reserve_tokens: tokens whose pages are set aside for a request's growth while they are free,
+            because neighbouring pages are read without a copy; whoever needs them takes them.
+        prefix_sharing: which requests meet each other's cached prompt prefixes, beside having the same
+            salt: none ("off"), those of the same chain ("variant"), or those whose chains are
+            identical up to a layer ("identical_chain": saves memory, and computation where chains
+            differ in the head only, but a tenant can find out by timing what another one sent).
+        block_bytes: most bytes of blocks in memory; 0 for no bound of our own. A variant that does not
+            fit makes those leave that nobody has used for longest, are not in use and not pinned.
         deterministic: bfloat16 answers do not depend, in any bit, on what else is in the batch, on cached
             prefixes or on pre-emption (on one machine, with one number of threads; on the CPU). Off, they may
             differ where two tokens are almost equally likely. Prompts with
@@ -43,6 +53,8 @@ class EngineConfig:
     max_tokens_per_pass: int = 512
     kv_cache_bytes: int = 1 << 30
     kv_page_tokens: int = 32
+    kv_reserve_tokens: int = 512
+    prefix_sharing: PrefixSharing = "variant"
     block_bytes: int = 0
     deterministic: bool = False
     load_threads: int = 2
@@ -64,5 +76,6 @@ class EngineConfig:
             raise ValueError(
                 "max_tokens_per_pass must be at least max_running_requests: each decodes one token"
             )
-        if min(self.max_waiting_requests, self.num_threads, self.block_bytes) < 0 or self.load_threads < 1:
+        counts = (self.max_waiting_requests, self.num_threads, self.block_bytes, self.kv_reserve_tokens)
+        if min(counts) < 0 or self.load_threads < 1:
             raise ValueError("counts of threads, requests and bytes cannot be negative")

@@ -12,9 +12,10 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -32,14 +33,17 @@ from blockserve.common.errors import (
     DeadlineExceededError,
     EngineFailedError,
     KvCapacityError,
+    MemoryBudgetError,
     QueueFullError,
     ServerStoppingError,
 )
 from blockserve.worker.blocks import BlockManager, BlockSource, LoadedChain, PreparedChain
 from blockserve.worker.config import EngineConfig
 from blockserve.worker.cores import usable_cores
+from blockserve.worker.eviction import choose_victims
 from blockserve.worker.executor import Executor
 from blockserve.worker.kv import KvPool, KvShape
+from blockserve.worker.memory import KvMemory
 from blockserve.worker.request import Chunk, ChunkLogits, Outcome, RunningRequest
 from blockserve.worker.sampler import collect_prompt, sample_next
 from blockserve.worker.scheduler import Scheduler
@@ -65,8 +69,11 @@ class BlockEngine:
         self._executor = Executor(
             self._blocks, self._pools, self._device, deterministic=self.config.deterministic
         )
+        self._memory = KvMemory(self._pools, self.config.kv_reserve_tokens)
         self._scheduler = Scheduler(
-            max_running=self.config.max_running_requests, max_tokens=self.config.max_tokens_per_pass
+            self._memory,
+            max_running=self.config.max_running_requests,
+            max_tokens=self.config.max_tokens_per_pass,
         )
         self._chains: dict[ChainId, LoadedChain] = {}
         self._chain_reports: tuple[ChainReport, ...] = ()
@@ -81,6 +88,8 @@ class BlockEngine:
         self._thread: threading.Thread | None = None
         self._block_bytes = 0
         self._arrivals = 0
+        self._uses = 0
+        self._num_evictions = 0
         self._passes = 0
         self._chain_loads = self._chain_unloads = 0
         self._last_progress = time.monotonic()
@@ -176,12 +185,54 @@ class BlockEngine:
 
     # ---- chains
 
-    async def load(self, chain: ChainId) -> None:
+    async def load(self, chain: ChainId, *, pinned: bool | None = None) -> None:
         """Read a chain's blocks into memory; see `Engine.load`."""
         async with self._loading:
             while not self.is_loaded(chain):
+                if self.config.block_bytes:
+                    estimate = await asyncio.to_thread(self._blocks.estimate_sizes, chain)
+                    await asyncio.wrap_future(self._call(lambda: self._make_room(chain, estimate)))  # noqa: B023
                 prepared = await asyncio.to_thread(self._blocks.prepare, chain)
                 await asyncio.wrap_future(self._call(lambda: self._attach(chain, prepared)))  # noqa: B023
+            if pinned is not None:
+                await asyncio.wrap_future(self._call(lambda: self._pin(chain, pinned)))
+
+    def _make_room(self, coming: ChainId, estimate: Mapping[Hashable, int]) -> None:
+        """Unload idle chains until one more fits into the budget.
+
+        Raises:
+            MemoryBudgetError: it does not fit beside what is pinned or in use.
+        """
+        arriving = {running.chain.id for running in self._arriving}
+        others = [chain for name, chain in self._chains.items() if name != coming]
+        idle = [
+            chain
+            for chain in sorted(others, key=attrgetter("last_used"))
+            if not (chain.pinned or chain.num_requests or chain.id in arriving)
+        ]
+        staying = [self._blocks.sizes(chain) for chain in others if chain not in idle]
+        victims = choose_victims(
+            [self._blocks.actual_sizes(estimate), *staying],
+            [(chain.id, self._blocks.sizes(chain)) for chain in idle],
+            self.config.block_bytes,
+        )
+        if victims is None:
+            raise MemoryBudgetError(
+                f"the variant's {sum(estimate.values())} bytes of blocks do not fit beside those of "
+                f"{len(staying)} chains that are pinned or in use; the budget is {self.config.block_bytes}",
+                hint="Try again later, unpin a variant, or raise block_bytes.",
+                retry_after=30.0,
+                budget=self.config.block_bytes,
+            )
+        for name in victims:
+            _LOG.info("chain unloaded to make room chain=%s for=%s", name[:12], coming[:12])
+            self._unload(self._chains[name])
+        self._num_evictions += len(victims)
+
+    def _pin(self, chain: ChainId, pinned: bool) -> None:
+        loaded = self._chains.get(chain)
+        if loaded is not None:
+            loaded.pinned = pinned
 
     def _attach(self, chain: ChainId, prepared: PreparedChain) -> None:
         """Take a prepared chain into use; does nothing when a block it counts on was unloaded meanwhile."""
@@ -196,6 +247,7 @@ class BlockEngine:
             self._chains[chain] = loaded
             self._use_chains()
         self._chains[chain].draining = False
+        self._touch(self._chains[chain])
 
     async def unload(self, chain: ChainId) -> None:
         """Let go of a chain; returns at once, the blocks go when the chain's last request ends."""
@@ -204,6 +256,7 @@ class BlockEngine:
             loaded = self._chains.get(chain)
             if loaded is not None:
                 loaded.draining = True
+                loaded.pinned = False
                 self._drop_if_drained(loaded)
 
         await asyncio.wrap_future(self._call(drain))
@@ -215,9 +268,17 @@ class BlockEngine:
 
     def _drop_if_drained(self, chain: LoadedChain) -> None:
         if chain.draining and chain.num_requests == 0 and self._chains.get(chain.id) is chain:
-            del self._chains[chain.id]
-            self._blocks.detach(chain)
-            self._use_chains()
+            self._unload(chain)
+
+    def _unload(self, chain: LoadedChain) -> None:
+        del self._chains[chain.id]
+        self._blocks.detach(chain)
+        self._use_chains()
+
+    def _touch(self, chain: LoadedChain) -> None:
+        """Note a use of a chain."""
+        self._uses += 1
+        chain.last_used = self._uses
 
     def _use_chains(self) -> None:
         bases = {name: [link.base for link in chain.manifest.links] for name, chain in self._chains.items()}
@@ -265,7 +326,7 @@ class BlockEngine:
         self._check_queue(len(request.prompt))
         self._arrivals += 1
         running = RunningRequest(request, chain, self._arrivals, probe=probe)
-        pool = self._pools[chain.lane.kv_shape]
+        pool = self._memory.pool(running)
         if pool.pages_needed(chain.num_layers, running.max_kv_tokens) > pool.allocator.num_pages:
             raise KvCapacityError(
                 f"prompt and answer of {running.max_kv_tokens + 1} tokens need more pages than the pool has",
@@ -281,6 +342,7 @@ class BlockEngine:
                 sink(ChainNotLoadedError(f"chain {chain.id} was unloaded", hint="Send the request again."))
                 return
             chain.num_requests += 1
+            self._touch(chain)
             self._sinks[running] = sink
             self._scheduler.add(running)
 
@@ -327,10 +389,9 @@ class BlockEngine:
         """Forget a request and free what it holds."""
         del self._sinks[running]
         self._scheduler.remove(running)
-        if running.kv is not None:
-            self._pools[running.chain.lane.kv_shape].free(running.kv)
-            running.kv = None
+        self._memory.release(running)
         running.chain.num_requests -= 1
+        self._touch(running.chain)
         self._drop_if_drained(running.chain)
 
     def _fail(self, running: RunningRequest, error: BlockzooError) -> None:
@@ -338,16 +399,11 @@ class BlockEngine:
         self._release(running)
         sink(error)
 
-    def _try_admit(self, running: RunningRequest) -> bool:
-        pool = self._pools[running.chain.lane.kv_shape]
-        running.kv = pool.try_allocate(running.chain.num_layers, running.max_kv_tokens)
-        return running.kv is not None
-
     # ---- one pass
 
     def _step(self) -> None:
         self._drop_late()
-        chunks = self._scheduler.next_chunks(self._try_admit)
+        chunks = self._scheduler.next_chunks()
         if not chunks:
             return
         now = time.monotonic()
@@ -403,6 +459,10 @@ class BlockEngine:
         outcomes: list[tuple[RunningRequest, Outcome]] = []
         for group in by_vocab.values():
             outcomes.extend(sample_next(group))
+        failed = {running for running, outcome in outcomes if isinstance(outcome, BlockzooError)}
+        for chunk in chunks:
+            if chunk.running not in failed:
+                self._memory.note_computed(chunk.running)
         return outcomes
 
     # ---- looking in
@@ -418,12 +478,17 @@ class BlockEngine:
             running_requests=len(self._scheduler.running),
             passes=self._passes,
             kv_pages_total=sum(pool.allocator.num_pages for pool in pools),
-            kv_pages_used=sum(pool.allocator.num_pages - pool.allocator.num_free for pool in pools),
+            kv_pages_used=sum(pool.num_used for pool in pools),
+            kv_pages_cached=sum(pool.prefixes.num_evictable_pages for pool in pools),
+            prefix_queried_tokens=self._memory.num_queried,
+            prefix_hit_tokens=self._memory.num_hits,
+            preemptions=self._scheduler.num_preemptions,
+            chain_evictions=self._num_evictions,
             kv_bytes_total=sum(pool.num_bytes for pool in pools),
             block_bytes=self._block_bytes,
             seconds_since_progress=time.monotonic() - self._last_progress,
             chains=tuple(
-                replace(one, running_requests=chain.num_requests)
+                replace(one, running_requests=chain.num_requests, pinned=chain.pinned)
                 for one in self._chain_reports
                 if (chain := self._chains.get(one.chain)) is not None
             ),

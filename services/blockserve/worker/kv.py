@@ -1,79 +1,30 @@
-"""Pages of keys and values.
+"""Keys and values in pages.
 
 A page holds the keys and values of `page_tokens` consecutive tokens of one
-request at one layer. A request gets all pages it can ever need when it is
-admitted, so no running request can be stopped by a full pool. The allocator
-prefers one run of neighbouring pages, because attention reads such a run in
-place, without gathering.
+request at one layer. A request holds pages for the tokens it has, and grows
+page by page. What it may still need is set aside with them as long as nobody
+else wants it: then the pages of a layer stay neighbours, and attention reads
+them in place, without gathering. When pages run short, what was set aside is
+taken back first, then pages that only the prefix cache keeps; after that the
+scheduler pre-empts (`blockserve.worker.scheduler`).
 """
 
 from __future__ import annotations
 
-from bisect import insort
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from blockserve.worker.pages import PageAllocator, Pages
+from blockserve.worker.prefix import CachedBlock, PrefixCache
 
-class PageAllocator:
-    """Hands out page numbers 0 .. num_pages - 1; pure bookkeeping."""
-
-    def __init__(self, num_pages: int) -> None:
-        self.num_pages = num_pages
-        self.num_free = num_pages
-        self._gaps: list[tuple[int, int]] = [(0, num_pages)] if num_pages else []  # (start, length), sorted
-
-    def try_allocate(self, count: int) -> list[int] | None:
-        """`count` pages in order, neighbours where possible; None when fewer are free."""
-        if count > self.num_free:
-            return None
-        fitting = [gap for gap in self._gaps if gap[1] >= count]
-        if fitting:
-            taken = [min(fitting, key=lambda gap: gap[1])]
-        else:
-            taken, have = [], 0
-            for gap in sorted(self._gaps, key=lambda gap: -gap[1]):
-                taken.append(gap)
-                have += gap[1]
-                if have >= count:
-                    break
-        pages: list[int] = []
-        for start, length in taken:
-            self._gaps.remove((start, length))
-            part = min(length, count - len(pages))
-            pages.extend(range(start, start + part))
-            if part < length:
-                insort(self._gaps, (start + part, length - part))
-        self.num_free -= count
-        return pages
-
-    def free(self, pages: Sequence[int]) -> None:
-        """Take pages back."""
-        for start, length in _runs(pages):
-            insort(self._gaps, (start, length))
-        self.num_free += len(pages)
-        merged: list[tuple[int, int]] = []
-        for start, length in self._gaps:
-            if merged and merged[-1][0] + merged[-1][1] == start:
-                merged[-1] = (merged[-1][0], merged[-1][1] + length)
-            else:
-                merged.append((start, length))
-        self._gaps = merged
-
-
-def _runs(pages: Sequence[int]) -> list[tuple[int, int]]:
-    """Neighbouring pages as (start, length)."""
-    runs: list[tuple[int, int]] = []
-    for page in sorted(pages):
-        if runs and sum(runs[-1]) == page:
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-        else:
-            runs.append((page, 1))
-    return runs
+Run = tuple[int, int]
+"""Neighbouring token slots as (first, end)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,25 +41,31 @@ class KvShape:
         return 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class KvTable:
     """The pages of one request.
 
     Attributes:
-        pages: page numbers, layer by layer, `pages_per_layer` for each.
-        pages_per_layer: pages of one layer.
-        index: the same as an array int64 [layers, pages_per_layer].
-        first_slots: for each layer the first token slot when its pages are neighbours, else None.
+        index: page numbers, int64 [layers, pages]; token t lies in column t // page_tokens. A new
+            array takes its place when pages come or go, never during a pass.
+        num_used: columns that the request's tokens need; those behind are set aside and may be taken.
+        cached: cached blocks the request holds: those it began with, then those it gave the cache.
+        runs: for each layer the token slots of `index` as runs of neighbours, in order.
     """
 
-    pages: tuple[int, ...]
-    pages_per_layer: int
-    index: npt.NDArray[np.int64]
-    first_slots: tuple[int | None, ...]
+    index: Pages
+    num_used: int
+    cached: list[CachedBlock] = field(default_factory=list)
+    runs: list[list[Run]] = field(default_factory=list)
+
+    @property
+    def num_spare(self) -> int:
+        """Pages set aside, of all layers together."""
+        return int(self.index.shape[0]) * (int(self.index.shape[1]) - self.num_used)
 
 
 class KvPool:
-    """The memory of all pages of one shape, and who has them."""
+    """The memory of all pages of one shape, who has them, and the prefixes kept in them."""
 
     def __init__(self, shape: KvShape, num_bytes: int, page_tokens: int, device: torch.device) -> None:
         """Reserve at most `num_bytes`; on the CPU the system hands memory out as pages are first written."""
@@ -116,6 +73,8 @@ class KvPool:
         self.page_tokens = page_tokens
         num_pages = num_bytes // (shape.token_bytes * page_tokens)
         self.allocator = PageAllocator(num_pages)
+        self.prefixes = PrefixCache(self.allocator)
+        self._tables: list[KvTable] = []  # oldest first
         size = (num_pages * page_tokens, shape.num_kv_heads, shape.head_dim)
         self.keys = torch.empty(size, dtype=shape.dtype, device=device)  # [slots, kv_heads, head_dim]
         self.values = torch.empty(size, dtype=shape.dtype, device=device)
@@ -125,26 +84,87 @@ class KvPool:
         """Bytes reserved."""
         return self.keys.nbytes + self.values.nbytes
 
+    @property
+    def num_spare(self) -> int:
+        """Pages set aside for growth; whoever needs one takes it."""
+        return sum(table.num_spare for table in list(self._tables))
+
+    @property
+    def num_used(self) -> int:
+        """Pages that running requests need."""
+        return (
+            self.allocator.num_pages
+            - self.allocator.num_free
+            - self.num_spare
+            - self.prefixes.num_evictable_pages
+        )
+
     def pages_needed(self, num_layers: int, num_tokens: int) -> int:
         """Pages of a request with that many tokens."""
-        return num_layers * -(-num_tokens // self.page_tokens)
+        return num_layers * self._columns(num_tokens)
 
-    def try_allocate(self, num_layers: int, num_tokens: int) -> KvTable | None:
-        """Pages for a request, or None when too few are free now."""
-        pages = self.allocator.try_allocate(self.pages_needed(num_layers, num_tokens))
-        if pages is None:
+    def try_allocate(
+        self,
+        num_layers: int,
+        num_tokens: int,
+        *,
+        reserve_tokens: int = 0,
+        cached: Sequence[CachedBlock] = (),
+        headroom: int = 0,
+    ) -> KvTable | None:
+        """Pages for a request, or None when too few can be had now.
+
+        Args:
+            num_layers: layers of its chain.
+            num_tokens: tokens it has.
+            reserve_tokens: tokens it may soon have beyond them; pages for these only where free.
+            cached: blocks of the prefix cache that hold its first tokens.
+            headroom: pages that have to be left for others.
+        """
+        self.prefixes.hold(cached)
+        for block in cached:
+            self.allocator.hold(block.pages)
+        columns = self._columns(num_tokens)
+        new = columns - len(cached)
+        if not self._make_room(num_layers * new, headroom):
+            self.prefixes.let_go(cached)
+            for block in cached:
+                self.allocator.let_go(block.pages)
             return None
-        per_layer = len(pages) // num_layers
-        rows = [pages[layer * per_layer : (layer + 1) * per_layer] for layer in range(num_layers)]
-        firsts = tuple(
-            row[0] * self.page_tokens if row[-1] - row[0] == per_layer - 1 and row == sorted(row) else None
-            for row in rows
-        )
-        return KvTable(tuple(pages), per_layer, np.array(rows, dtype=np.int64), firsts)
+        spare = self._columns(num_tokens + reserve_tokens) - columns
+        spare = max(0, min(spare, (self.allocator.num_free - headroom) // num_layers - new))
+        own = self.allocator.try_allocate(num_layers, new + spare)
+        assert own is not None
+        index = np.concatenate([*(block.pages[:, None] for block in cached), own], axis=1)
+        table = KvTable(index, columns, list(cached))
+        self._find_runs(table)
+        self._tables.append(table)
+        return table
+
+    def try_grow(self, table: KvTable, num_tokens: int, *, reserve_tokens: int = 0) -> bool:
+        """Have the table hold pages for `num_tokens`; False, and nothing changed, when they cannot be had."""
+        columns = self._columns(num_tokens)
+        layers, have = table.index.shape
+        if columns > have:
+            wanted = self._columns(num_tokens + reserve_tokens) - have
+            if layers * wanted > self.allocator.num_free:
+                wanted = columns - have
+                if not self._make_room(layers * wanted):
+                    return False
+            pages = self.allocator.try_extend(table.index[:, -1], wanted)
+            if pages is None:
+                pages = self.allocator.try_allocate(layers, wanted)
+            assert pages is not None
+            table.index = np.concatenate([table.index, pages], axis=1)
+            self._find_runs(table)
+        table.num_used = max(table.num_used, columns)
+        return True
 
     def free(self, table: KvTable) -> None:
-        """Take a request's pages back."""
-        self.allocator.free(table.pages)
+        """Take a request's pages back; those of cached blocks stay until somebody needs them."""
+        self._tables.remove(table)
+        self.prefixes.let_go(table.cached)
+        self.allocator.let_go(table.index.reshape(-1))
 
     def slots(self, table: KvTable, start: int, end: int) -> npt.NDArray[np.int64]:
         """Slots of tokens start .. end - 1 at every layer, int64 [layers, end - start]."""
@@ -154,10 +174,51 @@ class KvPool:
     def read(self, table: KvTable, layer: int, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the first `length` tokens at a layer, each [length, kv_heads, head_dim].
 
-        A view where the pages are neighbours, else a gathered copy.
+        A view where the pages are neighbours, else a copy of the runs joined.
         """
-        first = table.first_slots[layer]
-        if first is not None:
+        runs = table.runs[layer]
+        first, end = runs[0]
+        if end - first >= length:
             return self.keys[first : first + length], self.values[first : first + length]
-        slots = torch.from_numpy(self.slots(table, 0, length)[layer]).to(self.keys.device)
-        return self.keys[slots], self.values[slots]
+        parts: list[Run] = []
+        for first, end in runs:
+            end = min(end, first + length)
+            parts.append((first, end))
+            length -= end - first
+            if not length:
+                break
+        return (
+            torch.cat([self.keys[first:end] for first, end in parts]),
+            torch.cat([self.values[first:end] for first, end in parts]),
+        )
+
+    def _columns(self, num_tokens: int) -> int:
+        """Pages of one layer for that many tokens."""
+        return -(-num_tokens // self.page_tokens)
+
+    def _make_room(self, count: int, headroom: int = 0) -> bool:
+        """Have `count` pages free, if they and the headroom can be had; else change nothing."""
+        free = self.allocator.num_free
+        if count + headroom <= free:
+            return True
+        if count + headroom > free + self.num_spare + self.prefixes.num_evictable_pages:
+            return False
+        for table in reversed(self._tables):
+            if count <= self.allocator.num_free:
+                break
+            if table.num_spare:
+                self.allocator.let_go(table.index[:, table.num_used :].reshape(-1))
+                table.index = table.index[:, : table.num_used].copy()
+                self._find_runs(table)
+        self.prefixes.evict(count)
+        return True
+
+    def _find_runs(self, table: KvTable) -> None:
+        size = self.page_tokens
+        breaks = np.diff(table.index, axis=1) != 1
+        table.runs = []
+        for row, broken in zip(table.index, breaks, strict=True):
+            cuts = [0, *(np.flatnonzero(broken) + 1).tolist(), len(row)]
+            table.runs.append(
+                [(int(row[first]) * size, int(row[end - 1] + 1) * size) for first, end in pairwise(cuts)]
+            )

@@ -11,6 +11,7 @@ from torch import Tensor
 from blockserve.common.engine_api import EngineRequest, PositionLogprobs, RequestTiming, TokenEvent
 from blockserve.worker.blocks import LoadedChain
 from blockserve.worker.kv import KvTable
+from blockserve.worker.prefix import TokensDigest
 from blockzoo.errors import BlockzooError
 
 Outcome = Sequence[TokenEvent] | BlockzooError
@@ -25,8 +26,11 @@ class RunningRequest:
         request: what was asked.
         chain: the loaded chain it runs on (held until the request ends).
         order: arrival number; breaks ties of priority.
-        kv: its pages, once admitted.
+        kv: its pages, while it runs.
         num_computed: tokens whose keys and values are in the pages.
+        num_cached: prompt tokens whose keys and values came from the prefix cache.
+        num_offered: pages of each layer that the prefix cache has been offered or gave.
+        token_digests: of its full pages, as far as anyone asked; see `prefix`.
         output: tokens sampled so far.
         prompt_logprobs: collected while the prompt is computed, when asked for.
         probe: receives the logits of every prompt position (float32 [rows, vocab]) when set; see `debug`.
@@ -39,6 +43,9 @@ class RunningRequest:
     order: int
     kv: KvTable | None = None
     num_computed: int = 0
+    num_cached: int = 0
+    num_offered: int = 0
+    token_digests: list[TokensDigest] = field(default_factory=list)
     output: list[int] = field(default_factory=list)
     prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
     probe: list[Tensor] | None = None
@@ -52,8 +59,16 @@ class RunningRequest:
 
     @property
     def wants_prompt_logits(self) -> bool:
-        """Whether every position's logits are needed, not the last one's alone."""
-        return self.request.prompt_logprobs or self.probe is not None
+        """Whether every position's logits are needed, not the last one's alone.
+
+        With the first output token they have been told; a prompt computed again is not told again.
+        """
+        return (self.request.prompt_logprobs or self.probe is not None) and not self.output
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Smaller runs first and keeps its pages longest."""
+        return self.request.priority, self.order
 
     @property
     def num_tokens(self) -> int:
@@ -69,6 +84,15 @@ class RunningRequest:
     def max_kv_tokens(self) -> int:
         """Most tokens whose keys and values are ever stored; the last sampled token's are not."""
         return len(self.request.prompt) + self.request.max_tokens - 1
+
+    def forget_computed(self) -> None:
+        """Start over with the tokens known so far, after the pages were taken away."""
+        self.kv = None
+        self.num_computed = self.num_offered = 0
+        if not self.output:
+            self.prompt_logprobs.clear()
+            if self.probe is not None:
+                self.probe.clear()
 
     def tokens(self, start: int, end: int) -> list[int]:
         """Token ids at positions start .. end - 1."""

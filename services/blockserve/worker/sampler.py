@@ -45,7 +45,8 @@ def sample_next(results: Sequence[ChunkLogits]) -> list[tuple[RunningRequest, Ou
         elif len(one.output) >= one.request.max_tokens:
             finish = FinishReason.LENGTH
         prompt = tuple(one.prompt_logprobs) if index == 0 and one.request.prompt_logprobs else None
-        outcomes.append((one, [TokenEvent(index, token, chosen[place], prompt, finish)]))
+        cached = one.num_cached if index == 0 else 0
+        outcomes.append((one, [TokenEvent(index, token, chosen[place], prompt, finish, cached)]))
     return outcomes
 
 

@@ -152,6 +152,7 @@ def test_load_status_unload(run, served):
     assert set(value) == {
         "version", "uptime_seconds", "zoo_url", "device", "waiting_requests", "running_requests", "passes",
         "kv_pages_total", "kv_pages_used", "kv_bytes_total", "block_bytes", "chains", "segments",
+        "kv_pages_cached", "prefix_queried_tokens", "prefix_hit_tokens", "preemptions", "chain_evictions",
     }  # fmt: skip
     assert value["chains"][0]["models"] == ["tale@1"]
     assert set(value["segments"][0]) >= {
@@ -162,8 +163,16 @@ def test_load_status_unload(run, served):
         "forward_calls",
     }
     out = run("status").out
-    assert "KV pages  12 of 100 used (12% of 4.1 kB)" in out
+    assert "KV pages  12 of 100 used (12% of 4.1 kB), 0 more cached; 0 pre-emptions" in out
     assert "tale@1" in out
+    assert value["chains"][0]["pinned"] is False
+    run("load", "tale", "--pin")
+    assert run("status", "--json").json["chains"][0]["pinned"] is True
+    assert "yes" in run("status").out
+    run("load", "tale")
+    assert run("status", "--json").json["chains"][0]["pinned"] is True
+    run("load", "tale", "--unpin")
+    assert run("status", "--json").json["chains"][0]["pinned"] is False
     assert run("unload", "tale", "--json").json == {"model": "tale"}
     assert run("status", "--json").json["chains"] == []
     assert set(run("load", "tale", "--json").json) == {"model", "seconds"}

@@ -72,6 +72,11 @@ def report(**changes: Any) -> EngineReport:
         batches=batches,
         chain_loads=5,
         chain_unloads=3,
+        kv_pages_cached=12,
+        prefix_queried_tokens=90,
+        prefix_hit_tokens=60,
+        preemptions=8,
+        chain_evictions=1,
     )
     return replace(made, **changes)
 
@@ -226,7 +231,14 @@ def test_names_that_are_gone_make_room() -> None:
 def test_the_engines_report_is_translated_number_by_number() -> None:
     registry = CollectorRegistry()
     registry.register(EngineCollector(report, model_name="fleet"))
-    whole = {"num_requests_running": 2, "num_requests_waiting": 3, "kv_cache_usage_perc": 0.25}
+    whole = {
+        "num_requests_running": 2,
+        "num_requests_waiting": 3,
+        "kv_cache_usage_perc": 0.25,
+        "num_preemptions_total": 8,
+        "prefix_cache_queries_total": 90,
+        "prefix_cache_hits_total": 60,
+    }
     for name, expected in whole.items():
         assert value(registry, f"vllm:{name}", model_name="fleet") == expected
     plain = {
@@ -236,6 +248,8 @@ def test_the_engines_report_is_translated_number_by_number() -> None:
         "block_bytes": 1234,
         "kv_pages": 100,
         "kv_pages_used": 25,
+        "kv_pages_cached": 12,
+        "chain_evictions_total": 1,
         "kv_bytes": 4096,
         "engine_passes_total": 7,
         "engine_seconds_since_progress": 0.5,

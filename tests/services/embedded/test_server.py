@@ -28,6 +28,18 @@ async def test_preload_brings_variants_in_before_the_first_request() -> None:
         assert "tokenizer.json" in zoo.files_read
     async with serving(zoo, engine=ScriptedEngine(), preload=("all",)) as rig:
         assert len(rig.engine.loaded) == 3
+        assert not rig.engine.pinned
+
+
+@async_test
+async def test_pinned_variants_are_read_first_and_stay() -> None:
+    zoo = FakeZoo()
+    for name in ("tale", "song", "poem"):
+        zoo.add(name)
+    for preload, loaded in (((), 1), (("all",), 3), (("tale", "poem"), 2)):
+        async with serving(zoo, engine=ScriptedEngine(), pin=("tale",), preload=preload) as rig:
+            assert rig.engine.pinned == {"chain-of-tale-1"}
+            assert len(rig.engine.loaded) == loaded == rig.engine.num_loads
 
 
 @async_test

@@ -71,6 +71,13 @@ def test_info_comes_first_finish_last_and_every_chunk_says_where_it_starts() -> 
     assert (finish.usage.prompt_tokens, finish.usage.completion_tokens) == (3, len(chunks))
 
 
+def test_usage_says_how_much_of_the_prompt_was_cached() -> None:
+    first, *rest = events("hello")
+    chunks = chunks_of(make_plan(), [[replace(first, cached_prompt_tokens=2)], rest])
+    assert chunks[-1].finish is not None
+    assert chunks[-1].finish.usage.cached_prompt_tokens == 2
+
+
 def test_half_a_character_waits_for_the_other_half() -> None:
     chunks = chunks_of(make_plan(), [[event] for event in events("a€b")])
     assert [chunk.text for chunk in chunks] == ["a", "", "", "€", "b"]

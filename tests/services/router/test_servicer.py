@@ -196,8 +196,20 @@ async def test_loading_unloading_and_status() -> None:
         ]
         assert status.segments[0].mixed_calls == 3
         assert (status.zoo_url, status.device, status.kv_pages_used) == ("memory://fake", "cpu", 12)
+        assert not status.chains[0].pinned
+        for pinned in (True, None, False):
+            await rig.client.load("tale", pinned=pinned)
+            assert (await rig.client.status()).chains[0].pinned == (pinned is not False)
         await rig.client.unload("tale")
         assert not (await rig.client.model("tale")).loaded
+
+
+@async_test
+async def test_the_salt_reaches_the_engine() -> None:
+    async with serving() as rig:
+        await rig.client.generate("tale", "x", max_tokens=1, cache_salt="tenant").result()
+        await rig.client.generate("tale", "x", max_tokens=1).result()
+        assert [request.cache_salt for request in rig.engine.requests] == ["tenant", ""]
 
 
 @async_test

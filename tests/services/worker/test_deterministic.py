@@ -1,5 +1,6 @@
 """`deterministic`: no bit of a bfloat16 request depends on what it is computed with."""
 
+import asyncio
 import random
 import threading
 from collections.abc import Sequence
@@ -122,8 +123,6 @@ def test_decoded_tokens_have_the_logits_of_a_prompt(tmp_path: Path, family: list
             return EngineRequest(f"r{place}", *asked[place], greedy, 24, logprobs=3)
 
         async def crowd() -> list[list[TokenEvent]]:
-            import asyncio
-
             return await asyncio.gather(*(engine._events(request(place)) for place in range(len(asked))))
 
         answers = engine._loop.run_until_complete(crowd())
@@ -135,6 +134,49 @@ def test_decoded_tokens_have_the_logits_of_a_prompt(tmp_path: Path, family: list
             output = tuple(event.token_id for event in events)
             logits = prompt_logits(engine.engine, chain, prompt + output[:-1])[len(prompt) - 1 :]
             assert tuple(logits.argmax(1).tolist()) == output
+
+
+@needs_bf16
+def test_cached_prefixes_and_preemption_change_no_bit(tmp_path: Path, family: list[Variant]) -> None:
+    """The same answers cold and alone, over cached pages, and in a pool that all of them outgrow."""
+    roomy = replace(CONFIG, kv_page_tokens=16)
+
+    def request(place: int) -> EngineRequest:
+        sampling = (
+            SamplingParams(temperature=0.8, seed=place) if place % 2 else SamplingParams(temperature=0.0)
+        )
+        return EngineRequest(f"r{place}", *asked[place], sampling, 40, logprobs=5)
+
+    async def crowd(engine: EngineHarness) -> list[list[TokenEvent]]:
+        return await asyncio.gather(*(engine._events(request(place)) for place in range(len(asked))))
+
+    def told(events: Sequence[TokenEvent]) -> list[object]:
+        return [(event.token_id, event.logprobs) for event in events]
+
+    with EngineHarness(tmp_path / "zoo", replace(roomy, prefix_sharing="off")) as engine:
+        asked = questions([engine.load(one) for one in family[:5]], 501, (40, 75))
+        want = [told(engine.events(request(place))) for place in range(len(asked))]
+        assert engine.engine.report().prefix_hit_tokens == 0
+        registered = engine._registered
+        report = engine.engine.report()
+        page_bytes = report.kv_bytes_total // report.kv_pages_total
+        tight = (
+            24 * page_bytes * (len(engine.zoo.chain(asked[0][0]).links) - 2)
+        )  # ten requests want up to 8 a layer
+    with EngineHarness(tmp_path / "zoo", roomy) as engine:
+        engine._registered = registered
+        for one in family[:5]:
+            engine.load(one)
+        for _ in range(2):
+            assert [told(engine.events(request(place))) for place in range(len(asked))] == want
+        assert [told(events) for events in engine._loop.run_until_complete(crowd(engine))] == want
+        assert engine.engine.report().prefix_hit_tokens > 0
+    with EngineHarness(tmp_path / "zoo", replace(roomy, kv_cache_bytes=tight)) as engine:
+        engine._registered = registered
+        for one in family[:5]:
+            engine.load(one)
+        assert [told(events) for events in engine._loop.run_until_complete(crowd(engine))] == want
+        assert engine.engine.report().preemptions > 0
 
 
 def test_it_needs_the_c_kernels(tiny: TinyZoo, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,6 @@ from blockserve.common.errors import (
     DeadlineExceededError,
     EngineFailedError,
     KvCapacityError,
-    MemoryBudgetError,
     QueueFullError,
     ServerStoppingError,
 )
@@ -272,24 +271,6 @@ def test_shared_blocks_are_in_memory_once(engine: BlockEngine, tiny: TinyZoo) ->
             await engine.unload(tiny.chains[name])
         await until(lambda: len(engine.report().chains) == 1, engine)
         assert engine.report().block_bytes == base
-
-    run(work())
-
-
-def test_a_memory_budget_refuses_what_does_not_fit(tiny: TinyZoo) -> None:
-    async def work() -> None:
-        roomy = BlockEngine(tiny.zoo, SMALL)
-        roomy.start()
-        await roomy.load(tiny.chains["base"])
-        base = roomy.report().block_bytes
-        roomy.stop()
-        engine = BlockEngine(tiny.zoo, replace(SMALL, block_bytes=base + 1000))
-        engine.start()
-        await engine.load(tiny.chains["base"])
-        with pytest.raises(MemoryBudgetError, match="budget"):
-            await engine.load(tiny.chains["top"])
-        assert len(await tokens(engine, ask(tiny.chains["base"]))) == 8
-        engine.stop()
 
     run(work())
 

@@ -1,44 +1,9 @@
-"""Pages: nothing lost, nothing given twice, reads see what was written."""
+"""Tables of pages: reads see what was written, growth keeps it, what is set aside can be taken."""
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from blockserve.worker.kv import KvPool, KvShape, PageAllocator
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.integers(0, 60), st.lists(st.integers(-8, 25), max_size=60))
-def test_allocator_never_gives_a_page_twice(num_pages: int, steps: list[int]) -> None:
-    """Non-negative: allocate that many. Negative: free one of the allocations."""
-    allocator = PageAllocator(num_pages)
-    held: list[list[int]] = []
-    for step in steps:
-        if step > 0:
-            free = num_pages - sum(map(len, held))
-            pages = allocator.try_allocate(step)
-            assert (pages is None) == (step > free)
-            if pages is not None:
-                assert len(pages) == step
-                held.append(pages)
-        elif held and step:
-            allocator.free(held.pop(step % len(held)))
-        everything = [page for pages in held for page in pages]
-        assert len(set(everything)) == len(everything)
-        assert set(everything) <= set(range(num_pages))
-        assert allocator.num_free == num_pages - len(everything)
-    for pages in held:
-        allocator.free(pages)
-    assert allocator.try_allocate(num_pages) == list(range(num_pages))
-
-
-def test_allocator_prefers_the_smallest_gap_that_holds_all() -> None:
-    allocator = PageAllocator(20)
-    parts = [allocator.try_allocate(5) for _ in range(4)]
-    allocator.free(parts[1] or [])
-    allocator.free(parts[3] or [])
-    assert allocator.try_allocate(5) == [5, 6, 7, 8, 9]
+from blockserve.worker.kv import KvPool, KvShape, KvTable
 
 
 def _pool(num_pages: int = 12, page_tokens: int = 4) -> KvPool:
@@ -49,9 +14,9 @@ def _pool(num_pages: int = 12, page_tokens: int = 4) -> KvPool:
     return pool
 
 
-def _fill(pool: KvPool, table: object, layers: int, tokens: int, offset: float) -> None:
+def _fill(pool: KvPool, table: KvTable, layers: int, tokens: int, offset: float) -> None:
     for layer in range(layers):
-        slots = torch.from_numpy(pool.slots(table, 0, tokens)[layer])  # type: ignore[arg-type]
+        slots = torch.from_numpy(pool.slots(table, 0, tokens)[layer])
         content = torch.arange(tokens).float()[:, None, None].expand(tokens, 2, 3) + offset + 100 * layer
         pool.keys.index_copy_(0, slots, content.contiguous())
         pool.values.index_copy_(0, slots, -content)
@@ -62,11 +27,12 @@ def test_read_returns_what_was_written(scattered: bool) -> None:
     pool = _pool()
     if scattered:
         # Leave only every second page, so that no layer's pages are neighbours.
-        pages = pool.allocator.try_allocate(12) or []
-        pool.allocator.free(pages[::2])
+        pages = pool.allocator.try_allocate(1, 12)
+        assert pages is not None
+        pool.allocator.let_go(pages[0, ::2])
     first = pool.try_allocate(2, 9)
     assert first is not None
-    assert (first.first_slots == (None, None)) == scattered
+    assert [len(runs) for runs in first.runs] == ([3, 3] if scattered else [1, 1])
     _fill(pool, first, 2, 9, 1000.0)
     for layer in range(2):
         for length in (1, 4, 5, 9):
@@ -81,6 +47,60 @@ def test_neighbouring_pages_are_read_without_a_copy() -> None:
     assert table is not None
     keys, _ = pool.read(table, 1, 9)
     assert keys.untyped_storage().data_ptr() == pool.keys.untyped_storage().data_ptr()
+
+
+def _values(pool: KvPool, table: KvTable, layer: int, length: int) -> list[float]:
+    keys, values = pool.read(table, layer, length)
+    assert torch.equal(values, -keys)
+    column: list[float] = keys[:, 0, 0].tolist()
+    return column
+
+
+def test_growth_keeps_what_was_written() -> None:
+    """A table alone in the pool grows in place; beside another it goes on elsewhere."""
+    pool = _pool()
+    first = pool.try_allocate(1, 4)
+    assert first is not None
+    _fill(pool, first, 1, 4, 0.0)
+    assert pool.try_grow(first, 5)
+    assert len(first.runs[0]) == 1
+    second = pool.try_allocate(1, 8)
+    assert second is not None
+    _fill(pool, second, 1, 8, 500.0)
+    assert pool.try_grow(first, 12)
+    assert len(first.runs[0]) == 2
+    assert _values(pool, first, 0, 4) == [0.0, 1.0, 2.0, 3.0]
+    _fill(pool, first, 1, 12, 0.0)
+    for length in (3, 4, 5, 8, 9, 12):
+        assert _values(pool, first, 0, length) == list(map(float, range(length)))
+    assert _values(pool, second, 0, 8) == [500.0 + token for token in range(8)]
+
+
+def test_pages_set_aside_are_taken_when_needed() -> None:
+    pool = _pool()
+    roomy = pool.try_allocate(2, 5, reserve_tokens=100)
+    assert roomy is not None
+    assert (roomy.index.shape, roomy.num_used, pool.num_used) == ((2, 6), 2, 4)
+    _fill(pool, roomy, 2, 8, 0.0)
+    other = pool.try_allocate(2, 13)
+    assert other is not None
+    _fill(pool, other, 2, 13, 500.0)
+    assert (roomy.index.shape, other.index.shape) == ((2, 2), (2, 4))
+    assert _values(pool, roomy, 1, 8) == [100.0 + token for token in range(8)]
+    assert not pool.try_grow(roomy, 9)
+    assert roomy.index.shape == (2, 2)
+    pool.free(other)
+    assert pool.try_grow(roomy, 9)
+    pool.free(roomy)
+    assert (pool.num_used, pool.allocator.num_free) == (0, 12)
+
+
+def test_headroom_is_left_to_others() -> None:
+    pool = _pool()
+    assert pool.try_allocate(2, 20, headroom=3) is None
+    table = pool.try_allocate(2, 20, reserve_tokens=8, headroom=2)
+    assert table is not None
+    assert pool.allocator.num_free == 2
 
 
 def test_pool_refuses_politely_and_recovers() -> None:

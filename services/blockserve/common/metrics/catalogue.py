@@ -51,6 +51,18 @@ _SEGMENT = ("segment",)
 RUNNING = Metric("vllm:num_requests_running", "gauge", _VARIANT, "Requests in the batch, of all variants.")
 WAITING = Metric("vllm:num_requests_waiting", "gauge", _VARIANT, "Requests in the queue, of all variants.")
 KV_USAGE = Metric("vllm:kv_cache_usage_perc", "gauge", _VARIANT, "Share of the KV pages in use, 0 to 1.")
+PREEMPTIONS = Metric(
+    "vllm:num_preemptions_total",
+    "counter",
+    _VARIANT,
+    "Times a running request lost its KV pages for a while.",
+)
+PREFIX_QUERIES = Metric(
+    "vllm:prefix_cache_queries_total", "counter", _VARIANT, "Prompt tokens looked up in the prefix cache."
+)
+PREFIX_HITS = Metric(
+    "vllm:prefix_cache_hits_total", "counter", _VARIANT, "Prompt tokens found in the prefix cache."
+)
 TTFT = Metric(
     "vllm:time_to_first_token_seconds",
     "histogram",
@@ -114,9 +126,15 @@ LOADED = Metric("blockzoo_loaded_variants", "gauge", (), "Registered variants wh
 CHAINS = Metric("blockzoo_loaded_chains", "gauge", (), "Chains of blocks in memory.")
 LOADS = Metric("blockzoo_chain_loads_total", "counter", (), "Chains taken into memory.")
 UNLOADS = Metric("blockzoo_chain_unloads_total", "counter", (), "Chains let go of.")
+EVICTIONS = Metric(
+    "blockzoo_chain_evictions_total", "counter", (), "Those of the chains let go of to make room for others."
+)
 BLOCK_BYTES = Metric("blockzoo_block_bytes", "gauge", (), "Bytes of blocks in memory, as laid out.")
 KV_PAGES = Metric("blockzoo_kv_pages", "gauge", (), "KV pages there are.")
 KV_PAGES_USED = Metric("blockzoo_kv_pages_used", "gauge", (), "KV pages that requests hold.")
+KV_PAGES_CACHED = Metric(
+    "blockzoo_kv_pages_cached", "gauge", (), "KV pages that only the prefix cache holds; taken when needed."
+)
 KV_BYTES = Metric("blockzoo_kv_bytes", "gauge", (), "Bytes set aside for KV pages.")
 PASSES = Metric("blockzoo_engine_passes_total", "counter", (), "Passes of the engine.")
 PROGRESS = Metric(
@@ -152,10 +170,22 @@ SEGMENT_BATCH_CHAINS = Metric(
 )
 
 CATALOGUE: tuple[Metric, ...] = (
-    *(RUNNING, WAITING, KV_USAGE, TTFT, INTER_TOKEN, E2E, QUEUE_TIME),
+    *(
+        RUNNING,
+        WAITING,
+        KV_USAGE,
+        PREEMPTIONS,
+        PREFIX_QUERIES,
+        PREFIX_HITS,
+        TTFT,
+        INTER_TOKEN,
+        E2E,
+        QUEUE_TIME,
+    ),
     *(PROMPT_TOKENS, GENERATION_TOKENS, SUCCESS),
     *(REFUSED, FAILED, VARIANT_REQUESTS, VARIANT_LOADED, REGISTERED, LOADED),
-    *(CHAINS, LOADS, UNLOADS, BLOCK_BYTES, KV_PAGES, KV_PAGES_USED, KV_BYTES, PASSES, PROGRESS),
+    *(CHAINS, LOADS, UNLOADS, EVICTIONS, BLOCK_BYTES),
+    *(KV_PAGES, KV_PAGES_USED, KV_PAGES_CACHED, KV_BYTES, PASSES, PROGRESS),
     *(SEGMENT_CALLS, SEGMENT_MIXED, SEGMENT_CHAINS),
     *(SEGMENT_SEQUENCES, SEGMENT_TOKENS, SEGMENT_BATCH_CHAINS),
 )

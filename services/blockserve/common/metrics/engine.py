@@ -51,6 +51,9 @@ class EngineCollector(Collector):
             (catalogue.RUNNING, report.running_requests),
             (catalogue.WAITING, report.waiting_requests),
             (catalogue.KV_USAGE, usage),
+            (catalogue.PREEMPTIONS, report.preemptions),
+            (catalogue.PREFIX_QUERIES, report.prefix_queried_tokens),
+            (catalogue.PREFIX_HITS, report.prefix_hit_tokens),
         )
         for info, value in shared:
             yield family(info, {self._model_name: value})
@@ -58,9 +61,11 @@ class EngineCollector(Collector):
             (catalogue.CHAINS, len(report.chains)),
             (catalogue.LOADS, report.chain_loads),
             (catalogue.UNLOADS, report.chain_unloads),
+            (catalogue.EVICTIONS, report.chain_evictions),
             (catalogue.BLOCK_BYTES, report.block_bytes),
             (catalogue.KV_PAGES, report.kv_pages_total),
             (catalogue.KV_PAGES_USED, report.kv_pages_used),
+            (catalogue.KV_PAGES_CACHED, report.kv_pages_cached),
             (catalogue.KV_BYTES, report.kv_bytes_total),
             (catalogue.PASSES, report.passes),
             (catalogue.PROGRESS, report.seconds_since_progress),
