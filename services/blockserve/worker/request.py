@@ -10,6 +10,7 @@ from torch import Tensor
 
 from blockserve.common.engine_api import EngineRequest, PositionLogprobs, RequestTiming, TokenEvent
 from blockserve.worker.blocks import LoadedChain
+from blockserve.worker.edits import RequestEdits
 from blockserve.worker.kv import KvTable
 from blockzoo.errors import BlockzooError
 
@@ -29,6 +30,7 @@ class RunningRequest:
         num_computed: tokens whose keys and values are in the pages.
         output: tokens sampled so far.
         prompt_logprobs: collected while the prompt is computed, when asked for.
+        edits: bias and penalties, made from request and output when first needed.
         probe: receives the logits of every prompt position (float32 [rows, vocab]) when set; see `debug`.
         queued: `time.monotonic()` when it came.
         scheduled: the same when its first pass began.
@@ -41,6 +43,7 @@ class RunningRequest:
     num_computed: int = 0
     output: list[int] = field(default_factory=list)
     prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
+    edits: RequestEdits | None = None
     probe: list[Tensor] | None = None
     queued: float = field(default_factory=time.monotonic)
     scheduled: float | None = None
