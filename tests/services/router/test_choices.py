@@ -90,6 +90,24 @@ async def test_usage_counts_all_choices_and_the_prompt_once() -> None:
 
 
 @async_test
+async def test_metrics_count_the_call_once_and_the_tokens_of_all_choices() -> None:
+    async with serving() as rig:
+        await rig.client.generate("tale", [1, 2, 3], n=4, **OPTIONS).results()
+        assert rig.server._router is not None
+        metrics = rig.server._router.metrics
+        await until(lambda: rig.server._router.admission.num_requests == 0)
+
+        def value(counter: Any, *labels: str) -> float:
+            (sample, *_) = counter.labels(*labels).collect()[0].samples
+            return float(sample.value)
+
+        assert value(metrics.success, "tale", "length") == 1
+        assert value(metrics.prompt_tokens, "tale") == 3
+        assert value(metrics.generation_tokens, "tale") == 28
+        assert value(metrics.in_progress, "tale") == 0
+
+
+@async_test
 async def test_prompt_logprobs_are_computed_once_and_logprobs_for_each() -> None:
     async with serving() as rig:
         completions = await rig.client.generate(
