@@ -242,8 +242,9 @@ class ScriptedEngine:
         return chain in self.loaded
 
     def token(self, request: EngineRequest, index: int) -> int:
-        """Greedy follows the script; sampling shifts it by the seed, so another seed gives another answer."""
-        shift = 0 if request.sampling.is_greedy else request.sampling.seed % len(self._script)
+        """Greedy follows the script; sampling shifts it, so another seed or choice gives another answer."""
+        sampling = request.sampling
+        shift = 0 if sampling.is_greedy else (sampling.seed + sampling.choice) % len(self._script)
         return self._script[(index + shift) % len(self._script)]
 
     async def generate(self, request: EngineRequest) -> AsyncIterator[Sequence[TokenEvent]]:

@@ -3,10 +3,12 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
+    GenerationConfig,
     LogitsProcessorList,
     MinPLogitsWarper,
     TemperatureLogitsWarper,
@@ -141,6 +143,14 @@ class Oracle:
             warpers.append(MinPLogitsWarper(min_p))
         ids = torch.tensor([prompt])
         return warpers(ids, self.logits([prompt])[0][-1:])[0].to(torch.float64).softmax(-1)
+
+    @torch.inference_mode()
+    def generate(self, prompt: Prompt, num_tokens: int, **options: Any) -> Prompt:
+        """Greedy tokens by transformers' own `generate`, with the processors that `options` ask for."""
+        settings = GenerationConfig(max_new_tokens=num_tokens, do_sample=False, pad_token_id=0, **options)
+        ids = torch.tensor([prompt])
+        (sequence,) = self._model.generate(ids, settings, attention_mask=torch.ones_like(ids)).tolist()
+        return tuple(sequence[len(prompt) :])
 
     def expect(self, prompts: Sequence[Prompt], num_tokens: int = NUM_TOKENS) -> list[Expected]:
         """Greedy tokens and logits of prompts."""

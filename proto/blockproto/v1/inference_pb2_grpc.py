@@ -63,8 +63,9 @@ class InferenceServiceServicer(object):
 
     def Generate(self, request, context):
         """Streams the tokens of one request. The first message carries `info`, the
-        last one carries `finish`; every message says at which output token it
-        starts, so that a client that was cut off can go on with `resume_from`.
+        last one of each choice carries `finish`; every message says at which output
+        token of which choice it starts, so that a client that was cut off can go on
+        with `resume_from` or `resume_choices`. Choices come interleaved.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

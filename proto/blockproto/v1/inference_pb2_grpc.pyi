@@ -35,8 +35,9 @@ class InferenceServiceStub:
     def __new__(cls, channel: _aio.Channel) -> InferenceServiceAsyncStub: ...
     Generate: _grpc.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]
     """Streams the tokens of one request. The first message carries `info`, the
-    last one carries `finish`; every message says at which output token it
-    starts, so that a client that was cut off can go on with `resume_from`.
+    last one of each choice carries `finish`; every message says at which output
+    token of which choice it starts, so that a client that was cut off can go on
+    with `resume_from` or `resume_choices`. Choices come interleaved.
     """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
     """Turns a prompt into the token ids that Generate would use."""
@@ -52,8 +53,9 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
     """Streams the tokens of one request. The first message carries `info`, the
-    last one carries `finish`; every message says at which output token it
-    starts, so that a client that was cut off can go on with `resume_from`.
+    last one of each choice carries `finish`; every message says at which output
+    token of which choice it starts, so that a client that was cut off can go on
+    with `resume_from` or `resume_choices`. Choices come interleaved.
     """
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Turns a prompt into the token ids that Generate would use."""
@@ -72,8 +74,9 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateResponse], _abc.AsyncIterator[_inference_pb2.GenerateResponse]]:
         """Streams the tokens of one request. The first message carries `info`, the
-        last one carries `finish`; every message says at which output token it
-        starts, so that a client that was cut off can go on with `resume_from`.
+        last one of each choice carries `finish`; every message says at which output
+        token of which choice it starts, so that a client that was cut off can go on
+        with `resume_from` or `resume_choices`. Choices come interleaved.
         """
 
     @_abc_1.abstractmethod

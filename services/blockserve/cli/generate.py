@@ -14,7 +14,7 @@ from blockserve.cli.options import JsonOption, RefArgument
 from blockserve.cli.output import format_seconds, note, print_json
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from blockserve.router.results import Completion, Finish, RequestInfo
 
@@ -54,6 +54,44 @@ MaxTokensOption = Annotated[
 ]
 
 
+RepetitionPenaltyOption = Annotated[
+    float | None,
+    typer.Option(
+        "--repetition-penalty",
+        metavar="X",
+        rich_help_panel=SAMPLING,
+        help="Above 1 avoids tokens of prompt and answer; 1 is none.",
+    ),
+]
+PresencePenaltyOption = Annotated[
+    float | None,
+    typer.Option(
+        "--presence-penalty",
+        metavar="X",
+        rich_help_panel=SAMPLING,
+        help="Avoids tokens of the answer; 0 is none.",
+    ),
+]
+FrequencyPenaltyOption = Annotated[
+    float | None,
+    typer.Option(
+        "--frequency-penalty",
+        metavar="X",
+        rich_help_panel=SAMPLING,
+        help="Avoids them more the more often they came; 0 is none.",
+    ),
+]
+LogitBiasOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--logit-bias",
+        metavar="ID=X",
+        rich_help_panel=SAMPLING,
+        help="Adds X to the logit of a token; repeatable.",
+    ),
+]
+
+
 @connects
 def generate(
     model: RefArgument,
@@ -73,7 +111,19 @@ def generate(
     top_p: TopPOption = None,
     min_p: MinPOption = None,
     seed: SeedOption = None,
+    repetition_penalty: RepetitionPenaltyOption = None,
+    presence_penalty: PresencePenaltyOption = None,
+    frequency_penalty: FrequencyPenaltyOption = None,
+    logit_bias: LogitBiasOption = None,
+    choices: Annotated[
+        int | None,
+        typer.Option("--n", metavar="N", rich_help_panel=SAMPLING, help="Answers to the one prompt."),
+    ] = None,
     max_tokens: MaxTokensOption = None,
+    min_tokens: Annotated[
+        int | None,
+        typer.Option("--min-tokens", metavar="N", rich_help_panel=STOPPING, help="Does not end before."),
+    ] = None,
     stop: Annotated[
         list[str] | None,
         typer.Option(
@@ -106,13 +156,14 @@ def generate(
     """Answer one prompt, streaming the text as it comes.
 
     The text goes to standard output; on a terminal a line about tokens and speed follows on standard error.
-    Ctrl-C cancels the request.
+    Ctrl-C cancels the request. Several answers (--n) are printed whole, a line above each.
 
     \b
     Examples:
       blockzoo generate smollm2 "In the beginning" --max-tokens 40
       blockzoo generate support-bot --chat "My invoice is wrong." --temperature 0
       cat report.txt | blockzoo generate legal --system "Summarise in two sentences."
+      blockzoo generate smollm2 "A name for a cat:" --n 3 --max-tokens 8
       blockzoo generate smollm2 "2 + 2 =" -t 0 -m 3 --json | jq -r .text
     """
     options = {
@@ -121,7 +172,13 @@ def generate(
         "top_p": top_p,
         "min_p": min_p,
         "seed": seed,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "logit_bias": _parse_bias(logit_bias),
+        "n": choices,
         "max_tokens": max_tokens,
+        "min_tokens": min_tokens,
         "stop": stop,
         "stop_token_ids": stop_token_ids,
         "ignore_eos": ignore_eos or None,
@@ -136,6 +193,9 @@ def generate(
             answer = client.chat(model, [*turns, {"role": "user", "content": text}], **given)
         else:
             answer = client.generate(model, text, **given)
+        if choices is not None and choices > 1:
+            _print_choices(answer.results(), as_json=as_json)
+            return
         if as_json:
             print_json(completion_to_json(answer.result()))
             return
@@ -149,6 +209,34 @@ def generate(
                 sys.stdout.flush()
                 if sys.stderr.isatty():
                     note(describe_answer(info, chunk.finish))
+
+
+def _print_choices(completions: Sequence[Completion], *, as_json: bool) -> None:
+    """Several answers: one JSON value, or texts with a line above each."""
+    if as_json:
+        print_json(choices_to_json(completions))
+        return
+    for completion in completions:
+        sys.stdout.write(f"--- {completion.choice + 1} of {len(completions)}\n{completion.text}\n")
+    sys.stdout.flush()
+    if sys.stderr.isatty():
+        note(describe_answer(completions[0].info, completions[0].finish))
+
+
+def _parse_bias(given: Sequence[str] | None) -> dict[int, float] | None:
+    """`ID=X` options as a mapping."""
+    if given is None:
+        return None
+    biases: dict[int, float] = {}
+    for option in given:
+        token, _, bias = option.partition("=")
+        try:
+            biases[int(token)] = float(bias)
+        except ValueError:
+            raise typer.BadParameter(
+                f"{option!r} is not ID=X, as in 42=-100", param_hint="--logit-bias"
+            ) from None
+    return biases
 
 
 def describe_answer(info: RequestInfo, finish: Finish) -> str:
@@ -181,6 +269,14 @@ def completion_to_json(completion: Completion) -> dict[str, Any]:
     if completion.logprobs:
         value["logprobs"] = [dataclasses.asdict(position) for position in completion.logprobs]
     return value
+
+
+def choices_to_json(completions: Sequence[Completion]) -> dict[str, Any]:
+    """Several answers as documented in docs/compatibility.md: what they share, and `choices`."""
+    own = ("text", "token_ids", "finish_reason", "matched", "time_to_first_token", "logprobs")
+    values = [completion_to_json(completion) for completion in completions]
+    shared = {name: value for name, value in values[0].items() if name not in own}
+    return shared | {"choices": [{name: value[name] for name in own if name in value} for value in values]}
 
 
 def _read_prompt(prompt: str) -> str:

@@ -31,6 +31,12 @@ class SamplingParams:
         top_p: keep the smallest set of tokens with this probability mass, in (0, 1].
         min_p: keep tokens at least this share as likely as the most likely, in [0, 1].
         seed: with (seed, choice, position) the noise is fixed; unsigned 64 bits.
+        choice: which of several answers to one prompt this is; unsigned 32 bits.
+        repetition_penalty: divides positive and multiplies negative logits of tokens of prompt and output;
+            above 0, 1 is none.
+        presence_penalty: subtracted from the logits of tokens of the output, once each.
+        frequency_penalty: subtracted for each time they are in it.
+        logit_bias: (token id, value to add to its logit), ids distinct.
     """
 
     temperature: float = 1.0
@@ -38,6 +44,16 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
+    choice: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the tokens so far change the logits of the next."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
     @property
     def is_greedy(self) -> bool:
@@ -56,6 +72,8 @@ class EngineRequest:
         sampling: how to draw.
         max_tokens: most output tokens, at least 1; prompt + max_tokens fits the context.
         stop_token_ids: ends after one of these (the token itself is reported).
+        min_tokens: the first so many output tokens are none of `held_token_ids`; at most max_tokens.
+        held_token_ids: see `min_tokens`; leaves tokens of the vocabulary to choose from.
         logprobs: None for none, else how many alternatives beside the chosen token.
         prompt_logprobs: report the log-probability of prompt tokens 1.. .
         deadline: `time.monotonic()` value after which the request is dropped, or None.
@@ -69,6 +87,8 @@ class EngineRequest:
     sampling: SamplingParams
     max_tokens: int
     stop_token_ids: frozenset[int] = frozenset()
+    min_tokens: int = 0
+    held_token_ids: frozenset[int] = frozenset()
     logprobs: int | None = None
     prompt_logprobs: bool = False
     deadline: float | None = None

@@ -24,7 +24,7 @@ from typing import Any, Self, TypedDict, Unpack
 import grpc
 
 from blockproto.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
-from blockserve.common.errors import RemoteError, UnavailableError
+from blockserve.common.errors import DeadlineExceededError, RemoteError, UnavailableError
 from blockserve.common.rpc_errors import from_rpc_error
 from blockserve.router import convert
 from blockserve.router.calls import GenerateCall, Prompt, SamplingWishes, StoppingWishes
@@ -48,11 +48,17 @@ class GenerateOptions(TypedDict, total=False):
     top_p: float
     min_p: float
     seed: int
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    n: int
     max_tokens: int
     stop: str | Sequence[str]
     stop_token_ids: Sequence[int]
     ignore_eos: bool
     include_stop: bool
+    min_tokens: int
     logprobs: int
     prompt_logprobs: bool
     priority: int
@@ -62,17 +68,33 @@ class GenerateOptions(TypedDict, total=False):
 
 
 class AsyncGeneration:
-    """An answer on its way: iterate for chunks, or await `result()` for all of it. Leaving it cancels it."""
+    """An answer on its way: iterate for chunks, or await `result()` for all of it. Leaving it cancels it.
 
-    def __init__(self, chunks: AsyncGenerator[Chunk, None]) -> None:
+    With `n` above 1 the chunks of all choices come interleaved, and `results()` gives an answer for each.
+    """
+
+    def __init__(self, chunks: AsyncGenerator[Chunk, None], num_choices: int = 1) -> None:
         self._chunks = chunks
+        self._num_choices = num_choices
 
     def __aiter__(self) -> AsyncIterator[Chunk]:
         return self._chunks
 
     async def result(self) -> Completion:
-        """The rest of the answer as one value."""
+        """The rest of the answer as one value.
+
+        Raises:
+            InvalidInputError: several choices were asked for.
+        """
+        if self._num_choices > 1:
+            raise InvalidInputError(
+                f"{self._num_choices} answers were asked for", hint="Call results().", field="n"
+            )
         return collect([chunk async for chunk in self._chunks])
+
+    async def results(self) -> tuple[Completion, ...]:
+        """The rest of all choices, in their order."""
+        return collect_choices([chunk async for chunk in self._chunks], self._num_choices)
 
     async def aclose(self) -> None:
         """Cancel it; the server frees its memory at once."""
@@ -223,6 +245,11 @@ class AsyncClient:
                 top_p=options.get("top_p"),
                 min_p=options.get("min_p"),
                 seed=options.get("seed"),
+                repetition_penalty=options.get("repetition_penalty"),
+                presence_penalty=options.get("presence_penalty", 0.0),
+                frequency_penalty=options.get("frequency_penalty", 0.0),
+                logit_bias=tuple(sorted(options.get("logit_bias", {}).items())),
+                n=options.get("n"),
             ),
             stopping=StoppingWishes(
                 max_tokens=options.get("max_tokens"),
@@ -230,6 +257,7 @@ class AsyncClient:
                 stop_token_ids=tuple(options.get("stop_token_ids", ())),
                 ignore_eos=options.get("ignore_eos", False),
                 include_stop=options.get("include_stop", False),
+                min_tokens=options.get("min_tokens", 0),
             ),
             logprobs=options.get("logprobs"),
             prompt_logprobs=options.get("prompt_logprobs", False),
@@ -237,32 +265,43 @@ class AsyncClient:
             cache_salt=options.get("cache_salt", ""),
         )
         timeout = options.get("timeout", self._timeout)
-        return AsyncGeneration(self._stream(call, timeout))
+        return AsyncGeneration(self._stream(call, timeout), call.num_choices)
 
     async def _stream(self, call: GenerateCall, timeout: float | None) -> AsyncGenerator[Chunk, None]:
         """The chunks of an answer, over as many connections as it takes."""
         deadline = None if timeout is None else time.monotonic() + timeout
         failures = 0
-        finished = False
+        finished: set[int] = set()
         while True:
             try:
                 async with aclosing(self._attempt(call, deadline)) as chunks:
                     async for chunk in chunks:
-                        failures = 0
                         call = continued(call, chunk)
-                        finished = chunk.finish is not None
+                        if chunk.choice in finished:
+                            # Resuming gives the end of every choice once more, which is no progress.
+                            continue
+                        failures = 0
+                        if chunk.finish is not None:
+                            finished.add(chunk.choice)
                         yield chunk
                 # The stream was read to its end, so the server saw an answer delivered, not a caller gone.
-                if finished:
+                if finished and len(finished) == call.num_choices:
                     return
                 raise UnavailableError("the answer broke off without an end", code="UNAVAILABLE")
             except BlockzooError as error:
-                if finished:
+                if finished and len(finished) == call.num_choices:
                     return
                 failures += 1
                 if failures > self._resume_attempts or not is_transient(error):
                     raise
-            await asyncio.sleep(min(FIRST_BACKOFF_SECONDS * 2 ** (failures - 1), MAX_BACKOFF_SECONDS))
+            pause = min(FIRST_BACKOFF_SECONDS * 2 ** (failures - 1), MAX_BACKOFF_SECONDS)
+            if deadline is not None and time.monotonic() + pause >= deadline:
+                # An attempt without time left can fail as unavailable before it fails as late.
+                raise DeadlineExceededError(
+                    f"the answer broke off and {timeout:g} s are not enough to go on",
+                    hint="Allow more time.",
+                )
+            await asyncio.sleep(pause)
 
     async def _attempt(self, call: GenerateCall, deadline: float | None) -> AsyncGenerator[Chunk, None]:
         """The chunks that one connection brings."""
@@ -273,16 +312,20 @@ class AsyncClient:
             raise InvalidInputError(f"the request cannot be sent: {error}") from error
         timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
         rpc = self._inference.Generate(message, metadata=self._metadata, timeout=timeout)
+        is_resumed = call.is_resumed
         try:
             async for response in rpc:
                 chunk = convert.chunk_from_message(response)
-                if chunk.first_token_index != call.resume_from:
+                if not chunk.choice < call.num_choices:
+                    raise RemoteError(f"choice {chunk.choice} came where {call.num_choices} were asked for")
+                if chunk.first_token_index != call.resume_point(chunk.choice):
                     raise RemoteError(
-                        f"token {chunk.first_token_index} came where token {call.resume_from} was next"
+                        f"token {chunk.first_token_index} came where token "
+                        f"{call.resume_point(chunk.choice)} was next"
                     )
+                call = call.advanced(chunk.choice, len(chunk.token_ids))
                 # `info` belongs to the caller's first chunk, not to the first after each interruption.
-                yield replace(chunk, info=None) if call.resume_from else chunk
-                call = replace(call, resume_from=call.resume_from + len(chunk.token_ids))
+                yield replace(chunk, info=None) if is_resumed else chunk
         except grpc.RpcError as error:
             raise from_rpc_error(error) from error
         finally:
@@ -294,7 +337,7 @@ def continued(call: GenerateCall, chunk: Chunk) -> GenerateCall:
     if chunk.info is not None:
         sampling = replace(call.sampling, seed=chunk.info.seed)
         call = replace(call, model=chunk.info.ref, sampling=sampling)
-    return replace(call, resume_from=chunk.first_token_index + len(chunk.token_ids))
+    return call.advanced(chunk.choice, len(chunk.token_ids))
 
 
 def is_transient(error: BlockzooError) -> bool:
@@ -308,18 +351,38 @@ def collect(chunks: Sequence[Chunk]) -> Completion:
     Raises:
         RemoteError: the first chunk lacks `info` or the last lacks `finish`.
     """
+    (completion,) = collect_choices(chunks, 1)
+    return completion
+
+
+def collect_choices(chunks: Sequence[Chunk], num_choices: int) -> tuple[Completion, ...]:
+    """Chunks as one answer for each choice.
+
+    Raises:
+        RemoteError: the first chunk lacks `info` or the last one of a choice lacks `finish`.
+    """
+    by_choice: list[list[Chunk]] = [[] for _ in range(num_choices)]
+    for chunk in chunks:
+        by_choice[chunk.choice].append(chunk)
+    finishes = [mine[-1].finish if mine else None for mine in by_choice]
     first, last = (chunks[0], chunks[-1]) if chunks else (None, None)
-    if first is None or last is None or first.info is None or last.finish is None:
-        raise RemoteError("the answer is not whole", hint="Call result() before taking chunks.")
+    if first is None or last is None or first.info is None or last.finish is None or None in finishes:
+        raise RemoteError("the answer is not whole", hint="Take the result before taking chunks.")
     info: RequestInfo = first.info
-    return Completion(
-        request_id=first.request_id,
-        text="".join(chunk.text for chunk in chunks),
-        token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
-        info=info,
-        finish=last.finish,
-        logprobs=tuple(position for chunk in chunks for position in chunk.logprobs),
-        prompt_logprobs=first.prompt_logprobs,
+    usage = last.finish.usage
+    return tuple(
+        Completion(
+            request_id=first.request_id,
+            text="".join(chunk.text for chunk in mine),
+            token_ids=tuple(token for chunk in mine for token in chunk.token_ids),
+            info=info,
+            finish=replace(finish, usage=usage),
+            logprobs=tuple(position for chunk in mine for position in chunk.logprobs),
+            prompt_logprobs=first.prompt_logprobs,
+            choice=choice,
+        )
+        for choice, (mine, finish) in enumerate(zip(by_choice, finishes, strict=True))
+        if finish is not None
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from blockserve.router.chat import Conversation
 
@@ -19,6 +19,11 @@ class SamplingWishes:
     top_p: float | None = None
     min_p: float | None = None
     seed: int | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    n: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +35,7 @@ class StoppingWishes:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     include_stop: bool = False
+    min_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +51,7 @@ class GenerateCall:
         logprobs: None for none, else how many alternatives.
         prompt_logprobs: report the prompt's log-probabilities too.
         resume_from: first output token wanted.
+        resume_choices: the same for each of several choices.
         priority: smaller runs first.
         cache_salt: separates this caller's cached prefixes from those of others.
     """
@@ -57,5 +64,28 @@ class GenerateCall:
     logprobs: int | None = None
     prompt_logprobs: bool = False
     resume_from: int = 0
+    resume_choices: tuple[int, ...] = ()
     priority: int = 0
     cache_salt: str = ""
+
+    @property
+    def num_choices(self) -> int:
+        """How many answers are wanted."""
+        return 1 if self.sampling.n is None else self.sampling.n
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether some of the answer is there already."""
+        return bool(self.resume_from or any(self.resume_choices))
+
+    def resume_point(self, choice: int) -> int:
+        """First output token wanted of a choice."""
+        return self.resume_choices[choice] if self.resume_choices else self.resume_from
+
+    def advanced(self, choice: int, num_tokens: int) -> GenerateCall:
+        """The call for what follows that many more tokens of a choice."""
+        if self.num_choices == 1 and not self.resume_choices:
+            return replace(self, resume_from=self.resume_from + num_tokens)
+        points = list(self.resume_choices or (0,) * self.num_choices)
+        points[choice] += num_tokens
+        return replace(self, resume_choices=tuple(points))

@@ -51,6 +51,10 @@ class Generation:
         """The rest of the answer as one value."""
         return self._portal.run(self._inner.result())
 
+    def results(self) -> tuple[Completion, ...]:
+        """The rest of all choices, in their order."""
+        return self._portal.run(self._inner.results())
+
     def close(self) -> None:
         """Cancel it; the server frees its memory at once."""
         if not self._portal.is_running:

@@ -41,6 +41,37 @@ class RouterConfig(Section):
         reason="Above 2 the distribution is nearly flat and the answer is noise.",
         gt=0,
     )
+    max_repetition_penalty: float = setting(
+        10.0,
+        "Highest repetition penalty taken, and one over the lowest.",
+        reason="Sensible values lie between 0.8 and 1.5; a factor of 10 leaves nothing of a logit's meaning.",
+        ge=1,
+        le=1000,
+    )
+    max_penalty: float = setting(
+        2.0,
+        "Largest presence and frequency penalty taken, of either sign.",
+        reason="The range that other servers of language models take.",
+        ge=0,
+    )
+    max_logit_bias: float = setting(
+        100.0,
+        "Largest logit bias taken, of either sign.",
+        reason="100 decides between any two tokens of a real model; more says the same.",
+        ge=0,
+    )
+    max_logit_bias_tokens: int = setting(
+        300,
+        "Most tokens of one request that have a bias.",
+        reason="Each is touched at every step of the request.",
+        ge=0,
+    )
+    max_choices: int = setting(
+        16,
+        "Most answers to the prompt of one request.",
+        reason="Each is a sequence of its own in the batch and in the KV cache.",
+        ge=1,
+    )
     max_stop_strings: int = setting(
         16, "Most stop strings of one request.", reason="Each is followed character by character.", ge=0
     )

@@ -61,6 +61,11 @@ def call_from_message(message: inference_pb2.GenerateRequest, made_up_id: str) -
             top_p=_given(sampling, "top_p"),
             min_p=_given(sampling, "min_p"),
             seed=_given(sampling, "seed"),
+            repetition_penalty=_given(sampling, "repetition_penalty"),
+            presence_penalty=_meant(sampling.presence_penalty),
+            frequency_penalty=_meant(sampling.frequency_penalty),
+            logit_bias=tuple(sorted((token, _meant(bias)) for token, bias in sampling.logit_bias.items())),
+            n=_given(sampling, "n"),
         ),
         stopping=StoppingWishes(
             max_tokens=_given(stopping, "max_tokens"),
@@ -68,10 +73,12 @@ def call_from_message(message: inference_pb2.GenerateRequest, made_up_id: str) -
             stop_token_ids=tuple(stopping.stop_token_ids),
             ignore_eos=stopping.ignore_eos,
             include_stop=stopping.include_stop_str_in_output,
+            min_tokens=stopping.min_tokens,
         ),
         logprobs=_given(response, "logprobs"),
         prompt_logprobs=response.prompt_logprobs,
         resume_from=message.resume_from,
+        resume_choices=tuple(message.resume_choices),
         priority=message.priority,
         cache_salt=message.cache_salt,
     )
@@ -88,6 +95,11 @@ def call_to_message(call: GenerateCall) -> inference_pb2.GenerateRequest:
             top_p=call.sampling.top_p,
             min_p=call.sampling.min_p,
             seed=call.sampling.seed,
+            repetition_penalty=call.sampling.repetition_penalty,
+            presence_penalty=call.sampling.presence_penalty,
+            frequency_penalty=call.sampling.frequency_penalty,
+            logit_bias=dict(call.sampling.logit_bias),
+            n=call.sampling.n,
         ),
         stopping=inference_pb2.StoppingCriteria(
             max_tokens=call.stopping.max_tokens,
@@ -95,7 +107,9 @@ def call_to_message(call: GenerateCall) -> inference_pb2.GenerateRequest:
             stop_token_ids=call.stopping.stop_token_ids,
             ignore_eos=call.stopping.ignore_eos,
             include_stop_str_in_output=call.stopping.include_stop,
+            min_tokens=call.stopping.min_tokens,
         ),
+        resume_choices=call.resume_choices,
         response=inference_pb2.ResponseOptions(logprobs=call.logprobs, prompt_logprobs=call.prompt_logprobs),
         resume_from=call.resume_from,
         cache_salt=call.cache_salt,
@@ -207,8 +221,12 @@ def _given(message: Any, field: str) -> Any:
     if not message.HasField(field):
         return None
     value = getattr(message, field)
-    # Floats cross the wire in 32 bits; seven digits give back what was meant (0.7, not 0.69999999).
-    return float(f"{value:.7g}") if isinstance(value, float) else value
+    return _meant(value) if isinstance(value, float) else value
+
+
+def _meant(value: float) -> float:
+    """Floats cross the wire in 32 bits; seven digits give back what was meant (0.7, not 0.69999999)."""
+    return float(f"{value:.7g}")
 
 
 # ---- pages
@@ -249,6 +267,7 @@ def chunk_to_message(chunk: Chunk) -> inference_pb2.GenerateResponse:
         prompt_logprobs=_logprobs_to_messages(chunk.prompt_logprobs),
         info=None if chunk.info is None else _info_to_message(chunk.info),
         finish=None if chunk.finish is None else _finish_to_message(chunk.finish),
+        choice=chunk.choice,
     )
 
 
@@ -263,6 +282,7 @@ def chunk_from_message(message: inference_pb2.GenerateResponse) -> Chunk:
         prompt_logprobs=_logprobs_from_messages(message.prompt_logprobs),
         info=_info_from_message(message.info) if message.HasField("info") else None,
         finish=_finish_from_message(message.finish) if message.HasField("finish") else None,
+        choice=message.choice,
     )
 
 

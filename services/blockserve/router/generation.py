@@ -134,7 +134,9 @@ class Answer:
         """The text that may be shown once this token is known; sets `_finish` when it is the last."""
         ended_by_token = event.finish is FinishReason.STOP
         hidden = ended_by_token and not self._plan.call.stopping.include_stop
-        text = "" if hidden else self._matcher.push(self._text.push(event.token_id))
+        text = "" if hidden else self._text.push(event.token_id)
+        if event.index >= self._plan.call.stopping.min_tokens:
+            text = self._matcher.push(text)
         if event.finish is not None and self._matcher.matched is None:
             text += self._matcher.push(self._text.finish())
         if self._matcher.matched is not None:

@@ -22,6 +22,12 @@ from blockserve.router.calls import GenerateCall, SamplingWishes, StoppingWishes
 from blockserve.router.chat import Conversation
 from blockserve.router.config import RouterConfig
 from blockserve.router.resolve import ServedVariant
+from blockserve.router.sampling_checks import (
+    check_choices,
+    check_held,
+    check_logit_edits,
+    check_resolved,
+)
 
 MIN_TEMPERATURE = 1e-3
 """Below it, logits over temperature leave float32's range; such a caller means greedy, which is 0."""
@@ -49,10 +55,13 @@ def check_call(call: GenerateCall, limits: RouterConfig) -> None:
 
     Raises:
         SamplingError: naming the field.
+        ResumeError: it is not said where each choice goes on.
         PromptError: a conversation with no or too many turns.
         EmptyPromptError: no text and no tokens.
     """
     _check_sampling(call.sampling, limits)
+    check_logit_edits(call.sampling, limits)
+    check_choices(call, limits)
     _check_stopping(call.stopping, limits)
     if call.logprobs is not None and call.logprobs > limits.max_logprobs:
         raise SamplingError("response.logprobs", f"{call.logprobs} is more than {limits.max_logprobs}")
@@ -110,8 +119,12 @@ def plan(
             raise SamplingError(f"stopping.stop_token_ids[{i}]", _outside(token, vocab))
     sampling = _sampling(call.sampling, variant)
     max_tokens = _max_tokens(call.stopping.max_tokens, variant, len(prompt), limits)
+    check_resolved(call, sampling, vocab=vocab, max_tokens=max_tokens)
     _check_resume(call, sampling, max_tokens)
     eos = frozenset() if call.stopping.ignore_eos else variant.defaults.eos_token_ids
+    # End tokens that are ignored are held back all the same, as in vLLM: a longer answer is wanted.
+    held = variant.defaults.eos_token_ids | frozenset(call.stopping.stop_token_ids)
+    check_held(held, call.stopping.min_tokens, vocab)
     request = EngineRequest(
         request_id=engine_id,
         chain=variant.record.chain,
@@ -119,6 +132,8 @@ def plan(
         sampling=sampling,
         max_tokens=max_tokens,
         stop_token_ids=eos | frozenset(call.stopping.stop_token_ids),
+        min_tokens=call.stopping.min_tokens,
+        held_token_ids=held if call.stopping.min_tokens else frozenset(),
         logprobs=call.logprobs,
         prompt_logprobs=call.prompt_logprobs,
         deadline=deadline,
@@ -207,6 +222,10 @@ def _sampling(wishes: SamplingWishes, variant: ServedVariant) -> SamplingParams:
         top_p=first(wishes.top_p, defaults.top_p, 1.0),
         min_p=first(wishes.min_p, defaults.min_p, 0.0),
         seed=secrets.randbits(64) if wishes.seed is None else wishes.seed,
+        repetition_penalty=first(wishes.repetition_penalty, defaults.repetition_penalty, 1.0),
+        presence_penalty=wishes.presence_penalty,
+        frequency_penalty=wishes.frequency_penalty,
+        logit_bias=wishes.logit_bias,
     )
 
 
@@ -221,7 +240,8 @@ def _max_tokens(asked: int | None, variant: ServedVariant, prompt_tokens: int, l
 
 
 def _check_resume(call: GenerateCall, sampling: SamplingParams, max_tokens: int) -> None:
-    if not call.resume_from:
+    furthest = max(call.resume_from, *call.resume_choices, 0)
+    if not furthest:
         return
     if call.sampling.seed is None and not sampling.is_greedy:
         raise ResumeError(
@@ -229,11 +249,12 @@ def _check_resume(call: GenerateCall, sampling: SamplingParams, max_tokens: int)
             hint="Send `info.seed` of the first answer as sampling.seed.",
             field="sampling.seed",
         )
-    if call.resume_from > max_tokens:
+    if furthest > max_tokens:
+        field = "resume_choices" if call.resume_choices else "resume_from"
         raise ResumeError(
-            f"resume_from is {call.resume_from}, but the answer has at most {max_tokens} tokens",
+            f"{field} is {furthest}, but the answer has at most {max_tokens} tokens",
             hint="Send the number of tokens already received.",
-            field="resume_from",
+            field=field,
         )
 
 

@@ -36,7 +36,7 @@ class RequestInfo:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens that were processed."""
+    """Tokens that were processed for a request, all its choices together."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -70,9 +70,10 @@ class Chunk:
         token_ids: output tokens, stop and end tokens included.
         text: the text they add; it can lag behind the tokens by half a character or half a stop string.
         logprobs: one per token, when asked for.
-        prompt_logprobs: with the first chunk, when asked for: one per prompt token after the first.
+        prompt_logprobs: with the first chunk of choice 0, when asked for: one per prompt token but the first.
         info: with the first chunk.
-        finish: with the last chunk.
+        finish: with the last chunk of each choice; its usage is of the whole request as far as it has come.
+        choice: which of several answers it belongs to.
     """
 
     request_id: str
@@ -83,11 +84,12 @@ class Chunk:
     prompt_logprobs: tuple[PositionLogprobs, ...] = ()
     info: RequestInfo | None = None
     finish: Finish | None = None
+    choice: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A whole answer; fields as in `Chunk`."""
+    """A whole answer; fields as in `Chunk`, and usage is that of the whole request."""
 
     request_id: str
     text: str
@@ -96,6 +98,7 @@ class Completion:
     finish: Finish
     logprobs: tuple[PositionLogprobs, ...] = ()
     prompt_logprobs: tuple[PositionLogprobs, ...] = ()
+    choice: int = 0
 
 
 @dataclass(frozen=True, slots=True)

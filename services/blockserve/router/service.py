@@ -18,10 +18,11 @@ from blockserve.common.errors import (
     DeadlineTooShortError,
     QueueFullError,
 )
-from blockserve.common.metrics import AnswerMeter, MetricsRegistry, RequestMetrics
+from blockserve.common.metrics import AnswerMeter, MetricsRegistry, RequestMeter, RequestMetrics
 from blockserve.router.admission import Admission
 from blockserve.router.calls import GenerateCall
 from blockserve.router.chat import ChatLimits, ChatRenderer, Conversation
+from blockserve.router.choices import Choices
 from blockserve.router.config import RouterConfig
 from blockserve.router.generation import Answer, stream_answer
 from blockserve.router.loading import ChainLoader
@@ -98,7 +99,7 @@ class Router:
                 with self.admission.admit():
                     resolved, answer = await self._prepare(call, arrival, deadline)
                     meter.resolve(resolved.variant.record.name, len(resolved.request.prompt))
-                    async with aclosing(self._logged(resolved, answer, arrival, meter.answer())) as chunks:
+                    async with aclosing(self._logged(resolved, answer, arrival, meter)) as chunks:
                         async for chunk in chunks:
                             yield chunk
             except QueueFullError as error:
@@ -107,7 +108,7 @@ class Router:
 
     async def _prepare(
         self, call: GenerateCall, arrival: float, deadline: float | None
-    ) -> tuple[Plan, Answer]:
+    ) -> tuple[Plan, Choices]:
         """Everything that comes before the engine."""
         variant = await self._catalog.get(call.model)
         prompt = await self._prompt_ids(variant, call)
@@ -115,7 +116,7 @@ class Router:
         resolved = plan(call, variant, prompt, self.config, engine_id=engine_id, deadline=deadline)
         self._check_deadline(resolved)
         tokenizer = await self._catalog.tokenizer(variant)
-        return resolved, Answer(resolved, tokenizer, arrival=arrival)
+        return resolved, Choices(resolved, tokenizer, arrival=arrival)
 
     def _check_deadline(self, resolved: Plan) -> None:
         """Refuse at once what would wait in vain (DeadlineTooShortError); in doubt let it try.
@@ -141,12 +142,12 @@ class Router:
             self._pacer.note_served(time.monotonic() - answer.timing.scheduled)
 
     async def _logged(
-        self, resolved: Plan, answer: Answer, arrival: float, meter: AnswerMeter
+        self, resolved: Plan, answer: Choices, arrival: float, meter: RequestMeter
     ) -> AsyncGenerator[Chunk, None]:
         """The answer's chunks, and one line in the log at its end."""
         outcome = ""
         try:
-            async with aclosing(self._run(resolved, answer, meter)) as chunks:
+            async with aclosing(self._run_all(answer, meter)) as chunks:
                 async for chunk in chunks:
                     yield chunk
         except Exception as error:
@@ -235,6 +236,14 @@ class Router:
             segments=report.segments,
         )
 
+    def _run_all(self, choices: Choices, meter: RequestMeter) -> AsyncGenerator[Chunk, None]:
+        """The chunks of every choice."""
+        streams = [
+            self._run(one, answer, meter.answer())
+            for one, answer in zip(choices.plans, choices.answers, strict=True)
+        ]
+        return streams[0] if len(streams) == 1 else choices.merge(streams)
+
     async def _run(self, resolved: Plan, answer: Answer, meter: AnswerMeter) -> AsyncGenerator[Chunk, None]:
         """Load, stream and count; once more when the chain was unloaded between the first two."""
         chain, deadline = resolved.request.chain, resolved.request.deadline
@@ -309,7 +318,7 @@ def _damaged_model(variant: DamagedVariant) -> ModelInfo:
     )
 
 
-def _log_request(resolved: Plan, answer: Answer, outcome: str, seconds: float) -> None:
+def _log_request(resolved: Plan, answer: Choices, outcome: str, seconds: float) -> None:
     """One line per request; never what was said."""
     log.info(
         "request id=%s model=%s outcome=%s prompt_tokens=%d output_tokens=%d first_token=%.3f seconds=%.3f",

@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 ReadFile = Callable[[str], bytes | None]
 """File name to contents, None when the variant has no such file."""
 
+MIN_REPETITION_PENALTY = 1e-3
+"""A file's penalty nearer to 0, or beyond its inverse, would take logits out of float32's range."""
+
 _SPECIAL_TOKENS = (
     "bos_token",
     "eos_token",
@@ -37,7 +40,8 @@ class GenerationDefaults:
 
     Attributes:
         eos_token_ids: end tokens.
-        temperature, top_k, top_p, min_p: as in `SamplingParams`, None where the variant says nothing.
+        temperature, top_k, top_p, min_p, repetition_penalty: as in `SamplingParams`, None where the variant
+            says nothing.
     """
 
     eos_token_ids: frozenset[int] = frozenset()
@@ -45,19 +49,25 @@ class GenerationDefaults:
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+    repetition_penalty: float | None = None
 
 
 def generation_defaults(read: ReadFile, vocab_size: int) -> GenerationDefaults:
     """From generation_config.json, and end tokens from config.json where it names none.
 
-    A file with `do_sample` false asks for greedy; one that does not mention it asks for nothing.
+    A file with `do_sample` false asks for greedy; one that does not mention it asks for none of sampling's
+    values. The repetition penalty is for greedy answers too.
     """
     generation, config = _json_object(read, "generation_config.json"), _json_object(read, "config.json")
     ids = generation.get("eos_token_id")
     eos = _token_ids(config.get("eos_token_id") if ids is None else ids, vocab_size)
     do_sample = generation.get("do_sample")
+    penalty = _number(
+        generation, "repetition_penalty", lambda p: MIN_REPETITION_PENALTY <= p <= 1 / MIN_REPETITION_PENALTY
+    )
     if do_sample is not True:
-        return GenerationDefaults(eos, temperature=0.0 if do_sample is False else None)
+        temperature = 0.0 if do_sample is False else None
+        return GenerationDefaults(eos, temperature=temperature, repetition_penalty=penalty)
     top_k = _number(generation, "top_k", lambda k: k >= 0 and k == int(k))
     return GenerationDefaults(
         eos,
@@ -65,6 +75,7 @@ def generation_defaults(read: ReadFile, vocab_size: int) -> GenerationDefaults:
         top_k=None if top_k is None else min(int(top_k), vocab_size),
         top_p=_number(generation, "top_p", lambda p: 0 < p <= 1),
         min_p=_number(generation, "min_p", lambda p: 0 <= p <= 1),
+        repetition_penalty=penalty,
     )
 
 

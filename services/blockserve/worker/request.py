@@ -10,6 +10,7 @@ from torch import Tensor
 
 from blockserve.common.engine_api import EngineRequest, PositionLogprobs, RequestTiming, TokenEvent
 from blockserve.worker.blocks import LoadedChain
+from blockserve.worker.edits import RequestEdits
 from blockserve.worker.kv import KvTable
 from blockserve.worker.prefix import TokensDigest
 from blockzoo.errors import BlockzooError
@@ -33,6 +34,7 @@ class RunningRequest:
         token_digests: of its full pages, as far as anyone asked; see `prefix`.
         output: tokens sampled so far.
         prompt_logprobs: collected while the prompt is computed, when asked for.
+        edits: bias and penalties, made from request and output when first needed.
         probe: receives the logits of every prompt position (float32 [rows, vocab]) when set; see `debug`.
         queued: `time.monotonic()` when it came.
         scheduled: the same when its first pass began.
@@ -48,6 +50,7 @@ class RunningRequest:
     token_digests: list[TokensDigest] = field(default_factory=list)
     output: list[int] = field(default_factory=list)
     prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
+    edits: RequestEdits | None = None
     probe: list[Tensor] | None = None
     queued: float = field(default_factory=time.monotonic)
     scheduled: float | None = None

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from blockkernels.penalties import RowEdit, edit_logits
 from blockkernels.sampling import SamplingBatch, logprobs, nonfinite_rows, sample
 from blockserve.common.engine_api import FinishReason, PositionLogprobs, TokenEvent
 from blockserve.common.errors import EngineFailedError
+from blockserve.worker.edits import RequestEdits, edits_logits
 from blockserve.worker.request import ChunkLogits, Outcome, RunningRequest
 
 
@@ -27,10 +29,10 @@ def sample_next(results: Sequence[ChunkLogits]) -> list[tuple[RunningRequest, Ou
         top_p=[one.top_p for one in params],
         min_p=[one.min_p for one in params],
         seed=[one.seed for one in params],
-        choice=[0] * len(params),
+        choice=[one.choice for one in params],
         position=[len(one.output) for one in running],
     )
-    tokens: list[int] = sample(logits, batch).tolist()
+    tokens: list[int] = sample(_edited(logits, running), batch).tolist()
     chosen = _logprobs(logits, tokens, [one.request.logprobs for one in running])
     outcomes: list[tuple[RunningRequest, Outcome]] = []
     for place, (one, token) in enumerate(zip(running, tokens, strict=True)):
@@ -48,6 +50,21 @@ def sample_next(results: Sequence[ChunkLogits]) -> list[tuple[RunningRequest, Ou
         cached = one.num_cached if index == 0 else 0
         outcomes.append((one, [TokenEvent(index, token, chosen[place], prompt, finish, cached)]))
     return outcomes
+
+
+def _edited(logits: Tensor, running: Sequence[RunningRequest]) -> Tensor:
+    """Logits to draw from; the given ones stay as they are where somebody wants to know them."""
+    edits: list[RowEdit] = []
+    for place, one in enumerate(running):
+        if edits_logits(one.request):
+            one.edits = one.edits or RequestEdits(one.request)
+            edits.append(one.edits.row(place, one.output))
+    if not edits:
+        return logits
+    if any(one.request.logprobs is not None for one in running):
+        logits = logits.clone()
+    edit_logits(logits, edits)
+    return logits
 
 
 def _logprobs(

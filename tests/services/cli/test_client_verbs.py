@@ -62,6 +62,49 @@ def test_options_reach_the_engine(run, served):
     assert sent(served).stop_token_ids == {5}
 
 
+def test_penalties_reach_the_engine(run, served):
+    words = "--repetition-penalty 1.2 --presence-penalty -0.5 --frequency-penalty 0.25 --min-tokens 2 -m 3"
+    bias = "--logit-bias 5=-100 --logit-bias 6=2.5"
+    assert run("generate", "tale", "x", *words.split(), *bias.split()).code == 0
+    request = sent(served)
+    sampling = request.sampling
+    assert (sampling.repetition_penalty, sampling.presence_penalty) == (1.2, -0.5)
+    assert (sampling.frequency_penalty, request.min_tokens) == (0.25, 2)
+    assert sampling.logit_bias == ((5, -100.0), (6, 2.5))
+
+
+@pytest.mark.parametrize("bias", ["5", "x=1", "5=", "5=x", "=1"])
+def test_a_bias_that_is_none_is_a_mistake_of_the_command_line(run, served, bias):
+    outcome = run("generate", "tale", "x", "--logit-bias", bias)
+    assert outcome.code == 2
+    assert "42=-100" in outcome.err
+    assert served.rig.engine.requests == []
+
+
+def test_several_answers_have_a_line_above_each(run, served):
+    outcome = run("generate", "tale", "x", "--n", 3, "--seed", 1, "-m", 4)
+    texts = [run("generate", "tale", "x", "--seed", seed, "-m", 4).out for seed in (1, 2, 3)]
+    assert outcome.code == 0
+    assert outcome.out == "".join(f"--- {place} of 3\n{text}" for place, text in enumerate(texts, 1))
+    assert len(set(texts)) == 3
+
+
+def test_no_answers_are_a_mistake_that_the_server_names(run, served):
+    outcome = run("generate", "tale", "x", "--n", 0, "--json")
+    assert (outcome.code, outcome.error["metadata"]["field"]) == (1, "sampling.n")
+
+
+def test_several_answers_as_json(run, served):
+    value = run("generate", "tale", "x", "--n", 2, "--seed", 1, "-m", 4, "--json", "--logprobs", 1).json
+    one = run("generate", "tale", "x", "--seed", 2, "-m", 4, "--json", "--logprobs", 1).json
+    own = {"text", "token_ids", "finish_reason", "matched", "time_to_first_token", "logprobs"}
+    assert set(value) == set(one) - own | {"choices"}
+    assert value["usage"]["completion_tokens"] == 8
+    assert [set(choice) for choice in value["choices"]] == [own, own]
+    for name in ("text", "token_ids", "logprobs"):
+        assert value["choices"][1][name] == one[name]
+
+
 def test_unset_options_are_left_to_the_variant(run, served):
     run("generate", "tale", "x", "-m", 1)
     assert sent(served).stop_token_ids == {byte_level_tokenizer().token_to_id("</s>")}

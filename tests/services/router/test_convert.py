@@ -35,11 +35,23 @@ def test_a_full_call_survives_the_wire(prompt: Prompt) -> None:
         "id-1",
         "tale@2",
         prompt,
-        SamplingWishes(temperature=0.7, top_k=5, top_p=0.95, min_p=0.05, seed=2**64 - 1),
-        StoppingWishes(7, ("a", "b"), (1, 2), ignore_eos=True, include_stop=True),
+        SamplingWishes(
+            temperature=0.7,
+            top_k=5,
+            top_p=0.95,
+            min_p=0.05,
+            seed=2**64 - 1,
+            repetition_penalty=1.1,
+            presence_penalty=-0.3,
+            frequency_penalty=0.7,
+            logit_bias=((0, -100.0), (7, 0.1)),
+            n=3,
+        ),
+        StoppingWishes(7, ("a", "b"), (1, 2), ignore_eos=True, include_stop=True, min_tokens=4),
         logprobs=3,
         prompt_logprobs=True,
         resume_from=9,
+        resume_choices=(1, 2, 3),
         priority=-4,
         cache_salt="salt",
     )
@@ -53,6 +65,8 @@ def test_what_is_unset_stays_unset() -> None:
     call = convert.call_from_message(message, "made-up")
     assert call == GenerateCall("made-up", "tale", "x")
     assert not convert.call_to_message(call).sampling.HasField("temperature")
+    assert not convert.call_to_message(call).sampling.HasField("n")
+    assert (call.num_choices, call.is_resumed) == (1, False)
 
 
 def test_zero_is_not_unset() -> None:
@@ -129,6 +143,7 @@ def test_a_full_chunk_survives_the_wire(matched: str | int | None) -> None:
         positions[1:],
         RequestInfo("tale", 2, "c0ffee", 2**64 - 1, 10, ("quantised",)),
         Finish(FinishReason.LENGTH, matched, Usage(10, 7, 4), 0.25),
+        2,
     )
     data = convert.chunk_to_message(chunk).SerializeToString()
     assert convert.chunk_from_message(inference_pb2.GenerateResponse.FromString(data)) == chunk

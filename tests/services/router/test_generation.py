@@ -112,6 +112,20 @@ def test_a_stop_string_ends_the_answer_and_drops_what_follows() -> None:
     assert finish.usage.completion_tokens == len(chunks[-1].token_ids)
 
 
+def test_stop_strings_are_looked_for_after_the_least_length() -> None:
+    """As in vLLM: text of the first tokens is shown as it is, and no match begins in it."""
+    batch = events("abababab")
+    plan = make_plan(stopping=StoppingWishes(stop=("ba",), min_tokens=3))
+    for batches in ([batch], [[event] for event in batch]):
+        chunks = chunks_of(plan, batches)
+        finish = chunks[-1].finish
+        assert finish is not None
+        assert (finish.reason, finish.matched, text_of(chunks)) == (FinishReason.STOP, "ba", "aba")
+        assert finish.usage.completion_tokens == 5
+    plan = make_plan(stopping=StoppingWishes(stop=("ba",), min_tokens=8))
+    assert text_of(chunks_of(plan, [batch])) == "abababab"
+
+
 def test_time_to_first_token_is_from_arrival_to_the_first_token_shown() -> None:
     times = iter([0.25, 9.0, 9.0])
     chunks = chunks_of(make_plan(), [[event] for event in events("abc")], clock=lambda: next(times))

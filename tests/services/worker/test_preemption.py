@@ -89,6 +89,37 @@ def test_answers_are_those_of_an_undisturbed_run(tiny: TinyZoo, sharing: Any) ->
                 assert one.logprobs.logprob == pytest.approx(other.logprobs.logprob, abs=1e-4)
 
 
+def test_penalties_count_the_same_tokens_after_recomputing(tiny: TinyZoo) -> None:
+    """What was drawn before pre-emption is still output, the only part whose occurrences count."""
+    penalised = SamplingParams(
+        temperature=0.9,
+        repetition_penalty=1.3,
+        presence_penalty=0.6,
+        frequency_penalty=0.4,
+        logit_bias=((7, 2.0), (11, -3.0)),
+    )
+    plain = replace(penalised, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0)
+
+    def requests(sampling: SamplingParams) -> list[EngineRequest]:
+        return [
+            ask(
+                tiny.chains["base"], tuple(range(3, 13 + number)), 60, sampling=replace(sampling, seed=number)
+            )
+            for number in range(8)
+        ]
+
+    with serving(tiny, SMALL) as engine:
+        expected = answers(engine, requests(penalised))
+        unpenalised = answers(engine, requests(plain))
+        assert engine.report().preemptions == 0
+    with serving(tiny, TIGHT) as engine:
+        found = answers(engine, requests(penalised))
+        assert engine.report().preemptions > 0
+    tokens = [[event.token_id for event in events] for events in found]
+    assert tokens == [[event.token_id for event in events] for events in expected]
+    assert tokens != [[event.token_id for event in events] for events in unpenalised]
+
+
 def test_prompt_logprobs_are_told_once(tiny: TinyZoo) -> None:
     prompts = [tuple(range(start, start + 40)) for start in (3, 50, 90)]
     requests = [ask(tiny.chains["base"], prompt, 50, prompt_logprobs=True) for prompt in prompts]
