@@ -27,7 +27,7 @@ _OPTIONS = [
 _RECONNECT = [
     # gRPC would wait for up to two minutes; who resumes has a back-off of its own.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 1_000),
+    ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
 ]
 

@@ -36,6 +36,11 @@ _BROKEN_CODES = ("CANCELLED", "UNKNOWN", "INTERNAL", "UNAVAILABLE")
 """What gRPC says of connections that broke, when the server itself said nothing."""
 
 
+def pause_for(seconds: float) -> None:
+    """Wait before trying again."""
+    time.sleep(seconds)
+
+
 class Calls:
     """A connection to the `ZooService` of one server."""
 
@@ -92,26 +97,16 @@ class Patience:
 
     Args:
         seconds: from the last progress to giving up.
-        clock: seconds that only grow.
-        sleep: waits.
     """
 
-    def __init__(
-        self,
-        seconds: float,
-        *,
-        clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
+    def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._clock = clock
-        self._sleep = sleep
-        self._moved = clock()
+        self._moved = time.monotonic()
         self._failures = 0
 
     def progress(self) -> None:
         """Something moved."""
-        self._moved = self._clock()
+        self._moved = time.monotonic()
         self._failures = 0
 
     def attempt(self, act: Callable[[], T]) -> T:
@@ -131,10 +126,10 @@ class Patience:
                 pause = min(FIRST_BACKOFF_S * 2**self._failures, MAX_BACKOFF_S)
                 if isinstance(error, CapacityError):
                     pause = max(pause, error.retry_after)
-                if self._clock() - self._moved + pause > self._seconds:
+                if time.monotonic() - self._moved + pause > self._seconds:
                     raise PushInterruptedError(
                         f"the push did not get on for {self._seconds:g} s: {error}",
                         hint="Run it again when the server is back; what it has is not sent again.",
                     ) from error
                 self._failures += 1
-                self._sleep(pause)
+                pause_for(pause)

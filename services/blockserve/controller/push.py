@@ -77,11 +77,7 @@ class Push:
         with self._lock:
             self._open().missing(list(proofs))
             for blob, mac in proofs.items():
-                try:
-                    expected = possession_mac(self.nonce, blob, self._store.blobs.read(blob))
-                except BlobNotFoundError:
-                    expected = b""
-                if not hmac.compare_digest(expected, mac):
+                if not self._is_proved(blob, mac):
                     raise PossessionError(
                         f"the proof for blob {blob} is wrong",
                         hint="The bytes on your side are not those that the digest names.",
@@ -179,6 +175,13 @@ class Push:
         self._partial, self._whole, self._whole_bytes = {}, {}, 0
         registration, self._registration = self._registration, None
         registration.__exit__(None, None, None)
+
+    def _is_proved(self, blob: BlobId, mac: bytes) -> bool:
+        try:
+            data = self._store.blobs.read(blob)
+        except BlobNotFoundError:
+            return False
+        return hmac.compare_digest(possession_mac(self.nonce, blob, data), mac)
 
     def _standing(self, blob: BlobId, is_missing: bool) -> Standing:
         if blob in self._held:

@@ -1,4 +1,4 @@
-"""Connections that break anywhere, servers that are killed anywhere: the push goes on, nothing is half there."""
+"""Connections cut anywhere, servers killed anywhere: the push goes on, and nothing is half there."""
 
 from __future__ import annotations
 
@@ -72,6 +72,13 @@ def sent(monkeypatch):
     return total
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """On loopback a whole push is on its way at once, so a cut may lose all of it and pauses would grow."""
+    monkeypatch.setattr("blockserve.controller.calls.MAX_BACKOFF_S", 0.05)
+
+
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("seed", range(4))
 def test_a_connection_cut_at_random_bytes_is_taken_up_again(server, far, local, folders, sent, seed):
     draw = random.Random(seed)
@@ -109,7 +116,7 @@ def test_a_push_that_gave_up_is_finished_by_running_it_again(server, far, local,
     with (
         wire(server.address, cuts) as carrier,
         RemoteZoo(carrier.address, patience_s=0.5) as zoo,
-        pytest.raises(PushInterruptedError, match="did not get on for 0.5 s"),
+        pytest.raises(PushInterruptedError, match="did not get on for"),
     ):
         zoo.register(folders / "large", name="large")
     assert far.variants() == []
