@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -87,27 +87,33 @@ def at_a_place(verb: Callable[..., None]) -> Callable[..., None]:
         )
         for field in fields(Place)
     ]
+    parameters.append(inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context))
 
     @functools.wraps(verb)
-    def with_place(*args: Any, **given: Any) -> None:
+    def with_place(*args: Any, context: typer.Context, **given: Any) -> None:
         options = {field.name: given.pop(field.name) for field in fields(Place)}
-        verb(*args, place=_choose(options), **given)
+        verb(*args, place=_choose(context, options), **given)
 
     set_signature(with_place, own.replace(parameters=parameters))
     return with_place
 
 
-def _choose(options: dict[str, Any]) -> Place:
+def _choose(context: typer.Context, options: dict[str, Any]) -> Place:
     """What is said on the command line counts more than the environment; a zoo more than a server."""
-    if options["server"] is None:
-        return Place(**options)
-    import click
-    from click.core import ParameterSource
+    place = Place(**options)
+    if place.server is None:
+        return place
+    zoo_said, server_said = (_source(context, name) for name in ("zoo", "server"))
+    if server_said == "COMMANDLINE":
+        if zoo_said == "COMMANDLINE":
+            raise typer.BadParameter(
+                "--zoo names a zoo at hand, --server one behind a server: say one of them."
+            )
+        return place
+    return place if zoo_said == "DEFAULT" else replace(place, server=None)
 
-    context = click.get_current_context()
-    zoo, server = (context.get_parameter_source(name) for name in ("zoo", "server"))
-    if server is ParameterSource.COMMANDLINE:
-        if zoo is ParameterSource.COMMANDLINE:
-            raise click.UsageError("--zoo names a zoo at hand and --server one that is not: say one of them.")
-        return Place(**options)
-    return Place(**options) if zoo is ParameterSource.DEFAULT else Place(**{**options, "server": None})
+
+def _source(context: typer.Context, name: str) -> str:
+    """Where an option's value comes from: COMMANDLINE, ENVIRONMENT or DEFAULT."""
+    source = context.get_parameter_source(name)
+    return "DEFAULT" if source is None else source.name

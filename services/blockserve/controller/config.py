@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 from blockserve.common.config import Section, setting
 
 
@@ -67,3 +69,12 @@ class ControllerConfig(Section):
         reason="A disk is busy with few, and answers of variants need the cores too.",
         ge=1,
     )
+
+    def within_messages(self, max_message_bytes: int) -> Self:
+        """The same with calls that fit messages of this size."""
+        return self.model_copy(
+            update={
+                "max_piece_bytes": min(self.max_piece_bytes, max_message_bytes // 2),
+                "max_digests": min(self.max_digests, max_message_bytes // 256),
+            }
+        )

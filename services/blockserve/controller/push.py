@@ -31,6 +31,9 @@ from blockzoo.manifest import BlobId, BlockId, VariantRecord
 from blockzoo.registration import Registration, Stored
 from blockzoo.store import ZooStore
 
+CLOSE_SECONDS = 2.0
+"""How long ending a push waits for a call that is at work; a server that stops has little time."""
+
 
 class Push:
     """A push; its methods block and may be called from several threads.
@@ -150,10 +153,18 @@ class Push:
                 self._end()
             return self._result
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a call is at work; it may wait for a collection for minutes."""
+        return self._lock.locked()
+
     def close(self) -> None:
-        """End: drop the lease and what is half sent."""
-        with self._lock:
-            self._end()
+        """End: drop the lease and what is half sent; where a call does not end, leave it to the lease's time."""
+        if self._lock.acquire(timeout=CLOSE_SECONDS):
+            try:
+                self._end()
+            finally:
+                self._lock.release()
 
     def _open(self) -> Registration:
         if self._registration is None:

@@ -36,7 +36,7 @@ class Pushes:
             PushCapacityError: as many are open as may be.
             FormatVersionError: this version must not write into the zoo.
         """
-        self._drop_idle()
+        self.drop_idle()
         with self._lock:
             if len(self._open) >= self._config.max_pushes:
                 raise PushCapacityError(
@@ -71,9 +71,14 @@ class Pushes:
         for push_id in list(self._open):
             self.end(push_id)
 
-    def _drop_idle(self) -> None:
+    def drop_idle(self) -> None:
+        """Give up those that nothing was heard of for too long, and that nothing is at work for."""
         deadline = self._clock() - self._config.push_idle_seconds
         with self._lock:
-            idle = [push_id for push_id, (_, heard) in self._open.items() if heard < deadline]
+            idle = [
+                push_id
+                for push_id, (push, heard) in self._open.items()
+                if heard < deadline and not push.is_busy
+            ]
         for push_id in idle:
             self.end(push_id)

@@ -33,6 +33,8 @@ STREAM_BYTES = 64 << 20
 """Tensor bytes of one call, so that its deadline means something."""
 STREAM_SECONDS = 600.0
 """Deadline of such a call: 0.1 MB/s. A slower line goes on where it was cut."""
+PIECE_OVERHEAD = 256
+"""Bytes of a message beside the tensor's, for each blob in it."""
 PROVE_BYTES = 256 << 20
 """Tensor bytes proved in one call; the server reads them all."""
 COMMIT_SECONDS = 600.0
@@ -268,7 +270,7 @@ class RemoteWriter:
                         base=tensor.base or "",
                     )
                 )
-                start, room = start + len(part), room - len(part)
+                start, room = start + len(part), room - len(part) - PIECE_OVERHEAD
                 if room <= 0 or len(message.pieces) >= self._max_digests:
                     yield message
                     message, room = zoo_pb2.UploadBlobsRequest(push_id=self._push_id), self._piece_bytes

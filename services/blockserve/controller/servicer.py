@@ -19,6 +19,7 @@ from blockserve.controller.commit import Wish
 from blockserve.controller.config import ControllerConfig
 from blockserve.controller.operations import Done, run_operation
 from blockserve.controller.pushes import Pushes
+from blockserve.controller.values import Standing
 from blockzoo import gc
 from blockzoo.errors import InvalidInputError
 from blockzoo.names import parse_ref
@@ -173,7 +174,12 @@ class ZooServicer(zoo_pb2_grpc.ZooServiceServicer):
         del context
         self._check_count(len(request.blobs))
         blobs = [convert.blob_from_message(blob) for blob in request.blobs]
-        standings = await self._run(lambda: self._pushes.get(request.push_id).find(blobs))
+
+        def find() -> list[Standing]:
+            self._pushes.drop_idle()
+            return self._pushes.get(request.push_id).find(blobs)
+
+        standings = await self._run(find)
         return zoo_pb2.FindBlobsResponse(states=[convert.standing_to_message(item) for item in standings])
 
     async def ProveBlobs(  # noqa: N802

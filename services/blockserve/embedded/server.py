@@ -168,7 +168,8 @@ class EmbeddedServer:
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(router), server)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(router), server)
         if isinstance(zoo, Zoo):
-            self._zoo_servicer = ZooServicer(zoo, self.config.controller, on_change=router.forget)
+            config = self.config.controller.within_messages(self.config.max_message_bytes)
+            self._zoo_servicer = ZooServicer(zoo, config, on_change=router.forget)
             zoo_pb2_grpc.add_ZooServiceServicer_to_server(self._zoo_servicer, server)
         self._health.add_to(server)
         if self.config.serves_reflection:

@@ -215,3 +215,8 @@ def test_progress_counts_every_byte_once(remote, folders):
         result = remote.register(folders / "large", name=name, progress=counting)
         total, done = counting.tasks["storing"]
         assert total == result.num_bytes <= done < result.num_bytes + 20_000
+
+
+def test_small_messages_carry_a_push_too(tmp_path, folders, local):
+    with zoo_server(tmp_path / "far", max_message_bytes=1 << 16) as server, RemoteZoo(server.address) as zoo:
+        assert zoo.register(folders / "large", name="large").record.chain == local.resolve("large").chain

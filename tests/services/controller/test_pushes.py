@@ -141,3 +141,16 @@ def test_pushes_nobody_hears_of_are_given_up(store):
     assert len(list(store.storage.list("leases"))) == 1
     pushes.close()
     assert list(store.storage.list("leases")) == []
+
+
+def test_a_push_at_work_is_not_given_up(store):
+    now = [0.0]
+    pushes = Pushes(store, ControllerConfig(push_idle_seconds=100), clock=lambda: now[0])
+    push_id, push = pushes.begin("waiting for a collection")
+    now[0] = 1000.0
+    with push._lock:
+        pushes.drop_idle()
+        # Not its turn: it was heard of long ago, but a call is at work.
+        assert pushes._open.keys() == {push_id}
+    pushes.drop_idle()
+    assert not pushes._open
