@@ -27,7 +27,8 @@ _OPTIONS = [
 _RECONNECT = [
     # gRPC would wait for up to two minutes; who resumes has a back-off of its own.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    # In spite of its name also the time a connection has to come about; a busy machine needs a while.
+    ("grpc.min_reconnect_backoff_ms", 10_000),
     ("grpc.max_reconnect_backoff_ms", 1_000),
 ]
 

@@ -159,7 +159,7 @@ class Push:
         return self._lock.locked()
 
     def close(self) -> None:
-        """End: drop the lease and what is half sent; where a call does not end, leave it to the lease's time."""
+        """End: drop the lease and what is half sent; behind a call that does not end, the lease runs out."""
         if self._lock.acquire(timeout=CLOSE_SECONDS):
             try:
                 self._end()

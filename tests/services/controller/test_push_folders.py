@@ -220,3 +220,10 @@ def test_progress_counts_every_byte_once(remote, folders):
 def test_small_messages_carry_a_push_too(tmp_path, folders, local):
     with zoo_server(tmp_path / "far", max_message_bytes=1 << 16) as server, RemoteZoo(server.address) as zoo:
         assert zoo.register(folders / "large", name="large").record.chain == local.resolve("large").chain
+
+
+def test_an_empty_file_is_a_file(remote, far, tmp_path):
+    path = write_checkpoint(tmp_path / "model", files={"README.md": "", "tokenizer.json": "{}"})
+    remote.register(path, name="model")
+    far.export("model", tmp_path / "out")
+    assert (tmp_path / "out" / "README.md").read_bytes() == b""
