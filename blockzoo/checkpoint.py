@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +122,7 @@ def open_folder(path: Path) -> Iterator[ModelFolder]:
     shards: list[SafetensorsFile] = []
     try:
         shards.extend(SafetensorsFile.open(path / name) for name in names)
-        _check_tensors(path, shards)
+        check_shards({shard.path.name: shard.tensors for shard in shards}, lambda: read_json(path / INDEX))
         yield ModelFolder(path, kind, config, tuple(shards), files)
     finally:
         for shard in shards:
@@ -194,12 +194,17 @@ def read_kept_file(path: Path) -> bytes:
         TruncatedFileError: a JSON file is empty.
     """
     data = _read_limited(path, MAX_FILE_BYTES)
-    if path.name in _JSON_FILES:
-        if len(data) > _PARSED_BYTES:
-            _check_ends(path.name, data)
-        else:
-            parse_json_object(path.name, data)
+    check_kept_file(path.name, data)
     return data
+
+
+def check_kept_file(name: str, data: bytes) -> None:
+    """Check the contents of a kept file; raises as `read_kept_file` does."""
+    if name in _JSON_FILES:
+        if len(data) > _PARSED_BYTES:
+            _check_ends(name, data)
+        else:
+            parse_json_object(name, data)
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -256,20 +261,28 @@ def _shard_names(path: Path) -> list[str]:
     return shards
 
 
-def _check_tensors(path: Path, shards: list[SafetensorsFile]) -> None:
-    """Refuse a tensor that two files hold, and an index that does not tell the truth about its shards."""
+def check_shards(shards: Mapping[str, Iterable[str]], read_index: Callable[[], Mapping[str, object]]) -> None:
+    """Refuse a tensor that two files hold, and an index that does not tell the truth about its shards.
+
+    Args:
+        shards: weight file -> names of its tensors.
+        read_index: the shard index; called when there is one.
+
+    Raises:
+        TensorMismatchError: they contradict each other.
+        InvalidConfigError: the index has no weight_map.
+    """
     owner: dict[str, str] = {}
-    for shard in shards:
-        for name in shard.tensors:
+    for file, names in shards.items():
+        for name in names:
             if name in owner:
-                raise TensorMismatchError(
-                    f"tensor {name!r} is in both {owner[name]} and {shard.path.name}", tensor=name
-                )
-            owner[name] = shard.path.name
-    if len(shards) == 1 and shards[0].path.name in (WEIGHTS, ADAPTER_WEIGHTS):
+                raise TensorMismatchError(f"tensor {name!r} is in both {owner[name]} and {file}", tensor=name)
+            owner[name] = file
+    if len(shards) == 1 and set(shards) <= {WEIGHTS, ADAPTER_WEIGHTS}:
         return
-    weight_map = read_json(path / INDEX)["weight_map"]
-    assert isinstance(weight_map, dict)
+    weight_map = read_index().get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise InvalidConfigError(f"{INDEX} has no weight_map", file=INDEX)
     for name, file in weight_map.items():
         if owner.get(name) != file:
             raise TensorMismatchError(

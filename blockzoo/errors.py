@@ -6,6 +6,7 @@
     ├── InvalidInputError            the caller's data or arguments are wrong
     │   ├── InvalidNameError
     │   ├── CurrentVersionError
+    │   ├── InvalidManifestError     what a push wants to register is not what its files make
     │   ├── CheckpointError          a checkpoint cannot be registered
     │   │   ├── TruncatedFileError
     │   │   ├── PickleRefusedError
@@ -86,6 +87,12 @@ class CurrentVersionError(InvalidInputError):
             variant=name,
             version=version,
         )
+
+
+class InvalidManifestError(InvalidInputError):
+    """Manifests that were pushed are not those that registering the pushed files makes."""
+
+    reason = "INVALID_MANIFEST"
 
 
 class CheckpointError(InvalidInputError):

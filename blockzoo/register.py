@@ -15,18 +15,18 @@ from blockzoo.progress import NoProgress, Progress
 from blockzoo.register_adapter import register_adapter
 from blockzoo.register_checkpoint import register_checkpoint
 from blockzoo.register_job import RegisterJob, RegisterResult
-from blockzoo.store import ZooStore
+from blockzoo.writing import WritableZoo
 
 __all__ = ["RegisterResult", "register_folder"]
 
 
 def register_folder(
-    store: ZooStore, path: Path, *, name: str, base: str | None = None, progress: Progress | None = None
+    store: WritableZoo, path: Path, *, name: str, base: str | None = None, progress: Progress | None = None
 ) -> RegisterResult:
     """Register a checkpoint or adapter folder as the next version of a variant.
 
     Args:
-        store: the zoo.
+        store: the zoo, at hand or behind a server.
         path: the folder; its files tell which kind it is.
         name: variant name.
         base: variant that an adapter belongs to, or that a checkpoint was tuned from.

@@ -5,7 +5,7 @@ Whole tensors that an adapter brings replace the base's in private blocks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -14,15 +14,24 @@ from blockzoo import families
 from blockzoo.adapter import AdapterConfig, parse_adapter_config
 from blockzoo.adapter_plan import AdapterPlan, plan_adapter
 from blockzoo.checkpoint import FolderKind, ModelFolder
-from blockzoo.contents import LAYOUT_FILE, OWN_PREFIX, FolderLayout, InBlock, InFile
+from blockzoo.contents import LAYOUT_FILE, OWN_PREFIX, InBlock, InFile
 from blockzoo.errors import AdapterError, UnsupportedAdapterError
-from blockzoo.manifest import BlockId, BlockKind, BlockManifest, ChainId, JsonValue, Link, TensorRef
+from blockzoo.manifest import (
+    BlockId,
+    BlockKind,
+    BlockManifest,
+    ChainId,
+    FileRef,
+    JsonValue,
+    Link,
+    TensorRef,
+    VariantRecord,
+)
 from blockzoo.names import near_names, parse_ref
 from blockzoo.outline import Outline
 from blockzoo.register_job import RegisterJob, RegisterResult, folder_layout, read_outline, with_tied
-from blockzoo.registration import Registration
-from blockzoo.store import ZooStore
 from blockzoo.upload import Upload, put_files, put_uploads
+from blockzoo.writing import ManifestWriter, WritableZoo
 
 _NOT_INHERITED = ("model.safetensors.index.json", "README.md", "LICENSE", "LICENSE.txt", "NOTICE")
 """Files of a base that say something about its own folder, not about how to serve it."""
@@ -38,28 +47,37 @@ def register_adapter(job: RegisterJob, base_ref: str | None) -> RegisterResult:
     config = parse_adapter_config(folder.config)
     record = job.store.resolve(*parse_ref(base_ref or _recorded_base(job.store, config)))
     base = read_outline(job.store, record)
+    check_adaptable(record, base)
+    plan = plan_adapter(config, folder.tensors, base, lambda a, b: _same_bytes(folder, a, b))
+    files = job.read_files()
+    uploads = _adapter_uploads(folder, plan, base)
+    pieces = job.inspect(uploads)
+    with job.registration() as registration:
+        registration.rely_on_variant(record)
+        refs = put_uploads(registration, uploads, pieces, job.totals)
+        chain = put_adapter_chain(registration, base, plan, refs)
+        layout = folder_layout(folder, adapter_layout(plan))
+        own = put_files(registration, {**files, LAYOUT_FILE: layout.to_bytes()}, job.totals)
+        return job.finish(registration, chain, {**inherited_files(record), **own}, job.provenance(base))
+
+
+def inherited_files(base: VariantRecord) -> dict[str, FileRef]:
+    """Return the files that an adapter takes over from its base unless it brings its own."""
+    return {
+        name: ref
+        for name, ref in base.files.items()
+        if name not in _NOT_INHERITED and not name.startswith(OWN_PREFIX)
+    }
+
+
+def check_adaptable(record: VariantRecord, base: Outline) -> None:
+    """Raise UnsupportedAdapterError when a variant cannot be the base of an adapter."""
     if record.kind == FolderKind.ADAPTER or base.has_adapters:
         raise UnsupportedAdapterError(
             f"{base.ref} has an adapter itself; adapters on adapters are not supported",
             hint="Give the checkpoint that the adapter was trained on with --base.",
             base=base.ref,
         )
-    plan = plan_adapter(config, folder.tensors, base, lambda a, b: _same_bytes(folder, a, b))
-    files = job.read_files()
-    uploads = _adapter_uploads(folder, plan, base)
-    pieces = job.inspect(uploads)
-    with job.registration() as registration:
-        registration.rely_on(record.chain)
-        refs = put_uploads(registration, uploads, pieces, job.totals)
-        chain = _put_chain(registration, base, plan, _base_blocks(base, plan, refs), refs)
-        layout = _adapter_layout(folder, plan)
-        own = put_files(registration, {**files, LAYOUT_FILE: layout.to_bytes()}, job.totals)
-        inherited = {
-            name: ref
-            for name, ref in record.files.items()
-            if name not in _NOT_INHERITED and not name.startswith(OWN_PREFIX)
-        }
-        return job.finish(registration, chain, {**inherited, **own}, job.provenance(base))
 
 
 def _adapter_uploads(folder: ModelFolder, plan: AdapterPlan, base: Outline) -> dict[str, Upload]:
@@ -88,13 +106,11 @@ def _base_blocks(base: Outline, plan: AdapterPlan, refs: Mapping[str, TensorRef]
     return blocks
 
 
-def _put_chain(
-    registration: Registration,
-    base: Outline,
-    plan: AdapterPlan,
-    blocks: Sequence[BlockManifest],
-    refs: Mapping[str, TensorRef],
+def put_adapter_chain(
+    registration: ManifestWriter, base: Outline, plan: AdapterPlan, refs: Mapping[str, TensorRef]
 ) -> ChainId:
+    """Write the manifests of a base's chain with an adapter on it."""
+    blocks = _base_blocks(base, plan, refs)
     adapters = {position: _adapter_block(base, position, plan, refs) for position in sorted(plan.pairs)}
     ids = iter(
         registration.put_blocks([*(blocks[position] for position in plan.replaced), *adapters.values()])
@@ -139,7 +155,8 @@ def _adapter_block(
     )
 
 
-def _adapter_layout(folder: ModelFolder, plan: AdapterPlan) -> FolderLayout:
+def adapter_layout(plan: AdapterPlan) -> dict[str, InBlock | InFile]:
+    """Return where each tensor of the adapter's folder is kept."""
     tensors: dict[str, InBlock | InFile] = {}
     for position, pairs in plan.pairs.items():
         for pair in pairs:
@@ -148,17 +165,17 @@ def _adapter_layout(folder: ModelFolder, plan: AdapterPlan) -> FolderLayout:
     for position, replaced in plan.replaced.items():
         for name, source in replaced.items():
             tensors.setdefault(source, InBlock(position, None, name))
-    return folder_layout(folder, tensors)
+    return tensors
 
 
 def _same_bytes(folder: ModelFolder, a: str, b: str) -> bool:
     return np.array_equal(np.frombuffer(folder.read(a), np.uint8), np.frombuffer(folder.read(b), np.uint8))
 
 
-def _recorded_base(store: ZooStore, config: AdapterConfig) -> str:
+def _recorded_base(store: WritableZoo, config: AdapterConfig) -> str:
     """Return the variant that has the name PEFT recorded, whole or its last part."""
     recorded = config.base_model.rstrip("/")
-    names = [record.name for record in store.variants()]
+    names = store.names()
     for candidate in (recorded, recorded.rpartition("/")[2]):
         if candidate in names:
             return candidate

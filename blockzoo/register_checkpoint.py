@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 
 from blockzoo.checkpoint import ModelFolder
 from blockzoo.checkpoint_plan import match_tensors, plan_checkpoint
-from blockzoo.contents import LAYOUT_FILE, FolderLayout, InBlock, InFile
+from blockzoo.contents import LAYOUT_FILE, InBlock, InFile
 from blockzoo.families import ChainPlan
 from blockzoo.manifest import BlockManifest, ChainId, ChainManifest, Link, TensorRef
 from blockzoo.names import parse_ref
 from blockzoo.outline import Outline
 from blockzoo.register_job import RegisterJob, RegisterResult, folder_layout, read_outline, with_tied
-from blockzoo.registration import Registration
 from blockzoo.upload import Upload, put_files, put_uploads
+from blockzoo.writing import ManifestWriter
 
 
 def register_checkpoint(job: RegisterJob, base_ref: str | None) -> RegisterResult:
@@ -25,18 +25,21 @@ def register_checkpoint(job: RegisterJob, base_ref: str | None) -> RegisterResul
     folder = job.folder
     plan = plan_checkpoint(folder.config)
     matched = match_tensors(plan, folder.tensors)
-    base = None if base_ref is None else read_outline(job.store, job.store.resolve(*parse_ref(base_ref)))
+    record = None if base_ref is None else job.store.resolve(*parse_ref(base_ref))
+    base = None if record is None else read_outline(job.store, record)
     files = job.read_files()
     uploads = _checkpoint_uploads(folder, plan, matched.sources, base)
     pieces = job.inspect(uploads)
     with job.registration() as registration:
+        if record is not None:
+            registration.rely_on_variant(record)
         refs = put_uploads(registration, uploads, pieces, job.totals)
-        blocks = _checkpoint_blocks(plan, matched.sources, refs)
-        chain = _put_chain(registration, blocks, plan)
-        layout = _checkpoint_layout(folder, plan, matched.sources, matched.ignored)
+        blocks = checkpoint_blocks(plan, matched.sources, refs)
+        chain = put_checkpoint_chain(registration, blocks, plan)
+        layout = folder_layout(folder, checkpoint_layout(plan, matched.sources, matched.ignored))
         extra = {place.filename: bytes(folder.read(name)) for name, place in matched.ignored.items()}
         stored = put_files(registration, {**files, **extra, LAYOUT_FILE: layout.to_bytes()}, job.totals)
-        provenance = {**job.provenance(base), "architecture": _architecture(folder.config)}
+        provenance = {**job.provenance(base), "architecture": architecture_of(folder.config)}
         return job.finish(registration, chain, stored, provenance, tuple(matched.ignored))
 
 
@@ -62,9 +65,10 @@ def _checkpoint_uploads(
     return uploads
 
 
-def _checkpoint_blocks(
+def checkpoint_blocks(
     plan: ChainPlan, sources: Mapping[tuple[int, str], str], refs: Mapping[str, TensorRef]
 ) -> list[BlockManifest]:
+    """Return the blocks of a checkpoint's chain, given where its tensors are stored."""
     blocks = [
         BlockManifest(
             kind=block.kind,
@@ -78,24 +82,26 @@ def _checkpoint_blocks(
     return blocks
 
 
-def _put_chain(registration: Registration, blocks: Sequence[BlockManifest], plan: ChainPlan) -> ChainId:
+def put_checkpoint_chain(
+    registration: ManifestWriter, blocks: Sequence[BlockManifest], plan: ChainPlan
+) -> ChainId:
+    """Write the manifests of a checkpoint's chain."""
     links = tuple(Link(block) for block in registration.put_blocks(blocks))
     return registration.put_chain(ChainManifest(plan.family, links, plan.context_length, plan.vocab_size))
 
 
-def _checkpoint_layout(
-    folder: ModelFolder,
-    plan: ChainPlan,
-    sources: Mapping[tuple[int, str], str],
-    ignored: Mapping[str, InFile],
-) -> FolderLayout:
+def checkpoint_layout(
+    plan: ChainPlan, sources: Mapping[tuple[int, str], str], ignored: Mapping[str, InFile]
+) -> dict[str, InBlock | InFile]:
+    """Return where each tensor of the folder is kept."""
     tensors: dict[str, InBlock | InFile] = dict(ignored)
     for position, block in enumerate(plan.blocks):
         for name in block.tensors:
             tensors.setdefault(sources[position, name], InBlock(position, None, name))
-    return folder_layout(folder, tensors)
+    return tensors
 
 
-def _architecture(config: Mapping[str, object]) -> str:
+def architecture_of(config: Mapping[str, object]) -> str:
+    """Return the first architecture that config.json names, or an empty string."""
     names = config.get("architectures")
     return str(names[0]) if isinstance(names, list) and names else ""

@@ -17,11 +17,10 @@ from blockzoo.contents import FolderLayout, InBlock, InFile
 from blockzoo.errors import VariantNotFoundError
 from blockzoo.json_report import JsonReport
 from blockzoo.manifest import BlockManifest, ChainId, FileRef, VariantRecord
-from blockzoo.outline import Outline
+from blockzoo.outline import Manifests, Outline
 from blockzoo.progress import Progress
-from blockzoo.registration import Registration
-from blockzoo.store import ZooStore
 from blockzoo.upload import Pieces, Totals, Upload, inspect_uploads
+from blockzoo.writing import WritableZoo, Writer
 
 _MAX_CHECK_WORKERS = 8
 """Threads that look for NaN; more than these wait for memory."""
@@ -63,7 +62,7 @@ class RegisterResult(JsonReport):
 class RegisterJob:
     """One registration: what both kinds of folder need."""
 
-    def __init__(self, store: ZooStore, folder: ModelFolder, name: str, progress: Progress) -> None:
+    def __init__(self, store: WritableZoo, folder: ModelFolder, name: str, progress: Progress) -> None:
         self.store = store
         self.folder = folder
         self.name = name
@@ -96,7 +95,7 @@ class RegisterJob:
             self._progress.finish()
 
     @contextmanager
-    def registration(self) -> Iterator[Registration]:
+    def registration(self) -> Iterator[Writer]:
         """Begin to write."""
         with (
             self.task("storing") as on_bytes,
@@ -116,7 +115,7 @@ class RegisterJob:
 
     def finish(
         self,
-        registration: Registration,
+        registration: Writer,
         chain: ChainId,
         files: Mapping[str, FileRef],
         provenance: Mapping[str, str],
@@ -124,12 +123,8 @@ class RegisterJob:
     ) -> RegisterResult:
         """Commit, unless the current version is the same already."""
         kind = self.folder.kind.value
-        current = _current(self.store, self.name)
-        unchanged = current is not None and (current.chain, current.kind, dict(current.files)) == (
-            chain,
-            kind,
-            dict(files),
-        )
+        current = current_version(self.store, self.name)
+        unchanged = current is not None and is_same(current, chain, kind, files)
         if current is None or not unchanged:
             current = registration.commit(self.name, chain, kind=kind, files=files, provenance=provenance)
         return RegisterResult(
@@ -145,7 +140,7 @@ class RegisterJob:
         )
 
 
-def read_outline(store: ZooStore, record: VariantRecord) -> Outline:
+def read_outline(store: Manifests, record: VariantRecord) -> Outline:
     """Return the chain of a variant."""
     return Outline.read(store, f"{record.name}@{record.version}", record.chain)
 
@@ -165,7 +160,13 @@ def with_tied(head: BlockManifest, embedding: BlockManifest) -> BlockManifest:
     return replace(head, config={**head.config, "tied": tied})
 
 
-def _current(store: ZooStore, name: str) -> VariantRecord | None:
+def is_same(record: VariantRecord, chain: ChainId, kind: str, files: Mapping[str, FileRef]) -> bool:
+    """Tell whether a version is exactly what is being registered."""
+    return (record.chain, record.kind, dict(record.files)) == (chain, kind, dict(files))
+
+
+def current_version(store: WritableZoo, name: str) -> VariantRecord | None:
+    """Return the current version of a variant, None when it is not registered."""
     try:
         return store.resolve(name)
     except VariantNotFoundError:

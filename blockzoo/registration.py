@@ -94,6 +94,17 @@ class Registration:
     ) -> None:
         self._lease.release()
 
+    def renew(self) -> None:
+        """Extend the lease when half of its time is over; raises ConflictError when all of it is."""
+        self._lease.renew()
+
+    def missing(self, blobs: Sequence[BlobId]) -> set[BlobId]:
+        """Lease blobs, then say which of them are not stored; the others stay while this is open."""
+        self._hold(blobs)
+        with _pool(self._workers) as pool:
+            present = pool.map(self._store.blobs.exists, blobs)
+            return {blob for blob, there in zip(blobs, present, strict=True) if not there}
+
     def put_tensors(self, tensors: Sequence[TensorData]) -> list[Stored]:
         """Store tensors that are missing; one call with many is much faster than many calls.
 
@@ -139,6 +150,10 @@ class Registration:
             ManifestNotFoundError, BlobNotFoundError: part of it is not stored (any more).
         """
         self._require(chain, ())
+
+    def rely_on_variant(self, record: VariantRecord) -> None:
+        """Lease the chain and the files of a version, for building on it; raises as `rely_on` does."""
+        self._require(record.chain, [file.blob for file in record.files.values()])
 
     def commit(
         self,

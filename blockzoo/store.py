@@ -170,6 +170,10 @@ class ZooStore:
         current = (self._newest(name, numbers) for name, numbers in self.numbers().items())
         return [record for record in current if record is not None and not record.deleted]
 
+    def names(self) -> list[str]:
+        """Return the names of the registered variants."""
+        return [record.name for record in self.variants()]
+
     def resolve(self, name: str, version: int | None = None) -> VariantRecord:
         """Return a version of a variant, the current one when None.
 

@@ -9,7 +9,8 @@ from blockzoo.blobs import TensorData, file_data
 from blockzoo.digest import as_bytes, blob_id
 from blockzoo.finite import Weights, check_finite
 from blockzoo.manifest import BlobId, DType, FileRef, TensorRef
-from blockzoo.registration import Registration, Stored
+from blockzoo.registration import Stored
+from blockzoo.writing import Writer
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ def inspect_uploads(
 
 
 def put_uploads(
-    registration: Registration, uploads: Mapping[str, Upload], cut: Pieces, totals: Totals
+    registration: Writer, uploads: Mapping[str, Upload], cut: Pieces, totals: Totals
 ) -> dict[str, TensorRef]:
     """Store inspected tensors; returns where each one is. Raises what `Registration.put_tensors` raises."""
     flat = [piece for pieces in cut.values() for piece in pieces]
@@ -103,7 +104,7 @@ def put_uploads(
     return refs
 
 
-def put_files(registration: Registration, files: Mapping[str, bytes], totals: Totals) -> dict[str, FileRef]:
+def put_files(registration: Writer, files: Mapping[str, bytes], totals: Totals) -> dict[str, FileRef]:
     """Store files; returns their references by name."""
     tensors = [file_data(data) for data in files.values()]
     stored = registration.put_tensors(tensors)

@@ -89,6 +89,17 @@ class Zoo:
         """Return a block manifest; raises ManifestNotFoundError or CorruptManifestError."""
         return self._manifests.get_block(block)
 
+    def manifests(self, ref: str) -> tuple[bytes, list[bytes]]:
+        """Return the canonical bytes of a variant's chain manifest and of each block it names."""
+        record = self.resolve(ref)
+        links = self.chain(record.chain).links
+        blocks = dict.fromkeys(block for link in links for block in (link.base, *link.applied))
+        for block in blocks:
+            self.block(block)  # raises when it is missing or damaged
+        keys = [layout.chain_key(record.chain), *map(layout.block_key, blocks)]
+        chain, *bodies = [bytes(self.store.storage.get(key)) for key in keys]
+        return chain, bodies
+
     def read_tensor(self, tensor: TensorRef) -> list[memoryview]:
         """Return a tensor's bytes, one read-only view for each of its blobs in row order.
 

@@ -10,7 +10,12 @@ from blockserve.cli.settings_options import SettingInfo, iterate_settings
 from blockserve.embedded.config import ServeConfig
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
-TITLES = {"": "Server", "router": "Limits on requests (`router`)", "engine": "Engine (`engine`)"}
+TITLES = {
+    "": "Server",
+    "router": "Limits on requests (`router`)",
+    "controller": "The zoo over the network (`controller`)",
+    "engine": "Engine (`engine`)",
+}
 HEAD = """# Configuration
 
 <!-- Made by scripts/config_docs.py from the settings models: change a model, then run the script. -->

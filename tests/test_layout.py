@@ -73,7 +73,15 @@ def test_import_layers():
 
 
 @pytest.mark.parametrize(
-    "package", ["blockzoo", "blockserve.common", "blockserve.router", "blockserve.embedded", "blockserve.cli"]
+    "package",
+    [
+        "blockzoo",
+        "blockserve.common",
+        "blockserve.router",
+        "blockserve.controller",
+        "blockserve.embedded",
+        "blockserve.cli",
+    ],
 )
 def test_imports_without_torch(package):
     """Every module that is not about computing imports where torch is not installed."""

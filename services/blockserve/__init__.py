@@ -1,4 +1,4 @@
-"""Serving of block zoos: `Client` and `AsyncClient` here, servers in `embedded`, `router` and `worker`."""
+"""Serving of block zoos: clients here, servers in `embedded`, `router`, `worker` and `controller`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from blockserve.router.channel import Credentials
+    from blockserve.common.channel import Credentials
+    from blockserve.controller.client import RemoteZoo
     from blockserve.router.client import AsyncClient, Client
 
-__all__ = ["AsyncClient", "Client", "Credentials", "__version__"]
+__all__ = ["AsyncClient", "Client", "Credentials", "RemoteZoo", "__version__"]
 
-_HOMES = {"AsyncClient": "client", "Client": "client", "Credentials": "channel"}
+_HOMES = {
+    "AsyncClient": "router.client",
+    "Client": "router.client",
+    "Credentials": "common.channel",
+    "RemoteZoo": "controller.client",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -21,5 +27,5 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         from importlib import import_module
 
-        return getattr(import_module(f"blockserve.router.{_HOMES[name]}"), name)
+        return getattr(import_module(f"blockserve.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

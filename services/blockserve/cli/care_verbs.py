@@ -9,6 +9,7 @@ import typer
 from blockserve.cli.failures import CORRUPTION
 from blockserve.cli.options import DEFAULT_ZOO, JsonOption, ZooOption, open_zoo
 from blockserve.cli.output import add_row, format_bytes, make_table, print_json, say, stdout
+from blockserve.cli.place import Place, at_a_place
 from blockserve.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ NamesOption = Annotated[
 ]
 
 
+@at_a_place
 def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be deleted.")] = False,
     grace: Annotated[
@@ -33,8 +35,9 @@ def gc(
             "0 is safe when no server uses the zoo. Default: 60.",
         ),
     ] = None,
-    zoo: ZooOption = DEFAULT_ZOO,
     as_json: JsonOption = False,
+    *,
+    place: Place,
 ) -> None:
     """Delete what no variant needs any more.
 
@@ -48,15 +51,16 @@ def gc(
     """
     from blockzoo.gc import GRACE_S
 
-    with progress() as reporter:
-        grace_s = GRACE_S if grace is None else grace
-        report = open_zoo(zoo).gc(grace_s=grace_s, dry_run=dry_run, progress=reporter)
+    grace_s = GRACE_S if grace is None else grace
+    with progress() as reporter, place.open() as zoo:
+        report = zoo.gc(grace_s=grace_s, dry_run=dry_run, progress=reporter)
     if as_json:
         print_json({"dry_run": dry_run, **_as_json(report)})
     else:
         _print_gc(report, dry_run)
 
 
+@at_a_place
 def verify(
     repair_from: Annotated[
         str | None,
@@ -64,8 +68,9 @@ def verify(
             "--repair", metavar="FROM", help="Another zoo, a backup for example, to take good bytes from."
         ),
     ] = None,
-    zoo: ZooOption = DEFAULT_ZOO,
     as_json: JsonOption = False,
+    *,
+    place: Place,
 ) -> None:
     """Read everything back and name the variants that damage hurts.
 
@@ -76,8 +81,11 @@ def verify(
       blockzoo verify
       blockzoo verify --repair /backups/zoo
     """
-    with progress() as reporter:
-        report = open_zoo(zoo).verify(repair_from, progress=reporter)
+    if repair_from is not None and place.server is not None:
+        raise typer.BadParameter("A zoo behind a server is repaired where it is.", param_hint="--repair")
+    with progress() as reporter, place.open() as zoo:
+        repair = {} if repair_from is None else {"repair_from": repair_from}
+        report = zoo.verify(progress=reporter, **repair)
     if as_json:
         print_json({"ok": report.ok, **_as_json(report)})
     else:

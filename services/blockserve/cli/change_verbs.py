@@ -17,6 +17,7 @@ from blockserve.cli.options import (
     open_zoo,
 )
 from blockserve.cli.output import format_bytes, format_seconds, print_json, say
+from blockserve.cli.place import Place, at_a_place
 from blockserve.cli.progress import progress
 from blockserve.cli.questions import confirm
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from blockzoo.register import RegisterResult
 
 
+@at_a_place
 def register(
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="A Hugging Face checkpoint or a PEFT LoRA adapter.")
@@ -38,22 +40,27 @@ def register(
             "changed tensors are then stored as lossless differences where that is smaller.",
         ),
     ] = None,
-    zoo: ZooOption = DEFAULT_ZOO,
     as_json: JsonOption = False,
+    *,
+    place: Place,
 ) -> None:
     """Register a checkpoint or an adapter as a variant.
 
     Everything is checked before anything is written. Registering a name again makes its next version;
     requests in flight keep theirs. A zoo that does not exist yet is created.
 
+    With --server only what that server's zoo lacks is sent. A connection that breaks is taken up again;
+    a command that was ended may be run again, and goes on where it was.
+
     \b
     Examples:
       blockzoo register ./SmolLM2-135M-Instruct --name smollm2
       blockzoo register ./my-lora --name support-bot --base smollm2
       blockzoo register ./my-full-fine-tune --name legal --base smollm2
+      blockzoo register ./my-lora --name support-bot --base smollm2 --server models.example:7450
     """
-    with progress() as reporter:
-        result = open_zoo(zoo, create=True).register(folder, name=name, base=base, progress=reporter)
+    with progress() as reporter, place.open(create=True) as zoo:
+        result = zoo.register(folder, name=name, base=base, progress=reporter)
     if as_json:
         print_json(result.to_json())
     else:
@@ -86,9 +93,8 @@ def export(
         )
 
 
-def rm(
-    ref: RefArgument, yes: YesOption = False, zoo: ZooOption = DEFAULT_ZOO, as_json: JsonOption = False
-) -> None:
+@at_a_place
+def rm(ref: RefArgument, yes: YesOption = False, as_json: JsonOption = False, *, place: Place) -> None:
     """Remove a variant with all its versions, or one old version of it.
 
     Bytes stay until `blockzoo gc`; what other variants share stays for good.
@@ -98,14 +104,14 @@ def rm(
       blockzoo rm support-bot
       blockzoo rm support-bot@1 --yes
     """
-    opened = open_zoo(zoo)
-    record = opened.resolve(ref)
-    if "@" in ref:
-        question = f"Remove version {record.version} of {record.name}?"
-    else:
-        question = f"Remove {record.name} with all its {len(opened.versions(record.name))} version(s)?"
-    confirm(question, yes=yes)
-    report = opened.rm(ref)
+    with place.open() as zoo:
+        record = zoo.resolve(ref)
+        if "@" in ref:
+            question = f"Remove version {record.version} of {record.name}?"
+        else:
+            question = f"Remove {record.name} with all its {len(zoo.show(record.name).versions)} version(s)?"
+        confirm(question, yes=yes)
+        report = zoo.rm(ref)
     if as_json:
         print_json(report.to_json())
         return
@@ -113,14 +119,16 @@ def rm(
     say(f"Removed {removed}. `blockzoo gc` frees what nobody else uses.")
 
 
+@at_a_place
 def rollback(
     name: NameArgument,
     to: Annotated[
         int | None,
         typer.Option("--to", metavar="N", min=1, help="The version to go back to. [default: the one before]"),
     ] = None,
-    zoo: ZooOption = DEFAULT_ZOO,
     as_json: JsonOption = False,
+    *,
+    place: Place,
 ) -> None:
     """Make an older version current again.
 
@@ -131,7 +139,8 @@ def rollback(
       blockzoo rollback support-bot
       blockzoo rollback support-bot --to 2
     """
-    record = open_zoo(zoo).rollback(name, to)
+    with place.open() as zoo:
+        record = zoo.rollback(name, to)
     if as_json:
         print_json({"name": record.name, "version": record.version, "chain": record.chain})
     else:

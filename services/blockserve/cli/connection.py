@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from blockserve.common.channel import Credentials
     from blockserve.router.client import Client
 
 DEFAULT_SERVER = "127.0.0.1:7450"
@@ -84,28 +85,40 @@ class Connection:
         Raises:
             UnavailableError: nobody answers there.
         """
-        from blockserve.common.errors import UnavailableError
-        from blockserve.router.client import Client, Credentials
+        from blockserve.router.client import Client
 
-        credentials = Credentials(
+        options: dict[str, Any] = {"credentials": self.credentials(), "timeout": timeout}
+        with unreachable(self.server), Client(self.server, resume_attempts=2, **options) as client:
+            yield client
+
+    def credentials(self) -> Credentials:
+        """How the client proves itself, and checks the server."""
+        from blockserve.common.channel import Credentials
+
+        return Credentials(
             token=self._token(), ca_file=self.ca_file, cert_file=self.cert_file, key_file=self.key_file
         )
-        try:
-            with Client(self.server, credentials=credentials, timeout=timeout, resume_attempts=2) as client:
-                yield client
-        except UnavailableError as error:
-            # gRPC's own sentence lists every address it tried.
-            raise UnavailableError(
-                f"no server answers at {self.server}",
-                hint="Start one with `blockzoo serve`, or say where it is with --server.",
-                code=error.code,
-                server=self.server,
-            ) from error
 
     def _token(self) -> str | None:
         if self.token_file is None:
             return None
         return self.token_file.expanduser().read_text(encoding="utf-8").strip()
+
+
+@contextmanager
+def unreachable(server: str) -> Iterator[None]:
+    """Say in one sentence that nobody answers: gRPC's own sentence lists every address it tried."""
+    from blockserve.common.errors import UnavailableError
+
+    try:
+        yield
+    except UnavailableError as error:
+        raise UnavailableError(
+            f"no server answers at {server}",
+            hint="Start one with `blockzoo serve`, or say where it is with --server.",
+            code=error.code,
+            server=server,
+        ) from error
 
 
 def connects(verb: Callable[..., None]) -> Callable[..., None]:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from blockserve.cli.options import DEFAULT_ZOO, JsonOption, RefArgument, ZooOption, open_zoo
+from blockserve.cli.options import JsonOption, RefArgument
 from blockserve.cli.output import add_row, format_bytes, make_table, print_json, say, stdout
+from blockserve.cli.place import Place, at_a_place
 
 FirstArgument = Annotated[str, typer.Argument(metavar="A", help="NAME or NAME@N.")]
 SecondArgument = Annotated[str, typer.Argument(metavar="B", help="NAME or NAME@N.")]
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from blockzoo.reports import Applied, DiffReport, LinkDiff, Run, ShowReport, UsageReport, VariantRow
 
 
-def ls(zoo: ZooOption = DEFAULT_ZOO, as_json: JsonOption = False) -> None:
+@at_a_place
+def ls(as_json: JsonOption = False, *, place: Place) -> None:
     """List the variants of a zoo.
 
     PRIVATE is what only this variant needs: removing it would free about that much.
@@ -26,19 +28,21 @@ def ls(zoo: ZooOption = DEFAULT_ZOO, as_json: JsonOption = False) -> None:
     Examples:
       blockzoo ls
       blockzoo ls --zoo s3://models/zoo
+      blockzoo ls --server models.example:7450
       blockzoo ls --json | jq -r '.variants[].name'
     """
-    opened = open_zoo(zoo)
-    rows = opened.ls()
+    with place.open() as zoo:
+        url, rows = zoo.url, zoo.ls()
     if as_json:
-        print_json({"zoo": opened.url, "variants": [row.to_json() for row in rows]})
+        print_json({"zoo": url, "variants": [row.to_json() for row in rows]})
     elif rows:
         _print_rows(rows)
     else:
         say("The zoo is empty. Register a checkpoint: blockzoo register FOLDER --name NAME")
 
 
-def show(ref: RefArgument, zoo: ZooOption = DEFAULT_ZOO, as_json: JsonOption = False) -> None:
+@at_a_place
+def show(ref: RefArgument, as_json: JsonOption = False, *, place: Place) -> None:
     """Show one variant: its chain of blocks, and who shares them.
 
     Links that look alike are one line. Links in the drawing that no other variant uses stand in brackets.
@@ -49,14 +53,16 @@ def show(ref: RefArgument, zoo: ZooOption = DEFAULT_ZOO, as_json: JsonOption = F
       blockzoo show support-bot@2
       blockzoo show support-bot --json | jq .chain
     """
-    report = open_zoo(zoo).show(ref)
+    with place.open() as zoo:
+        report = zoo.show(ref)
     if as_json:
         print_json(report.to_json())
     else:
         _print_variant(report)
 
 
-def du(zoo: ZooOption = DEFAULT_ZOO, as_json: JsonOption = False) -> None:
+@at_a_place
+def du(as_json: JsonOption = False, *, place: Place) -> None:
     """Show what the variants take, as checkpoints and in the zoo.
 
     \b
@@ -64,16 +70,16 @@ def du(zoo: ZooOption = DEFAULT_ZOO, as_json: JsonOption = False) -> None:
       blockzoo du
       blockzoo du --json | jq .sharing_factor
     """
-    report = open_zoo(zoo).du()
+    with place.open() as zoo:
+        report = zoo.du()
     if as_json:
         print_json(report.to_json())
     else:
         _print_usage(report)
 
 
-def diff(
-    a: FirstArgument, b: SecondArgument, zoo: ZooOption = DEFAULT_ZOO, as_json: JsonOption = False
-) -> None:
+@at_a_place
+def diff(a: FirstArgument, b: SecondArgument, as_json: JsonOption = False, *, place: Place) -> None:
     """Show what differs between two variants, or two versions of one.
 
     \b
@@ -81,7 +87,8 @@ def diff(
       blockzoo diff smollm2 support-bot
       blockzoo diff support-bot@1 support-bot@2
     """
-    report = open_zoo(zoo).diff(a, b)
+    with place.open() as zoo:
+        report = zoo.diff(a, b)
     if as_json:
         print_json(report.to_json())
     else:

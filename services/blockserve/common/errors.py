@@ -10,24 +10,31 @@
     │   ├── SamplingError            `field` names the request field
     │   ├── ChatTemplateError
     │   ├── ResumeError
-    │   └── ConfigurationError
+    │   ├── ConfigurationError
+    │   ├── UnknownBlobError
+    │   └── WrongDigestError
+    ├── NotFoundError
+    │   └── PushNotFoundError
     ├── CapacityError                `retry_after` seconds
     │   ├── QueueFullError
     │   ├── KvCapacityError
     │   ├── DeadlineTooShortError
-    │   └── MemoryBudgetError
+    │   ├── MemoryBudgetError
+    │   └── PushCapacityError
     ├── ChainNotLoadedError
     ├── DeadlineExceededError
     ├── ServerStoppingError          `retry_after` seconds
     ├── EngineFailedError
     ├── UnauthenticatedError
+    ├── PossessionError
+    ├── PushInterruptedError
     └── RemoteError                  what a client sees of a failure that carried no type
         └── UnavailableError
 """
 
 from __future__ import annotations
 
-from blockzoo.errors import BlockzooError, InvalidInputError
+from blockzoo.errors import BlockzooError, InvalidInputError, NotFoundError
 
 
 class PromptError(InvalidInputError):
@@ -80,6 +87,36 @@ class ConfigurationError(InvalidInputError):
     reason = "INVALID_CONFIGURATION"
 
 
+class UnknownBlobError(InvalidInputError):
+    """A push names a blob that it has neither sent nor proved to have."""
+
+    reason = "UNKNOWN_BLOB"
+
+
+class WrongDigestError(InvalidInputError):
+    """Bytes that were sent are not those that their digest names."""
+
+    reason = "WRONG_DIGEST"
+
+
+class PushNotFoundError(NotFoundError):
+    """The server knows no push of this id: it has ended, or the server was started again."""
+
+    reason = "PUSH_NOT_FOUND"
+
+
+class PossessionError(BlockzooError):
+    """A push could not prove that it has the bytes of a blob that is in the zoo."""
+
+    reason = "NOT_POSSESSED"
+
+
+class PushInterruptedError(BlockzooError):
+    """The connection broke during a push, and the server did not come back in time."""
+
+    reason = "PUSH_INTERRUPTED"
+
+
 class CapacityError(BlockzooError):
     """The server has no room now.
 
@@ -119,6 +156,12 @@ class MemoryBudgetError(CapacityError):
     """The variant's blocks do not fit into the memory set aside for blocks."""
 
     reason = "MEMORY_BUDGET"
+
+
+class PushCapacityError(CapacityError):
+    """Too many pushes are open, or too many of their bytes wait to be stored."""
+
+    reason = "PUSH_CAPACITY"
 
 
 class ChainNotLoadedError(BlockzooError):

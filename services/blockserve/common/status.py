@@ -41,6 +41,7 @@ STATUS: Mapping[type[BlockzooError], grpc.StatusCode] = {
     zoo_errors.InvalidInputError: _Code.INVALID_ARGUMENT,
     zoo_errors.InvalidNameError: _Code.INVALID_ARGUMENT,
     zoo_errors.CurrentVersionError: _Code.FAILED_PRECONDITION,
+    zoo_errors.InvalidManifestError: _Code.INVALID_ARGUMENT,
     zoo_errors.CheckpointError: _Code.INVALID_ARGUMENT,
     zoo_errors.TruncatedFileError: _Code.INVALID_ARGUMENT,
     zoo_errors.PickleRefusedError: _Code.INVALID_ARGUMENT,
@@ -61,12 +62,16 @@ STATUS: Mapping[type[BlockzooError], grpc.StatusCode] = {
     serve_errors.SamplingError: _Code.INVALID_ARGUMENT,
     serve_errors.ChatTemplateError: _Code.INVALID_ARGUMENT,
     serve_errors.ResumeError: _Code.INVALID_ARGUMENT,
+    serve_errors.UnknownBlobError: _Code.INVALID_ARGUMENT,
+    serve_errors.WrongDigestError: _Code.INVALID_ARGUMENT,
     serve_errors.ConfigurationError: _Code.FAILED_PRECONDITION,
     serve_errors.UnauthenticatedError: _Code.UNAUTHENTICATED,
+    serve_errors.PossessionError: _Code.PERMISSION_DENIED,
     # What was named is not there.
     zoo_errors.NotFoundError: _Code.NOT_FOUND,
     zoo_errors.VariantNotFoundError: _Code.NOT_FOUND,
     zoo_errors.ZooNotFoundError: _Code.NOT_FOUND,
+    serve_errors.PushNotFoundError: _Code.NOT_FOUND,
     # A manifest names them, so their absence is damage, not a wrong name.
     zoo_errors.BlobNotFoundError: _Code.DATA_LOSS,
     zoo_errors.ManifestNotFoundError: _Code.DATA_LOSS,
@@ -81,6 +86,8 @@ STATUS: Mapping[type[BlockzooError], grpc.StatusCode] = {
     serve_errors.KvCapacityError: _Code.RESOURCE_EXHAUSTED,
     serve_errors.MemoryBudgetError: _Code.RESOURCE_EXHAUSTED,
     serve_errors.DeadlineTooShortError: _Code.RESOURCE_EXHAUSTED,
+    serve_errors.PushCapacityError: _Code.RESOURCE_EXHAUSTED,
+    serve_errors.PushInterruptedError: _Code.UNAVAILABLE,
     serve_errors.ServerStoppingError: _Code.UNAVAILABLE,
     serve_errors.UnavailableError: _Code.UNAVAILABLE,
     serve_errors.DeadlineExceededError: _Code.DEADLINE_EXCEEDED,
@@ -156,7 +163,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler | None:
-        """Wrap the method's handler (unary-unary and unary-stream are the kinds we serve)."""
+        """Wrap the method's handler; bidirectional streams are the one kind we do not serve."""
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
         if handler is None:
@@ -167,6 +174,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         }
         if handler.unary_unary is not None:
             return grpc.unary_unary_rpc_method_handler(_unary(handler.unary_unary, method), **codecs)
+        if handler.stream_unary is not None:
+            return grpc.stream_unary_rpc_method_handler(_unary(handler.stream_unary, method), **codecs)
         if handler.unary_stream is not None:
             return grpc.unary_stream_rpc_method_handler(_stream(handler.unary_stream, method), **codecs)
         return handler

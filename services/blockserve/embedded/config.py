@@ -7,8 +7,9 @@ from typing import Literal, Self
 
 from pydantic import Field, SecretStr, model_validator
 
+from blockserve.common.channel import DEFAULT_TARGET, is_local
 from blockserve.common.config import Settings, setting
-from blockserve.router.channel import DEFAULT_TARGET, is_local
+from blockserve.controller.config import ControllerConfig
 from blockserve.router.config import RouterConfig
 from blockserve.worker.config import EngineConfig
 
@@ -25,6 +26,11 @@ class ServeConfig(Settings):
         "~/.blockzoo",
         "The zoo to serve: a folder, or a URL such as s3://bucket/zoo.",
         reason="What the other commands use too.",
+    )
+    create_zoo: bool = setting(
+        False,
+        "Begin an empty zoo when there is none.",
+        reason="A wrong path is an error; with it, a new server can be filled from elsewhere.",
     )
     listen: str = setting(
         DEFAULT_TARGET,
@@ -141,6 +147,9 @@ class ServeConfig(Settings):
         "text", "Log lines for people, or one JSON object per line.", reason="A terminal is the first reader."
     )
     router: RouterConfig = Field(default_factory=RouterConfig, description="Limits on requests.")
+    controller: ControllerConfig = Field(
+        default_factory=ControllerConfig, description="Registering over the network."
+    )
     engine: EngineConfig = Field(default_factory=EngineConfig, description="Memory, batching, device.")
 
     @property

@@ -164,6 +164,8 @@ def _refusing(handler: Handler) -> Handler:
         await refuse_unary(request, context)
         yield
 
+    if handler.request_streaming:
+        return grpc.stream_unary_rpc_method_handler(refuse_unary)
     if handler.response_streaming:
         return grpc.unary_stream_rpc_method_handler(refuse_stream)
     return grpc.unary_unary_rpc_method_handler(refuse_unary)

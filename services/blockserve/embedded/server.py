@@ -9,8 +9,16 @@ from collections.abc import Sequence
 import grpc
 
 import blockserve
-from blockproto.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
+from blockproto.v1 import (
+    admin_pb2,
+    admin_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+    zoo_pb2,
+    zoo_pb2_grpc,
+)
 from blockserve.common.status import ErrorInterceptor
+from blockserve.controller.servicer import ZooServicer
 from blockserve.embedded.config import ServeConfig
 from blockserve.embedded.health import NOT_SERVING, HealthReporter
 from blockserve.embedded.listen import TokenInterceptor, bind, read_token, remove_socket, server_options
@@ -28,12 +36,14 @@ from blockserve.router.resolve import VariantCatalog, ZooReader
 from blockserve.router.service import Router, chat_limits
 from blockserve.router.servicer import AdminServicer, InferenceServicer
 from blockzoo.errors import BlockzooError
+from blockzoo.zoo import Zoo
 
 log = logging.getLogger(__name__)
 
 SERVICES = (
     inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
     admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name,
+    zoo_pb2.DESCRIPTOR.services_by_name["ZooService"].full_name,
 )
 CLOSE_SECONDS = 2.0
 """How long connections may take to close once no answer is left."""
@@ -60,6 +70,7 @@ class EmbeddedServer:
         self._server: grpc.aio.Server | None = None
         self._engine: RunnableEngine | None = None
         self._router: Router | None = None
+        self._zoo_servicer: ZooServicer | None = None
         self._renderer: ChatRenderer | None = None
 
     async def start(self) -> None:
@@ -106,7 +117,7 @@ class EmbeddedServer:
             metrics=self.metrics.requests,
         )
         self.metrics.watch(self._engine, zoo)
-        self._add_services(self._server, self._router)
+        self._add_services(self._server, self._router, zoo)
         await self._health.set(NOT_SERVING)
         await self._server.start()
         log.info("listening address=%s zoo=%s version=%s", self.address, zoo.url, blockserve.__version__)
@@ -144,6 +155,8 @@ class EmbeddedServer:
 
     def _read_zoo(self) -> tuple[ZooReader, VariantCatalog, list[str]]:
         with self.timeline.stage("open_zoo"):
+            if self.config.create_zoo:
+                Zoo.open(self.config.zoo, create=True)
             zoo = self._parts.open_zoo(self.config.zoo)
             wanted = names_to_preload(zoo, (*self.config.pin, *self.config.preload))
         catalog = VariantCatalog(zoo, self.config.router)
@@ -151,9 +164,13 @@ class EmbeddedServer:
             parse_ahead(catalog, wanted)
         return zoo, catalog, wanted
 
-    def _add_services(self, server: grpc.aio.Server, router: Router) -> None:
+    def _add_services(self, server: grpc.aio.Server, router: Router, zoo: ZooReader) -> None:
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(router), server)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(router), server)
+        if isinstance(zoo, Zoo):
+            config = self.config.controller.within_messages(self.config.max_message_bytes)
+            self._zoo_servicer = ZooServicer(zoo, config, on_change=router.forget)
+            zoo_pb2_grpc.add_ZooServiceServicer_to_server(self._zoo_servicer, server)
         self._health.add_to(server)
         if self.config.serves_reflection:
             from grpc_health.v1 import health
@@ -190,6 +207,9 @@ class EmbeddedServer:
                 await self._server.start()
             await self._server.stop(CLOSE_SECONDS)
             self.remove_own_socket()
+        if self._zoo_servicer is not None:
+            await self._zoo_servicer.close()
+            self._zoo_servicer = None
         if self._router is not None:
             await self._router.close()
         elif self._renderer is not None:

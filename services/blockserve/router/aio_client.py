@@ -24,11 +24,11 @@ from typing import Any, Self, TypedDict, Unpack
 import grpc
 
 from blockproto.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
+from blockserve.common.channel import DEFAULT_TARGET, Credentials, open_channel
 from blockserve.common.errors import DeadlineExceededError, RemoteError, UnavailableError
 from blockserve.common.rpc_errors import from_rpc_error
 from blockserve.router import convert
 from blockserve.router.calls import GenerateCall, Prompt, SamplingWishes, StoppingWishes
-from blockserve.router.channel import DEFAULT_TARGET, Credentials, open_channel
 from blockserve.router.chat import Conversation
 from blockserve.router.results import Chunk, Completion, ModelInfo, RequestInfo, ServerStatus, Tokenized
 from blockzoo.errors import BlockzooError, InvalidInputError

@@ -18,8 +18,8 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, Self, TypeVar, Unpack
 
+from blockserve.common.channel import DEFAULT_TARGET, Credentials
 from blockserve.router.aio_client import AsyncClient, AsyncGeneration, GenerateOptions, Message
-from blockserve.router.channel import DEFAULT_TARGET, Credentials
 from blockserve.router.results import Chunk, Completion, ModelInfo, ServerStatus, Tokenized
 
 __all__ = ["AsyncClient", "Client", "Credentials", "Generation"]

@@ -117,6 +117,12 @@ class VariantCatalog:
         """Where the zoo is."""
         return self._zoo.url
 
+    def forget(self, name: str) -> None:
+        """Look a name up again at its next request: it was changed just now."""
+        with self._lock:
+            for ref in [ref for ref in self._current if ref.partition("@")[0] == name]:
+                del self._current[ref]
+
     async def get(self, ref: str) -> ServedVariant:
         """Resolve `name` or `name@version`.
 

@@ -202,6 +202,10 @@ class Router:
         await self._engine.unload(variant.record.chain)
         return variant.record.chain
 
+    def forget(self, name: str) -> None:
+        """Let requests see at once what was changed about a name."""
+        self._catalog.forget(name)
+
     async def status(self) -> ServerStatus:
         """What is loaded, the segments, the queues and the use of KV pages."""
         report, refs = self._engine.report(), await self._catalog.refs_by_chain()

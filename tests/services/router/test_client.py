@@ -14,6 +14,7 @@ import pytest
 
 import blockserve
 from blockproto.v1 import inference_pb2, inference_pb2_grpc
+from blockserve.common.channel import Credentials, is_local
 from blockserve.common.errors import (
     ConfigurationError,
     DeadlineExceededError,
@@ -23,7 +24,6 @@ from blockserve.common.errors import (
 )
 from blockserve.common.status import abort
 from blockserve.router.aio_client import AsyncClient
-from blockserve.router.channel import Credentials, is_local
 from blockserve.router.client import Client
 from blockzoo.errors import InvalidInputError, VariantNotFoundError
 from support.edge import ScriptedEngine, async_test, serving, until

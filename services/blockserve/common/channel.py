@@ -16,6 +16,22 @@ KEEPALIVE_MS = 30_000
 KEEPALIVE_TIMEOUT_MS = 10_000
 MAX_MESSAGE_BYTES = 64 << 20
 
+_OPTIONS = [
+    ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # A connection of its own: otherwise clients of one process share a broken one.
+    ("grpc.use_local_subchannel_pool", 1),
+]
+_RECONNECT = [
+    # gRPC would wait for up to two minutes; who resumes has a back-off of its own.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    # In spite of its name also the time a connection has to come about; a busy machine needs a while.
+    ("grpc.min_reconnect_backoff_ms", 10_000),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+]
+
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
@@ -61,29 +77,37 @@ def is_local(address: str) -> bool:
 
 
 def open_channel(target: str, credentials: Credentials) -> grpc.aio.Channel:
-    """A channel; it connects on first use.
+    """A channel for event loops; it connects on first use.
 
     Raises:
         ConfigurationError: a token would travel readable, or a file cannot be read.
     """
-    options = [
-        ("grpc.keepalive_time_ms", KEEPALIVE_MS),
-        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
-        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-        # A connection of its own: otherwise clients of one process share a broken one.
-        ("grpc.use_local_subchannel_pool", 1),
-    ]
-    if not credentials.is_encrypted:
-        if credentials.token is not None and not (credentials.insecure or is_local(target)):
-            raise ConfigurationError(
-                f"the token would travel readable to {target}", hint="Use TLS, or say insecure=True."
-            )
-        return grpc.aio.insecure_channel(target, options=options)
-    tls = grpc.ssl_channel_credentials(
-        _read(credentials.ca_file), _read(credentials.key_file), _read(credentials.cert_file)
-    )
-    return grpc.aio.secure_channel(target, tls, options=options)
+    tls = _check(target, credentials)
+    if tls is None:
+        return grpc.aio.insecure_channel(target, options=_OPTIONS)
+    return grpc.aio.secure_channel(target, tls, options=_OPTIONS)
+
+
+def open_blocking_channel(target: str, credentials: Credentials) -> grpc.Channel:
+    """A channel for threads that reconnects quickly; otherwise as `open_channel`."""
+    tls = _check(target, credentials)
+    options = [*_OPTIONS, *_RECONNECT]
+    if tls is None:
+        return grpc.insecure_channel(target, options=options)
+    return grpc.secure_channel(target, tls, options=options)
+
+
+def _check(target: str, credentials: Credentials) -> grpc.ChannelCredentials | None:
+    """What encrypts the connection, None for a plain one."""
+    if credentials.is_encrypted:
+        return grpc.ssl_channel_credentials(
+            _read(credentials.ca_file), _read(credentials.key_file), _read(credentials.cert_file)
+        )
+    if credentials.token is not None and not (credentials.insecure or is_local(target)):
+        raise ConfigurationError(
+            f"the token would travel readable to {target}", hint="Use TLS, or say insecure=True."
+        )
+    return None
 
 
 def _read(path: Path | None) -> bytes | None:

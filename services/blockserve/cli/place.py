@@ -1,0 +1,119 @@
+"""Which zoo a verb is about: one at hand (`--zoo`), or the one behind a server (`--server`)."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from blockserve.cli.connection import (
+    PANEL,
+    CaFileOption,
+    CertFileOption,
+    Connection,
+    KeyFileOption,
+    TokenFileOption,
+    set_signature,
+    unreachable,
+)
+from blockserve.cli.options import DEFAULT_ZOO, ZooOption, open_zoo
+
+if TYPE_CHECKING:
+    from blockserve.controller.client import RemoteZoo
+    from blockzoo.zoo import Zoo
+
+RemoteOption = Annotated[
+    str | None,
+    typer.Option(
+        "--server",
+        metavar="ADDRESS",
+        envvar="BLOCKZOO_SERVER",
+        rich_help_panel=PANEL,
+        help="Use the zoo of this server (host:port, or unix:/path/to/socket) instead of one at hand. "
+        "From the environment only when no zoo is named.",
+    ),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the zoo is.
+
+    Attributes:
+        zoo: folder or URL; what counts when `server` is None.
+        server: address of the server whose zoo is meant.
+    """
+
+    zoo: ZooOption = DEFAULT_ZOO
+    server: RemoteOption = None
+    token_file: TokenFileOption = None
+    ca_file: CaFileOption = None
+    cert_file: CertFileOption = None
+    key_file: KeyFileOption = None
+
+    @contextmanager
+    def open(self, *, create: bool = False) -> Iterator[Zoo | RemoteZoo]:
+        """Open the zoo for the verb's time; `create` begins one at hand where there is none.
+
+        Raises:
+            ZooNotFoundError: there is none at hand.
+            UnavailableError: no server answers.
+        """
+        if self.server is None:
+            yield open_zoo(self.zoo, create=create)
+            return
+        from blockserve.controller.client import RemoteZoo
+
+        credentials = Connection(
+            self.server, self.token_file, self.ca_file, self.cert_file, self.key_file
+        ).credentials()
+        with unreachable(self.server), RemoteZoo(self.server, credentials=credentials) as zoo:
+            yield zoo
+
+
+def at_a_place(verb: Callable[..., None]) -> Callable[..., None]:
+    """Give a verb the options that say which zoo it is about; it takes them as `place`."""
+    hints = inspect.get_annotations(Place, eval_str=True)
+    own = inspect.signature(verb, eval_str=True)
+    parameters = [parameter for name, parameter in own.parameters.items() if name != "place"]
+    parameters += [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+        )
+        for field in fields(Place)
+    ]
+    parameters.append(inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context))
+
+    @functools.wraps(verb)
+    def with_place(*args: Any, context: typer.Context, **given: Any) -> None:
+        options = {field.name: given.pop(field.name) for field in fields(Place)}
+        verb(*args, place=_choose(context, options), **given)
+
+    set_signature(with_place, own.replace(parameters=parameters))
+    return with_place
+
+
+def _choose(context: typer.Context, options: dict[str, Any]) -> Place:
+    """What is said on the command line counts more than the environment; a zoo more than a server."""
+    place = Place(**options)
+    if place.server is None:
+        return place
+    zoo_said, server_said = (_source(context, name) for name in ("zoo", "server"))
+    if server_said == "COMMANDLINE":
+        if zoo_said == "COMMANDLINE":
+            raise typer.BadParameter(
+                "--zoo names a zoo at hand, --server one behind a server: say one of them."
+            )
+        return place
+    return place if zoo_said == "DEFAULT" else replace(place, server=None)
+
+
+def _source(context: typer.Context, name: str) -> str:
+    """Where an option's value comes from: COMMANDLINE, ENVIRONMENT or DEFAULT."""
+    source = context.get_parameter_source(name)
+    return "DEFAULT" if source is None else source.name

@@ -1,0 +1,80 @@
+"""Settings of the zoo's network front."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from blockserve.common.config import Section, setting
+
+
+class ControllerConfig(Section):
+    """Limits on pushes, and who is believed."""
+
+    prove_possession: bool = setting(
+        True,
+        "Have a pusher prove that it has the bytes of blobs that are in the zoo already.",
+        reason="Knowing a digest grants nothing. Turn it off where every caller is an administrator.",
+    )
+    max_pushes: int = setting(
+        16,
+        "Pushes open at once; one more is told to come back.",
+        reason="Each holds a lease and may hold half-sent bytes.",
+        ge=1,
+    )
+    push_idle_seconds: float = setting(
+        600.0,
+        "How long a push may stay silent before it is given up.",
+        unit="seconds",
+        reason="Longer than any reconnection; what it stored stays until the next gc.",
+        gt=0,
+    )
+    max_piece_bytes: int = setting(
+        1 << 20,
+        "Most tensor bytes of one message.",
+        unit="bytes",
+        reason="Large enough for full speed, small enough that a broken connection costs little.",
+        ge=1,
+        le=8 << 20,
+    )
+    max_unstored_bytes: int = setting(
+        2 << 30,
+        "Most tensor bytes of all pushes together that wait in memory to be complete or stored.",
+        unit="bytes",
+        reason="Bounds memory, and with it the largest tensor; a layer's largest matrix has under 2 GB.",
+        ge=1,
+    )
+    store_every_bytes: int = setting(
+        64 << 20,
+        "Whole tensors are stored once they make this much.",
+        unit="bytes",
+        reason="Making many durable at once costs as much as making one durable.",
+        ge=1,
+    )
+    max_digests: int = setting(
+        4096,
+        "Most digests of one call.",
+        reason="A quarter of a megabyte; each costs a look into the storage.",
+        ge=1,
+        le=65536,
+    )
+    max_push_blobs: int = setting(
+        1 << 20,
+        "Most blobs of one push.",
+        reason="Each is leased, and gc reads leases; the largest models have some thousands.",
+        ge=1,
+    )
+    zoo_threads: int = setting(
+        4,
+        "Threads that work on the zoo for network callers.",
+        reason="A disk is busy with few, and answers of variants need the cores too.",
+        ge=1,
+    )
+
+    def within_messages(self, max_message_bytes: int) -> Self:
+        """The same with calls that fit messages of this size."""
+        return self.model_copy(
+            update={
+                "max_piece_bytes": min(self.max_piece_bytes, max_message_bytes // 2),
+                "max_digests": min(self.max_digests, max_message_bytes // 256),
+            }
+        )
