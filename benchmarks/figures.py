@@ -1,7 +1,7 @@
 """Figures and tables in docs from the committed results: `python benchmarks/figures.py`.
 
-Nothing is typed by hand: docs/benchmarks.md holds markers, and between them goes what the result files say. The
-figures are plain SVG whose colours follow the reader's light or dark scheme.
+Nothing is typed by hand: docs/benchmarks.md holds markers, and between them goes what the result files say.
+The figures are plain SVG whose colours follow the reader's light or dark scheme.
 """
 
 from __future__ import annotations

@@ -107,11 +107,15 @@ class Child:
     """A peer in a child process that answers JSON lines; `vllm_child` says which."""
 
     def __init__(self, name: str, process: subprocess.Popen[str], log: Path) -> None:
-        """Talk to a process that has been started; its first line says that it is ready."""
+        """Talk to a process that has been started; `wait_ready` comes before anything else."""
         self.name = name
         self._process = process
         self._log = log
-        self.start_seconds: float = self._read()["seconds"]
+
+    def wait_ready(self) -> float:
+        """Return when it can answer; the seconds its engine took to start."""
+        seconds: float = self._read()["seconds"]
+        return seconds
 
     def run(self, requests: Sequence[Request]) -> Batch:
         """See `Engine`."""
@@ -159,7 +163,7 @@ class Child:
 def child(
     name: str, python: Path, script: str, options: Mapping[str, Any], environment: Mapping[str, str]
 ) -> Iterator[Child]:
-    """A peer's process, ready to answer; ended whatever happens."""
+    """A peer's process, which starts while the caller goes on; ended whatever happens."""
     log = CACHE / f"bench-{Path(script).stem}.log"
     inherited = {key: value for key, value in os.environ.items() if key not in OURS_ENVIRONMENT}
     with log.open("wb") as output:

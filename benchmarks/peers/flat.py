@@ -59,8 +59,8 @@ def flat(engines: Engines, options: Options) -> list[Row]:
     distinct = len({request.model for request in last})
     options.say(f"{found}; {distinct} variants in the last batch")
     text = (
-        f"SmolLM2-135M bf16 over gRPC, {REQUESTS} x {PROMPT} in, {TOKENS} out, greedy, over {many} loaded LoRA "
-        f"r16 variants and over {FEW}; a request's variant is int(power({ALPHA}) * n); {found}"
+        f"SmolLM2-135M bf16 over gRPC, {REQUESTS} x {PROMPT} in, {TOKENS} out, greedy, over {many} loaded "
+        f"LoRA r16 variants and over {FEW}; a request's variant is int(power({ALPHA}) * n); {found}"
     )
     return rows("flat-n", text, command("flat-n"), batches[::2], batches[1::2], f"blockzoo, {FEW} variants")
 

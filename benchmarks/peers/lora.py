@@ -43,6 +43,7 @@ def start(options: Options, cases: Sequence[str]) -> Iterator[Engines]:
         peer = None
         if LORA.keys() & set(cases):
             peer = stack.enter_context(vllm.vllm(options.say, loras=ADAPTERS))
+            options.say(f"{peer.name}: started in {peer.wait_ready():.0f} s")
         yield Engines(stack.enter_context(our_server(folder, "--preload", "all")), peer, adapters)
     fresh_folder("lora-zoo")
 
@@ -86,8 +87,8 @@ def against_vllm(case: str) -> Callable[[Engines, Options], list[Row]]:
         found = f"{same_alone(engines.ours, workload(options.runs - 1), ours[-1])}, {agree(ours, peer)}"
         options.say(found)
         text = (
-            f"SmolLM2-135M bf16, {count} x {prompt} in, {tokens} out, greedy, over {ADAPTERS} LoRA r16 on all "
-            f"linear modules; {vllm.HOW}; {found}"
+            f"SmolLM2-135M bf16, {count} x {prompt} in, {tokens} out, greedy, over {ADAPTERS} LoRA r16 on "
+            f"all linear modules; {vllm.HOW}; {found}"
         )
         return rows(case, text, command(case), ours, peer, vllm.NAME)
 
@@ -108,8 +109,8 @@ def tax(engines: Engines, options: Options) -> list[Row]:
     found = same_alone(engines.ours, workload(2 * options.runs - 2), batches[-2])
     options.say(found)
     text = (
-        f"SmolLM2-135M bf16 over gRPC, {count} x {prompt} in, {tokens} out, greedy: with {ADAPTERS} LoRA r16 on "
-        f"all linear modules, and without; {found}"
+        f"SmolLM2-135M bf16 over gRPC, {count} x {prompt} in, {tokens} out, greedy: with {ADAPTERS} LoRA r16 "
+        f"on all linear modules, and without; {found}"
     )
     return rows(
         "lora-tax", text, command("lora-tax"), batches[::2], batches[1::2], "blockzoo, base model alone"

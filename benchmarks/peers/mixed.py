@@ -118,6 +118,8 @@ def start(options: Options, cases: Sequence[str]) -> Iterator[Engines]:
         adapted = stack.enter_context(vllm.vllm(options.say, loras=EACH, kv_gib=1))
         firsts = sorted((*top, *full))[: PROCESSES - 1]
         plain = [stack.enter_context(vllm.vllm(options.say, model=one, kv_gib=1)) for one in firsts]
+        for one in (adapted, *plain):
+            options.say(f"{one.name}: started in {one.wait_ready():.0f} s")
         serving = our_server(folder, "--preload", "all", "--kv-cache-bytes", str(KV_BYTES))
         yield Engines(stack.enter_context(serving), Turns(adapted, plain, firsts), variants)
     fresh_folder("mixed-zoo")

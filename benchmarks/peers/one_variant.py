@@ -44,6 +44,8 @@ def start(options: Options, cases: Sequence[str]) -> Iterator[Engines]:
         if SINGLE.keys() & set(cases):
             name, arguments = "transformers generate", {"model": str(MODEL)}
             naive = stack.enter_context(child(name, transformers, "transformers_child.py", arguments, {}))
+        for one in filter(None, (peer, naive)):
+            options.say(f"{one.name}: started in {one.wait_ready():.0f} s")
         yield Engines(stack.enter_context(our_server(folder, "--preload", "base")), peer, naive)
     fresh_folder("one-variant-zoo")
 

@@ -26,10 +26,10 @@ OPTIONS: dict[str, Any] = {
 
 @contextmanager
 def vllm(say: Say, *, model: Path = MODEL, loras: int = 0, kv_gib: int = 4) -> Iterator[Child]:
-    """A vLLM process, compiled and ready.
+    """A vLLM process that compiles while the caller goes on to `wait_ready`.
 
     Args:
-        say: told how long it took.
+        say: told when it has to be installed.
         model: the checkpoint.
         loras: adapters of rank 16 or less that one batch may mix; 0 leaves LoRA out.
         kv_gib: size of its KV cache.
@@ -38,5 +38,4 @@ def vllm(say: Say, *, model: Path = MODEL, loras: int = 0, kv_gib: int = 4) -> I
     lora = {"enable_lora": True, "max_loras": loras, "max_lora_rank": 16} if loras else {}
     options = {"model": str(model), **OPTIONS, **lora}
     with child(NAME, python, "vllm_child.py", options, vllm_environment(kv_gib)) as peer:
-        say(f"vLLM started in {peer.start_seconds:.0f} s")
         yield peer
