@@ -13,6 +13,11 @@ from harness import CACHE
 VLLM_VERSION = "0.32.0"
 VLLM = CACHE / "vllm"
 NO_CPU_BUILD = ("torchvision", "torchaudio", "torchcodec")
+OPENMP_RUNTIMES = {
+    "intel": "lib/libiomp5.so",
+    "gnu": "lib/python3*/site-packages/torch/lib/libgomp.so.1",
+}
+"""Where vLLM's environment has them."""
 TRANSFORMERS = CACHE / "transformers"
 CONSTRAINTS = Path(__file__).resolve().parent.parent / "constraints.txt"
 
@@ -48,13 +53,17 @@ def install_transformers(say: Callable[[str], None]) -> Path:
     return python
 
 
-def vllm_environment(kv_gib: int) -> dict[str, str]:
-    """What vLLM's CPU documentation asks for: every core for OpenMP, Intel's OpenMP runtime loaded first.
+def vllm_environment(kv_gib: int, openmp: str) -> dict[str, str]:
+    """What vLLM's CPU documentation asks for: every core for OpenMP, and its runtime loaded first.
+
+    Without a runtime loaded first, binding threads leaves all of them on one core; vLLM does it by itself
+    only for processes that it starts.
 
     Args:
         kv_gib: size of its KV cache.
+        openmp: "intel" as the documentation advises, or "gnu", which comes with torch.
     """
-    runtime = VLLM / "lib" / "libiomp5.so"
+    (runtime,) = VLLM.glob(OPENMP_RUNTIMES[openmp])
     return {
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
         "VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}",
@@ -63,7 +72,7 @@ def vllm_environment(kv_gib: int) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "HF_HUB_OFFLINE": "1",
-        **({"LD_PRELOAD": str(runtime)} if runtime.exists() else {}),
+        "LD_PRELOAD": str(runtime),
     }
 
 

@@ -16,6 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves the script's folder out
 
 import figures
+from environments import OPENMP_RUNTIMES
 from harness import CACHE, RESULTS, RUNS, CheckFailedError, summarize, write
 from peers import flat, lora, mixed, one_variant
 from peers.tables import Case, Table
@@ -33,11 +34,17 @@ def main() -> int:
     parser.add_argument("--only", action="append", choices=cases, help="run this case; may be repeated")
     parser.add_argument("--runs", type=int, default=RUNS, help=f"runs of each side (default {RUNS})")
     parser.add_argument("--quick", action="store_true", help="one run of few tokens, to see that it works")
+    parser.add_argument(
+        "--vllm-openmp",
+        choices=OPENMP_RUNTIMES,
+        default="intel",
+        help="vLLM's OpenMP runtime (default intel)",
+    )
     args = parser.parse_args()
     runs = 1 if args.quick else args.runs
     # Fewer runs than the committed results promise are for whoever tries something.
     folder = RESULTS if runs >= RUNS else CACHE / "bench" / "results"
-    options = Options(runs, args.quick, lambda text: print(f"  {text}", flush=True))
+    options = Options(runs, args.quick, lambda text: print(f"  {text}", flush=True), args.vllm_openmp)
     failed = sum(_measure(table, args.only or cases, options, folder) for table in TABLES)
     if folder == RESULTS:
         figures.write_all()

@@ -42,7 +42,7 @@ def start(options: Options, cases: Sequence[str]) -> Iterator[Engines]:
     with ExitStack() as stack:
         peer = None
         if LORA.keys() & set(cases):
-            peer = stack.enter_context(vllm.vllm(options.say, loras=ADAPTERS))
+            peer = stack.enter_context(vllm.vllm(options, loras=ADAPTERS))
             options.say(f"{peer.name}: started in {peer.wait_ready():.0f} s")
         yield Engines(stack.enter_context(our_server(folder, "--preload", "all")), peer, adapters)
     fresh_folder("lora-zoo")
@@ -90,7 +90,7 @@ def against_vllm(case: str) -> Callable[[Engines, Options], list[Row]]:
             f"SmolLM2-135M bf16, {count} x {prompt} in, {tokens} out, greedy, over {ADAPTERS} LoRA r16 on "
             f"all linear modules; {vllm.HOW}; {found}"
         )
-        return rows(case, text, command(case), ours, peer, vllm.NAME)
+        return rows(case, text, command(case), ours, peer, engines.vllm.name)
 
     return run
 

@@ -29,7 +29,6 @@ EACH = 4
 REQUESTS, PROMPT, TOKENS = 32, 128, 64
 PROCESSES = 4
 KV_BYTES = PROCESSES << 30
-NAME = f"{PROCESSES} processes of {vllm.NAME}, taking turns"
 
 
 @dataclass(slots=True)
@@ -45,7 +44,11 @@ class Turns:
     adapted: Child
     plain: Sequence[Child]
     loaded: list[Path] = field(default_factory=list)
-    name: str = NAME
+
+    @property
+    def name(self) -> str:
+        """See `Engine`."""
+        return f"{1 + len(self.plain)} processes of {self.adapted.name}, taking turns"
 
     def run(self, requests: Sequence[Request]) -> Batch:
         """See `Engine`: times count from the beginning of all turns, as for one who waits."""
@@ -115,9 +118,9 @@ def start(options: Options, cases: Sequence[str]) -> Iterator[Engines]:
     variants: list[tuple[str, Path | None]] = [("base", None)]
     variants += [(variant.name, variant) for variant in (*adapters, *top, *full)]
     with ExitStack() as stack:
-        adapted = stack.enter_context(vllm.vllm(options.say, loras=EACH, kv_gib=1))
+        adapted = stack.enter_context(vllm.vllm(options, loras=EACH, kv_gib=1))
         firsts = sorted((*top, *full))[: PROCESSES - 1]
-        plain = [stack.enter_context(vllm.vllm(options.say, model=one, kv_gib=1)) for one in firsts]
+        plain = [stack.enter_context(vllm.vllm(options, model=one, kv_gib=1)) for one in firsts]
         for one in (adapted, *plain):
             options.say(f"{one.name}: started in {one.wait_ready():.0f} s")
         serving = our_server(folder, "--preload", "all", "--kv-cache-bytes", str(KV_BYTES))
@@ -149,8 +152,8 @@ def mixed(engines: Engines, options: Options) -> list[Row]:
     memory = [[float(size)] * options.runs for size in resident]
     words = "the same: proportional resident memory after the runs, 4 GiB of KV cache allowed in all"
     return [
-        *rows("mixed-kinds", text, run, ours, peer, NAME),
-        Row("mixed-kinds-memory", words, "bytes", run, *memory, NAME),
+        *rows("mixed-kinds", text, run, ours, peer, engines.vllm.name),
+        Row("mixed-kinds-memory", words, "bytes", run, *memory, engines.vllm.name),
     ]
 
 

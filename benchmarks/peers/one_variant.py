@@ -39,7 +39,7 @@ def start(options: Options, cases: Sequence[str]) -> Iterator[Engines]:
     folder = fresh_folder("one-variant-zoo")
     Zoo.open(folder, create=True).register(MODEL, name="base")
     with ExitStack() as stack:
-        peer = stack.enter_context(vllm.vllm(options.say))
+        peer = stack.enter_context(vllm.vllm(options))
         naive = None
         if SINGLE.keys() & set(cases):
             name, arguments = "transformers generate", {"model": str(MODEL)}
@@ -72,7 +72,7 @@ def single(case: str) -> Callable[[Engines, Options], list[Row]]:
         options.say(found)
         text = f"SmolLM2-135M bf16, {count} x {prompt} in, {tokens} out, greedy; {vllm.HOW}; {found}"
         others = rows(f"{case}-transformers", text, command(case), ours, naive, engines.transformers.name)
-        return rows(case, text, command(case), ours, peer, vllm.NAME) + others[:1]
+        return rows(case, text, command(case), ours, peer, engines.vllm.name) + others[:1]
 
     return run
 
@@ -106,8 +106,8 @@ def prefix(engines: Engines, options: Options) -> list[Row]:
 
     return [
         row("prefix", text, ours[1::2], ours[::2], "blockzoo, the first request"),
-        row("prefix-vllm", text, ours[1::2], peer[1::2], f"{vllm.NAME}, the second request too"),
-        row("prefix-first", first_text, ours[::2], peer[::2], vllm.NAME),
+        row("prefix-vllm", text, ours[1::2], peer[1::2], f"{engines.vllm.name}, the second request too"),
+        row("prefix-first", first_text, ours[::2], peer[::2], engines.vllm.name),
     ]
 
 

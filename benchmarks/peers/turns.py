@@ -32,11 +32,13 @@ class Options:
         runs: runs of each engine.
         quick: few tokens and requests, to see that everything works; nothing worth keeping.
         say: told what happens.
+        openmp: the OpenMP runtime that vLLM gets, see `environments.vllm_environment`.
     """
 
     runs: int
     quick: bool
     say: Say
+    openmp: str = "intel"
 
     def tokens(self, count: int) -> int:
         """Output tokens to ask for where `count` are wanted."""

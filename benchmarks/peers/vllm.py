@@ -9,10 +9,9 @@ from typing import Any
 
 from environments import VLLM_VERSION, install_vllm, vllm_environment
 from peers.engines import Child, child
-from peers.turns import Say
+from peers.turns import Options
 from served import MODEL
 
-NAME = f"vLLM {VLLM_VERSION} CPU, compiled, in process, libiomp5"
 HOW = "ours over gRPC from another process, the peer in process"
 """Beside every figure: the peer pays for no server and no wire."""
 
@@ -25,17 +24,19 @@ OPTIONS: dict[str, Any] = {
 
 
 @contextmanager
-def vllm(say: Say, *, model: Path = MODEL, loras: int = 0, kv_gib: int = 4) -> Iterator[Child]:
+def vllm(options: Options, *, model: Path = MODEL, loras: int = 0, kv_gib: int = 4) -> Iterator[Child]:
     """A vLLM process that compiles while the caller goes on to `wait_ready`.
 
     Args:
-        say: told when it has to be installed.
+        options: which OpenMP runtime it gets, and where to say that it has to be installed.
         model: the checkpoint.
         loras: adapters of rank 16 or less that one batch may mix; 0 leaves LoRA out.
         kv_gib: size of its KV cache.
     """
-    python = install_vllm(say)
+    python = install_vllm(options.say)
     lora = {"enable_lora": True, "max_loras": loras, "max_lora_rank": 16} if loras else {}
-    options = {"model": str(model), **OPTIONS, **lora}
-    with child(NAME, python, "vllm_child.py", options, vllm_environment(kv_gib)) as peer:
+    arguments = {"model": str(model), **OPTIONS, **lora}
+    environment = vllm_environment(kv_gib, options.openmp)
+    name = f"vLLM {VLLM_VERSION} CPU, compiled, in process, {options.openmp} OpenMP"
+    with child(name, python, "vllm_child.py", arguments, environment) as peer:
         yield peer
