@@ -2,8 +2,10 @@
 
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,8 +23,19 @@ def bench(monkeypatch):
     """The modules of the benchmark, imported as its scripts import them."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     before = set(sys.modules)
+    import figures
+    import harness
+    import run_peers
+    from peers import engines, turns, workload
 
-    yield type("Bench", (), locals())
+    yield SimpleNamespace(
+        engines=engines,
+        figures=figures,
+        harness=harness,
+        run_peers=run_peers,
+        turns=turns,
+        workload=workload,
+    )
     for name in set(sys.modules) - before:
         if name in {"figures", "harness", "run_peers", "served", "environments"} or name.startswith("peers"):
             del sys.modules[name]
@@ -249,8 +262,6 @@ def test_quick_results_go_nowhere_near_the_committed_ones(bench, tmp_path, monke
     monkeypatch.setattr(bench.run_peers, "CACHE", tmp_path)
     case = bench.run_peers.Case("single-1", "title", "bar", lambda engines, options: [engines])
     row = bench.harness.Row("single-1", "case", "tokens/s", "command", [1.0], None, None)
-    from contextlib import nullcontext
-
     table = bench.run_peers.Table("one-variant", [case], lambda options, cases: nullcontext(row))
     monkeypatch.setattr(bench.run_peers, "TABLES", (table,))
     monkeypatch.setattr(sys, "argv", ["run_peers.py", "--quick"])

@@ -139,6 +139,10 @@ def mixed(engines: Engines, options: Options) -> list[Row]:
 
     turns: list[Engine] = [engines.ours, engines.vllm]
     ours, peer = in_turns(turns, workload, options)
+    # Each variant by itself: a checkpoint that was not loaded must not hide behind those that were.
+    for place, (name, _) in enumerate(engines.variants):
+        mine, theirs = ([_part(batch, place) for batch in batches] for batches in (ours, peer))
+        options.say(f"{name}: {agree(mine, theirs)}")
     found = f"{same_alone(engines.ours, workload(options.runs - 1), ours[-1])}, {agree(ours, peer)}"
     options.say(found)
     resident = proportional_bytes(engines.ours.server.pid), engines.vllm.resident_bytes()
@@ -155,6 +159,11 @@ def mixed(engines: Engines, options: Options) -> list[Row]:
         *rows("mixed-kinds", text, run, ours, peer, engines.vllm.name),
         Row("mixed-kinds-memory", words, "bytes", run, *memory, engines.vllm.name),
     ]
+
+
+def _part(batch: Batch, place: int) -> Batch:
+    """The answers of one variant of thirteen, which take turns in the list of requests."""
+    return replace(batch, answers=batch.answers[place :: 1 + 3 * EACH])
 
 
 TABLE = Table(
