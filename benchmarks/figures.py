@@ -158,7 +158,11 @@ def table(rows: Sequence[Row]) -> str:
         lines.append(
             f"| {row.id} | {row.unit} | {_percentiles(row.ours, row.unit)} | {theirs} | {ratio} | {name} |"
         )
-    cases = [f"- `{row.id}`: {row.case}." for row in rows if row.unit == "tokens/s" or row.id == "prefix"]
+    cases = [
+        f"- `{row.id}`: {row.case}."
+        for row in rows
+        if row.id == row.id.removesuffix("-transformers") and (row.unit == "tokens/s" or row.id == "prefix")
+    ]
     return "\n".join([*lines, "", *cases])
 
 

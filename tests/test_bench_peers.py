@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -245,6 +246,7 @@ def test_docs_are_made_from_the_results(bench, tmp_path):
     picture = written[0].read_text()
     assert "a peer &amp; co" in picture
     assert "prefers-color-scheme:dark" in picture
+    assert ElementTree.fromstring(picture).get("role") == "img"
     assert bench.figures.write_all(results, docs) == written
     assert (docs / "benchmarks.md").read_text() == page
 

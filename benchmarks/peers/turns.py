@@ -12,8 +12,9 @@ from peers.workload import Batch, Request
 
 Say = Callable[[str], None]
 
-IDLE_SHARE = 0.05
-"""Most of one core that an engine may use while another is measured."""
+IDLE_SHARE = 0.1
+"""Most of one core that an engine may use while another is measured: spinning threads use all of one, four
+sleeping processes of vLLM a twentieth."""
 QUIET_SECONDS = 20.0
 """OpenMP threads spin for a while after their work; nobody needs longer than this to fall asleep."""
 NEAR_TIE = 0.25
