@@ -31,7 +31,7 @@ help: ## This text
 	@echo '  TORCH_INDEX=URL  an extra package index for the torch wheel, for example the one with CPU wheels'
 	@echo '  PYTHON=PATH      the Python to use, 3.11 or newer (now: $(PYTHON))'
 	@echo '  VENV=PATH        where the environment goes (now: $(VENV))'
-	@echo '  ARGS=...         test, test-long: more arguments for pytest, for example ARGS="-k gc -x"'
+	@echo '  ARGS=...         test, test-long: more arguments for pytest, for example ARGS="-k gc -x"; bench-peers: its own'
 
 .PHONY: venv
 venv: ## The environment with everything development needs
@@ -62,6 +62,10 @@ test-long: venv model ## The tests marked long
 .PHONY: bench
 bench: venv model ## The measurements behind every figure in README and docs, into benchmarks/results
 	@$(BIN)/python benchmarks/run.py
+
+.PHONY: bench-peers
+bench-peers: venv model ## Ours beside vLLM in one run, 20 minutes; ARGS="--only single-8", "--runs 3", "--quick"
+	@$(BIN)/python benchmarks/run_peers.py $(ARGS)
 
 .PHONY: presubmit
 presubmit: venv proto-check lint typecheck wheel test ## What must pass before a change is merged: all gates, then `make test`

@@ -132,12 +132,32 @@ def read_rows(path: Path) -> list[Row]:
     return [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
 
 
+def percentile(samples: Sequence[float], share: float) -> float:
+    """The value below which `share` percent of the samples lie, interpolated between neighbours.
+
+    The 50th is the median.
+    """
+    ordered = sorted(samples)
+    place = (len(ordered) - 1) * share / 100
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+
+
 def summarize(row: Row) -> str:
-    """A row in one line: medians, and the ratio where there is a peer."""
-    text = f"{row.id}: {median(row.ours):.4g} {row.unit} (median of {len(row.ours)})"
+    """A row in one line: medians, the tail where there are samples for it, and the ratio to a peer."""
+    text = f"{row.id}: {_middle_and_tail(row.ours)} {row.unit} (median of {len(row.ours)})"
     if row.peer is not None:
-        text += f"; {row.peer_name}: {median(row.peer):.4g}; ratio {row.ratio:.3f}"
+        text += f"; {row.peer_name}: {_middle_and_tail(row.peer)}; ratio {row.ratio:.3f}"
     return text
+
+
+def _middle_and_tail(samples: Sequence[float]) -> str:
+    """The median; with twenty samples or more the 95th and 99th percentile too."""
+    text = f"{median(samples):.4g}"
+    if len(samples) < 20:
+        return text
+    return text + f" (p95 {percentile(samples, 95):.4g}, p99 {percentile(samples, 99):.4g})"
 
 
 def machine() -> str:

@@ -136,24 +136,33 @@ def random_adapters(count: int, rank: int = 16, model: Path = MODEL) -> list[Pat
 
 def top_quarter_variants(count: int, model: Path = MODEL) -> list[Path]:
     """Checkpoints whose top quarter of layers differs from the base's (bf16 noise; only bytes matter)."""
-    folders = [CACHE / "bench" / f"top-quarter-{number}" for number in range(count)]
-    for number, folder in enumerate(folders):
-        if (folder / "model.safetensors").exists():
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = load_file(model / "model.safetensors")
-        layers = 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("model.layers."))
-        generator = torch.Generator().manual_seed(number)
-        for name, tensor in weights.items():
-            if name.startswith("model.layers.") and int(name.split(".")[2]) >= layers * 3 // 4:
-                noise = torch.randn(tensor.shape, generator=generator) * 1e-3
-                weights[name] = (tensor.float() * (1 + noise)).bfloat16()
-        for file in model.glob("*.json"):
-            (folder / file.name).write_bytes(file.read_bytes())
-        partial = folder / "model.partial"
-        save_file(weights, partial, {"format": "pt"})
-        partial.rename(folder / "model.safetensors")
-    return folders
+    return [_noisy(f"top-quarter-{number}", model, number, 0.75, 1e-3) for number in range(count)]
+
+
+def full_variants(count: int, model: Path = MODEL) -> list[Path]:
+    """Checkpoints all of whose layers differ from the base's, by noise that changes what they answer."""
+    return [_noisy(f"full-{number}", model, 100 + number, 0.0, 3e-2) for number in range(count)]
+
+
+def _noisy(name: str, model: Path, seed: int, untouched: float, noise: float) -> Path:
+    """A checkpoint with relative noise on its layers after the given share of them; made once."""
+    folder = CACHE / "bench" / name
+    if (folder / "model.safetensors").exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = load_file(model / "model.safetensors")
+    layers = 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("model.layers."))
+    generator = torch.Generator().manual_seed(seed)
+    for key, tensor in weights.items():
+        if key.startswith("model.layers.") and int(key.split(".")[2]) >= layers * untouched:
+            factor = 1 + torch.randn(tensor.shape, generator=generator) * noise
+            weights[key] = (tensor.float() * factor).bfloat16()
+    for file in model.glob("*.json"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    partial = folder / "model.partial"
+    save_file(weights, partial, {"format": "pt"})
+    partial.rename(folder / "model.safetensors")
+    return folder
 
 
 def fresh_folder(name: str) -> Path:

