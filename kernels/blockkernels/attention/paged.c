@@ -9,6 +9,15 @@
 #define TILE_ROWS 48
 #define NONE (-INFINITY)
 
+/* Where the processor multiplies pairs of bfloat16 and sums in float32, keys and queries stay words of two dimensions. */
+#if defined(__AVX512BF16__)
+#define HAS_PAIRS 1
+INLINE vf dot_pairs(vu a, vu b, vf c) { return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b); }
+#else
+#define HAS_PAIRS 0
+INLINE vf dot_pairs(vu a, vu b, vf c) { return (void)a, (void)b, c; }
+#endif
+
 typedef struct {
     const char *query, *key, *value;        /* [tokens, heads or kv_heads, head_dim] */
     int64_t query_stride, key_stride, value_stride; /* elements between tokens */
@@ -36,8 +45,13 @@ typedef struct {
     int64_t position; /* of that query in its sequence */
     int64_t first, last; /* queries of this tile */
     int64_t head, end_head; /* key heads of this task */
-    int ahead;              /* ask for memory ahead of its use */
 } tile;
+
+/* Where the keys and values of up to KEYS neighbouring tokens are, from `low` to `high` - 1. */
+typedef struct {
+    int64_t slots[KEYS];
+    int low, high;
+} block;
 
 static int64_t width_of(int64_t head_dim) { return round_up(head_dim, 2 * LANES); }
 
@@ -50,7 +64,7 @@ static int64_t thread_floats(int64_t heads, int64_t kv_heads, int64_t head_dim) 
 
 /* Bytes of scratch memory for `tokens` queries. */
 int64_t attention_scratch_bytes(int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t tokens, int64_t threads) {
-    return 64 + threads * thread_floats(heads, kv_heads, head_dim) * 4 + tokens * 2 * (int64_t)sizeof(int64_t);
+    return 64 + threads * thread_floats(heads, kv_heads, head_dim) * 4 + tokens * 3 * (int64_t)sizeof(int64_t);
 }
 
 static workspace workspace_of(const attention_job *job, int64_t thread) {
@@ -106,60 +120,78 @@ INLINE vu load_words(const char *row, int64_t bytes) {
     return words;
 }
 
-/* Keys [KEYS, head_dim] at `slots` to float32 [head_dim, KEYS]; keys outside first .. last - 1 become zero. */
-INLINE void gather_keys(float *to, const char *pool, const int64_t *slots, int first, int last, int64_t head_dim,
-                        int64_t step, int is_bf16) {
+/* Asks for a row of one head ahead of its use: a request's pages are seldom in a cache, and reading them is what
+ * decoding waits for. */
+INLINE void prefetch_row(const char *row, int64_t bytes) {
+    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(row + line);
+}
+
+/* Keys [KEYS, head_dim] of a block to words [words of head_dim, KEYS], as pairs of bfloat16, else to float32
+ * [head_dim, KEYS]; keys outside the block become zero. `next`, if any, is read soon: its rows are asked for. */
+INLINE void gather_keys(float *to, const char *pool, const block *b, const char *next_pool, const block *next,
+                        int64_t head_dim, int64_t step, int is_bf16) {
     int64_t bytes = head_dim * element_bytes(is_bf16);
-    for (int block = first / LANES * LANES; block < last; block += LANES) {
+    for (int start = b->low / LANES * LANES; start < b->high; start += LANES) {
+        if (next)
+            for (int key = start; key < start + LANES; key++)
+                if (key >= next->low && key < next->high) prefetch_row(next_pool + next->slots[key] * step, bytes);
         for (int64_t word = 0; word * 4 < bytes; word += LANES) {
             vu rows[LANES];
+            if (start >= b->low && start + LANES <= b->high && bytes - word * 4 >= 4 * LANES) {
 #pragma GCC unroll 16
-            for (int i = 0; i < LANES; i++) {
-                int key = block + i;
-                rows[i] = key < first || key >= last
-                              ? (vu){0}
-                              : load_words(pool + slots[key] * step + word * 4, bytes - word * 4);
+                for (int i = 0; i < LANES; i++)
+                    memcpy(&rows[i], pool + b->slots[start + i] * step + word * 4, sizeof rows[i]);
+            } else {
+                for (int i = 0; i < LANES; i++) {
+                    int key = start + i;
+                    rows[i] = key < b->low || key >= b->high
+                                  ? (vu){0}
+                                  : load_words(pool + b->slots[key] * step + word * 4, bytes - word * 4);
+                }
             }
             transpose(rows);
 #pragma GCC unroll 16
             for (int i = 0; i < LANES; i++) {
-                if (is_bf16) { /* a word holds two dimensions, the even one in its low half */
-                    float *even = to + 2 * (word + i) * KEYS + block;
+                if (is_bf16 && !HAS_PAIRS) { /* a word holds two dimensions, the even one in its low half */
+                    float *even = to + 2 * (word + i) * KEYS + start;
                     store(even, (vf)(rows[i] << 16));
                     store(even + KEYS, (vf)(rows[i] & 0xffff0000u));
                 } else {
-                    store(to + (word + i) * KEYS + block, (vf)rows[i]);
+                    store(to + (word + i) * KEYS + start, (vf)rows[i]);
                 }
             }
         }
     }
 }
 
-INLINE void gather_values(float *to, const char *pool, const int64_t *slots, int first, int last, int64_t head_dim,
-                          int64_t width, int64_t step, int is_bf16) {
-    for (int key = first; key < last; key++) {
-        const char *row = pool + slots[key] * step;
+INLINE void gather_values(float *to, const char *pool, const block *b, int64_t head_dim, int64_t width, int64_t step,
+                          int is_bf16) {
+    for (int key = b->low; key < b->high; key++) {
+        const char *row = pool + b->slots[key] * step;
         for (int64_t d = 0; d < head_dim; d += LANES)
             store(to + key * width + d, load_at(row, d, head_dim, is_bf16));
     }
 }
 
-/* scores[r][k] = query[r] . keys[:, k]; the sum runs over the dimensions from the first to the last. */
+/* scores[r][k] = query[r] . keys[:, k]; the sum runs over the dimensions from the first to the last. With pairs
+ * both are words of two dimensions. */
 INLINE void score_rows(const float *keys, const float *query, int64_t head_dim, int64_t width, float *scores,
-                       const int rows) {
+                       const int rows, const int pairs) {
+    int64_t steps = pairs ? (head_dim + 1) / 2 : head_dim;
     for (int k = 0; k < KEYS; k += 4 * LANES) {
         vf sum[TILE][4];
         for (int r = 0; r < rows; r++)
             for (int c = 0; c < 4; c++) sum[r][c] = splat(0);
-        for (int64_t d = 0; d < head_dim; d++) {
+        for (int64_t d = 0; d < steps; d++) {
             vf key[4];
 #pragma GCC unroll 4
             for (int c = 0; c < 4; c++) key[c] = load(keys + d * KEYS + k + c * LANES);
 #pragma GCC unroll 4
             for (int r = 0; r < rows; r++) {
-                vf q = splat(query[r * width + d]);
+                vf q = same_lanes(query + r * width + d);
 #pragma GCC unroll 4
-                for (int c = 0; c < 4; c++) sum[r][c] = fused(q, key[c], sum[r][c]);
+                for (int c = 0; c < 4; c++)
+                    sum[r][c] = pairs ? dot_pairs((vu)q, (vu)key[c], sum[r][c]) : fused(q, key[c], sum[r][c]);
             }
         }
         for (int r = 0; r < rows; r++)
@@ -167,56 +199,78 @@ INLINE void score_rows(const float *keys, const float *query, int64_t head_dim, 
     }
 }
 
-/* mixed[r] = mixed[r] * shrink[r] + sum over keys of weights[r][key] * values[key]. */
-INLINE void mix_columns(const float *values, const float *weights, const float *shrink, int first, int last,
-                        int64_t width, float *mixed, const int rows, const int columns) {
+/* Values of a block: gathered [KEYS, width] in float32, or, without `gathered`, where they are. */
+typedef struct {
+    const float *gathered;
+    const char *pool, *next_pool; /* of one head */
+    const block *at, *next;       /* `next` is read soon: its rows are asked for */
+    int64_t step, bytes;          /* between slots, of a row */
+} value_rows;
+
+/* mixed[r] = mixed[r] * shrink[r] + sum over keys of weights[r][key] * values[key], for `columns` vectors of each. */
+INLINE void mix_columns(const value_rows *values, int64_t column, const float *weights, const float *shrink,
+                        int64_t width, float *mixed, const int rows, const int columns, const int direct,
+                        int is_bf16) {
     vf sum[TILE][4];
     for (int r = 0; r < rows; r++)
-        for (int c = 0; c < columns; c++) sum[r][c] = load(mixed + r * width + c * LANES) * splat(shrink[r]);
-    for (int key = first; key < last; key++) {
+        for (int c = 0; c < columns; c++) sum[r][c] = load(mixed + r * width + column + c * LANES) * splat(shrink[r]);
+    for (int key = values->at->low; key < values->at->high; key++) {
         vf value[4];
+        const char *row = direct ? values->pool + values->at->slots[key] * values->step : 0;
 #pragma GCC unroll 4
-        for (int c = 0; c < columns; c++) value[c] = load(values + key * width + c * LANES);
+        for (int c = 0; c < columns; c++)
+            value[c] = direct ? load_any(row + (column + c * LANES) * element_bytes(is_bf16), is_bf16)
+                              : load(values->gathered + key * width + column + c * LANES);
+        if (direct && values->next && column == 0 && key >= values->next->low && key < values->next->high)
+            prefetch_row(values->next_pool + values->next->slots[key] * values->step, values->bytes);
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) {
-            vf weight = splat(weights[r * KEYS + key]);
+            vf weight = same_lanes(weights + r * KEYS + key);
 #pragma GCC unroll 4
             for (int c = 0; c < columns; c++) sum[r][c] = fused(weight, value[c], sum[r][c]);
         }
     }
     for (int r = 0; r < rows; r++)
-        for (int c = 0; c < columns; c++) store(mixed + r * width + c * LANES, sum[r][c]);
+        for (int c = 0; c < columns; c++) store(mixed + r * width + column + c * LANES, sum[r][c]);
 }
 
-INLINE void mix_rows(const float *values, const float *weights, const float *shrink, int first, int last,
-                     int64_t width, float *mixed, const int rows) {
+INLINE void mix_rows(const value_rows *values, const float *weights, const float *shrink, int64_t width, float *mixed,
+                     const int rows, const int direct, int is_bf16) {
     int64_t column = 0;
     for (; column + 4 * LANES <= width; column += 4 * LANES)
-        mix_columns(values + column, weights, shrink, first, last, width, mixed + column, rows, 4);
+        mix_columns(values, column, weights, shrink, width, mixed, rows, 4, direct, is_bf16);
     for (; column < width; column += 2 * LANES)
-        mix_columns(values + column, weights, shrink, first, last, width, mixed + column, rows, 2);
+        mix_columns(values, column, weights, shrink, width, mixed, rows, 2, direct, is_bf16);
 }
 
-/* Turns a row's scores of visible keys into weights, the others into 0, and says how much earlier weights shrink. */
-INLINE void weigh_row(float *scores, int first, int last, float *maximum, float *sums, float *shrink) {
+/* Turns a row's scores of visible keys, times `scale`, into weights, the others into 0, and says how much earlier
+ * weights shrink. */
+INLINE void weigh_row(float *scores, float scale, int first, int last, float *maximum, float *sums, float *shrink) {
     if (first >= last) { /* sees no key of this block */
         memset(scores, 0, KEYS * sizeof(float));
         *shrink = 1;
         return;
     }
-    for (int k = 0; k < first; k++) scores[k] = NONE;
-    for (int k = last; k < KEYS; k++) scores[k] = NONE;
-    vf top = load(scores);
-    for (int k = LANES; k < KEYS; k += LANES) top = larger(top, load(scores + k));
+    vf row[KEYS / LANES], top = splat(NONE);
+#pragma GCC unroll 16
+    for (int k = 0; k < KEYS / LANES; k++) {
+        row[k] = load(scores + k * LANES) * splat(scale);
+        if (first || last < KEYS) {
+            vi key = lane_numbers() + k * LANES;
+            row[k] = pick((key >= first) & (key < last), row[k], splat(NONE));
+        }
+        top = larger(top, row[k]);
+    }
     float highest = largest_lane(top);
     if (!(highest > *maximum)) highest = *maximum;
     /* All scores -inf so far: any finite maximum makes all weights 0 instead of NaN. */
     vf base = splat(highest == NONE ? 0.0f : highest);
     float factor = exponential(splat(*maximum) - base)[0];
     vf sum = load(sums) * splat(factor);
-    for (int k = 0; k < KEYS; k += LANES) {
-        vf weight = exponential(load(scores + k) - base);
-        store(scores + k, weight);
+#pragma GCC unroll 16
+    for (int k = 0; k < KEYS / LANES; k++) {
+        vf weight = exponential(row[k] - base);
+        store(scores + k * LANES, weight);
         sum = sum + weight;
     }
     store(sums, sum);
@@ -238,48 +292,55 @@ INLINE int clamp(int64_t value) { return value < 0 ? 0 : value > KEYS ? KEYS : (
 #define TILE_CASES(call)
 #endif
 
-/* One key head: its rows against one block of keys that begins at `start`. */
-INLINE void attend_block(const attention_job *job, const tile *t, const workspace *w, const int64_t *slots,
-                         int64_t start, int low, int high, int64_t head, int is_bf16) {
+/* One key head: its rows against one block of keys that begins at `start`. `next` is the block after it, or null. */
+INLINE void attend_block(const attention_job *job, const tile *t, const workspace *w, const block *b, const block *next,
+                         int64_t start, int64_t head, int is_bf16) {
     int64_t group = job->heads / job->kv_heads, dim = job->head_dim, width = width_of(dim);
     int64_t rows = (t->last - t->first) * group;
     int64_t size = element_bytes(is_bf16), step = job->kv_heads * dim * size, offset = head * dim * size;
     int64_t base = (head - t->head) * rows;
+    const int pairs = HAS_PAIRS && is_bf16, direct = rows <= 2 * TILE && dim % (2 * LANES) == 0;
     float *query = w->query + base * width, *mixed = w->mixed + base * width;
-    gather_keys(w->keys, job->pool_keys + offset, slots, low, high, dim, step, is_bf16);
-    gather_values(w->values, job->pool_values + offset, slots, low, high, dim, width, step, is_bf16);
+    /* What comes after this: the same block of the next head, or the next block of the first. */
+    int64_t next_offset = head + 1 < t->end_head ? offset + dim * size : t->head * dim * size;
+    if (head + 1 < t->end_head) next = b;
+    if (rows > 2 * TILE) next = 0; /* computing takes longer than reading */
+    gather_keys(w->keys, job->pool_keys + offset, b, job->pool_keys + next_offset, next, dim, step, is_bf16);
     for (int64_t row = 0; row < rows; row += TILE) {
         int count = rows - row < TILE ? (int)(rows - row) : TILE;
-#define SCORE(n) score_rows(w->keys, query + row * width, dim, width, w->scores + row * KEYS, n)
+#define SCORE(n) score_rows(w->keys, query + row * width, dim, width, w->scores + row * KEYS, n, pairs)
         FOR_ROWS(SCORE)
     }
     for (int64_t row = 0; row < rows; row++) {
         int64_t position = t->position + t->first + row / group;
         int64_t oldest = job->window && position >= job->window ? position - job->window + 1 : 0;
-        weigh_row(w->scores + row * KEYS, clamp(oldest - start), clamp(position + 1 - start),
+        weigh_row(w->scores + row * KEYS, job->scale, clamp(oldest - start), clamp(position + 1 - start),
                   w->maxima + base + row, w->sums + (base + row) * LANES, w->shrink + row);
     }
+    value_rows values = {w->values, job->pool_values + offset, job->pool_values + next_offset, b, next, step, dim * size};
+    if (!direct) gather_values(w->values, values.pool, b, dim, width, step, is_bf16);
     for (int64_t row = 0; row < rows; row += TILE) {
         int count = rows - row < TILE ? (int)(rows - row) : TILE;
-#define MIX(n) mix_rows(w->values, w->scores + row * KEYS, w->shrink + row, low, high, width, mixed + row * width, n)
-        FOR_ROWS(MIX)
+        const float *weights = w->scores + row * KEYS, *shrink = w->shrink + row;
+        float *to = mixed + row * width;
+#define MIX(n) mix_rows(&values, weights, shrink, width, to, n, 0, is_bf16)
+#define MIX_DIRECT(n) mix_rows(&values, weights, shrink, width, to, n, 1, is_bf16)
+        if (direct) FOR_ROWS(MIX_DIRECT)
+        else FOR_ROWS(MIX)
+        values.next = 0; /* asked for once */
     }
 }
 
-/* Asks for the keys and values at `first` .. `end` - 1 ahead of their use: a request's pages are seldom in a cache,
- * and reading them is what decoding waits for. */
-INLINE void prefetch_tokens(const attention_job *job, const int64_t *pages, int64_t first, int64_t end, int is_bf16) {
-    int64_t bytes = job->kv_heads * job->head_dim * element_bytes(is_bf16);
-    while (first < end) {
-        int64_t inside = first % job->page_tokens, count = job->page_tokens - inside;
-        if (count > end - first) count = end - first;
-        int64_t at = (pages[first / job->page_tokens] * job->page_tokens + inside) * bytes;
-        for (int64_t line = 0; line < count * bytes; line += 64) {
-            __builtin_prefetch(job->pool_keys + at + line);
-            __builtin_prefetch(job->pool_values + at + line);
-        }
-        first += count;
+/* The block of keys that begins at `start`. */
+INLINE block find_block(const attention_job *job, const tile *t, int64_t start, int64_t oldest, int64_t end) {
+    block b;
+    b.low = clamp(oldest - start), b.high = clamp(end - start);
+    int64_t page = (start + b.low) / job->page_tokens, inside = (start + b.low) % job->page_tokens;
+    for (int key = b.low; key < b.high; key++) {
+        b.slots[key] = t->pages[page] * job->page_tokens + inside;
+        if (++inside == job->page_tokens) inside = 0, page++;
     }
+    return b;
 }
 
 INLINE void attend_tile(const attention_job *job, const tile *t, const workspace *w, int is_bf16) {
@@ -292,26 +353,24 @@ INLINE void attend_tile(const attention_job *job, const tile *t, const workspace
     for (int64_t row = 0; row < all; row++) {
         int64_t token = t->row + t->first + row % rows / group, head = (t->head + row / rows) * group + row % group;
         const char *from = job->query + (token * job->query_stride + head * dim) * size;
-        for (int64_t d = 0; d < dim; d += LANES)
-            store(w->query + row * width + d, load_at(from, d, dim, is_bf16) * splat(job->scale));
+        if (HAS_PAIRS && is_bf16) memcpy(w->query + row * width, from, (size_t)(dim * size));
+        else
+            for (int64_t d = 0; d < dim; d += LANES)
+                store(w->query + row * width + d, load_at(from, d, dim, is_bf16));
         w->maxima[row] = NONE;
     }
     int64_t first = t->position + t->first, end = t->position + t->last;
     int64_t oldest = job->window && first >= job->window ? first - job->window + 1 : 0;
-    for (int64_t start = oldest / KEYS * KEYS; start < end; start += KEYS) {
-        int low = clamp(oldest - start), high = clamp(end - start);
-        int64_t slots[KEYS], page = (start + low) / job->page_tokens, inside = (start + low) % job->page_tokens;
-        for (int key = low; key < high; key++) {
-            slots[key] = t->pages[page] * job->page_tokens + inside;
-            if (++inside == job->page_tokens) inside = 0, page++;
-        }
-        if (t->ahead) {
-            int64_t wanted = start + 2 * KEYS < end ? start + 2 * KEYS : end;
-            if (start <= oldest) prefetch_tokens(job, t->pages, start + low, start + high, is_bf16);
-            prefetch_tokens(job, t->pages, start + KEYS, wanted, is_bf16);
+    int64_t start = oldest / KEYS * KEYS;
+    block blocks[2] = {find_block(job, t, start, oldest, end)};
+    for (int turn = 0; start < end; start += KEYS, turn ^= 1) {
+        const block *next = 0;
+        if (start + KEYS < end) {
+            blocks[turn ^ 1] = find_block(job, t, start + KEYS, oldest, end);
+            next = &blocks[turn ^ 1];
         }
         for (int64_t head = t->head; head < t->end_head; head++)
-            attend_block(job, t, w, slots, start, low, high, head, is_bf16);
+            attend_block(job, t, w, &blocks[turn], next, start, head, is_bf16);
     }
     for (int64_t row = 0; row < all; row++) {
         int64_t token = t->row + t->first + row % rows / group, head = (t->head + row / rows) * group + row % group;
@@ -341,10 +400,11 @@ INLINE void attend(const attention_job *job, int is_bf16) {
     char *aligned = (char *)(((uintptr_t)job->scratch + 63) & ~(uintptr_t)63);
     int64_t *list = (int64_t *)(aligned + job->threads * thread_floats(job->heads, job->kv_heads, job->head_dim) * 4);
     write_pages(job, is_bf16);
-    for (int64_t request = 0; request < job->requests; request++) {
+    for (int64_t request = 0, row = 0; request < job->requests; row += job->counts[request++]) {
         for (int64_t first = 0; first < job->counts[request]; first += step, tiles++) {
-            list[2 * tiles] = request;
-            list[2 * tiles + 1] = first;
+            list[3 * tiles] = request;
+            list[3 * tiles + 1] = row;
+            list[3 * tiles + 2] = first;
         }
         work += job->counts[request] * job->lengths[request] * job->heads * job->head_dim;
     }
@@ -359,13 +419,12 @@ INLINE void attend(const attention_job *job, int is_bf16) {
 #else
         workspace w = workspace_of(job, 0);
 #endif
-        int64_t request = list[task / parts * 2], first = list[task / parts * 2 + 1], row = 0;
-        for (int64_t before = 0; before < request; before++) row += job->counts[before];
+        const int64_t *listed = list + task / parts * 3;
+        int64_t request = listed[0], first = listed[2], head = task % parts;
         int64_t count = job->counts[request], last = first + step < count ? first + step : count;
-        int64_t head = task % parts;
         tile t = {(const int64_t *)(intptr_t)job->tables[request] + job->layer * job->table_strides[request],
-                  row, job->lengths[request] - count, first, last,
-                  parts > 1 ? head : 0, parts > 1 ? head + 1 : job->kv_heads, count == 1};
+                  listed[1], job->lengths[request] - count, first, last,
+                  parts > 1 ? head : 0, parts > 1 ? head + 1 : job->kv_heads};
         attend_tile(job, &t, &w, is_bf16);
     }
 }

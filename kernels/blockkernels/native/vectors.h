@@ -44,6 +44,23 @@ INLINE vf load(const float *from) {
     return v;
 }
 
+/* One element in all lanes, whatever its bits mean. */
+INLINE vf same_lanes(const float *from) {
+#if defined(__AVX512F__)
+    int32_t bits;
+    memcpy(&bits, from, sizeof bits);
+    return (vf)_mm512_set1_epi32(bits);
+#else
+    return splat(*from);
+#endif
+}
+
+INLINE vi lane_numbers(void) {
+    vi numbers;
+    for (int i = 0; i < LANES; i++) numbers[i] = i;
+    return numbers;
+}
+
 INLINE void store(float *to, vf v) { memcpy(to, &v, sizeof v); }
 
 INLINE vf fused(vf a, vf b, vf c) {
@@ -74,6 +91,9 @@ INLINE float sum_lanes(vf v) {
 }
 
 INLINE float largest_lane(vf v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)v);
+#endif
     float part[LANES];
     store(part, v);
     for (int half = LANES / 2; half; half /= 2)
