@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from blockkernels.decoder import DecoderLayer, LayerSizes, LayerWeights
 from blockkernels.gated_mlp import gated_activation
 from blockkernels.linear import PackedLinear
 from blockkernels.rms_norm import rms_norm
@@ -42,6 +43,10 @@ class BlockContext(Protocol):
         self, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
     ) -> Tensor:
         """Store key and value [tokens, kv_heads, head_dim], attend, return [tokens, heads, head_dim]."""
+        ...
+
+    def run_layer(self, layer: DecoderLayer, rope: RopeParameters, hidden: Tensor) -> bool:
+        """Compute a whole layer, the result in place of `hidden`; False where it has to go part by part."""
         ...
 
     def adapt(self, module: str, x: Tensor, y: Tensor) -> None:
@@ -110,11 +115,24 @@ class LayerBlock:
             "self_attn.o_proj": (self.hidden_size, query),
             "mlp.down_proj": (self.hidden_size, wide),
         }
+        self._whole = self._as_one_call()
 
     def __call__(self, hidden: Tensor, context: BlockContext) -> Tensor:
-        """Shape: hidden [tokens, hidden_size], result likewise (a new tensor)."""
+        """Shape: hidden [tokens, hidden_size], result likewise; `hidden` may be overwritten."""
+        if self._whole is not None and context.run_layer(self._whole, self.rope, hidden):
+            return hidden
         hidden = hidden + self._attention(rms_norm(hidden, self._input_norm, self._eps), context)
         return hidden.add_(self._feed_forward(rms_norm(hidden, self._mlp_norm, self._eps), context))
+
+    def _as_one_call(self) -> DecoderLayer | None:
+        """The C kernel of a whole layer, where there is one for these weights."""
+        norms = (self._input_norm, self._mlp_norm, self._query_norm, self._key_norm)
+        weights = LayerWeights(*norms, self._qkv, self._out, self._gate_up, self._down)
+        if self._activation != "silu" or not DecoderLayer.can_compute(weights):
+            return None
+        heads = (self.num_heads, self.num_kv_heads, self.head_dim)
+        sizes = LayerSizes(self.hidden_size, *heads, self.window, self._eps, self._scale)
+        return DecoderLayer(weights, sizes)
 
     def _attention(self, x: Tensor, context: BlockContext) -> Tensor:
         tokens = x.shape[0]

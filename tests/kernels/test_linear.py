@@ -10,7 +10,9 @@ _CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("tokens", "inner", "outer"), [(1, 63, 500), (7, 64, 96), (33, 177, 1)])
+@pytest.mark.parametrize(
+    ("tokens", "inner", "outer"), [(1, 63, 500), (7, 64, 96), (33, 177, 1), (25, 130, 45)]
+)
 def test_product_is_the_reference(
     dtype: torch.dtype, bias: bool, tokens: int, inner: int, outer: int
 ) -> None:
@@ -39,7 +41,7 @@ def test_a_row_does_not_depend_on_the_batch(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("inner", "outer"), [(576, 960), (1536, 576), (2048, 2048), (37, 501)])
+@pytest.mark.parametrize(("inner", "outer"), [(576, 960), (1536, 576), (2048, 2048), (37, 501), (38, 501)])
 def test_exact_rows_do_not_depend_on_the_batch_at_all(
     inner: int, outer: int, dtype: torch.dtype, threads: int
 ) -> None:

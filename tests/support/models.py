@@ -116,7 +116,22 @@ SPECS: dict[str, ModelSpec] = {
     "qwen3": ModelSpec(Qwen3Config, {"head_dim": 18}, seed=3),
     "qwen3-tied-bf16": ModelSpec(Qwen3Config, {"tie_word_embeddings": True}, torch.bfloat16, seed=4),
 }
-"""Tiny checkpoints by name. Qwen2 has no head_dim of its own: 126 = 9 heads of 14."""
+"""Tiny checkpoints by name, of odd sizes where they can be.
+
+Qwen2 has no head_dim of its own: 126 = 9 heads of 14.
+"""
+
+
+_EVEN = {**_MHA, "num_key_value_heads": 2, "intermediate_size": 176}
+EVEN_SPECS: dict[str, ModelSpec] = {
+    "llama-even": ModelSpec(options=_EVEN),
+    "llama-even-biases": ModelSpec(options={**_EVEN, "attention_bias": True, "mlp_bias": True}),
+    "mistral-even-window": ModelSpec(MistralConfig, {**_EVEN, "sliding_window": 19}),
+    "qwen2-even": ModelSpec(Qwen2Config, _EVEN),
+    "qwen3-even": ModelSpec(Qwen3Config, {**_EVEN, "head_dim": 24}, seed=3),
+    "llama-even-gelu": ModelSpec(options={**_EVEN, "hidden_act": "gelu_pytorch_tanh"}),
+}
+"""More of them, of the even sizes that kernels for pairs of elements need."""
 
 
 def randomise(model: torch.nn.Module, seed: int) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from support.adapters import ADAPTERS, AdapterSpec, make_adapter
-from support.models import NUM_LAYERS, SPECS, make_checkpoint, top_quarter, tune_layers
+from support.models import EVEN_SPECS, NUM_LAYERS, SPECS, make_checkpoint, top_quarter, tune_layers
 from support.oracle import Expected, Oracle
 
 
@@ -35,9 +35,9 @@ class VariantFactory:
         self._cases: dict[tuple[str, int], list[Expected]] = {}
 
     def checkpoint(self, name: str) -> Variant:
-        """One of `support.models.SPECS`."""
+        """One of `support.models.SPECS` or `EVEN_SPECS`."""
         if name not in self._made:
-            self._made[name] = Variant(name, make_checkpoint(SPECS[name], self._root / name))
+            self._made[name] = Variant(name, make_checkpoint((SPECS | EVEN_SPECS)[name], self._root / name))
         return self._made[name]
 
     def existing(self, name: str, path: Path) -> Variant:

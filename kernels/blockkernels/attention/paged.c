@@ -3,33 +3,11 @@
  * A task is a tile of one request's queries. It walks over the keys in blocks of KEYS that begin at multiples of
  * KEYS, with a running maximum and sum (online softmax, Milakov and Gimelshein 2018). What is computed for a query,
  * and in which order, depends on its position alone: not on the batch, the tile, the pages or the threads. */
-#include "vectors.h"
+#include "kernels.h"
 
 #define KEYS 64
 #define TILE_ROWS 48
 #define NONE (-INFINITY)
-
-/* Where the processor multiplies pairs of bfloat16 and sums in float32, keys and queries stay words of two dimensions. */
-#if defined(__AVX512BF16__)
-#define HAS_PAIRS 1
-INLINE vf dot_pairs(vu a, vu b, vf c) { return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b); }
-#else
-#define HAS_PAIRS 0
-INLINE vf dot_pairs(vu a, vu b, vf c) { return (void)a, (void)b, c; }
-#endif
-
-typedef struct {
-    const char *query, *key, *value;        /* [tokens, heads or kv_heads, head_dim] */
-    int64_t query_stride, key_stride, value_stride; /* elements between tokens */
-    char *pool_keys, *pool_values;          /* [slots, kv_heads, head_dim] */
-    char *out;                              /* [tokens, heads, head_dim], contiguous */
-    const int64_t *tables, *table_strides;  /* per request: address of its page numbers, elements between layers */
-    const int64_t *lengths, *counts;        /* per request: keys with the new ones, queries */
-    int64_t requests, layer, page_tokens, heads, kv_heads, head_dim, window;
-    float scale;
-    char *scratch;
-    int64_t threads;
-} attention_job;
 
 /* The part of the scratch memory that belongs to one thread. */
 typedef struct {

@@ -18,7 +18,7 @@ from blockkernels.native import has_dtype, library
 
 
 class _Job(ctypes.Structure):
-    """`attention_job` of paged.c."""
+    """`attention_job` of native/kernels.h."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("query", "key", "value")),
@@ -40,6 +40,9 @@ def can_attend_paged(pool_keys: Tensor) -> bool:
 
 class PagedAttention:
     """The attention of one batch at every layer; made once a pass.
+
+    Attributes:
+        num_tokens: rows of the batch.
 
     Semantics, for request i with c = counts[i] rows of the batch and n = lengths[i]:
         slot(p) = tables[i][layer, p // page_tokens] * page_tokens + p % page_tokens
@@ -68,7 +71,7 @@ class PagedAttention:
         assert native is not None
         self._native = native
         self._call = native.attention[pool_keys.dtype]
-        self._tokens = sum(counts)
+        self.num_tokens = sum(counts)
         tables = [np.ascontiguousarray(table, dtype=np.int64) for table in tables]
         places = [table.ctypes.data for table in tables]
         widths = [table.shape[1] for table in tables]
@@ -93,7 +96,7 @@ class PagedAttention:
         dimensions contiguous, result [tokens, heads, head_dim]. DType: of the pool, inside float32.
         """
         tokens, heads, _ = query.shape
-        assert tokens == self._tokens
+        assert tokens == self.num_tokens
         assert heads % self._kv_heads == 0
         out = torch.empty(tokens, heads, self._head_dim, dtype=query.dtype)
         job = self._job
@@ -108,10 +111,16 @@ class PagedAttention:
         self._call(self._reference)
         return out
 
+    def job_address(self, num_heads: int) -> int:
+        """Where the C kernel of a whole layer finds the batch; what the layer knows, it fills in itself."""
+        assert num_heads % self._kv_heads == 0
+        self._job.scratch = self._scratch_for(num_heads).data_ptr()
+        return ctypes.addressof(self._job)
+
     def _scratch_for(self, heads: int) -> Tensor:
         if heads not in self._scratch:
             size = self._native.attention_scratch_bytes(
-                heads, self._kv_heads, self._head_dim, self._tokens, self._job.threads
+                heads, self._kv_heads, self._head_dim, self.num_tokens, self._job.threads
             )
             self._scratch[heads] = torch.empty(size, dtype=torch.uint8)
         return self._scratch[heads]

@@ -98,18 +98,26 @@ class GroupedRows:
 
     @cached_property
     def rounds(self) -> tuple[RunArrays, ...]:
-        """For the C kernel: a token with several adapters gets them one round after the other."""
-        rounds: list[list[tuple[int, int, RowRange]]] = []
-        for run in self._runs:
-            if self._is_long(run):
-                continue
-            free = (one for one in rounds if all(run.end <= at or run.start >= end for at, end, _ in one))
-            chosen = next(free, None)
-            if chosen is None:
-                chosen = []
-                rounds.append(chosen)
-            chosen.append((run.start, run.end, self._adapters[run.adapter]))
-        return tuple(_run_arrays(one) for one in rounds)
+        """For the C kernel, without `long_runs`: of several adapters a token gets one each round."""
+        return _rounds([run for run in self._runs if not self._is_long(run)], self._adapters)
+
+    @cached_property
+    def all_rounds(self) -> tuple[RunArrays, ...]:
+        """The same with all runs."""
+        return _rounds(self._runs, self._adapters)
+
+
+def _rounds(runs: Sequence[TokenRun], adapters: Sequence[RowRange]) -> tuple[RunArrays, ...]:
+    """As few rounds as there can be without a token in two runs of a round."""
+    rounds: list[list[tuple[int, int, RowRange]]] = []
+    for run in runs:
+        free = (one for one in rounds if all(run.end <= at or run.start >= end for at, end, _ in one))
+        chosen = next(free, None)
+        if chosen is None:
+            chosen = []
+            rounds.append(chosen)
+        chosen.append((run.start, run.end, adapters[run.adapter]))
+    return tuple(_run_arrays(one) for one in rounds)
 
 
 def _run_arrays(runs: Sequence[tuple[int, int, RowRange]]) -> RunArrays:
@@ -158,8 +166,8 @@ def _add_masked(y: Tensor, x: Tensor, bank: LoraBank, masked: MaskedRows) -> Non
     target.addmm_(inner, up)
 
 
-class _Job(ctypes.Structure):
-    """`lora_job` of grouped.c."""
+class LoraJob(ctypes.Structure):
+    """`lora_job` of native/kernels.h: one call of the C kernel."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "y")),
@@ -171,25 +179,22 @@ class _Job(ctypes.Structure):
     )
 
 
+def fill_lora_job(job: LoraJob, bank: LoraBank, arrays: RunArrays) -> None:
+    """Fill in everything but x and y; the job points into the bank and the arrays."""
+    job.down, job.up = bank.down.data_ptr(), bank.up.data_ptr()
+    job.in_features, job.out_features = bank.down.shape[1], bank.up.shape[1]
+    job.runs, job.scales = arrays.runs.ctypes.data, arrays.scales.ctypes.data
+    job.num_runs, job.max_rank = len(arrays.runs), int(arrays.runs[:, 3].max())
+    job.threads = torch.get_num_threads()
+
+
 def _add_runs(y: Tensor, x: Tensor, bank: LoraBank, arrays: RunArrays) -> None:
     native = library()
     assert native is not None
     assert x.stride(1) == y.stride(1) == 1
     assert x.dtype == y.dtype == bank.down.dtype
-    runs = arrays.runs
-    job = _Job(
-        x.data_ptr(),
-        y.data_ptr(),
-        x.stride(0),
-        y.stride(0),
-        bank.down.data_ptr(),
-        bank.up.data_ptr(),
-        x.shape[1],
-        y.shape[1],
-        runs.ctypes.data,
-        arrays.scales.ctypes.data,
-        len(runs),
-        int(runs[:, 3].max()),
-        torch.get_num_threads(),
-    )
+    job = LoraJob()
+    fill_lora_job(job, bank, arrays)
+    job.x, job.x_stride = x.data_ptr(), x.stride(0)
+    job.y, job.y_stride = y.data_ptr(), y.stride(0)
     native.lora[y.dtype](ctypes.byref(job))

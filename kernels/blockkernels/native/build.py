@@ -26,6 +26,8 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 _HEADERS = _PACKAGE / "native"
 _SOURCES = (
     _PACKAGE / "attention" / "paged.c",
+    _PACKAGE / "decoder" / "layer.c",
+    _PACKAGE / "linear" / "packed.c",
     _PACKAGE / "lora" / "grouped.c",
     _PACKAGE / "native" / "rows.c",
 )

@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,10 +27,12 @@ _WORTH_THREADS = 1 << 16
 
 
 class NativeLibrary:
-    """The functions of the C kernels, each for float32 and bfloat16.
+    """The functions of the C kernels, most of them for float32 and bfloat16.
 
     Attributes:
-        attention, lora: run without the interpreter's lock; they may take long.
+        linear_panel: outputs of a panel of a packed weight; 0 where the processor lacks what `linear`,
+            and with it `decoder_layer`, needs. Both are for bfloat16.
+        attention, lora, linear, decoder_layer: run without the interpreter's lock; they may take long.
         rms_norm, rotary, gated_silu: keep the lock, because giving it away costs more than they do.
     """
 
@@ -42,19 +45,24 @@ class NativeLibrary:
         self.rms_norm = _both(quick, "rms_norm", [pointer] * 3 + [integer] * 5 + [real, integer])
         self.rotary = _both(quick, "rotary", [pointer] * 4 + [integer] * 6)
         self.gated_silu = _both(quick, "gated_silu", [pointer] * 2 + [integer] * 4)
-        self.attention_scratch_bytes = loaded.attention_scratch_bytes
-        self.attention_scratch_bytes.argtypes = [integer] * 5
-        self.attention_scratch_bytes.restype = integer
+        self.linear = _declared(loaded.linear_bf16, [pointer])
+        self.linear_panel = int(_declared(loaded.linear_panel, [], integer)())
+        self.decoder_layer = _declared(loaded.decoder_layer_bf16, [pointer])
+        self.decoder_scratch_bytes = _declared(loaded.decoder_scratch_bytes, [pointer, integer], integer)
+        self.attention_scratch_bytes = _declared(loaded.attention_scratch_bytes, [integer] * 5, integer)
 
 
 def _both(source: ctypes.CDLL, name: str, arguments: list[type]) -> Functions:
     functions: Functions = {}
     for dtype, suffix in ((torch.float32, "f32"), (torch.bfloat16, "bf16")):
-        function = source[f"{name}_{suffix}"]
-        function.argtypes = arguments
-        function.restype = None
-        functions[dtype] = function
+        functions[dtype] = _declared(source[f"{name}_{suffix}"], arguments)
     return functions
+
+
+def _declared(function: Any, arguments: list[type], result: type | None = None) -> Callable[..., Any]:
+    function.argtypes = arguments
+    function.restype = result
+    return cast("Callable[..., Any]", function)
 
 
 _lock = threading.Lock()

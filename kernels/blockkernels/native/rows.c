@@ -1,7 +1,7 @@
 /* Small operations on rows that torch spells in several passes; see rms_norm, rotary and gated_mlp.
  *
  * Every intermediate value is rounded where torch's operations round it. */
-#include "vectors.h"
+#include "kernels.h"
 
 /* y[t, h] = weight * round(x[t, h] * rsqrt(mean(x[t, h] ^ 2) + eps)), rows of `size` elements; strides in elements. */
 INLINE void rms_norm(const char *x, const char *weight, char *y, int64_t tokens, int64_t heads, int64_t size,
@@ -65,6 +65,13 @@ INLINE void gated_silu(const char *x, char *y, int64_t tokens, int64_t size, int
     }
 }
 
+/* y += x, rounded. */
+INLINE void add_rows(char *y, const char *x, int64_t count, int64_t threads, int is_bf16) {
+#pragma omp parallel for num_threads((int)threads) if (threads > 1)
+    for (int64_t i = 0; i < count; i += LANES)
+        store_at(y, load_at(y, i, count, is_bf16) + load_at(x, i, count, is_bf16), i, count, is_bf16);
+}
+
 #define BOTH(name, parameters, ...)                         \
     void name##_f32 parameters { name(__VA_ARGS__, 0); }    \
     void name##_bf16 parameters { name(__VA_ARGS__, 1); }
@@ -79,3 +86,4 @@ BOTH(rotary,
      x, cosine, sine, y, tokens, heads, half, x_token, x_head, threads)
 BOTH(gated_silu, (const char *x, char *y, int64_t tokens, int64_t size, int64_t x_token, int64_t threads), x, y, tokens,
      size, x_token, threads)
+BOTH(add_rows, (char *y, const char *x, int64_t count, int64_t threads), y, x, count, threads)

@@ -75,6 +75,16 @@ INLINE vf fused(vf a, vf b, vf c) {
 #endif
 }
 
+/* c + a . b, where a word of a and b is a pair of bfloat16: only where the processor has it. Keys, queries and weights
+ * then stay words of two elements. */
+#if defined(__AVX512BF16__)
+#define HAS_PAIRS 1
+INLINE vf dot_pairs(vu a, vu b, vf c) { return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b); }
+#else
+#define HAS_PAIRS 0
+INLINE vf dot_pairs(vu a, vu b, vf c) { return (void)a, (void)b, c; }
+#endif
+
 INLINE vf pick(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
 
 INLINE vf larger(vf a, vf b) { return pick((vi)(a > b), a, b); }
@@ -188,6 +198,22 @@ INLINE void store_at(char *row, vf v, int64_t index, int64_t count, int is_bf16)
     char *to = row + index * element_bytes(is_bf16);
     if (index + LANES <= count) store_any(to, v, is_bf16);
     else store_part(to, v, count - index, is_bf16);
+}
+
+/* 2 * LANES elements of 16 bits at `index` of a row of `count`, zeros behind its end. */
+INLINE vu load_pairs(const char *row, int64_t index, int64_t count) {
+    vu words = {0};
+    int64_t left = count - index;
+    if (left >= 2 * LANES) memcpy(&words, row + index * 2, sizeof words);
+    else memcpy(&words, row + index * 2, (size_t)left * 2);
+    return words;
+}
+
+/* To bfloat16, as `rounded_bits`. */
+INLINE uint32_t half_bits(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return value != value ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
 INLINE int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }

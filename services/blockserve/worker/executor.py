@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from blockkernels.attention import PagedAttention, attend, can_attend_paged
+from blockkernels.decoder import DecoderLayer, LayerAdapters
 from blockkernels.lora import GroupedRows, LoraBank, RowRange, TokenRun, add_lora, group_rows
 from blockkernels.native import library
 from blockkernels.rotary import RopeParameters, RotaryTable, inverse_frequencies
@@ -48,12 +49,20 @@ class AdapterPlan:
         self._runs = runs
         self._positions: dict[int, ModulePlan] = {}
         self._grouped: dict[object, GroupedRows] = {}
+        self._layers: dict[int, LayerAdapters | None] = {}
 
     def at(self, position: int) -> ModulePlan:
         """What adapters add at a position."""
         if position not in self._positions:
             self._positions[position] = self._plan(position)
         return self._positions[position]
+
+    def of_layer(self, position: int) -> LayerAdapters | None:
+        """The same for a layer that is computed in one call; None for nothing."""
+        if position not in self._layers:
+            modules = self.at(position)
+            self._layers[position] = LayerAdapters(modules) if modules else None
+        return self._layers[position]
 
     def _plan(self, position: int) -> ModulePlan:
         dtype = self._runs[0][0].dtype
@@ -135,6 +144,7 @@ class Executor:
         self._segments = SegmentMap()
         self._rotary_tables: dict[tuple[RopeParameters, torch.dtype], RotaryTable] = {}
         self._plans: OrderedDict[object, AdapterPlan] = OrderedDict()
+        self._scratch = torch.empty(0, dtype=torch.uint8)
         self.counters: dict[SegmentId, SegmentCounters] = {}
 
     @property
@@ -243,6 +253,12 @@ class Executor:
         if key not in self._rotary_tables:
             self._rotary_tables[key] = RotaryTable(inverse_frequencies(rope, self._device), dtype)
         return self._rotary_tables[key]
+
+    def scratch(self, num_bytes: int) -> Tensor:
+        """Memory for one call of a kernel; kept, because fresh memory costs a page fault for each page."""
+        if self._scratch.numel() < num_bytes:
+            self._scratch = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._scratch
 
     def adapter_plan(self, runs: Sequence[ChainRun]) -> AdapterPlan:
         """What adapters add to a batch of these runs; kept, because decode repeats the same batch."""
@@ -362,9 +378,7 @@ class _SegmentContext:
         """Store the new keys and values and attend, request by request: nothing is padded or mixed."""
         pool, layer = self._batch.pool, self._position - 1
         if can_attend_paged(pool.keys):
-            if self._paged is None:
-                self._paged = _paged_attention(pool, self._chunks)
-            return self._paged(query, key, value, layer=layer, scale=scale, window=window)
+            return self._in_pages()(query, key, value, layer=layer, scale=scale, window=window)
         pool.keys.index_copy_(0, self._slots[layer], key)
         pool.values.index_copy_(0, self._slots[layer], value)
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
@@ -375,6 +389,27 @@ class _SegmentContext:
             out[row:end] = attend(query[row:end], keys, values, scale=scale, window=window)
             row = end
         return out
+
+    def run_layer(self, layer: DecoderLayer, rope: RopeParameters, hidden: Tensor) -> bool:
+        """Compute a whole layer in one call."""
+        if not can_attend_paged(self._batch.pool.keys) or not hidden.is_contiguous():
+            return False
+        cos, sin = self.rotary(rope)
+        layer(
+            hidden,
+            cos,
+            sin,
+            attention=self._in_pages(),
+            number=self._position - 1,
+            adapters=self._plan.of_layer(self._position),
+            scratch=self._executor.scratch(layer.scratch_bytes(hidden.shape[0])),
+        )
+        return True
+
+    def _in_pages(self) -> PagedAttention:
+        if self._paged is None:
+            self._paged = _paged_attention(self._batch.pool, self._chunks)
+        return self._paged
 
     def adapt(self, module: str, x: Tensor, y: Tensor) -> None:
         """Add the batch's adapters on a module."""

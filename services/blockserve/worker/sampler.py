@@ -15,10 +15,11 @@ from blockserve.worker.edits import RequestEdits, edits_logits
 from blockserve.worker.request import ChunkLogits, Outcome, RunningRequest
 
 
+@torch.inference_mode()
 def sample_next(results: Sequence[ChunkLogits]) -> list[tuple[RunningRequest, Outcome]]:
     """Draw the next token of each request from the last row of its logits; one vocabulary size for all."""
     running = [result.chunk.running for result in results]
-    logits = torch.stack([result.rows[-1] for result in results])
+    logits = _last_rows(results)
     broken = set(nonfinite_rows(logits))
     if broken:
         logits[list(broken)] = 0.0
@@ -50,6 +51,21 @@ def sample_next(results: Sequence[ChunkLogits]) -> list[tuple[RunningRequest, Ou
         cached = one.num_cached if index == 0 else 0
         outcomes.append((one, [TokenEvent(index, token, chosen[place], prompt, finish, cached)]))
     return outcomes
+
+
+def _last_rows(results: Sequence[ChunkLogits]) -> Tensor:
+    """The last row of each, [results, vocab], to be modified at will."""
+    first = results[0].rows
+    vocab, start = first.shape[1], first.storage_offset()
+    one_matrix = all(
+        result.rows.shape[0] == 1
+        and result.rows.data_ptr() == first.data_ptr() + place * vocab * first.itemsize
+        and not result.chunk.running.wants_prompt_logits
+        for place, result in enumerate(results)
+    )
+    if one_matrix and first.is_contiguous():  # as the head gives them when everybody decodes
+        return first.as_strided((len(results), vocab), (vocab, 1), start)
+    return torch.stack([result.rows[-1] for result in results])
 
 
 def _edited(logits: Tensor, running: Sequence[RunningRequest]) -> Tensor:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from blockserve.worker import executor
 from blockserve.worker.config import EngineConfig
 from blockserve.worker.debug import prompt_logits
 from blockserve.worker.engine import BlockEngine
+from blockzoo.families.compute import LayerBlock
 from blockzoo.manifest import ChainId
 from support.engine import EngineHarness
 from support.tiny import TinyZoo
@@ -39,17 +41,32 @@ OTHERWISE = {
 Question = tuple[ChainId, tuple[int, ...]]
 
 
-@pytest.fixture(scope="module")
-def family(factory: VariantFactory) -> list[Variant]:
-    """Everything that computes differently: adapters of mixed ranks, biases, head norms, windows, GELU."""
-    base = factory.checkpoint("llama-gqa")
+ODD = ("llama-gqa", "qwen2", "qwen3", "mistral-window", "llama-gelu")
+EVEN = (
+    "llama-even",
+    "qwen2-even",
+    "qwen3-even",
+    "mistral-even-window",
+    "llama-even-biases",
+    "llama-even-gelu",
+)
+
+
+@pytest.fixture(scope="module", params=[ODD, EVEN], ids=["odd", "even"])
+def family(factory: VariantFactory, request: pytest.FixtureRequest) -> list[Variant]:
+    """Everything that computes differently: adapters of mixed ranks, biases, head norms, windows, GELU.
+
+    Even sizes are what the kernels take that compute a layer in one call.
+    """
+    first, *others = request.param
+    base = factory.checkpoint(first)
     return [
         base,
         factory.adapter(base, "all-linear"),
         factory.adapter(base, "patterns"),
         factory.adapter(base, "lm-head"),
         factory.top_quarter(base),
-        *(factory.checkpoint(name) for name in ("qwen2", "qwen3", "mistral-window", "llama-gelu")),
+        *map(factory.checkpoint, others),
     ]
 
 
@@ -177,6 +194,38 @@ def test_cached_prefixes_and_preemption_change_no_bit(tmp_path: Path, family: li
             engine.load(one)
         assert [told(events) for events in engine._loop.run_until_complete(crowd(engine))] == want
         assert engine.engine.report().preemptions > 0
+
+
+@needs_bf16
+def test_a_layer_in_one_call_has_the_bits_of_its_parts(
+    tmp_path: Path, family: list[Variant], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With adapters, norms of queries and keys, biases and windows; GELU has no kernel of its own."""
+    native = executor.library()
+    if native is None or not native.linear_panel:
+        pytest.skip("this processor does not multiply pairs of bfloat16")
+    whole_layers: list[bool] = []
+    run_layer = executor._SegmentContext.run_layer
+
+    def watched(*args: Any) -> bool:
+        whole_layers.append(run_layer(*args))
+        return whole_layers[-1]
+
+    monkeypatch.setattr(executor._SegmentContext, "run_layer", watched)
+    with EngineHarness(tmp_path / "zoo", CONFIG) as engine:
+        asked = questions([engine.load(one) for one in family], 501, (1, 13, 90))
+        want = together(engine, asked)
+        registered = engine._registered
+    assert all(whole_layers)
+    assert bool(whole_layers) == (family[0].name == "llama-even")
+    whole_layers.clear()
+    monkeypatch.setattr(LayerBlock, "_as_one_call", lambda self: None)
+    with EngineHarness(tmp_path / "zoo", CONFIG) as engine:
+        engine._registered = registered
+        for one in family:
+            engine.load(one)
+        assert_same_bits(together(engine, asked), want)
+    assert not whole_layers
 
 
 def test_it_needs_the_c_kernels(tiny: TinyZoo, monkeypatch: pytest.MonkeyPatch) -> None:

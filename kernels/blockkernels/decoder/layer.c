@@ -1,0 +1,133 @@
+/* One pre-norm decoder layer over a batch, in bfloat16; see kernel.py.
+ *
+ * It calls the other kernels one after the other. Every intermediate value is rounded where torch's operations round
+ * it, and no bit of a token's result depends on the tokens beside it. */
+#include "kernels.h"
+
+typedef struct {
+    const char *weight, *bias;
+    int64_t in, out;
+} packed_weight;
+
+/* What belongs to the layer. */
+typedef struct {
+    const char *input_norm, *mlp_norm, *query_norm, *key_norm; /* the last two may be null */
+    packed_weight qkv, out, gate_up, down;
+    int64_t hidden, heads, kv_heads, head_dim, wide, window;
+    float eps, scale;
+} decoder_layer;
+
+/* Modules that adapters may be on, in the order in which a layer reaches them. */
+enum { QUERY, KEY, VALUE, OUT, GATE, UP, DOWN };
+
+/* Adapters on a module; of a token with several, each is in a round of its own. x and y are filled in here. */
+typedef struct {
+    int64_t module, round;
+} adapter_place;
+
+typedef struct {
+    const decoder_layer *layer;
+    char *hidden; /* [tokens, hidden], contiguous; the result takes its place */
+    int64_t tokens;
+    const char *cosine, *sine; /* [tokens, head_dim / 2] */
+    const attention_job *attention; /* of the batch: pages, lengths, counts */
+    int64_t number;                 /* of the layer, from 0 */
+    const adapter_place *places;    /* [num_adapters], sorted by the place's stage, then by round */
+    lora_job *adapters;
+    int64_t num_adapters;
+    char *scratch;
+    int64_t threads;
+} decoder_job;
+
+#define SMALL 16384 /* elements; waking threads costs more than a pass over so many */
+#define ALIGNED(bytes) round_up(bytes, 64)
+
+/* Bytes of scratch memory for `tokens`. */
+int64_t decoder_scratch_bytes(const decoder_layer *layer, int64_t tokens) {
+    int64_t all = layer->heads + 2 * layer->kv_heads, dim = layer->head_dim;
+    int64_t elements = layer->hidden + 2 * all * dim + layer->heads * dim + layer->hidden + 3 * layer->wide;
+    return tokens * elements * 2 + 8 * 64;
+}
+
+static char *take(char **at, int64_t bytes) {
+    char *here = (char *)(((uintptr_t)*at + 63) & ~(uintptr_t)63);
+    *at = here + bytes;
+    return here;
+}
+
+static void multiply(const packed_weight *weight, const char *x, char *y, const decoder_job *job) {
+    linear_job product = {x, weight->weight, weight->bias, y, weight->in, weight->out, job->tokens, weight->in, weight->out,
+                          job->threads};
+    linear_bf16(&product);
+}
+
+/* Adds the adapters on modules first .. last, whose outputs lie beside each other in y. */
+static void adapt(const decoder_job *job, int64_t *next, int64_t first, int64_t last, const int64_t *columns, const char *x,
+                  int64_t x_stride, char *y, int64_t y_stride) {
+    while (*next < job->num_adapters && job->places[*next].module <= last) {
+        int64_t start = *next, round = job->places[start].round;
+        for (; *next < job->num_adapters && job->places[*next].module <= last && job->places[*next].round == round;
+             ++*next) {
+            lora_job *adapter = job->adapters + *next;
+            adapter->x = x;
+            adapter->x_stride = x_stride;
+            adapter->y = y + columns[job->places[*next].module - first] * 2;
+            adapter->y_stride = y_stride;
+        }
+        lora_grouped_jobs_bf16(job->adapters + start, *next - start);
+    }
+}
+
+void decoder_layer_bf16(const decoder_job *job) {
+    const decoder_layer *layer = job->layer;
+    int64_t tokens = job->tokens, hidden = layer->hidden, dim = layer->head_dim, heads = layer->heads;
+    int64_t kv_heads = layer->kv_heads, turned = heads + kv_heads, all = turned + kv_heads, next = 0;
+    char *at = job->scratch;
+    char *x = take(&at, tokens * hidden * 2), *qkv = take(&at, tokens * all * dim * 2);
+    char *rotated = take(&at, tokens * all * dim * 2), *mixed = take(&at, tokens * heads * dim * 2);
+    char *out = take(&at, tokens * hidden * 2), *gate_up = take(&at, tokens * 2 * layer->wide * 2);
+    char *middle = take(&at, tokens * layer->wide * 2);
+    int64_t row_threads = tokens * hidden > SMALL ? job->threads : 1;
+    int64_t wide_threads = tokens * layer->wide > SMALL / 2 ? job->threads : 1;
+
+    rms_norm_bf16(job->hidden, layer->input_norm, x, tokens, 1, hidden, hidden, 0, layer->eps, row_threads);
+    multiply(&layer->qkv, x, qkv, job);
+    const int64_t in_columns[] = {0, heads * dim, turned * dim}, no_column[] = {0};
+    adapt(job, &next, QUERY, VALUE, in_columns, x, hidden, qkv, all * dim);
+
+    attention_job attention = *job->attention;
+    const char *states = qkv;
+    int64_t stride = all * dim;
+    char *query = rotated, *key = rotated + heads * dim * tokens * 2;
+    if (layer->query_norm && layer->key_norm) {
+        char *normed = mixed; /* big enough for the queries, and not in use yet */
+        rms_norm_bf16(states, layer->query_norm, normed, tokens, heads, dim, stride, dim, layer->eps, row_threads);
+        rotary_bf16(normed, job->cosine, job->sine, query, tokens, heads, dim / 2, heads * dim, dim, row_threads);
+        rms_norm_bf16(states + heads * dim * 2, layer->key_norm, normed, tokens, kv_heads, dim, stride, dim, layer->eps,
+                      row_threads);
+        rotary_bf16(normed, job->cosine, job->sine, key, tokens, kv_heads, dim / 2, kv_heads * dim, dim, row_threads);
+    } else {
+        rotary_bf16(states, job->cosine, job->sine, query, tokens, heads, dim / 2, stride, dim, row_threads);
+        rotary_bf16(states + heads * dim * 2, job->cosine, job->sine, key, tokens, kv_heads, dim / 2, stride, dim,
+                    row_threads);
+    }
+    attention.query = query, attention.query_stride = heads * dim;
+    attention.key = key, attention.key_stride = kv_heads * dim;
+    attention.value = states + turned * dim * 2, attention.value_stride = stride;
+    attention.out = mixed, attention.layer = job->number, attention.heads = heads;
+    attention.window = layer->window, attention.scale = layer->scale;
+    attention_paged_bf16(&attention);
+
+    multiply(&layer->out, mixed, out, job);
+    adapt(job, &next, OUT, OUT, no_column, mixed, heads * dim, out, hidden);
+    add_rows_bf16(job->hidden, out, tokens * hidden, row_threads);
+
+    rms_norm_bf16(job->hidden, layer->mlp_norm, x, tokens, 1, hidden, hidden, 0, layer->eps, row_threads);
+    multiply(&layer->gate_up, x, gate_up, job);
+    const int64_t mlp_columns[] = {0, layer->wide};
+    adapt(job, &next, GATE, UP, mlp_columns, x, hidden, gate_up, 2 * layer->wide);
+    gated_silu_bf16(gate_up, middle, tokens, layer->wide, 2 * layer->wide, wide_threads);
+    multiply(&layer->down, middle, out, job);
+    adapt(job, &next, DOWN, DOWN, no_column, middle, layer->wide, out, hidden);
+    add_rows_bf16(job->hidden, out, tokens * hidden, row_threads);
+}
