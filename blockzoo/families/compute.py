@@ -45,10 +45,6 @@ class BlockContext(Protocol):
         """Store key and value [tokens, kv_heads, head_dim], attend, return [tokens, heads, head_dim]."""
         ...
 
-    def run_layer(self, layer: DecoderLayer, rope: RopeParameters, hidden: Tensor) -> bool:
-        """Compute a whole layer, the result in place of `hidden`; False where it has to go part by part."""
-        ...
-
     def adapt(self, module: str, x: Tensor, y: Tensor) -> None:
         """Add the adapters on `module` to y [tokens, out] in place, given its input x [tokens, in]."""
         ...
@@ -73,6 +69,10 @@ class LayerBlock:
 
     Query, key and value (and gate and up) are one matrix in memory, so a batch
     reads its input once.
+
+    Attributes:
+        kernel: computes the whole layer in one call, bit for bit as the call of this block does part by
+            part; None where there is no such kernel.
     """
 
     def __init__(
@@ -115,12 +115,10 @@ class LayerBlock:
             "self_attn.o_proj": (self.hidden_size, query),
             "mlp.down_proj": (self.hidden_size, wide),
         }
-        self._whole = self._as_one_call()
+        self.kernel = self._as_one_call()
 
     def __call__(self, hidden: Tensor, context: BlockContext) -> Tensor:
-        """Shape: hidden [tokens, hidden_size], result likewise; `hidden` may be overwritten."""
-        if self._whole is not None and context.run_layer(self._whole, self.rope, hidden):
-            return hidden
+        """Shape: hidden [tokens, hidden_size], result likewise (a new tensor)."""
         hidden = hidden + self._attention(rms_norm(hidden, self._input_norm, self._eps), context)
         return hidden.add_(self._feed_forward(rms_norm(hidden, self._mlp_norm, self._eps), context))
 

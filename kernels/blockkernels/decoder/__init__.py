@@ -1,5 +1,5 @@
-"""A whole decoder layer of a batch in one call."""
+"""Decoder layers of a batch in one call."""
 
-from blockkernels.decoder.kernel import DecoderLayer, LayerAdapters, LayerSizes, LayerWeights
+from blockkernels.decoder.kernel import DecoderLayer, DecoderLayers, LayerAdapters, LayerSizes, LayerWeights
 
-__all__ = ["DecoderLayer", "LayerAdapters", "LayerSizes", "LayerWeights"]
+__all__ = ["DecoderLayer", "DecoderLayers", "LayerAdapters", "LayerSizes", "LayerWeights"]

@@ -1,4 +1,4 @@
-"""A pre-norm decoder layer as one call of a C kernel.
+"""Pre-norm decoder layers, one after the other, as one call of a C kernel.
 
 A batch of few tokens takes tens of microseconds for a matrix product, and a layer has
 a dozen operations around its four: called one by one from Python they cost as much as a
@@ -9,7 +9,7 @@ product does, and each waits for the interpreter's lock. What is computed, and w
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,45 +85,65 @@ class _Layer(ctypes.Structure):
     )
 
 
+class _Adapters(ctypes.Structure):
+    """`layer_adapters` of layer.c."""
+
+    _fields_ = (("places", ctypes.c_void_p), ("jobs", ctypes.c_void_p), ("count", ctypes.c_int64))
+
+
 class _Job(ctypes.Structure):
     """`decoder_job` of layer.c."""
 
     _fields_ = (
-        ("layer", ctypes.c_void_p),
+        ("layers", ctypes.c_void_p),
+        ("adapters", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("number", ctypes.c_int64),
         ("hidden", ctypes.c_void_p),
         ("tokens", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("cosine", "sine", "attention")),
-        ("number", ctypes.c_int64),
-        ("places", ctypes.c_void_p),
-        ("adapters", ctypes.c_void_p),
-        ("num_adapters", ctypes.c_int64),
-        ("scratch", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("cosine", "sine", "attention", "scratch")),
         ("threads", ctypes.c_int64),
     )
 
 
 class LayerAdapters:
-    """The adapters of a batch on one layer, prepared for the C kernel; they may serve many passes."""
+    """The adapters of a batch on some layers, prepared for the C kernel; they may serve many passes."""
 
-    def __init__(self, modules: Mapping[str, tuple[LoraBank, GroupedRows]]) -> None:
-        """Take the banks of the modules that have adapters in the batch; banks must not change afterwards."""
-        entries = sorted(
-            (_STAGES[MODULES.index(name)], turn, MODULES.index(name), bank, arrays)
+    def __init__(self, layers: Sequence[Mapping[str, tuple[LoraBank, GroupedRows]]]) -> None:
+        """Take the banks of each layer's modules that have adapters in the batch.
+
+        Banks must not change afterwards.
+        """
+        self._keep: list[object] = []  # what the addresses point into
+        self._layers = (_Adapters * len(layers))()
+        for adapters, modules in zip(self._layers, layers, strict=True):
+            self._fill(adapters, modules)
+        self.address = ctypes.addressof(self._layers)
+
+    def _fill(self, adapters: _Adapters, modules: Mapping[str, tuple[LoraBank, GroupedRows]]) -> None:
+        entries = [
+            (MODULES.index(name), turn, bank, arrays)
             for name, (bank, grouped) in modules.items()
             for turn, arrays in enumerate(grouped.all_rounds)
-        )
-        self._keep = [(bank.down, bank.up, arrays) for *_, bank, arrays in entries]
-        self.count = len(entries)
-        self._jobs = (LoraJob * self.count)()
-        for job, (*_, bank, arrays) in zip(self._jobs, entries, strict=True):
+        ]
+        entries.sort(key=lambda entry: (_STAGES[entry[0]], entry[1], entry[0]))
+        jobs = (LoraJob * len(entries))()
+        for job, (*_, bank, arrays) in zip(jobs, entries, strict=True):
             fill_lora_job(job, bank, arrays)
-        self._places = np.array([(module, turn) for _, turn, module, *_ in entries], dtype=np.int64)
-        self.jobs = ctypes.addressof(self._jobs)
-        self.places = self._places.ctypes.data
+            self._keep.append((bank.down, bank.up, arrays))
+        places = np.array([(module, turn) for module, turn, *_ in entries], dtype=np.int64)
+        self._keep.append((jobs, places))
+        adapters.places, adapters.jobs = places.ctypes.data, ctypes.addressof(jobs)
+        adapters.count = len(entries)
 
 
 class DecoderLayer:
-    """One layer in one call; see the module."""
+    """One layer as the C kernel knows it.
+
+    Attributes:
+        sizes: of the layer.
+        address: of its struct.
+    """
 
     def __init__(self, weights: LayerWeights, sizes: LayerSizes) -> None:
         """Take a layer's weights; `can_compute` must hold for them."""
@@ -131,7 +151,7 @@ class DecoderLayer:
         assert native is not None
         self._native = native
         self._weights = weights  # what the addresses point into
-        self._sizes = sizes
+        self.sizes = sizes
         layer = self._layer = _Layer()
         norms = ("input_norm", "mlp_norm", "query_norm", "key_norm")
         for name in norms:
@@ -143,7 +163,7 @@ class DecoderLayer:
         layer.hidden, layer.wide = sizes.hidden_size, weights.down.in_features
         layer.heads, layer.kv_heads, layer.head_dim = sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
         layer.window, layer.eps, layer.scale = sizes.window or 0, sizes.eps, sizes.scale
-        self._address = ctypes.addressof(layer)
+        self.address = ctypes.addressof(layer)
 
     @staticmethod
     def can_compute(weights: LayerWeights) -> bool:
@@ -156,7 +176,27 @@ class DecoderLayer:
 
     def scratch_bytes(self, num_tokens: int) -> int:
         """Memory that a call for so many tokens needs beside its arguments."""
-        return int(self._native.decoder_scratch_bytes(self._address, num_tokens))
+        return int(self._native.decoder_scratch_bytes(self.address, num_tokens))
+
+
+class DecoderLayers:
+    """Layers of equal sizes in one call; see the module."""
+
+    def __init__(self, layers: Sequence[DecoderLayer]) -> None:
+        """Take at least one layer, in the order in which they compute."""
+        native = library()
+        assert native is not None
+        assert len({layer.sizes for layer in layers}) == 1
+        self._native = native
+        self._layers = tuple(layers)
+        self._addresses = (ctypes.c_void_p * len(layers))(*(layer.address for layer in layers))
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def scratch_bytes(self, num_tokens: int) -> int:
+        """Memory that a call for so many tokens needs beside its arguments."""
+        return self._layers[0].scratch_bytes(num_tokens)
 
     def __call__(
         self,
@@ -169,14 +209,14 @@ class DecoderLayer:
         adapters: LayerAdapters | None,
         scratch: Tensor,
     ) -> None:
-        """Compute the layer; its result takes the place of its input.
+        """Compute the layers; the result takes the place of the input.
 
         Args:
             hidden: [tokens, hidden], contiguous bfloat16.
             cos, sin: [tokens, 1, head_dim / 2], contiguous, of the dtype.
             attention: the batch's requests and pages.
-            number: of the layer among those of the pages.
-            adapters: of the batch on this layer.
+            number: of the first layer among those of the pages.
+            adapters: of the batch on each of the layers.
             scratch: `scratch_bytes` bytes of uint8.
         """
         tokens = hidden.shape[0]
@@ -185,20 +225,19 @@ class DecoderLayer:
             assert part.dtype == torch.bfloat16
         assert tokens == cos.shape[0] == attention.num_tokens
         job = _Job(
-            self._address,
+            ctypes.addressof(self._addresses),
+            None if adapters is None else adapters.address,
+            len(self._layers),
+            number,
             hidden.data_ptr(),
             tokens,
             cos.data_ptr(),
             sin.data_ptr(),
-            attention.job_address(self._sizes.num_heads),
-            number,
-            None if adapters is None else adapters.places,
-            None if adapters is None else adapters.jobs,
-            0 if adapters is None else adapters.count,
+            attention.job_address(self._layers[0].sizes.num_heads),
             scratch.data_ptr(),
             torch.get_num_threads(),
         )
-        self._native.decoder_layer(ctypes.byref(job))
+        self._native.decoder_layers(ctypes.byref(job))
 
 
 def _weight(linear: PackedLinear) -> _Weight:

@@ -1,6 +1,6 @@
-/* One pre-norm decoder layer over a batch, in bfloat16; see kernel.py.
+/* Pre-norm decoder layers over a batch, in bfloat16; see kernel.py.
  *
- * It calls the other kernels one after the other. Every intermediate value is rounded where torch's operations round
+ * A layer calls the other kernels one after the other. Every intermediate value is rounded where torch's operations round
  * it, and no bit of a token's result depends on the tokens beside it. */
 #include "kernels.h"
 
@@ -25,16 +25,21 @@ typedef struct {
     int64_t module, round;
 } adapter_place;
 
+/* Of one layer, sorted by the module's stage, then by round. */
 typedef struct {
-    const decoder_layer *layer;
+    const adapter_place *places;
+    lora_job *jobs;
+    int64_t count;
+} layer_adapters;
+
+typedef struct {
+    const decoder_layer *const *layers; /* of equal sizes, one after the other */
+    const layer_adapters *adapters;     /* of each layer, or null */
+    int64_t count, number;              /* of layers; of the first one, from 0 */
     char *hidden; /* [tokens, hidden], contiguous; the result takes its place */
     int64_t tokens;
     const char *cosine, *sine; /* [tokens, head_dim / 2] */
     const attention_job *attention; /* of the batch: pages, lengths, counts */
-    int64_t number;                 /* of the layer, from 0 */
-    const adapter_place *places;    /* [num_adapters], sorted by the place's stage, then by round */
-    lora_job *adapters;
-    int64_t num_adapters;
     char *scratch;
     int64_t threads;
 } decoder_job;
@@ -62,24 +67,24 @@ static void multiply(const packed_weight *weight, const char *x, char *y, const 
 }
 
 /* Adds the adapters on modules first .. last, whose outputs lie beside each other in y. */
-static void adapt(const decoder_job *job, int64_t *next, int64_t first, int64_t last, const int64_t *columns, const char *x,
+static void adapt(const layer_adapters *adapters, int64_t *next, int64_t first, int64_t last, const int64_t *columns, const char *x,
                   int64_t x_stride, char *y, int64_t y_stride) {
-    while (*next < job->num_adapters && job->places[*next].module <= last) {
-        int64_t start = *next, round = job->places[start].round;
-        for (; *next < job->num_adapters && job->places[*next].module <= last && job->places[*next].round == round;
-             ++*next) {
-            lora_job *adapter = job->adapters + *next;
+    const adapter_place *places = adapters->places;
+    while (*next < adapters->count && places[*next].module <= last) {
+        int64_t start = *next, round = places[start].round;
+        for (; *next < adapters->count && places[*next].module <= last && places[*next].round == round; ++*next) {
+            lora_job *adapter = adapters->jobs + *next;
             adapter->x = x;
             adapter->x_stride = x_stride;
-            adapter->y = y + columns[job->places[*next].module - first] * 2;
+            adapter->y = y + columns[places[*next].module - first] * 2;
             adapter->y_stride = y_stride;
         }
-        lora_grouped_jobs_bf16(job->adapters + start, *next - start);
+        lora_grouped_jobs_bf16(adapters->jobs + start, *next - start);
     }
 }
 
-void decoder_layer_bf16(const decoder_job *job) {
-    const decoder_layer *layer = job->layer;
+static void compute_layer(const decoder_job *job, const decoder_layer *layer, const layer_adapters *adapters,
+                          int64_t number) {
     int64_t tokens = job->tokens, hidden = layer->hidden, dim = layer->head_dim, heads = layer->heads;
     int64_t kv_heads = layer->kv_heads, turned = heads + kv_heads, all = turned + kv_heads, next = 0;
     char *at = job->scratch;
@@ -93,7 +98,7 @@ void decoder_layer_bf16(const decoder_job *job) {
     rms_norm_bf16(job->hidden, layer->input_norm, x, tokens, 1, hidden, hidden, 0, layer->eps, row_threads);
     multiply(&layer->qkv, x, qkv, job);
     const int64_t in_columns[] = {0, heads * dim, turned * dim}, no_column[] = {0};
-    adapt(job, &next, QUERY, VALUE, in_columns, x, hidden, qkv, all * dim);
+    adapt(adapters, &next, QUERY, VALUE, in_columns, x, hidden, qkv, all * dim);
 
     attention_job attention = *job->attention;
     const char *states = qkv;
@@ -114,20 +119,26 @@ void decoder_layer_bf16(const decoder_job *job) {
     attention.query = query, attention.query_stride = heads * dim;
     attention.key = key, attention.key_stride = kv_heads * dim;
     attention.value = states + turned * dim * 2, attention.value_stride = stride;
-    attention.out = mixed, attention.layer = job->number, attention.heads = heads;
+    attention.out = mixed, attention.layer = number, attention.heads = heads;
     attention.window = layer->window, attention.scale = layer->scale;
     attention_paged_bf16(&attention);
 
     multiply(&layer->out, mixed, out, job);
-    adapt(job, &next, OUT, OUT, no_column, mixed, heads * dim, out, hidden);
+    adapt(adapters, &next, OUT, OUT, no_column, mixed, heads * dim, out, hidden);
     add_rows_bf16(job->hidden, out, tokens * hidden, row_threads);
 
     rms_norm_bf16(job->hidden, layer->mlp_norm, x, tokens, 1, hidden, hidden, 0, layer->eps, row_threads);
     multiply(&layer->gate_up, x, gate_up, job);
     const int64_t mlp_columns[] = {0, layer->wide};
-    adapt(job, &next, GATE, UP, mlp_columns, x, hidden, gate_up, 2 * layer->wide);
+    adapt(adapters, &next, GATE, UP, mlp_columns, x, hidden, gate_up, 2 * layer->wide);
     gated_silu_bf16(gate_up, middle, tokens, layer->wide, 2 * layer->wide, wide_threads);
     multiply(&layer->down, middle, out, job);
-    adapt(job, &next, DOWN, DOWN, no_column, middle, layer->wide, out, hidden);
+    adapt(adapters, &next, DOWN, DOWN, no_column, middle, layer->wide, out, hidden);
     add_rows_bf16(job->hidden, out, tokens * hidden, row_threads);
+}
+
+void decoder_layers_bf16(const decoder_job *job) {
+    const layer_adapters none = {0};
+    for (int64_t i = 0; i < job->count; i++)
+        compute_layer(job, job->layers[i], job->adapters ? job->adapters + i : &none, job->number + i);
 }

@@ -31,8 +31,8 @@ class NativeLibrary:
 
     Attributes:
         linear_panel: outputs of a panel of a packed weight; 0 where the processor lacks what `linear`,
-            and with it `decoder_layer`, needs. Both are for bfloat16.
-        attention, lora, linear, decoder_layer: run without the interpreter's lock; they may take long.
+            and with it `decoder_layers`, needs. Both are for bfloat16.
+        attention, lora, linear, decoder_layers: run without the interpreter's lock; they may take long.
         rms_norm, rotary, gated_silu: keep the lock, because giving it away costs more than they do.
     """
 
@@ -47,7 +47,7 @@ class NativeLibrary:
         self.gated_silu = _both(quick, "gated_silu", [pointer] * 2 + [integer] * 4)
         self.linear = _declared(loaded.linear_bf16, [pointer])
         self.linear_panel = int(_declared(loaded.linear_panel, [], integer)())
-        self.decoder_layer = _declared(loaded.decoder_layer_bf16, [pointer])
+        self.decoder_layers = _declared(loaded.decoder_layers_bf16, [pointer])
         self.decoder_scratch_bytes = _declared(loaded.decoder_scratch_bytes, [pointer, integer], integer)
         self.attention_scratch_bytes = _declared(loaded.attention_scratch_bytes, [integer] * 5, integer)
 

@@ -115,6 +115,8 @@ class BlockEngine:
         library()  # the first use on a machine compiles it, while blocks are read in other threads
         torch.set_num_threads(self.config.num_threads or usable_cores())
         while True:
+            if not self._scheduler.has_work:
+                self._deliver()
             with self._wake:
                 while not (self._commands or self._scheduler.has_work or self._stopping):
                     self._is_idle = True
@@ -129,7 +131,6 @@ class BlockEngine:
                 break
             self._step()
             self._last_progress = time.monotonic()
-            self._deliver()
         for running in list(self._sinks):
             self._fail(
                 running,
@@ -138,7 +139,11 @@ class BlockEngine:
         self._deliver()
 
     def _deliver(self) -> None:
-        """Wake each event loop once for all outcomes of a pass."""
+        """Wake each event loop once for all outcomes of a pass.
+
+        While there is work this happens just before the next pass computes: the event loops then have the
+        interpreter to themselves, instead of competing for its lock with the preparation of that pass.
+        """
         mail: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Queue[Outcome], Outcome]]] = {}
         for loop, queue, outcome in self._outbox:
             mail.setdefault(loop, []).append((queue, outcome))
@@ -405,13 +410,14 @@ class BlockEngine:
         self._drop_late()
         chunks = self._scheduler.next_chunks()
         if not chunks:
+            self._deliver()
             return
         now = time.monotonic()
         for chunk in chunks:
             if chunk.running.scheduled is None:
                 chunk.running.scheduled = now
         try:
-            results = self._executor.run(chunks)
+            results = self._executor.run(chunks, before=self._deliver)
             outcomes = self._advance(chunks, results)
         except Exception as error:  # noqa: BLE001
             # A fault must not end the thread: the requests of this pass fail, the others go on.

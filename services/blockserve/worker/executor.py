@@ -9,7 +9,7 @@ requests there, whatever their variants; adapters are added for the whole batch.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from blockkernels.attention import PagedAttention, attend, can_attend_paged
-from blockkernels.decoder import DecoderLayer, LayerAdapters
+from blockkernels.decoder import DecoderLayer, DecoderLayers, LayerAdapters
 from blockkernels.lora import GroupedRows, LoraBank, RowRange, TokenRun, add_lora, group_rows
 from blockkernels.native import library
 from blockkernels.rotary import RopeParameters, RotaryTable, inverse_frequencies
@@ -27,7 +27,7 @@ from blockserve.worker.blocks import BlockManager, LoadedChain
 from blockserve.worker.kv import KvPool, KvShape, KvTable
 from blockserve.worker.request import Chunk, ChunkLogits
 from blockserve.worker.segments import Segment, SegmentId, SegmentMap
-from blockzoo.families.compute import EmbeddingBlock, HeadBlock
+from blockzoo.families.compute import EmbeddingBlock, HeadBlock, LayerBlock
 from blockzoo.manifest import BlockId, ChainId
 
 _MAX_PLANS = 64
@@ -49,7 +49,7 @@ class AdapterPlan:
         self._runs = runs
         self._positions: dict[int, ModulePlan] = {}
         self._grouped: dict[object, GroupedRows] = {}
-        self._layers: dict[int, LayerAdapters | None] = {}
+        self._layers: dict[tuple[int, int], LayerAdapters | None] = {}
 
     def at(self, position: int) -> ModulePlan:
         """What adapters add at a position."""
@@ -57,12 +57,13 @@ class AdapterPlan:
             self._positions[position] = self._plan(position)
         return self._positions[position]
 
-    def of_layer(self, position: int) -> LayerAdapters | None:
-        """The same for a layer that is computed in one call; None for nothing."""
-        if position not in self._layers:
-            modules = self.at(position)
-            self._layers[position] = LayerAdapters(modules) if modules else None
-        return self._layers[position]
+    def of_layers(self, position: int, count: int) -> LayerAdapters | None:
+        """The same for layers that are computed in one call; None for nothing."""
+        key = (position, count)
+        if key not in self._layers:
+            modules = [self.at(position + offset) for offset in range(count)]
+            self._layers[key] = LayerAdapters(modules) if any(modules) else None
+        return self._layers[key]
 
     def _plan(self, position: int) -> ModulePlan:
         dtype = self._runs[0][0].dtype
@@ -144,6 +145,7 @@ class Executor:
         self._segments = SegmentMap()
         self._rotary_tables: dict[tuple[RopeParameters, torch.dtype], RotaryTable] = {}
         self._plans: OrderedDict[object, AdapterPlan] = OrderedDict()
+        self._in_one_call: dict[tuple[SegmentId, int], DecoderLayers | None] = {}
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self.counters: dict[SegmentId, SegmentCounters] = {}
 
@@ -156,6 +158,7 @@ class Executor:
         """Chains came or went: go on with new segments."""
         self._segments = segments
         self._plans.clear()  # the banks have changed too
+        self._in_one_call.clear()
         known = self.counters
         self.counters = {
             segment.id: known.get(segment.id, SegmentCounters([0] * len(segment.blocks)))
@@ -163,25 +166,33 @@ class Executor:
         }
 
     @torch.inference_mode()
-    def run(self, chunks: Sequence[Chunk]) -> list[ChunkLogits]:
-        """Compute the chunks' keys and values, and the logits of those that need any."""
+    def run(self, chunks: Sequence[Chunk], before: Callable[[], None] | None = None) -> list[ChunkLogits]:
+        """Compute the chunks' keys and values, and the logits of those that need any.
+
+        `before` is called when everything is prepared.
+        """
         results: list[ChunkLogits] = []
         by_lane: dict[object, list[Chunk]] = {}
         for chunk in chunks:
             by_lane.setdefault(chunk.running.chain.lane, []).append(chunk)
+        batches: list[_LaneBatch] = []
         for members in by_lane.values():
             members.sort(key=self._path_order)
-            results.extend(self._run_lane(members))
+            pool = self._pools[members[0].running.chain.lane.kv_shape]
+            batches.append(_LaneBatch(members, pool, self._device))
+        if before is not None:
+            before()
+        for batch in batches:
+            results.extend(self._run_lane(batch))
         return results
 
     def _path_order(self, chunk: Chunk) -> tuple[tuple[int, ...], ChainId, int]:
         chain = chunk.running.chain.id
         return self._segments.paths[chain], chain, chunk.running.order
 
-    def _run_lane(self, chunks: Sequence[Chunk]) -> Iterable[ChunkLogits]:
-        batch = _LaneBatch(chunks, self._pools[chunks[0].running.chain.lane.kv_shape], self._device)
+    def _run_lane(self, batch: _LaneBatch) -> Iterable[ChunkLogits]:
         visits: dict[int, list[int]] = {}
-        for place, chunk in enumerate(chunks):
+        for place, chunk in enumerate(batch.chunks):
             for index in self._segments.paths[chunk.running.chain.id]:
                 visits.setdefault(index, []).append(place)
         logits: list[ChunkLogits] = []
@@ -197,7 +208,8 @@ class Executor:
         context = _SegmentContext(self, batch, places, rows)
         hidden = batch.hidden[rows] if segment.first else None
         chain = chunks[0].running.chain
-        for offset in range(len(segment.blocks)):
+        offset = 0
+        while offset < len(segment.blocks):
             position = segment.first + offset
             block = chain.blocks[position]
             context.move_to(position)
@@ -205,13 +217,36 @@ class Executor:
                 return self._run_head(block, context, _present(hidden), chunks, counters, offset)
             if offset == 0:
                 counters.record([(chunk.running.chain, chunk.num_tokens) for chunk in chunks])
-            counters.block_calls[offset] += 1
+            layers = self._layers_from(segment, offset, chain)
+            count = 1 if layers is None else len(layers)
+            for place in range(offset, offset + count):
+                counters.block_calls[place] += 1
             if isinstance(block, EmbeddingBlock):
                 hidden = block(batch.token_ids[rows])
-            else:
+            elif layers is None:
                 hidden = block(_present(hidden), context)
+            else:
+                assert isinstance(block, LayerBlock)
+                context.run_layers(layers, block.rope, _present(hidden))
+            offset += count
         batch.put(rows, _present(hidden))
         return []
+
+    def _layers_from(self, segment: Segment, offset: int, chain: LoadedChain) -> DecoderLayers | None:
+        """The segment's layers from there on that one call can compute."""
+        key = (segment.id, offset)
+        if key not in self._in_one_call:
+            kernels: list[DecoderLayer] = []
+            alike = None
+            for block in chain.blocks[segment.first + offset : segment.first + len(segment.blocks)]:
+                if not isinstance(block, LayerBlock) or block.kernel is None:
+                    break
+                alike = alike or (block.rope, block.kernel.sizes)
+                if (block.rope, block.kernel.sizes) != alike:
+                    break
+                kernels.append(block.kernel)
+            self._in_one_call[key] = DecoderLayers(kernels) if kernels else None
+        return self._in_one_call[key]
 
     def _run_head(
         self,
@@ -390,21 +425,18 @@ class _SegmentContext:
             row = end
         return out
 
-    def run_layer(self, layer: DecoderLayer, rope: RopeParameters, hidden: Tensor) -> bool:
-        """Compute a whole layer in one call."""
-        if not can_attend_paged(self._batch.pool.keys) or not hidden.is_contiguous():
-            return False
+    def run_layers(self, layers: DecoderLayers, rope: RopeParameters, hidden: Tensor) -> None:
+        """Compute the layers from here on in one call, the result in place of `hidden`."""
         cos, sin = self.rotary(rope)
-        layer(
+        layers(
             hidden,
             cos,
             sin,
             attention=self._in_pages(),
             number=self._position - 1,
-            adapters=self._plan.of_layer(self._position),
-            scratch=self._executor.scratch(layer.scratch_bytes(hidden.shape[0])),
+            adapters=self._plan.of_layers(self._position, len(layers)),
+            scratch=self._executor.scratch(layers.scratch_bytes(hidden.shape[0])),
         )
-        return True
 
     def _in_pages(self) -> PagedAttention:
         if self._paged is None:

@@ -304,7 +304,7 @@ def test_a_fault_in_a_pass_fails_its_requests_only(
         await engine.load(tiny.chains["base"])
         whole = Executor.run
 
-        def broken(self: Executor, chunks: Any) -> Any:
+        def broken(self: Executor, chunks: Any, before: Any = None) -> Any:
             monkeypatch.setattr(Executor, "run", whole)
             raise RuntimeError("the processor caught fire")
 
@@ -325,8 +325,8 @@ def test_logits_that_are_not_finite_fail_one_request(
             await engine.load(tiny.chains[name])
         whole = Executor.run
 
-        def poisoned(self: Executor, chunks: Any) -> Any:
-            results = whole(self, chunks)
+        def poisoned(self: Executor, chunks: Any, before: Any = None) -> Any:
+            results = whole(self, chunks, before)
             return [
                 replace(one, rows=torch.full_like(one.rows, math.nan))
                 if one.chunk.running.chain.id == tiny.chains["top"]

@@ -64,9 +64,9 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     whole = Executor.run
 
-    def counting(self: Executor, chunks: Sequence[Chunk]) -> Any:
+    def counting(self: Executor, chunks: Sequence[Chunk], before: Any = None) -> Any:
         counts.append(sum(chunk.num_tokens for chunk in chunks))
-        return whole(self, chunks)
+        return whole(self, chunks, before)
 
     monkeypatch.setattr(Executor, "run", counting)
     return counts
