@@ -100,6 +100,13 @@ def test_mixed_batch_is_the_reference(
     assert_reference(Shape(requests, heads, kv_heads, head_dim, 7, window, dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_contexts_are_the_reference(dtype: torch.dtype) -> None:
+    requests = ((16384, 1), (5001, 3), (4097, 70))
+    assert_reference(Shape(requests, 4, 2, 32, 32, None, dtype))
+    assert_reference(Shape(requests, 4, 2, 32, 32, 4000, dtype))
+
+
 @settings(max_examples=80, deadline=None)
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 150), st.integers(1, 150)), min_size=1, max_size=6),

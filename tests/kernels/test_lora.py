@@ -155,6 +155,9 @@ def test_bank_keeps_every_adapter(steps: list[int]) -> None:
             present.append((bank.add(down, up, 1.0), down, up))
         elif present:
             bank.remove(present.pop(step % len(present))[0])
+            moved = bank.compact()
+            present = [(moved.get(rows, rows), down, up) for rows, down, up in present]
+            assert bank.down.shape[0] <= max(64, 4 * bank.num_rows)
         taken = sorted((rows.start, rows.end) for rows, _, _ in present)
         assert all(left[1] <= right[0] for left, right in itertools.pairwise(taken))
         for rows, down, up in present:

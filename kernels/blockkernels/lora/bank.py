@@ -8,7 +8,7 @@ waste nothing. Nothing else keeps a copy of the adapter.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -83,6 +83,30 @@ class LoraBank:
             ValueError: these rows are not in the bank.
         """
         self._ranges.remove(rows)
+
+    def compact(self) -> dict[RowRange, RowRange]:
+        """Give memory back where most of it lies idle: rows move together, twice their number remains.
+
+        Returns:
+            Where each range is now; empty when nothing has moved.
+        """
+        used, capacity = self.num_rows, self.down.shape[0]
+        if capacity <= _FIRST_CAPACITY or used * 4 > capacity:
+            return {}
+        moved: dict[RowRange, RowRange] = {}
+        start = 0
+        for rows in self._ranges:
+            moved[rows] = replace(rows, start=start)
+            start += rows.rank
+        size = max(_FIRST_CAPACITY, 2 * used)
+        for name in ("down", "up"):
+            old: Tensor = getattr(self, name)
+            new = torch.empty(size, old.shape[1], dtype=old.dtype, device=old.device)
+            for before, after in moved.items():
+                new[after.start : after.end] = old[before.start : before.end]
+            setattr(self, name, new)
+        self._ranges = list(moved.values())
+        return moved
 
     def _find(self, rank: int) -> int:
         """First row of the lowest gap that holds `rank` rows."""

@@ -63,9 +63,7 @@ class Push:
         with self._lock:
             registration = self._open()
             self._store_whole()
-            self._asked.update(blobs)
-            if len(self._asked) > self._config.max_push_blobs:
-                raise InvalidInputError(f"a push may have {self._config.max_push_blobs} blobs")
+            self._ask(blobs)
             missing = registration.missing(blobs)
             if not self._config.prove_possession:
                 self._hold(blob for blob in blobs if blob not in missing)
@@ -78,7 +76,9 @@ class Push:
             PossessionError: a proof is wrong, or the blob is not in the zoo.
         """
         with self._lock:
-            self._open().missing(list(proofs))
+            registration = self._open()
+            self._ask(proofs)
+            registration.missing(list(proofs))
             for blob, mac in proofs.items():
                 if not self._is_proved(blob, mac):
                     raise PossessionError(
@@ -187,6 +187,13 @@ class Push:
         registration, self._registration = self._registration, None
         registration.__exit__(None, None, None)
 
+    def _ask(self, blobs: Iterable[BlobId]) -> None:
+        """Count what the push is about: each blob costs memory, and a lease those of a zoo on a disk."""
+        asked = self._asked.union(blobs)
+        if len(asked) > self._config.max_push_blobs:
+            raise InvalidInputError(f"a push may have {self._config.max_push_blobs} blobs")
+        self._asked = asked
+
     def _is_proved(self, blob: BlobId, mac: bytes) -> bool:
         try:
             data = self._store.blobs.read(blob)
@@ -204,6 +211,7 @@ class Push:
 
     def _partial_of(self, piece: Piece) -> tuple[TensorData, bytearray]:
         if piece.blob not in self._partial:
+            self._ask([piece.blob])
             size = num_bytes(piece.dtype, piece.shape)
             if size > self._config.max_unstored_bytes:
                 raise InvalidInputError(

@@ -24,28 +24,29 @@ class Admission:
         self._max_requests = max_requests
         self._retry_after = retry_after
         self._tickets: set[_Ticket] = set()
+        self._places = 0
         self._empty = asyncio.Event()
         self._empty.set()
         self._stopping = False
 
     @property
     def num_requests(self) -> int:
-        """Requests in progress."""
-        return len(self._tickets)
+        """Requests in progress; a call for several answers counts as so many."""
+        return self._places
 
     @contextmanager
-    def admit(self) -> Iterator[None]:
-        """Hold a place for as long as the block runs, in the task that runs it.
+    def admit(self, places: int = 1) -> Iterator[None]:
+        """Hold places for as long as the block runs, in the task that runs it.
 
         Raises:
-            QueueFullError: no place is free.
+            QueueFullError: they are not free; more than there are can be had while nobody else is here.
             ServerStoppingError: the server takes no new requests, or stops before the block ends.
         """
         if self._stopping:
             raise self._stopping_error()
-        if len(self._tickets) >= self._max_requests:
+        if self._places + places > self._max_requests and (self._places or places == 1):
             raise QueueFullError(
-                f"{len(self._tickets)} requests are in progress, which is the server's limit",
+                f"{self._places} requests are in progress, which is the server's limit",
                 retry_after=self._retry_after,
                 hint="Try again after the time that RetryInfo says.",
             )
@@ -53,6 +54,7 @@ class Admission:
         assert task is not None
         ticket = _Ticket(task)
         self._tickets.add(ticket)
+        self._places += places
         self._empty.clear()
         try:
             yield
@@ -63,6 +65,7 @@ class Admission:
             raise self._stopping_error() from None
         finally:
             self._tickets.discard(ticket)
+            self._places -= places
             if not self._tickets:
                 self._empty.set()
 

@@ -119,7 +119,7 @@ class Answer:
         text = self._text_of(event)
         if event.index == 0:
             self._cached_prompt_tokens = event.cached_prompt_tokens
-        if event.prompt_logprobs is not None:
+        if event.prompt_logprobs is not None and not self._plan.call.resume_from:
             self._prompt_logprobs = event.prompt_logprobs
         if event.index < self._plan.call.resume_from:
             return

@@ -96,7 +96,7 @@ class Router:
         with self.metrics.request(arrival) as meter:
             try:
                 check_call(call, self.config)
-                with self.admission.admit():
+                with self.admission.admit(call.num_choices):
                     resolved, answer = await self._prepare(call, arrival, deadline)
                     meter.resolve(resolved.variant.record.name, len(resolved.request.prompt))
                     async with aclosing(self._logged(resolved, answer, arrival, meter)) as chunks:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import warnings
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -289,11 +289,22 @@ class BlockManager:
                     if not len(banks[module]):
                         del banks[module]
                 del self._adapters[adapter_key]
+                self._compact(adapter_key[0], adapter.rows)
         for key in set(chain.base_keys()):
             self._blocks[key].users -= 1
             if self._blocks[key].users == 0:
                 del self._blocks[key]
         _return_free_memory()
+
+    def _compact(self, base: BlockKey, modules: Iterable[str]) -> None:
+        """Give back what adapters that have left held in the banks of these modules."""
+        banks = self._blocks[base].banks
+        for module in modules:
+            moved = banks[module].compact() if module in banks else {}
+            if moved:
+                for (other, _), adapter in self._adapters.items():
+                    if other == base and module in adapter.rows:
+                        adapter.rows[module] = moved[adapter.rows[module]]
 
     def _open(self, chain_id: ChainId) -> tuple[ChainManifest, dict[BlockId, BlockManifest], torch.dtype]:
         """A chain's manifest, its base blocks' manifests, and the type it is computed in."""

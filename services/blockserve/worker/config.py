@@ -39,8 +39,8 @@ class EngineConfig:
             fit makes those leave that nobody has used for longest, are not in use and not pinned.
         deterministic: bfloat16 answers do not depend, in any bit, on what else is in the batch, on cached
             prefixes or on pre-emption (on one machine, with one number of threads; on the CPU). Off, they may
-            differ where two tokens are almost equally likely. Prompts with
-            adapters take longer.
+            differ where two tokens are almost equally likely. On processors that do not multiply pairs of
+            bfloat16, prompts with adapters take longer.
         load_threads: blocks read, checked and laid out at the same time while a variant loads.
     """
 

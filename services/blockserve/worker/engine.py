@@ -112,6 +112,21 @@ class BlockEngine:
             self._thread = None
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException:
+            # Nobody must wait for a thread that has ended.
+            _LOG.critical("the engine's thread ended", exc_info=True)
+            with self._wake:
+                self._stopping = True
+            for running in list(self._sinks):
+                self._sinks[running](
+                    EngineFailedError("the engine's thread ended", hint="Restart the server.")
+                )
+            self._deliver()
+            raise
+
+    def _work(self) -> None:
         library()  # the first use on a machine compiles it, while blocks are read in other threads
         torch.set_num_threads(self.config.num_threads or usable_cores())
         while True:
@@ -178,6 +193,8 @@ class BlockEngine:
         future: Future[None] = Future()
 
         def command() -> None:
+            if not future.set_running_or_notify_cancel():
+                return  # whoever asked has gone
             try:
                 action()
             except BaseException as error:  # noqa: BLE001 - handed to the caller
@@ -208,7 +225,7 @@ class BlockEngine:
         Raises:
             MemoryBudgetError: it does not fit beside what is pinned or in use.
         """
-        arriving = {running.chain.id for running in self._arriving}
+        arriving = {running.chain.id for running in tuple(self._arriving)}  # the event loop appends to it
         others = [chain for name, chain in self._chains.items() if name != coming]
         idle = [
             chain
@@ -222,11 +239,15 @@ class BlockEngine:
             self.config.block_bytes,
         )
         if victims is None:
+            alone = sum(estimate.values()) > self.config.block_bytes
+            way_out = (
+                "Raise block_bytes." if alone else "Try again later, unpin a variant, or raise block_bytes."
+            )
             raise MemoryBudgetError(
                 f"the variant's {sum(estimate.values())} bytes of blocks do not fit beside those of "
                 f"{len(staying)} chains that are pinned or in use; the budget is {self.config.block_bytes}",
-                hint="Try again later, unpin a variant, or raise block_bytes.",
-                retry_after=30.0,
+                hint=way_out,
+                retry_after=0.0 if alone else 30.0,
                 budget=self.config.block_bytes,
             )
         for name in victims:

@@ -57,10 +57,11 @@ class KvMemory:
             return False
         running.num_computed = len(cached) * pool.page_tokens
         running.num_offered = len(cached)
-        if not running.output and self._uses_cache(running):
+        if not running.was_admitted and self._uses_cache(running):
             running.num_cached = running.num_computed
             self.num_queried += running.num_tokens
             self.num_hits += running.num_cached
+        running.was_admitted = True
         return True
 
     def try_grow(self, running: RunningRequest) -> bool:

@@ -30,6 +30,7 @@ class RunningRequest:
         kv: its pages, while it runs.
         num_computed: tokens whose keys and values are in the pages.
         num_cached: prompt tokens whose keys and values came from the prefix cache.
+        was_admitted: whether it has had pages; what it finds in the cache later on may be its own.
         num_offered: pages of each layer that the prefix cache has been offered or gave.
         token_digests: of its full pages, as far as anyone asked; see `prefix`.
         output: tokens sampled so far.
@@ -46,6 +47,7 @@ class RunningRequest:
     kv: KvTable | None = None
     num_computed: int = 0
     num_cached: int = 0
+    was_admitted: bool = False
     num_offered: int = 0
     token_digests: list[TokensDigest] = field(default_factory=list)
     output: list[int] = field(default_factory=list)

@@ -14,6 +14,8 @@ from blockserve.common.errors import EngineFailedError
 from blockserve.worker.edits import RequestEdits, edits_logits
 from blockserve.worker.request import ChunkLogits, Outcome, RunningRequest
 
+_LOGPROB_ROWS = 32
+
 
 @torch.inference_mode()
 def sample_next(results: Sequence[ChunkLogits]) -> list[tuple[RunningRequest, Outcome]]:
@@ -100,7 +102,18 @@ def _logprobs(
 def _position_logprobs(
     logits: Tensor, tokens: Sequence[int], counts: Sequence[int]
 ) -> list[PositionLogprobs]:
-    """Chosen token and the best `counts[i]` tokens of each row of logits [rows, vocab]."""
+    """Chosen token and the best `counts[i]` tokens of each row of logits [rows, vocab].
+
+    A few rows at a time: sorting takes several times the memory of the logits.
+    """
+    whole: list[PositionLogprobs] = []
+    for at in range(0, len(tokens), _LOGPROB_ROWS):
+        rows = slice(at, at + _LOGPROB_ROWS)
+        whole.extend(_logprobs_of_rows(logits[rows], tokens[rows], counts[rows]))
+    return whole
+
+
+def _logprobs_of_rows(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[PositionLogprobs]:
     found = logprobs(logits, torch.tensor(tokens, device=logits.device), max(counts))
     chosen, top_ids, top = found.chosen.tolist(), found.top_ids.tolist(), found.top.tolist()
     return [

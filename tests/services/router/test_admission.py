@@ -33,6 +33,24 @@ async def test_one_too_many_is_refused_and_told_when_to_come_back() -> None:
 
 
 @async_test
+async def test_several_answers_take_several_places() -> None:
+    admission = Admission(4, retry_after=1.0)
+    with admission.admit(3):
+        assert admission.num_requests == 3
+        with pytest.raises(QueueFullError), admission.admit(2):
+            pass
+        with admission.admit():
+            assert admission.num_requests == 4
+    with (
+        admission.admit(9),
+        pytest.raises(QueueFullError),
+        admission.admit(),
+    ):  # the nine: nobody else is here
+        pass
+    assert admission.num_requests == 0
+
+
+@async_test
 async def test_draining_waits_for_those_inside_and_refuses_those_outside() -> None:
     admission, release = Admission(5, 1.0), asyncio.Event()
     inside = asyncio.create_task(hold(admission, release))

@@ -14,7 +14,12 @@ from typing import Any
 import pytest
 
 from blockserve.common.engine_api import EngineRequest, SamplingParams, TokenEvent
-from blockserve.common.errors import DeadlineExceededError, QueueFullError
+from blockserve.common.errors import (
+    DeadlineExceededError,
+    EngineFailedError,
+    QueueFullError,
+    ServerStoppingError,
+)
 from blockserve.worker.batch_sizes import BOUNDS, BatchSizes
 from blockserve.worker.engine import BlockEngine
 from support.tiny import SMALL, TinyZoo
@@ -135,6 +140,45 @@ def test_requests_the_thread_has_not_seen_yet_are_waiting(tiny: TinyZoo) -> None
                 await asyncio.sleep(0)
         await asyncio.gather(*tasks)
         assert engine.report().waiting_requests == 0
+
+    with running(tiny) as engine:
+        run(work(engine))
+
+
+def test_who_stops_waiting_for_an_unload_leaves_the_engine_alive(tiny: TinyZoo) -> None:
+    chain = tiny.chains["base"]
+
+    async def work(engine: BlockEngine) -> None:
+        await engine.load(chain)
+        with held(engine):
+            asked = asyncio.create_task(engine.unload(chain))
+            await asyncio.sleep(0.05)
+            asked.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asked
+        assert engine.is_loaded(chain)
+        assert len(await events(engine, ask(chain))) == 8
+
+    with running(tiny) as engine:
+        run(work(engine))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_thread_that_ends_leaves_nobody_waiting(tiny: TinyZoo) -> None:
+    chain = tiny.chains["base"]
+
+    def explode() -> None:
+        raise RuntimeError("a bug")
+
+    async def work(engine: BlockEngine) -> None:
+        await engine.load(chain)
+        waiting = asyncio.create_task(events(engine, ask(chain, max_tokens=200)))
+        await asyncio.sleep(0.05)
+        engine._post(explode)
+        with pytest.raises(EngineFailedError, match="thread ended"):
+            await waiting
+        with pytest.raises(ServerStoppingError):
+            await events(engine, ask(chain))
 
     with running(tiny) as engine:
         run(work(engine))
