@@ -20,6 +20,7 @@ from harness import RESULTS, Benchmark, CheckFailedError, read_rows, summarize, 
 MODULES = {
     "one-pass": "one_pass",
     "delta-rest": "delta_rest",
+    "deterministic": "deterministic",
     "memory": "memory",
     "register": "register",
     "start": "start",

@@ -16,6 +16,7 @@ Two ways of taking the difference exist, both exact for every bit pattern:
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -53,7 +54,7 @@ class DeltaCodec(Protocol):
         """Return the tensor's bytes; raises InvalidInputError for frames that do not fit the base."""
 
 
-class _PlanesCodec:
+class _PlanesCodec(ABC):
     """Byte planes of an integer difference, one zstd frame each, lowest plane first."""
 
     def encode(self, dtype: DType, data: memoryview, base: memoryview) -> list[bytes]:
@@ -77,11 +78,11 @@ class _PlanesCodec:
         restored = self._restore(dtype, planes.reshape(-1).view(reference.dtype), reference)
         return restored.view(np.uint8).data.toreadonly()
 
-    def _difference(self, dtype: DType, data: Integers, base: Integers, /) -> Integers:
-        raise NotImplementedError
+    @abstractmethod
+    def _difference(self, dtype: DType, data: Integers, base: Integers, /) -> Integers: ...
 
-    def _restore(self, dtype: DType, difference: Integers, base: Integers, /) -> Integers:
-        raise NotImplementedError
+    @abstractmethod
+    def _restore(self, dtype: DType, difference: Integers, base: Integers, /) -> Integers: ...
 
 
 class XorCodec(_PlanesCodec):

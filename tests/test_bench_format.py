@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 RESULTS = sorted((BENCHMARKS / "results").glob("*.json"))
-BARS = {"one-pass", "delta-rest", "memory", "register", "start"}
+BARS = {"one-pass", "delta-rest", "deterministic", "memory", "register", "start"}
 ROW_KEYS = {"id", "case", "unit", "command", "ours", "peer", "peer_name"}
 
 

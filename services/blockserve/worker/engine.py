@@ -15,14 +15,12 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from operator import attrgetter
 
 import torch
 from torch import Tensor
 
 from blockkernels.native import library
 from blockserve.common.engine_api import (
-    ChainReport,
     EngineReport,
     EngineRequest,
     SegmentReport,
@@ -33,21 +31,19 @@ from blockserve.common.errors import (
     DeadlineExceededError,
     EngineFailedError,
     KvCapacityError,
-    MemoryBudgetError,
     QueueFullError,
     ServerStoppingError,
 )
-from blockserve.worker.blocks import BlockManager, BlockSource, LoadedChain, PreparedChain
+from blockserve.worker.blocks import BlockManager, BlockSource, PreparedChain
+from blockserve.worker.chains import LoadedChains
 from blockserve.worker.config import EngineConfig
 from blockserve.worker.cores import usable_cores
-from blockserve.worker.eviction import choose_victims
 from blockserve.worker.executor import Executor
 from blockserve.worker.kv import KvPool, KvShape
 from blockserve.worker.memory import KvMemory
 from blockserve.worker.request import Chunk, ChunkLogits, Outcome, RunningRequest
 from blockserve.worker.sampler import collect_prompt, sample_next
 from blockserve.worker.scheduler import Scheduler
-from blockserve.worker.segments import compute_segments
 from blockzoo.errors import BlockzooError
 from blockzoo.manifest import ChainId
 
@@ -75,8 +71,7 @@ class BlockEngine:
             max_running=self.config.max_running_requests,
             max_tokens=self.config.max_tokens_per_pass,
         )
-        self._chains: dict[ChainId, LoadedChain] = {}
-        self._chain_reports: tuple[ChainReport, ...] = ()
+        self._chains = LoadedChains(self._blocks, self.config.block_bytes, self._executor.use_segments)
         # One chain at a time: two that share blocks would otherwise both read them.
         self._loading = asyncio.Lock()
         self._sinks: dict[RunningRequest, Sink] = {}
@@ -86,12 +81,8 @@ class BlockEngine:
         self._wake = threading.Condition()
         self._stopping = False
         self._thread: threading.Thread | None = None
-        self._block_bytes = 0
         self._arrivals = 0
-        self._uses = 0
-        self._num_evictions = 0
         self._passes = 0
-        self._chain_loads = self._chain_unloads = 0
         self._last_progress = time.monotonic()
         self._is_idle = False  # the thread waits for work; guarded by `_wake`
 
@@ -215,107 +206,28 @@ class BlockEngine:
                     estimate = await asyncio.to_thread(self._blocks.estimate_sizes, chain)
                     await asyncio.wrap_future(self._call(lambda: self._make_room(chain, estimate)))  # noqa: B023
                 prepared = await asyncio.to_thread(self._blocks.prepare, chain)
-                await asyncio.wrap_future(self._call(lambda: self._attach(chain, prepared)))  # noqa: B023
+                await asyncio.wrap_future(self._call(lambda: self._attach(prepared)))  # noqa: B023
             if pinned is not None:
-                await asyncio.wrap_future(self._call(lambda: self._pin(chain, pinned)))
+                await asyncio.wrap_future(self._call(lambda: self._chains.pin(chain, pinned)))
 
     def _make_room(self, coming: ChainId, estimate: Mapping[Hashable, int]) -> None:
-        """Unload idle chains until one more fits into the budget.
+        """See `LoadedChains.make_room`; the event loop appends to `_arriving` meanwhile."""
+        self._chains.make_room(coming, estimate, {running.chain.id for running in tuple(self._arriving)})
 
-        Raises:
-            MemoryBudgetError: it does not fit beside what is pinned or in use.
-        """
-        arriving = {running.chain.id for running in tuple(self._arriving)}  # the event loop appends to it
-        others = [chain for name, chain in self._chains.items() if name != coming]
-        idle = [
-            chain
-            for chain in sorted(others, key=attrgetter("last_used"))
-            if not (chain.pinned or chain.num_requests or chain.id in arriving)
-        ]
-        staying = [self._blocks.sizes(chain) for chain in others if chain not in idle]
-        victims = choose_victims(
-            [self._blocks.actual_sizes(estimate), *staying],
-            [(chain.id, self._blocks.sizes(chain)) for chain in idle],
-            self.config.block_bytes,
-        )
-        if victims is None:
-            alone = sum(estimate.values()) > self.config.block_bytes
-            way_out = (
-                "Raise block_bytes." if alone else "Try again later, unpin a variant, or raise block_bytes."
-            )
-            raise MemoryBudgetError(
-                f"the variant's {sum(estimate.values())} bytes of blocks do not fit beside those of "
-                f"{len(staying)} chains that are pinned or in use; the budget is {self.config.block_bytes}",
-                hint=way_out,
-                retry_after=0.0 if alone else 30.0,
-                budget=self.config.block_bytes,
-            )
-        for name in victims:
-            _LOG.info("chain unloaded to make room chain=%s for=%s", name[:12], coming[:12])
-            self._unload(self._chains[name])
-        self._num_evictions += len(victims)
-
-    def _pin(self, chain: ChainId, pinned: bool) -> None:
-        loaded = self._chains.get(chain)
-        if loaded is not None:
-            loaded.pinned = pinned
-
-    def _attach(self, chain: ChainId, prepared: PreparedChain) -> None:
-        """Take a prepared chain into use; does nothing when a block it counts on was unloaded meanwhile."""
-        if chain not in self._chains:
-            if not self._blocks.can_attach(prepared):
-                return
-            loaded = self._blocks.attach(prepared)
-            shape = loaded.lane.kv_shape
-            if shape not in self._pools:
-                size, page = self.config.kv_cache_bytes, self.config.kv_page_tokens
-                self._pools[shape] = KvPool(shape, size, page, self._device)
-            self._chains[chain] = loaded
-            self._use_chains()
-        self._chains[chain].draining = False
-        self._touch(self._chains[chain])
+    def _attach(self, prepared: PreparedChain) -> None:
+        """Take a prepared chain into use, with a pool for its keys and values."""
+        loaded = self._chains.attach(prepared)
+        if loaded is not None and (shape := loaded.lane.kv_shape) not in self._pools:
+            size, page = self.config.kv_cache_bytes, self.config.kv_page_tokens
+            self._pools[shape] = KvPool(shape, size, page, self._device)
 
     async def unload(self, chain: ChainId) -> None:
         """Let go of a chain; returns at once, the blocks go when the chain's last request ends."""
-
-        def drain() -> None:
-            loaded = self._chains.get(chain)
-            if loaded is not None:
-                loaded.draining = True
-                loaded.pinned = False
-                self._drop_if_drained(loaded)
-
-        await asyncio.wrap_future(self._call(drain))
+        await asyncio.wrap_future(self._call(lambda: self._chains.drain(chain)))
 
     def is_loaded(self, chain: ChainId) -> bool:
         """Whether requests on the chain can start at once."""
-        loaded = self._chains.get(chain)
-        return loaded is not None and not loaded.draining
-
-    def _drop_if_drained(self, chain: LoadedChain) -> None:
-        if chain.draining and chain.num_requests == 0 and self._chains.get(chain.id) is chain:
-            self._unload(chain)
-
-    def _unload(self, chain: LoadedChain) -> None:
-        del self._chains[chain.id]
-        self._blocks.detach(chain)
-        self._use_chains()
-
-    def _touch(self, chain: LoadedChain) -> None:
-        """Note a use of a chain."""
-        self._uses += 1
-        chain.last_used = self._uses
-
-    def _use_chains(self) -> None:
-        bases = {name: [link.base for link in chain.manifest.links] for name, chain in self._chains.items()}
-        self._executor.use_segments(compute_segments(bases))
-        known = {one.chain for one in self._chain_reports}
-        self._chain_loads += len(bases.keys() - known)
-        self._chain_unloads += len(known - bases.keys())
-        self._chain_reports = tuple(
-            ChainReport(name, 0, *self._blocks.chain_bytes(chain)) for name, chain in self._chains.items()
-        )
-        self._block_bytes = self._blocks.num_bytes
+        return self._chains.is_loaded(chain)
 
     # ---- requests
 
@@ -364,11 +276,9 @@ class BlockEngine:
         def accept() -> None:
             self._arriving.remove(running)
             # The chain may have been unloaded since; its memory then is still held by the request.
-            if self._chains.get(chain.id) is not chain:
+            if not self._chains.acquire(chain):
                 sink(ChainNotLoadedError(f"chain {chain.id} was unloaded", hint="Send the request again."))
                 return
-            chain.num_requests += 1
-            self._touch(chain)
             self._sinks[running] = sink
             self._scheduler.add(running)
 
@@ -416,9 +326,7 @@ class BlockEngine:
         del self._sinks[running]
         self._scheduler.remove(running)
         self._memory.release(running)
-        running.chain.num_requests -= 1
-        self._touch(running.chain)
-        self._drop_if_drained(running.chain)
+        self._chains.release(running.chain)
 
     def _fail(self, running: RunningRequest, error: BlockzooError) -> None:
         sink = self._sinks[running]
@@ -510,15 +418,11 @@ class BlockEngine:
             prefix_queried_tokens=self._memory.num_queried,
             prefix_hit_tokens=self._memory.num_hits,
             preemptions=self._scheduler.num_preemptions,
-            chain_evictions=self._num_evictions,
+            chain_evictions=self._chains.num_evictions,
             kv_bytes_total=sum(pool.num_bytes for pool in pools),
-            block_bytes=self._block_bytes,
+            block_bytes=self._chains.num_bytes,
             seconds_since_progress=time.monotonic() - self._last_progress,
-            chains=tuple(
-                replace(one, running_requests=chain.num_requests, pinned=chain.pinned)
-                for one in self._chain_reports
-                if (chain := self._chains.get(one.chain)) is not None
-            ),
+            chains=self._chains.reports(),
             segments=tuple(
                 SegmentReport(
                     segment_id=segment.id,
@@ -540,8 +444,8 @@ class BlockEngine:
                 for segment in segments
                 if segment.id in counters
             ),
-            chain_loads=self._chain_loads,
-            chain_unloads=self._chain_unloads,
+            chain_loads=self._chains.num_loads,
+            chain_unloads=self._chains.num_unloads,
         )
 
 
