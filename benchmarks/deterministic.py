@@ -26,12 +26,16 @@ def run(say: Callable[[str], None]) -> list[Row]:
     """Two engines over one zoo, asked in turns."""
     folder = fresh_folder("deterministic-zoo")
     zoo = Zoo.open(folder, create=True)
-    chain = zoo.register(MODEL, name="base").variant.chain
-    with _engine(folder, deterministic=True) as exact, _engine(folder, deterministic=False) as plain:
-        with asyncio.Runner() as runner:
-            for engine in (exact, plain):
-                runner.run(engine.load(chain))
-            rows = [_case(runner, exact, plain, chain, *case, say) for case in CASES]
+    zoo.register(MODEL, name="base")
+    chain = zoo.resolve("base").chain
+    with (
+        _engine(folder, deterministic=True) as exact,
+        _engine(folder, deterministic=False) as plain,
+        asyncio.Runner() as runner,
+    ):
+        for engine in (exact, plain):
+            runner.run(engine.load(chain))
+        rows = [_case(runner, exact, plain, chain, *case, say) for case in CASES]
     fresh_folder("deterministic-zoo")
     return rows
 
@@ -57,8 +61,7 @@ def _case(
     output_tokens: int,
     say: Callable[[str], None],
 ) -> Row:
-    # A fixed seed, because these are inputs of a measurement and no secrets.
-    source = random.Random(count)  # noqa: S311
+    source = random.Random(count)
     prompts = [tuple(source.randrange(1000, 40000) for _ in range(prompt_tokens)) for _ in range(count)]
 
     def ask(engine: BlockEngine) -> list[list[int]]:
