@@ -25,6 +25,10 @@
     ├── DeadlineExceededError
     ├── ServerStoppingError          `retry_after` seconds
     ├── EngineFailedError
+    ├── PathBrokenError              `retry_after` seconds
+    ├── NoPathError                  `retry_after` seconds
+    ├── StateStoreError
+    │   └── StaleLeaderError
     ├── UnauthenticatedError
     ├── PossessionError
     ├── PushInterruptedError
@@ -194,6 +198,46 @@ class EngineFailedError(BlockzooError):
     """The engine hit an internal fault while running the request."""
 
     reason = "ENGINE_FAILED"
+
+
+class PathBrokenError(BlockzooError):
+    """A worker on the request's path was lost, or gave the request back; it can go on from its tokens elsewhere.
+
+    Attributes:
+        retry_after: seconds after which the same workers may be asked again.
+    """
+
+    reason = "PATH_BROKEN"
+
+    def __init__(self, message: str, *, retry_after: float = 0.0, hint: str = "", **metadata: object) -> None:
+        super().__init__(message, hint=hint, **metadata)
+        self.retry_after = retry_after
+
+
+class NoPathError(BlockzooError):
+    """No chain of live workers holds all blocks of the variant.
+
+    Attributes:
+        retry_after: seconds after which there may be one.
+    """
+
+    reason = "NO_PATH"
+
+    def __init__(self, message: str, *, retry_after: float = 1.0, hint: str = "", **metadata: object) -> None:
+        super().__init__(message, hint=hint, **metadata)
+        self.retry_after = retry_after
+
+
+class StateStoreError(BlockzooError):
+    """The store of the cluster's shared state cannot be reached or does not do what it should."""
+
+    reason = "STATE_STORE"
+
+
+class StaleLeaderError(StateStoreError):
+    """The writer is no longer the leader; another one has been chosen."""
+
+    reason = "STALE_LEADER"
 
 
 class UnauthenticatedError(BlockzooError):

@@ -9,7 +9,14 @@ import grpc
 from google.rpc import error_details_pb2, status_pb2
 
 from blockserve.common import errors as serve_errors
-from blockserve.common.errors import CapacityError, RemoteError, SamplingError, ServerStoppingError
+from blockserve.common.errors import (
+    CapacityError,
+    NoPathError,
+    PathBrokenError,
+    RemoteError,
+    SamplingError,
+    ServerStoppingError,
+)
 from blockserve.common.status import DETAILS_KEY, DOMAIN, all_errors
 from blockzoo.errors import BlockzooError, UnsupportedArchitectureError, VariantNotFoundError
 
@@ -72,7 +79,7 @@ def _by_reason() -> Mapping[str, type[BlockzooError]]:
 
 def _restore(error: BlockzooError, metadata: Mapping[str, str], retry_after: float) -> None:
     """Set the attributes that some classes carry beside the metadata."""
-    if isinstance(error, CapacityError | ServerStoppingError):
+    if isinstance(error, CapacityError | ServerStoppingError | PathBrokenError | NoPathError):
         error.retry_after = retry_after
     elif isinstance(error, SamplingError):
         error.field = metadata.get("field", "")

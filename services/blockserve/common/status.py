@@ -18,7 +18,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from blockserve.common import errors as serve_errors
-from blockserve.common.errors import CapacityError, ServerStoppingError
+from blockserve.common.errors import CapacityError, NoPathError, PathBrokenError, ServerStoppingError
 from blockzoo import errors as zoo_errors
 from blockzoo.errors import BlockzooError, InvalidInputError
 
@@ -97,6 +97,9 @@ STATUS: Mapping[type[BlockzooError], grpc.StatusCode] = {
     zoo_errors.FormatVersionError: _Code.FAILED_PRECONDITION,
     serve_errors.ChainNotLoadedError: _Code.FAILED_PRECONDITION,
     serve_errors.EngineFailedError: _Code.INTERNAL,
+    serve_errors.PathBrokenError: _Code.UNAVAILABLE,
+    serve_errors.NoPathError: _Code.UNAVAILABLE,
+    serve_errors.StateStoreError: _Code.UNAVAILABLE,
     serve_errors.RemoteError: _Code.INTERNAL,
 }
 """Every error class and its status. A test holds it complete, so a new class has to be thought about."""
@@ -114,7 +117,10 @@ def to_status(error: BlockzooError) -> status_pb2.Status:
     )
     info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=_metadata(error))
     status.details.add().Pack(info)
-    if isinstance(error, CapacityError | ServerStoppingError) and error.retry_after > 0:
+    if (
+        isinstance(error, CapacityError | ServerStoppingError | PathBrokenError | NoPathError)
+        and error.retry_after > 0
+    ):
         delay = Duration()
         delay.FromMilliseconds(max(1, round(error.retry_after * 1000)))
         status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))

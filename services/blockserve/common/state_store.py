@@ -1,0 +1,77 @@
+"""The seam to the state that all processes of a cluster share and could lose: leases, residency, placement.
+
+`blockserve.common.state_memory` holds it in this process, `blockserve.common.state_redis` in Redis; one suite
+of tests runs against both. Losing it stops changes of placement, not serving: workers announce themselves
+again, and whoever only reads goes on from the last view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import NewType, Protocol
+
+from blockserve.common.cluster import (
+    ClusterView,
+    LoadReport,
+    Placement,
+    ResidentSegment,
+    WorkerId,
+    WorkerRecord,
+)
+
+FencingToken = NewType("FencingToken", int)
+"""Grows with every change of leadership; a write with an older one is refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """All that a worker says about itself at once."""
+
+    record: WorkerRecord
+    load: LoadReport
+    segments: Collection[ResidentSegment]
+
+
+class StateStore(Protocol):
+    """Shared state with leases. Safe to call from one event loop; every call may raise StateStoreError."""
+
+    async def announce(self, announcement: Announcement, *, lease_seconds: float) -> None:
+        """Take or renew a worker's lease and replace what is said about it."""
+        ...
+
+    async def renew(self, worker: WorkerId, load: LoadReport, *, lease_seconds: float) -> bool:
+        """Renew a lease and its load; False when the store does not know the worker (any more): announce."""
+        ...
+
+    async def withdraw(self, worker: WorkerId) -> None:
+        """End a worker's lease now, with everything said about it."""
+        ...
+
+    async def view(self) -> ClusterView:
+        """The workers with a live lease, what they hold, and the placement."""
+        ...
+
+    async def wait_change(self, timeout: float) -> None:
+        """Return soon after something other than load changed, or after `timeout` seconds; may return early."""
+        ...
+
+    async def lead(self, holder: str, *, lease_seconds: float) -> FencingToken | None:
+        """Become or stay the leader; None while another one is. A leader that stays keeps its token."""
+        ...
+
+    async def resign(self, holder: str) -> None:
+        """Give up leadership, if it is `holder`'s."""
+        ...
+
+    async def place(self, placement: Placement, token: FencingToken) -> Placement:
+        """Replace the placement; the one stored has the next version.
+
+        Raises:
+            StaleLeaderError: another leader has been chosen since the token was given.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Let go of connections; leases run out by themselves."""
+        ...
