@@ -201,7 +201,7 @@ class EngineFailedError(BlockzooError):
 
 
 class PathBrokenError(BlockzooError):
-    """A worker on the request's path was lost, or gave the request back; it can go on from its tokens elsewhere.
+    """A worker on the path was lost or gave the request back; it can go on from its tokens elsewhere.
 
     Attributes:
         retry_after: seconds after which the same workers may be asked again.

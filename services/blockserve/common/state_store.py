@@ -53,7 +53,7 @@ class StateStore(Protocol):
         ...
 
     async def wait_change(self, timeout: float) -> None:
-        """Return soon after something other than load changed, or after `timeout` seconds; may return early."""
+        """Return soon after anything but load changed, at the latest after `timeout` seconds."""
         ...
 
     async def lead(self, holder: str, *, lease_seconds: float) -> FencingToken | None:

@@ -100,6 +100,7 @@ STATUS: Mapping[type[BlockzooError], grpc.StatusCode] = {
     serve_errors.PathBrokenError: _Code.UNAVAILABLE,
     serve_errors.NoPathError: _Code.UNAVAILABLE,
     serve_errors.StateStoreError: _Code.UNAVAILABLE,
+    serve_errors.StaleLeaderError: _Code.ABORTED,
     serve_errors.RemoteError: _Code.INTERNAL,
 }
 """Every error class and its status. A test holds it complete, so a new class has to be thought about."""
