@@ -52,6 +52,29 @@ class Run:
         return self.first <= other.first and other.end <= self.end
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class ChainSpan:
+    """A run of one chain, as a worker loads and executes it."""
+
+    chain: ChainId
+    run: Run
+
+
+@dataclass(frozen=True, slots=True)
+class PathStep:
+    """One worker on the path of a request, and the positions it executes.
+
+    Attributes:
+        worker: which life of which worker.
+        address: where its gRPC server listens.
+        run: positions of the chain.
+    """
+
+    worker: WorkerId
+    address: str
+    run: Run
+
+
 @dataclass(frozen=True, slots=True)
 class ResidentSegment:
     """A run of links in a worker's memory."""

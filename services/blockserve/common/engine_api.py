@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from blockserve.common.cluster import PathStep, Run
 from blockzoo.manifest import ChainId
 
 
@@ -79,6 +80,10 @@ class EngineRequest:
         deadline: `time.monotonic()` value after which the request is dropped, or None.
         priority: smaller runs first among waiting requests, and keeps its pages when they run short.
         cache_salt: requests share cached prefixes only with those of the same salt.
+        output: tokens that this request has already been told, elsewhere; it goes on after them.
+        arrival: among requests of equal priority the smaller goes first; None numbers them as they come.
+        path: the workers that execute the chain, this one first; empty when this one executes all of it.
+        epoch: number of the path among those the request has had; what comes from an older one is dropped.
     """
 
     request_id: str
@@ -94,6 +99,10 @@ class EngineRequest:
     deadline: float | None = None
     priority: int = 0
     cache_salt: str = ""
+    output: tuple[int, ...] = ()
+    arrival: int | None = None
+    path: tuple[PathStep, ...] = ()
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,13 +203,14 @@ class SegmentReport:
 
 @dataclass(frozen=True, slots=True)
 class ChainReport:
-    """A chain in memory."""
+    """A chain in memory, or the run of it that is there (None: not said, all of it)."""
 
     chain: ChainId
     running_requests: int
     private_bytes: int
     total_bytes: int
     pinned: bool = False
+    run: Run | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@
     │   ├── ChatTemplateError
     │   ├── ResumeError
     │   ├── ConfigurationError
+    │   ├── SpanError
     │   ├── UnknownBlobError
     │   └── WrongDigestError
     ├── NotFoundError
@@ -89,6 +90,12 @@ class ConfigurationError(InvalidInputError):
     """A server or client was started with settings it cannot or must not run with."""
 
     reason = "INVALID_CONFIGURATION"
+
+
+class SpanError(InvalidInputError):
+    """Positions that the chain does not have, or that no worker can execute by themselves."""
+
+    reason = "INVALID_SPAN"
 
 
 class UnknownBlobError(InvalidInputError):

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from blockkernels.linear import can_pack
 from blockkernels.lora import LoraBank, RowRange
-from blockserve.common.errors import ConfigurationError
+from blockserve.common.cluster import ChainSpan, Run
+from blockserve.common.errors import ConfigurationError, SpanError
 from blockserve.worker.config import EngineConfig
 from blockserve.worker.kv import KvShape
 from blockserve.worker.prefix import LayerDigest, layer_digests
@@ -33,6 +34,7 @@ from blockzoo.manifest import (
     ChainManifest,
     DType,
     JsonValue,
+    Link,
     TensorRef,
 )
 
@@ -70,19 +72,27 @@ class BlockSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """What requests must have in common to be computed in one batch."""
+    """What requests must have in common to be computed in one batch.
+
+    Attributes:
+        hidden_size: columns of the hidden states.
+        kv_shape: of all layers.
+        first: position of the chain at which they begin.
+    """
 
     hidden_size: int
     kv_shape: KvShape
+    first: int = 0
 
 
 @dataclass(slots=True, eq=False)
 class LoadedChain:
-    """A chain whose blocks are in memory.
+    """A chain, or a run of its links, whose blocks are in memory.
 
     Attributes:
-        id, manifest: the chain.
-        blocks: base blocks in order, ready to compute.
+        id, manifest: the whole chain.
+        run: the positions that are here; all of them where one process serves the chain.
+        blocks: base blocks of the run in order, ready to compute.
         dtype: compute type of all its blocks.
         lane: which requests it can share a batch with.
         layer_digests: what keys its pages in the prefix cache; empty when that is off.
@@ -94,6 +104,7 @@ class LoadedChain:
 
     id: ChainId
     manifest: ChainManifest
+    run: Run
     blocks: tuple[ExecutableBlock, ...]
     dtype: torch.dtype
     lane: Lane
@@ -104,19 +115,50 @@ class LoadedChain:
     last_used: int = 0
 
     @property
+    def span(self) -> ChainSpan:
+        """What names it among the loaded ones."""
+        return ChainSpan(self.id, self.run)
+
+    @property
+    def is_head(self) -> bool:
+        """Whether it begins with the embedding."""
+        return self.run.first == 0
+
+    @property
+    def is_tail(self) -> bool:
+        """Whether it ends with the head."""
+        return self.run.end == len(self.manifest.links)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every position is here."""
+        return self.is_head and self.is_tail
+
+    @property
     def num_layers(self) -> int:
-        """Layers that store keys and values."""
-        return len(self.blocks) - 2
+        """Layers of the run; they store keys and values."""
+        return len(_layer_positions(self.manifest, self.run))
+
+    @property
+    def first_layer(self) -> int:
+        """Position of the first layer of the run."""
+        return _layer_positions(self.manifest, self.run).start
+
+    def block_at(self, position: int) -> ExecutableBlock:
+        """The base block at a position of the chain."""
+        return self.blocks[position - self.run.first]
+
+    def links(self) -> tuple[Link, ...]:
+        """The links of the run."""
+        return self.manifest.links[self.run.first : self.run.end]
 
     def base_keys(self) -> list[BlockKey]:
         """Keys of the base blocks, in order."""
-        return [(link.base, self.dtype) for link in self.manifest.links]
+        return [(link.base, self.dtype) for link in self.links()]
 
     def adapter_keys(self) -> list[AdapterKey]:
-        """Every adapter of the chain with the base block it is applied on."""
-        return [
-            ((link.base, self.dtype), applied) for link in self.manifest.links for applied in link.applied
-        ]
+        """Every adapter of the run with the base block it is applied on."""
+        return [((link.base, self.dtype), applied) for link in self.links() for applied in link.applied]
 
 
 @dataclass(slots=True)
@@ -146,13 +188,17 @@ class AdapterTensors:
 
 @dataclass(frozen=True, slots=True)
 class PreparedChain:
-    """A chain whose blocks were read and laid out, waiting to be attached between two passes."""
+    """A run of a chain whose blocks were read and laid out, waiting to be attached between two passes."""
 
-    id: ChainId
+    span: ChainSpan
     manifest: ChainManifest
     dtype: torch.dtype
     new_blocks: dict[BlockKey, ExecutableBlock]
     new_adapters: dict[AdapterKey, AdapterTensors]
+
+    def links(self) -> tuple[Link, ...]:
+        """The links of the run."""
+        return self.manifest.links[self.span.run.first : self.span.run.end]
 
 
 class BlockManager:
@@ -200,17 +246,22 @@ class BlockManager:
         known.update((key, one.num_bytes) for key, one in self._adapters.items())
         return {key: known.get(key, num_bytes) for key, num_bytes in estimate.items()}
 
-    def estimate_sizes(self, chain_id: ChainId) -> dict[Hashable, int]:
-        """Bytes of what a chain needs, whether in memory or not, judged by its manifests.
+    def whole(self, chain_id: ChainId) -> Run:
+        """All positions of a chain (ManifestNotFoundError, CorruptManifestError)."""
+        return Run(0, len(self._zoo.chain(chain_id).links))
+
+    def estimate_sizes(self, span: ChainSpan) -> dict[Hashable, int]:
+        """Bytes of what a run of a chain needs, whether in memory or not, judged by its manifests.
 
         Raises:
             ManifestNotFoundError, CorruptManifestError: the zoo is damaged.
+            SpanError: the chain has no such run.
         """
-        manifest, blocks, dtype = self._open(chain_id)
+        manifest, blocks, dtype = self._open(span)
         sizes: dict[Hashable, int] = {
             (base, dtype): _computed_bytes(block, dtype) for base, block in blocks.items()
         }
-        for base, applied in _adapters(manifest):
+        for base, applied in _adapters(_links(manifest, span)):
             sizes[(base, dtype), applied] = _computed_bytes(self._zoo.block(applied), dtype)
         return sizes
 
@@ -222,22 +273,24 @@ class BlockManager:
         """Where an adapter's rows are in the banks of a base block."""
         return self._adapters[key, adapter].rows
 
-    def prepare(self, chain_id: ChainId) -> PreparedChain:
-        """Read, check and lay out what a chain needs and is not in memory yet.
+    def prepare(self, span: ChainSpan) -> PreparedChain:
+        """Read, check and lay out what a run of a chain needs and is not in memory yet.
 
         Raises:
             CorruptBlobError, BlobNotFoundError, ManifestNotFoundError: the zoo is damaged.
             InvalidConfigError: a block cannot be run by this version.
+            SpanError: the chain has no such run.
             ConfigurationError: deterministic results are asked for, and the dtype cannot have them here.
         """
-        manifest, blocks, dtype = self._open(chain_id)
+        manifest, blocks, dtype = self._open(span)
         if self._config.deterministic and not can_pack(dtype, self._device):
             raise ConfigurationError(
                 f"deterministic results need packed matrix products, which {dtype} has not on this machine",
                 hint="Set dtype to float32, or serve without deterministic.",
             )
         bases = [base for base in blocks if (base, dtype) not in self._blocks]
-        pairs = [pair for pair in _adapters(manifest) if ((pair[0], dtype), pair[1]) not in self._adapters]
+        wanted = _adapters(_links(manifest, span))
+        pairs = [pair for pair in wanted if ((pair[0], dtype), pair[1]) not in self._adapters]
         adapters = {applied: self._zoo.block(applied) for _, applied in pairs}
         with ThreadPoolExecutor(self._config.load_threads, thread_name_prefix="load") as pool:
             built = pool.map(lambda base: self._build(blocks[base], dtype), bases)
@@ -247,14 +300,12 @@ class BlockManager:
                 ((base, dtype), name): part for (base, name), part in zip(pairs, read, strict=True)
             }
         _return_free_memory()
-        return PreparedChain(chain_id, manifest, dtype, new_blocks, new_adapters)
+        return PreparedChain(span, manifest, dtype, new_blocks, new_adapters)
 
     def can_attach(self, prepared: PreparedChain) -> bool:
         """Whether every block that was in memory when the chain was prepared still is."""
-        bases = {(link.base, prepared.dtype) for link in prepared.manifest.links}
-        applied = {
-            ((link.base, prepared.dtype), one) for link in prepared.manifest.links for one in link.applied
-        }
+        bases = {(link.base, prepared.dtype) for link in prepared.links()}
+        applied = {((link.base, prepared.dtype), one) for link in prepared.links() for one in link.applied}
         return bases <= {*self._blocks, *prepared.new_blocks} and applied <= {
             *self._adapters,
             *prepared.new_adapters,
@@ -262,13 +313,22 @@ class BlockManager:
 
     def attach(self, prepared: PreparedChain) -> LoadedChain:
         """Take a prepared chain's blocks and adapters into use."""
-        dtype = prepared.dtype
+        dtype, manifest, run = prepared.dtype, prepared.manifest, prepared.span.run
         for key, block in prepared.new_blocks.items():
             self._blocks.setdefault(key, _Resident(block))
-        blocks = tuple(self._blocks[link.base, dtype].block for link in prepared.manifest.links)
-        digests = layer_digests(prepared.id, prepared.manifest, self._config.prefix_sharing)
-        lane = _lane(prepared.id, blocks, dtype)
-        chain = LoadedChain(prepared.id, prepared.manifest, blocks, dtype, lane, digests)
+        blocks = tuple(self._blocks[link.base, dtype].block for link in prepared.links())
+        digests = layer_digests(prepared.span.chain, manifest, self._config.prefix_sharing)
+        layers = _layer_positions(manifest, run)
+        lane = _lane(prepared.span.chain, run, len(manifest.links), blocks, dtype)
+        chain = LoadedChain(
+            prepared.span.chain,
+            manifest,
+            run,
+            blocks,
+            dtype,
+            lane,
+            digests[layers.start - 1 : layers.stop - 1],
+        )
         for key in set(chain.base_keys()):
             self._blocks[key].users += 1
         for adapter_key in set(chain.adapter_keys()):
@@ -306,13 +366,25 @@ class BlockManager:
                     if other == base and module in adapter.rows:
                         adapter.rows[module] = moved[adapter.rows[module]]
 
-    def _open(self, chain_id: ChainId) -> tuple[ChainManifest, dict[BlockId, BlockManifest], torch.dtype]:
-        """A chain's manifest, its base blocks' manifests, and the type it is computed in."""
-        manifest = self._zoo.chain(chain_id)
+    def _open(self, span: ChainSpan) -> tuple[ChainManifest, dict[BlockId, BlockManifest], torch.dtype]:
+        """A chain's manifest, its base blocks' manifests within the run, and the type it is computed in.
+
+        The whole chain is computed in one type, so each run of it has to ask the embedding.
+        """
+        manifest = self._zoo.chain(span.chain)
         if len(manifest.links) < 3:
-            raise CorruptManifestError(f"chain {chain_id} has {len(manifest.links)} links", chain=chain_id)
-        blocks = {link.base: self._zoo.block(link.base) for link in manifest.links}
-        return manifest, blocks, self._compute_dtype(blocks[manifest.links[0].base])
+            message = f"chain {span.chain} has {len(manifest.links)} links"
+            raise CorruptManifestError(message, chain=span.chain)
+        if span.run.end > len(manifest.links) or not _layer_positions(manifest, span.run):
+            raise SpanError(
+                f"positions {span.run.first} to {span.run.end} of a chain of {len(manifest.links)} links",
+                hint="A run lies within the chain and holds at least one layer.",
+                chain=span.chain,
+            )
+        blocks = {link.base: self._zoo.block(link.base) for link in _links(manifest, span)}
+        embedding = manifest.links[0].base
+        dtype = self._compute_dtype(blocks[embedding] if embedding in blocks else self._zoo.block(embedding))
+        return manifest, blocks, dtype
 
     def _compute_dtype(self, embedding: BlockManifest) -> torch.dtype:
         if self._config.dtype != "auto":
@@ -373,9 +445,19 @@ class BlockManager:
         self._adapters[key] = _ResidentAdapter(rows, num_bytes)
 
 
-def _adapters(manifest: ChainManifest) -> list[tuple[BlockId, BlockId]]:
+def _links(manifest: ChainManifest, span: ChainSpan) -> tuple[Link, ...]:
+    """The links of a run of the chain."""
+    return manifest.links[span.run.first : span.run.end]
+
+
+def _layer_positions(manifest: ChainManifest, run: Run) -> range:
+    """The positions of a run that are neither the embedding nor the head."""
+    return range(max(run.first, 1), min(run.end, len(manifest.links) - 1))
+
+
+def _adapters(links: Iterable[Link]) -> list[tuple[BlockId, BlockId]]:
     """Every adapter with the base block it goes on, once."""
-    return list(dict.fromkeys((link.base, applied) for link in manifest.links for applied in link.applied))
+    return list(dict.fromkeys((link.base, applied) for link in links for applied in link.applied))
 
 
 def _computed_bytes(manifest: BlockManifest, dtype: torch.dtype) -> int:
@@ -384,18 +466,22 @@ def _computed_bytes(manifest: BlockManifest, dtype: torch.dtype) -> int:
     return elements * dtype.itemsize
 
 
-def _lane(chain: ChainId, blocks: Sequence[ExecutableBlock], dtype: torch.dtype) -> Lane:
-    first, layers, last = blocks[0], blocks[1:-1], blocks[-1]
-    if not isinstance(first, EmbeddingBlock) or not isinstance(last, HeadBlock):
+def _lane(
+    chain: ChainId, run: Run, num_links: int, blocks: Sequence[ExecutableBlock], dtype: torch.dtype
+) -> Lane:
+    begins, ends = run.first == 0, run.end == num_links
+    if (begins and not isinstance(blocks[0], EmbeddingBlock)) or (
+        ends and not isinstance(blocks[-1], HeadBlock)
+    ):
         raise CorruptManifestError(f"chain {chain} does not lead from an embedding to a head", chain=chain)
     shapes = set()
-    for layer in layers:
+    for layer in blocks[int(begins) : len(blocks) - int(ends)]:
         if not isinstance(layer, LayerBlock):
             raise CorruptManifestError(f"chain {chain} has something else than layers inside", chain=chain)
         shapes.add(KvShape(layer.num_kv_heads, layer.head_dim, dtype))
     if len(shapes) != 1 or len({block.hidden_size for block in blocks}) != 1:
         raise CorruptManifestError(f"chain {chain} joins blocks of different shapes", chain=chain)
-    return Lane(first.hidden_size, shapes.pop())
+    return Lane(blocks[0].hidden_size, shapes.pop(), run.first)
 
 
 def _scale(module: str, settings: JsonValue) -> float:

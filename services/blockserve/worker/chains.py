@@ -1,4 +1,4 @@
-"""The chains in memory: which there are, who may go, and the segments they are cut into.
+"""The chains in memory, or runs of chains: which there are, who may go, and the segments they are cut into.
 
 All of it belongs to the engine's thread; only `is_loaded`, `get` and the values that `reports` and
 `num_bytes` hold are read from elsewhere.
@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import replace
 from operator import attrgetter
 
+from blockserve.common.cluster import ChainSpan
 from blockserve.common.engine_api import ChainReport
 from blockserve.common.errors import MemoryBudgetError
 from blockserve.worker.blocks import BlockManager, LoadedChain, PreparedChain
@@ -44,23 +45,28 @@ class LoadedChains:
         self._blocks = blocks
         self._budget = budget
         self._use_segments = use_segments
-        self._chains: dict[ChainId, LoadedChain] = {}
-        self._reports: tuple[ChainReport, ...] = ()
+        self._chains: dict[ChainSpan, LoadedChain] = {}
+        self._whole: dict[ChainId, LoadedChain] = {}
+        self._reports: dict[ChainSpan, ChainReport] = {}
         self._uses = 0
         self.num_bytes = 0
         self.num_loads = self.num_unloads = self.num_evictions = 0
 
-    def get(self, chain: ChainId) -> LoadedChain | None:
+    def get(self, span: ChainSpan) -> LoadedChain | None:
         """A chain that is in memory, draining ones included."""
-        return self._chains.get(chain)
+        return self._chains.get(span)
 
-    def is_loaded(self, chain: ChainId) -> bool:
+    def whole(self, chain: ChainId) -> LoadedChain | None:
+        """A chain of which every position is in memory."""
+        return self._whole.get(chain)
+
+    def is_loaded(self, span: ChainSpan) -> bool:
         """Whether requests on the chain can start."""
-        loaded = self._chains.get(chain)
+        loaded = self._chains.get(span)
         return loaded is not None and not loaded.draining
 
     def make_room(
-        self, coming: ChainId, estimate: Mapping[Hashable, int], arriving: Collection[ChainId]
+        self, coming: ChainSpan, estimate: Mapping[Hashable, int], arriving: Collection[ChainSpan]
     ) -> None:
         """Unload idle chains until one more fits into the budget.
 
@@ -76,12 +82,12 @@ class LoadedChains:
         idle = [
             chain
             for chain in sorted(others, key=attrgetter("last_used"))
-            if not (chain.pinned or chain.num_requests or chain.id in arriving)
+            if not (chain.pinned or chain.num_requests or chain.span in arriving)
         ]
         staying = [self._blocks.sizes(chain) for chain in others if chain not in idle]
         victims = choose_victims(
             [self._blocks.actual_sizes(estimate), *staying],
-            [(chain.id, self._blocks.sizes(chain)) for chain in idle],
+            [(chain.span, self._blocks.sizes(chain)) for chain in idle],
             self._budget,
         )
         if victims is None:
@@ -97,31 +103,33 @@ class LoadedChains:
                 budget=self._budget,
             )
         for name in victims:
-            _LOG.info("chain unloaded to make room chain=%s for=%s", name[:12], coming[:12])
+            _LOG.info("chain unloaded to make room chain=%s for=%s", name.chain[:12], coming.chain[:12])
             self._unload(self._chains[name])
         self.num_evictions += len(victims)
 
     def attach(self, prepared: PreparedChain) -> LoadedChain | None:
         """Take a prepared chain into use; None when a block it counts on was unloaded meanwhile."""
-        loaded = self._chains.get(prepared.id)
+        loaded = self._chains.get(prepared.span)
         if loaded is None:
             if not self._blocks.can_attach(prepared):
                 return None
-            loaded = self._chains[prepared.id] = self._blocks.attach(prepared)
+            loaded = self._chains[prepared.span] = self._blocks.attach(prepared)
+            if loaded.is_whole:
+                self._whole[loaded.id] = loaded
             self._note_change()
         loaded.draining = False
         self.touch(loaded)
         return loaded
 
-    def pin(self, chain: ChainId, pinned: bool) -> None:
+    def pin(self, span: ChainSpan, pinned: bool) -> None:
         """Say whether a chain must stay when others need room."""
-        loaded = self._chains.get(chain)
+        loaded = self._chains.get(span)
         if loaded is not None:
             loaded.pinned = pinned
 
-    def drain(self, chain: ChainId) -> None:
+    def drain(self, span: ChainSpan) -> None:
         """Unload a chain as soon as no request uses it."""
-        loaded = self._chains.get(chain)
+        loaded = self._chains.get(span)
         if loaded is not None:
             loaded.draining = True
             loaded.pinned = False
@@ -129,7 +137,7 @@ class LoadedChains:
 
     def acquire(self, chain: LoadedChain) -> bool:
         """Count one more request on a chain; False when it was unloaded meanwhile."""
-        if self._chains.get(chain.id) is not chain:
+        if self._chains.get(chain.span) is not chain:
             return False
         chain.num_requests += 1
         self.touch(chain)
@@ -150,26 +158,29 @@ class LoadedChains:
         """What is said about each chain; sizes as of the last change, the rest as of now."""
         return tuple(
             replace(one, running_requests=chain.num_requests, pinned=chain.pinned)
-            for one in self._reports
-            if (chain := self._chains.get(one.chain)) is not None
+            for span, one in list(self._reports.items())
+            if (chain := self._chains.get(span)) is not None
         )
 
     def _drop_if_drained(self, chain: LoadedChain) -> None:
-        if chain.draining and chain.num_requests == 0 and self._chains.get(chain.id) is chain:
+        if chain.draining and chain.num_requests == 0 and self._chains.get(chain.span) is chain:
             self._unload(chain)
 
     def _unload(self, chain: LoadedChain) -> None:
-        del self._chains[chain.id]
+        del self._chains[chain.span]
+        if chain.is_whole:
+            del self._whole[chain.id]
         self._blocks.detach(chain)
         self._note_change()
 
     def _note_change(self) -> None:
-        bases = {name: [link.base for link in chain.manifest.links] for name, chain in self._chains.items()}
+        bases = {span: [link.base for link in chain.links()] for span, chain in self._chains.items()}
         self._use_segments(compute_segments(bases))
-        known = {one.chain for one in self._reports}
+        known = self._reports.keys()
         self.num_loads += len(bases.keys() - known)
         self.num_unloads += len(known - bases.keys())
-        self._reports = tuple(
-            ChainReport(name, 0, *self._blocks.chain_bytes(chain)) for name, chain in self._chains.items()
-        )
+        self._reports = {
+            span: ChainReport(span.chain, 0, *self._blocks.chain_bytes(chain), run=span.run)
+            for span, chain in self._chains.items()
+        }
         self.num_bytes = self._blocks.num_bytes

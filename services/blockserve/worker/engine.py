@@ -1,8 +1,9 @@
 """The engine: a thread that runs passes, and the asyncio face of it.
 
 Everything that changes the engine's state happens in its own thread, between
-two passes: new requests, cancellations, chains that come and go. The event
-loop only puts commands into a queue and receives tokens, once per pass.
+two passes: new requests, cancellations, chains that come and go, and what other
+workers say about requests they execute with this one. The event loop only puts
+commands into a queue and receives tokens, once per pass.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from blockkernels.native import library
+from blockserve.common.cluster import ChainSpan, WorkerId
 from blockserve.common.engine_api import (
     EngineReport,
     EngineRequest,
@@ -34,14 +36,16 @@ from blockserve.common.errors import (
     QueueFullError,
     ServerStoppingError,
 )
-from blockserve.worker.blocks import BlockManager, BlockSource, PreparedChain
+from blockserve.worker.blocks import BlockManager, BlockSource, LoadedChain, PreparedChain
 from blockserve.worker.chains import LoadedChains
 from blockserve.worker.config import EngineConfig
 from blockserve.worker.cores import usable_cores
+from blockserve.worker.exchange import Outlet, SpanExchange
 from blockserve.worker.executor import Executor
 from blockserve.worker.kv import KvPool, KvShape
 from blockserve.worker.memory import KvMemory
-from blockserve.worker.request import Chunk, ChunkLogits, Outcome, RunningRequest
+from blockserve.worker.messages import SpanMsg
+from blockserve.worker.request import Chunk, ChunkHidden, ChunkLogits, ChunkResult, Outcome, RunningRequest
 from blockserve.worker.sampler import collect_prompt, sample_next
 from blockserve.worker.scheduler import Scheduler
 from blockzoo.errors import BlockzooError
@@ -52,12 +56,23 @@ _LOG = logging.getLogger(__name__)
 Sink = Callable[[Outcome], None]
 """Takes a request's outcomes; called in the engine's thread."""
 
+IDLE_SECONDS = 0.02
+"""How long to wait for news, at most, while there are requests of which nothing can be computed now."""
+
 
 class BlockEngine:
     """Serves any number of chains from shared blocks; see `blockserve.common.engine_api.Engine`."""
 
-    def __init__(self, zoo: BlockSource, config: EngineConfig | None = None) -> None:
-        """Make an engine over a zoo. `start` starts its thread."""
+    def __init__(
+        self, zoo: BlockSource, config: EngineConfig | None = None, *, outlet: Outlet | None = None
+    ) -> None:
+        """Make an engine. `start` starts its thread.
+
+        Args:
+            zoo: where blocks are read.
+            config: what it may use.
+            outlet: the way to other workers; without one every chain has to be here as a whole.
+        """
         self.config = config or EngineConfig()
         self._device = torch.device(self.config.device)
         self._blocks = BlockManager(zoo, self.config)
@@ -70,7 +85,11 @@ class BlockEngine:
             self._memory,
             max_running=self.config.max_running_requests,
             max_tokens=self.config.max_tokens_per_pass,
+            can_send=lambda running: self._exchange is None or self._exchange.can_send(running),
         )
+        self._exchange: SpanExchange | None = None
+        if outlet is not None:
+            self._exchange = SpanExchange(_Host(self), self._scheduler, self._memory, outlet)
         self._chains = LoadedChains(self._blocks, self.config.block_bytes, self._executor.use_segments)
         # One chain at a time: two that share blocks would otherwise both read them.
         self._loading = asyncio.Lock()
@@ -120,13 +139,15 @@ class BlockEngine:
     def _work(self) -> None:
         library()  # the first use on a machine compiles it, while blocks are read in other threads
         torch.set_num_threads(self.config.num_threads or usable_cores())
+        has_computed = False
         while True:
-            if not self._scheduler.has_work:
+            if not has_computed:
                 self._deliver()
             with self._wake:
-                while not (self._commands or self._scheduler.has_work or self._stopping):
-                    self._is_idle = True
-                    self._wake.wait()
+                while not (self._commands or has_computed or self._stopping):
+                    self._is_idle = not self._scheduler.has_work
+                    if not self._wake.wait(None if self._is_idle else IDLE_SECONDS):
+                        break
                 self._is_idle = False
                 commands = list(self._commands)
                 self._commands.clear()
@@ -135,7 +156,7 @@ class BlockEngine:
                 command()
             if stopping:
                 break
-            self._step()
+            has_computed = self._step()
             self._last_progress = time.monotonic()
         for running in list(self._sinks):
             self._fail(
@@ -200,19 +221,27 @@ class BlockEngine:
 
     async def load(self, chain: ChainId, *, pinned: bool | None = None) -> None:
         """Read a chain's blocks into memory; see `Engine.load`."""
+        await self.load_span(await self._whole(chain), pinned=pinned)
+
+    async def load_span(self, span: ChainSpan, *, pinned: bool | None = None) -> None:
+        """Read a run of a chain's blocks into memory; otherwise as `load` (SpanError)."""
         async with self._loading:
-            while not self.is_loaded(chain):
+            while not self._chains.is_loaded(span):
                 if self.config.block_bytes:
-                    estimate = await asyncio.to_thread(self._blocks.estimate_sizes, chain)
-                    await asyncio.wrap_future(self._call(lambda: self._make_room(chain, estimate)))  # noqa: B023
-                prepared = await asyncio.to_thread(self._blocks.prepare, chain)
+                    estimate = await asyncio.to_thread(self._blocks.estimate_sizes, span)
+                    await asyncio.wrap_future(self._call(lambda: self._make_room(span, estimate)))  # noqa: B023
+                prepared = await asyncio.to_thread(self._blocks.prepare, span)
                 await asyncio.wrap_future(self._call(lambda: self._attach(prepared)))  # noqa: B023
             if pinned is not None:
-                await asyncio.wrap_future(self._call(lambda: self._chains.pin(chain, pinned)))
+                await asyncio.wrap_future(self._call(lambda: self._chains.pin(span, pinned)))
 
-    def _make_room(self, coming: ChainId, estimate: Mapping[Hashable, int]) -> None:
+    async def _whole(self, chain: ChainId) -> ChainSpan:
+        loaded = self._chains.whole(chain)
+        return loaded.span if loaded else ChainSpan(chain, await asyncio.to_thread(self._blocks.whole, chain))
+
+    def _make_room(self, coming: ChainSpan, estimate: Mapping[Hashable, int]) -> None:
         """See `LoadedChains.make_room`; the event loop appends to `_arriving` meanwhile."""
-        self._chains.make_room(coming, estimate, {running.chain.id for running in tuple(self._arriving)})
+        self._chains.make_room(coming, estimate, {running.chain.span for running in tuple(self._arriving)})
 
     def _attach(self, prepared: PreparedChain) -> None:
         """Take a prepared chain into use, with a pool for its keys and values."""
@@ -223,11 +252,20 @@ class BlockEngine:
 
     async def unload(self, chain: ChainId) -> None:
         """Let go of a chain; returns at once, the blocks go when the chain's last request ends."""
-        await asyncio.wrap_future(self._call(lambda: self._chains.drain(chain)))
+        await self.unload_span(await self._whole(chain))
+
+    async def unload_span(self, span: ChainSpan) -> None:
+        """Let go of a run of a chain; otherwise as `unload`."""
+        await asyncio.wrap_future(self._call(lambda: self._chains.drain(span)))
 
     def is_loaded(self, chain: ChainId) -> bool:
         """Whether requests on the chain can start at once."""
-        return self._chains.is_loaded(chain)
+        loaded = self._chains.whole(chain)
+        return loaded is not None and not loaded.draining
+
+    def is_span_loaded(self, span: ChainSpan) -> bool:
+        """Whether requests on a run of a chain can start at once."""
+        return self._chains.is_loaded(span)
 
     # ---- requests
 
@@ -256,14 +294,19 @@ class BlockEngine:
         Raises:
             ChainNotLoadedError, QueueFullError, KvCapacityError, ServerStoppingError: see `Engine.generate`.
         """
-        chain = self._chains.get(request.chain)
+        chain = (
+            self._chains.get(ChainSpan(request.chain, request.path[0].run))
+            if request.path
+            else self._chains.whole(request.chain)
+        )
         if chain is None or chain.draining:
             raise ChainNotLoadedError(
                 f"chain {request.chain} is not in memory", hint="Load the variant first.", chain=request.chain
             )
         self._check_queue(len(request.prompt))
         self._arrivals += 1
-        running = RunningRequest(request, chain, self._arrivals, probe=probe)
+        order = self._arrivals if request.arrival is None else request.arrival
+        running = RunningRequest(request, chain, order, probe=probe, output=list(request.output))
         pool = self._memory.pool(running)
         if pool.pages_needed(chain.num_layers, running.max_kv_tokens) > pool.allocator.num_pages:
             raise KvCapacityError(
@@ -281,6 +324,8 @@ class BlockEngine:
                 return
             self._sinks[running] = sink
             self._scheduler.add(running)
+            if self._exchange is not None and running.is_split:
+                self._exchange.begin(running)
 
         self._arriving.append(running)
         try:
@@ -327,6 +372,8 @@ class BlockEngine:
         self._scheduler.remove(running)
         self._memory.release(running)
         self._chains.release(running.chain)
+        if self._exchange is not None and running.is_split:
+            self._exchange.forget(running)
 
     def _fail(self, running: RunningRequest, error: BlockzooError) -> None:
         sink = self._sinks[running]
@@ -335,12 +382,15 @@ class BlockEngine:
 
     # ---- one pass
 
-    def _step(self) -> None:
+    def _step(self) -> bool:
+        """Run a pass; False when there was nothing to compute."""
         self._drop_late()
         chunks = self._scheduler.next_chunks()
+        if self._exchange is not None:
+            self._exchange.settle()
+            self._exchange.flush()
         if not chunks:
-            self._deliver()
-            return
+            return False
         now = time.monotonic()
         for chunk in chunks:
             if chunk.running.scheduled is None:
@@ -353,7 +403,7 @@ class BlockEngine:
             _LOG.exception("pass %d failed", self._passes)
             for chunk in chunks:
                 self._fail(chunk.running, EngineFailedError(f"the engine failed: {error!r}"))
-            return
+            return True
         self._passes += 1
         for running, outcome in outcomes:
             if isinstance(outcome, BlockzooError):
@@ -363,6 +413,9 @@ class BlockEngine:
             if outcome[-1].finish is not None:
                 self._release(running)
             sink(outcome)
+        if self._exchange is not None:
+            self._exchange.flush()
+        return True
 
     def _drop_late(self) -> None:
         now = time.monotonic()
@@ -379,15 +432,18 @@ class BlockEngine:
                 )
 
     def _advance(
-        self, chunks: Sequence[Chunk], results: Sequence[ChunkLogits]
+        self, chunks: Sequence[Chunk], results: Sequence[ChunkResult]
     ) -> list[tuple[RunningRequest, Outcome]]:
         """Note what was computed, sample, and say what to tell each request."""
         for chunk in chunks:
             chunk.running.num_computed = chunk.end
-        for result in results:
+        if self._exchange is not None:
+            self._exchange.hand_on(result for result in results if isinstance(result, ChunkHidden))
+        told = [result for result in results if isinstance(result, ChunkLogits)]
+        for result in told:
             if result.chunk.running.wants_prompt_logits:
                 collect_prompt(result)
-        sampling = [result for result in results if result.chunk.samples]
+        sampling = [result for result in told if result.chunk.samples]
         by_vocab: dict[int, list[ChunkLogits]] = {}
         for result in sampling:
             by_vocab.setdefault(result.rows.shape[1], []).append(result)
@@ -399,6 +455,20 @@ class BlockEngine:
             if chunk.running not in failed:
                 self._memory.note_computed(chunk.running)
         return outcomes
+
+    # ---- other workers
+
+    def receive(self, messages: Sequence[SpanMsg]) -> None:
+        """Take what another worker says about requests that it executes with this one."""
+        exchange = self._exchange
+        assert exchange is not None
+        self._post(lambda: exchange.receive(messages))
+
+    def peer_lost(self, worker: WorkerId) -> None:
+        """Give up every request that goes through another worker."""
+        exchange = self._exchange
+        assert exchange is not None
+        self._post(lambda: exchange.peer_lost(worker))
 
     # ---- looking in
 
@@ -447,6 +517,38 @@ class BlockEngine:
             chain_loads=self._chains.num_loads,
             chain_unloads=self._chains.num_unloads,
         )
+
+
+class _Host:
+    """What the engine does for requests that other workers execute with it."""
+
+    def __init__(self, engine: BlockEngine) -> None:
+        self._engine = engine
+
+    def find(self, span: ChainSpan) -> LoadedChain | None:
+        """A run of a chain that is in memory and takes requests."""
+        chain = self._engine._chains.get(span)
+        return None if chain is None or chain.draining else chain
+
+    def accept(self, running: RunningRequest, sink: Sink) -> None:
+        """Take a started request's outcomes from now on."""
+        self._engine._chains.acquire(running.chain)
+        self._engine._sinks[running] = sink
+
+    def release(self, running: RunningRequest) -> None:
+        """Forget a request and free what it holds."""
+        self._engine._release(running)
+
+    def advance(self, running: RunningRequest, event: TokenEvent) -> None:
+        """Tell about a token of a request that was sampled elsewhere."""
+        sink = self._engine._sinks[running]
+        if event.finish is not None:
+            self._engine._release(running)
+        sink([event])
+
+    def fail(self, running: RunningRequest, error: BlockzooError) -> None:
+        """End a request with an error."""
+        self._engine._fail(running, error)
 
 
 def _put_all(letters: Sequence[tuple[asyncio.Queue[Outcome], Outcome]]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 
-from blockzoo.manifest import ChainId
+from blockserve.common.cluster import ChainSpan
 
 Sizes = Mapping[Hashable, int]
 """A chain's blocks and adapters with their bytes; what two chains share has one key."""
@@ -30,8 +30,8 @@ class _Memory:
 
 
 def choose_victims(
-    staying: Iterable[Sizes], idle: Sequence[tuple[ChainId, Sizes]], budget: int
-) -> list[ChainId] | None:
+    staying: Iterable[Sizes], idle: Sequence[tuple[ChainSpan, Sizes]], budget: int
+) -> list[ChainSpan] | None:
     """The chains to unload, least recently used first; None when unloading all of them is not enough.
 
     A chain whose going frees nothing that is needed (others keep its blocks) is spared.
@@ -44,7 +44,7 @@ def choose_victims(
     memory = _Memory()
     for sizes in (*staying, *(sizes for _, sizes in idle)):
         memory.add(sizes)
-    victims: list[tuple[ChainId, Sizes]] = []
+    victims: list[tuple[ChainSpan, Sizes]] = []
     for chain, sizes in idle:
         if memory.num_bytes <= budget:
             break
@@ -52,7 +52,7 @@ def choose_victims(
         victims.append((chain, sizes))
     if memory.num_bytes > budget:
         return None
-    gone: list[ChainId] = []
+    gone: list[ChainSpan] = []
     for chain, sizes in reversed(victims):
         memory.add(sizes)
         if memory.num_bytes > budget:

@@ -25,7 +25,7 @@ from blockserve.common.errors import ConfigurationError
 from blockserve.worker.batch_sizes import BatchSizes
 from blockserve.worker.blocks import BlockManager, LoadedChain
 from blockserve.worker.kv import KvPool, KvShape, KvTable
-from blockserve.worker.request import Chunk, ChunkLogits
+from blockserve.worker.request import Chunk, ChunkHidden, ChunkLogits, ChunkResult
 from blockserve.worker.segments import Segment, SegmentId, SegmentMap
 from blockzoo.families.compute import EmbeddingBlock, HeadBlock, LayerBlock
 from blockzoo.manifest import BlockId, ChainId
@@ -166,12 +166,13 @@ class Executor:
         }
 
     @torch.inference_mode()
-    def run(self, chunks: Sequence[Chunk], before: Callable[[], None] | None = None) -> list[ChunkLogits]:
+    def run(self, chunks: Sequence[Chunk], before: Callable[[], None] | None = None) -> list[ChunkResult]:
         """Compute the chunks' keys and values, and the logits of those that need any.
 
+        Of chunks whose chain goes on elsewhere, the hidden states that leave the run instead.
         `before` is called when everything is prepared.
         """
-        results: list[ChunkLogits] = []
+        results: list[ChunkResult] = []
         by_lane: dict[object, list[Chunk]] = {}
         for chunk in chunks:
             by_lane.setdefault(chunk.running.chain.lane, []).append(chunk)
@@ -187,18 +188,21 @@ class Executor:
         return results
 
     def _path_order(self, chunk: Chunk) -> tuple[tuple[int, ...], ChainId, int]:
-        chain = chunk.running.chain.id
-        return self._segments.paths[chain], chain, chunk.running.order
+        chain = chunk.running.chain.span
+        return self._segments.paths[chain], chain.chain, chunk.running.order
 
-    def _run_lane(self, batch: _LaneBatch) -> Iterable[ChunkLogits]:
+    def _run_lane(self, batch: _LaneBatch) -> Iterable[ChunkResult]:
         visits: dict[int, list[int]] = {}
         for place, chunk in enumerate(batch.chunks):
-            for index in self._segments.paths[chunk.running.chain.id]:
+            for index in self._segments.paths[chunk.running.chain.span]:
                 visits.setdefault(index, []).append(place)
-        logits: list[ChunkLogits] = []
+        results: list[ChunkResult] = []
         for index in sorted(visits):
-            logits.extend(self._run_segment(self._segments.ordered[index], batch, visits[index]))
-        return logits
+            results.extend(self._run_segment(self._segments.ordered[index], batch, visits[index]))
+        for place, chunk in enumerate(batch.chunks):
+            if not chunk.running.chain.is_tail:
+                results.append(ChunkHidden(chunk, batch.hidden[batch.rows([place])]))
+        return results
 
     def _run_segment(self, segment: Segment, batch: _LaneBatch, places: Sequence[int]) -> list[ChunkLogits]:
         """Run one segment over the chunks at `places` of the lane."""
@@ -206,12 +210,12 @@ class Executor:
         counters = self.counters[segment.id]
         rows = batch.rows(places)
         context = _SegmentContext(self, batch, places, rows)
-        hidden = batch.hidden[rows] if segment.first else None
+        hidden = batch.hidden[rows] if segment.first else None  # the embedding makes its own
         chain = chunks[0].running.chain
         offset = 0
         while offset < len(segment.blocks):
             position = segment.first + offset
-            block = chain.blocks[position]
+            block = chain.block_at(position)
             context.move_to(position)
             if isinstance(block, HeadBlock):
                 return self._run_head(block, context, _present(hidden), chunks, counters, offset)
@@ -238,7 +242,8 @@ class Executor:
         if key not in self._in_one_call:
             kernels: list[DecoderLayer] = []
             alike = None
-            for block in chain.blocks[segment.first + offset : segment.first + len(segment.blocks)]:
+            for position in range(segment.first + offset, segment.first + len(segment.blocks)):
+                block = chain.block_at(position)
                 if not isinstance(block, LayerBlock) or block.kernel is None:
                     break
                 alike = alike or (block.rope, block.kernel.sizes)
@@ -297,7 +302,7 @@ class Executor:
 
     def adapter_plan(self, runs: Sequence[ChainRun]) -> AdapterPlan:
         """What adapters add to a batch of these runs; kept, because decode repeats the same batch."""
-        key = tuple((chain.id, count) for chain, count in runs)
+        key = tuple((chain.span, count) for chain, count in runs)
         plan = self._plans.pop(key, None) or AdapterPlan(self._blocks, tuple(runs), self._deterministic)
         self._plans[key] = plan
         while len(self._plans) > _MAX_PLANS:
@@ -319,8 +324,9 @@ class _LaneBatch:
         chunks: in row order.
         token_ids, positions: int64 [tokens].
         slots: KV slot of each token at each layer, int64 [layers, tokens].
-        hidden: hidden states between segments, [tokens, hidden].
+        hidden: hidden states between segments, [tokens, hidden]; at first what came from elsewhere.
         end: one past the largest position.
+        first_layer: position of the chains' first layer that is here.
     """
 
     chunks: Sequence[Chunk]
@@ -331,6 +337,7 @@ class _LaneBatch:
     slots: Tensor
     hidden: Tensor
     end: int
+    first_layer: int
     tables: dict[RopeParameters, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __init__(self, chunks: Sequence[Chunk], pool: KvPool, device: torch.device) -> None:
@@ -350,6 +357,10 @@ class _LaneBatch:
         self.positions = torch.tensor(positions, device=device)
         self.slots = torch.from_numpy(slots).to(device)
         self.hidden = torch.empty(len(ids), lane.hidden_size, dtype=lane.kv_shape.dtype, device=device)
+        for chunk, row in zip(chunks, self.offsets, strict=False):
+            if chunk.hidden is not None:
+                self.hidden[row : row + chunk.num_tokens] = chunk.hidden
+        self.first_layer = chunks[0].running.chain.first_layer
         self.tables = {}
 
     def rows(self, places: Sequence[int]) -> slice | Tensor:
@@ -411,7 +422,7 @@ class _SegmentContext:
         self, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
     ) -> Tensor:
         """Store the new keys and values and attend, request by request: nothing is padded or mixed."""
-        pool, layer = self._batch.pool, self._position - 1
+        pool, layer = self._batch.pool, self._position - self._batch.first_layer
         if can_attend_paged(pool.keys):
             return self._in_pages()(query, key, value, layer=layer, scale=scale, window=window)
         pool.keys.index_copy_(0, self._slots[layer], key)
@@ -433,7 +444,7 @@ class _SegmentContext:
             cos,
             sin,
             attention=self._in_pages(),
-            number=self._position - 1,
+            number=self._position - self._batch.first_layer,
             adapters=self._plan.of_layers(self._position, len(layers)),
             scratch=self._executor.scratch(layers.scratch_bytes(hidden.shape[0])),
         )

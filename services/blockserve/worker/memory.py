@@ -43,7 +43,10 @@ class KvMemory:
         cached: list[CachedBlock] = []
         if self._uses_cache(running):
             # The last token is always computed: without it there are no logits to sample from.
-            usable = (running.num_tokens - 1) // pool.page_tokens
+            usable = running.num_tokens - 1
+            if running.cache_limit is not None:
+                usable = min(usable, running.cache_limit)
+            usable //= pool.page_tokens
             self._digest(running, usable)
             cached = pool.prefixes.match(chain.layer_digests, running.token_digests[:usable])
         running.kv = pool.try_allocate(

@@ -36,6 +36,9 @@ LayerDigest = NewType("LayerDigest", bytes)
 TokensDigest = NewType("TokensDigest", bytes)
 """Salt and tokens up to the end of a page."""
 
+BlockKey = tuple[LayerDigest, LayerDigest, TokensDigest]
+"""First and last layer of a run, and the tokens."""
+
 _DIGEST_BYTES = 32
 
 
@@ -99,9 +102,14 @@ class CachedBlock:
     num_users: int = 0
 
     @property
-    def key(self) -> tuple[LayerDigest, TokensDigest]:
-        """The last layer's digest says what the others are."""
-        return self.layers[-1], self.tokens
+    def key(self) -> BlockKey:
+        """See `_key`."""
+        return _key(self.layers, self.tokens)
+
+
+def _key(layers: tuple[LayerDigest, ...], tokens: TokensDigest) -> BlockKey:
+    """The last layer's digest says what all before it are, and the first's where the run begins."""
+    return layers[0], layers[-1], tokens
 
 
 class PrefixCache:
@@ -109,7 +117,7 @@ class PrefixCache:
 
     def __init__(self, allocator: PageAllocator) -> None:
         self._allocator = allocator
-        self._blocks: dict[tuple[LayerDigest, TokensDigest], CachedBlock] = {}
+        self._blocks: dict[BlockKey, CachedBlock] = {}
         self._idle: OrderedDict[CachedBlock, None] = OrderedDict()  # least recently used first
         # Which page holds a stretch of tokens at a layer, whichever chains keep it there.
         self._pages: dict[tuple[LayerDigest, TokensDigest], int] = {}
@@ -125,7 +133,7 @@ class PrefixCache:
         """The longest run of cached blocks from the start."""
         found: list[CachedBlock] = []
         for digest in tokens if layers else ():
-            block = self._blocks.get((layers[-1], digest))
+            block = self._blocks.get(_key(layers, digest))
             if block is None:
                 break
             found.append(block)
@@ -156,7 +164,7 @@ class PrefixCache:
             (it is idle then: a request holds only what its own table names, so that a pool
             always has room for the largest request alone).
         """
-        if (layers[-1], tokens) in self._blocks:
+        if _key(layers, tokens) in self._blocks:
             return None
         kept = np.array(
             [

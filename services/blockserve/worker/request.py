@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -17,6 +18,24 @@ from blockzoo.errors import BlockzooError
 
 Outcome = Sequence[TokenEvent] | BlockzooError
 """New tokens of a request, or why it failed."""
+
+
+@dataclass(slots=True)
+class SpanInput:
+    """Hidden states that came from the span before.
+
+    Attributes:
+        start: position of the first token.
+        hidden: [tokens, hidden].
+    """
+
+    start: int
+    hidden: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens not taken yet."""
+        return int(self.hidden.shape[0])
 
 
 @dataclass(slots=True, eq=False)
@@ -37,6 +56,12 @@ class RunningRequest:
         prompt_logprobs: collected while the prompt is computed, when asked for.
         edits: bias and penalties, made from request and output when first needed.
         probe: receives the logits of every prompt position (float32 [rows, vocab]) when set; see `debug`.
+        place: index of this worker on the request's path.
+        attempt: names the present opening of its path; see `messages.AttemptId`.
+        is_opening: the other workers of the path are asked for pages; nothing is computed before they agree.
+        inputs: what the span before has computed and this one has not, in order.
+        cache_limit: most tokens to take from the prefix cache: others on the path have no more.
+        not_before: `time.monotonic()` value before which pages are not asked for again.
         queued: `time.monotonic()` when it came.
         scheduled: the same when its first pass began.
     """
@@ -54,6 +79,12 @@ class RunningRequest:
     prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
     edits: RequestEdits | None = None
     probe: list[Tensor] | None = None
+    place: int = 0
+    attempt: int = 0
+    is_opening: bool = False
+    inputs: deque[SpanInput] = field(default_factory=deque)
+    cache_limit: int | None = None
+    not_before: float = 0.0
     queued: float = field(default_factory=time.monotonic)
     scheduled: float | None = None
 
@@ -71,9 +102,19 @@ class RunningRequest:
         return (self.request.prompt_logprobs or self.probe is not None) and not self.output
 
     @property
-    def rank(self) -> tuple[int, int]:
-        """Smaller runs first and keeps its pages longest."""
-        return self.request.priority, self.order
+    def is_follower(self) -> bool:
+        """Whether another worker decides what is computed of it, and when."""
+        return self.place > 0
+
+    @property
+    def is_split(self) -> bool:
+        """Whether other workers execute a part of its chain."""
+        return len(self.request.path) > 1
+
+    @property
+    def rank(self) -> tuple[int, int, str]:
+        """Smaller runs first and keeps its pages longest; the same on all workers of a path."""
+        return self.request.priority, self.order, self.request.request_id
 
     @property
     def num_tokens(self) -> int:
@@ -86,6 +127,15 @@ class RunningRequest:
         return self.num_tokens - self.num_computed
 
     @property
+    def num_ready(self) -> int:
+        """Tokens that a pass could compute now."""
+        if self.is_opening:
+            return 0
+        if self.is_follower:
+            return self.inputs[0].num_tokens if self.inputs else 0
+        return self.num_uncomputed
+
+    @property
     def max_kv_tokens(self) -> int:
         """Most tokens whose keys and values are ever stored; the last sampled token's are not."""
         return len(self.request.prompt) + self.request.max_tokens - 1
@@ -94,10 +144,24 @@ class RunningRequest:
         """Start over with the tokens known so far, after the pages were taken away."""
         self.kv = None
         self.num_computed = self.num_offered = 0
+        self.inputs.clear()
         if not self.output:
             self.prompt_logprobs.clear()
             if self.probe is not None:
                 self.probe.clear()
+
+    def take_chunk(self, size: int) -> Chunk:
+        """The next `size` tokens, at most as many as are ready."""
+        start = self.num_computed
+        if not self.is_follower:
+            return Chunk(self, start, start + size)
+        first = self.inputs[0]
+        hidden = first.hidden[:size]
+        if size == first.num_tokens:
+            self.inputs.popleft()
+        else:
+            first.start, first.hidden = start + size, first.hidden[size:]
+        return Chunk(self, start, start + size, hidden)
 
     def tokens(self, start: int, end: int) -> list[int]:
         """Token ids at positions start .. end - 1."""
@@ -116,11 +180,13 @@ class Chunk:
     Attributes:
         running: the request.
         start, end: token positions.
+        hidden: [tokens, hidden] from the span before; None when the run begins with the embedding.
     """
 
     running: RunningRequest
     start: int
     end: int
+    hidden: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -144,3 +210,20 @@ class ChunkLogits:
 
     chunk: Chunk
     rows: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkHidden:
+    """Hidden states that a pass produced for a chunk whose chain goes on elsewhere.
+
+    Attributes:
+        chunk: the chunk.
+        rows: [tokens, hidden].
+    """
+
+    chunk: Chunk
+    rows: Tensor
+
+
+ChunkResult = ChunkLogits | ChunkHidden
+"""What comes out of the executor."""

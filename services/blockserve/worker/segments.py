@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NewType
 
-from blockzoo.manifest import BlockId, ChainId
+from blockserve.common.cluster import ChainSpan
+from blockzoo.manifest import BlockId
 
 SegmentId = NewType("SegmentId", str)
 """16 hex digits: digest of the segment's first position and its block ids."""
@@ -29,13 +30,13 @@ class Segment:
         id: stable name; the same blocks at the same positions have the same id.
         first: chain position of the first block (0 is the embedding).
         blocks: base block ids in order.
-        chains: the loaded chains that pass through.
+        chains: the loaded chains, or runs of chains, that pass through.
     """
 
     id: SegmentId
     first: int
     blocks: tuple[BlockId, ...]
-    chains: frozenset[ChainId]
+    chains: frozenset[ChainSpan]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,30 +49,30 @@ class SegmentMap:
     """
 
     ordered: tuple[Segment, ...] = ()
-    paths: Mapping[ChainId, tuple[int, ...]] = field(default_factory=dict)
+    paths: Mapping[ChainSpan, tuple[int, ...]] = field(default_factory=dict)
 
 
-def compute_segments(chains: Mapping[ChainId, Sequence[BlockId]]) -> SegmentMap:
+def compute_segments(chains: Mapping[ChainSpan, Sequence[BlockId]]) -> SegmentMap:
     """Cut the loaded chains into segments.
 
     Args:
-        chains: for each loaded chain its base blocks from embedding to head.
+        chains: for each loaded run of a chain its base blocks in order.
     """
-    visitors: defaultdict[tuple[int, BlockId], set[ChainId]] = defaultdict(set)
+    visitors: defaultdict[tuple[int, BlockId], set[ChainSpan]] = defaultdict(set)
     for chain, blocks in chains.items():
-        for position, block in enumerate(blocks):
+        for position, block in enumerate(blocks, chain.run.first):
             visitors[position, block].add(chain)
     segments: dict[SegmentId, Segment] = {}
-    walks: dict[ChainId, list[SegmentId]] = {}
+    walks: dict[ChainSpan, list[SegmentId]] = {}
     for chain, blocks in chains.items():
-        walk, start = [], 0
-        for position in range(1, len(blocks) + 1):
+        first, walk, start = chain.run.first, [], chain.run.first
+        for position in range(first + 1, chain.run.end + 1):
             if (
-                position < len(blocks)
-                and visitors[position, blocks[position]] == visitors[start, blocks[start]]
+                position < chain.run.end
+                and visitors[position, blocks[position - first]] == visitors[start, blocks[start - first]]
             ):
                 continue
-            run = tuple(blocks[start:position])
+            run = tuple(blocks[start - first : position - first])
             segment = Segment(_name(start, run), start, run, frozenset(visitors[start, run[0]]))
             segments[segment.id] = segment
             walk.append(segment.id)

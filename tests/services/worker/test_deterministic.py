@@ -13,6 +13,7 @@ import torch
 
 from blockkernels.decoder import DecoderLayers
 from blockkernels.linear import can_pack
+from blockserve.common.cluster import ChainSpan
 from blockserve.common.engine_api import EngineRequest, SamplingParams, TokenEvent
 from blockserve.common.errors import ConfigurationError
 from blockserve.worker import executor
@@ -238,8 +239,9 @@ def test_it_needs_the_c_kernels(tiny: TinyZoo, monkeypatch: pytest.MonkeyPatch) 
 @needs_bf16
 def test_it_needs_packed_products(tiny: TinyZoo) -> None:
     engine = BlockEngine(tiny.zoo, replace(CONFIG, dtype="float16"))
+    chain = tiny.chains["base"]
     with pytest.raises(ConfigurationError, match="packed matrix products"):
-        engine._blocks.prepare(tiny.chains["base"])
+        engine._blocks.prepare(ChainSpan(chain, engine._blocks.whole(chain)))
 
 
 def test_it_is_for_the_cpu() -> None:

@@ -12,6 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from blockserve.common.cluster import Run
 from blockserve.common.engine_api import EngineRequest, SamplingParams
 from blockserve.worker.blocks import Lane, LoadedChain
 from blockserve.worker.kv import KvPool, KvShape
@@ -37,7 +38,7 @@ def _chain(links: str, sharing: PrefixSharing) -> LoadedChain:
     name = ChainId(links)
     blocks = cast(tuple[ExecutableBlock, ...], tuple(bases))
     digests = layer_digests(name, manifest, sharing)
-    return LoadedChain(name, manifest, blocks, torch.float32, Lane(1, SHAPE), digests)
+    return LoadedChain(name, manifest, Run(0, len(bases)), blocks, torch.float32, Lane(1, SHAPE), digests)
 
 
 class _MemoryMachine(RuleBasedStateMachine):

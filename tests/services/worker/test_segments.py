@@ -1,17 +1,42 @@
 """Segments: maximal runs that the same chains pass through, split and fused as chains come and go."""
 
 import itertools
+from collections.abc import Mapping, Sequence
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockserve.worker.segments import compute_segments
+from blockserve.common.cluster import ChainSpan, Run
+from blockserve.worker.segments import SegmentMap, compute_segments
+from blockzoo.manifest import BlockId, ChainId
 
 
-def _spans(chains: dict[str, str]) -> dict[str, list[str]]:
+def _span(name: str, blocks: Sequence[str], first: int = 0) -> ChainSpan:
+    return ChainSpan(ChainId(name), Run(first, first + len(blocks)))
+
+
+def _compute(chains: Mapping[str, Sequence[str]]) -> SegmentMap:
+    return compute_segments(
+        {_span(name, blocks): [BlockId(one) for one in blocks] for name, blocks in chains.items()}
+    )
+
+
+def _spans(chains: Mapping[str, str]) -> dict[str, list[str]]:
     """Chain -> its segments as strings of one-letter blocks."""
-    found = compute_segments({name: list(blocks) for name, blocks in chains.items()})
-    return {name: ["".join(found.ordered[index].blocks) for index in found.paths[name]] for name in chains}
+    found = _compute(chains)
+    return {
+        name: ["".join(found.ordered[index].blocks) for index in found.paths[_span(name, blocks)]]
+        for name, blocks in chains.items()
+    }
+
+
+def test_a_run_shares_segments_with_the_whole_chains_that_pass_through_it() -> None:
+    whole, part = _span("base", "eabcdh"), _span("tuned", "bcd", first=2)
+    found = compute_segments({whole: [*map(BlockId, "eabcdh")], part: [*map(BlockId, "bcd")]})
+    names = ["".join(segment.blocks) for segment in found.ordered]
+    assert names == ["ea", "bcd", "h"]
+    assert [found.ordered[index].first for index in found.paths[part]] == [2]
+    assert found.ordered[1].chains == {whole, part}
 
 
 def test_a_chain_that_shares_nothing_is_one_segment() -> None:
@@ -43,8 +68,8 @@ def test_the_same_block_at_another_depth_is_another_segment() -> None:
 
 
 def test_segment_ids_are_stable_when_another_chain_comes() -> None:
-    alone = compute_segments({"a": list("eabh"), "b": list("eabh")})
-    more = compute_segments({"a": list("eabh"), "b": list("eabh"), "c": list("xyzw")})
+    alone = _compute({"a": list("eabh"), "b": list("eabh")})
+    more = _compute({"a": list("eabh"), "b": list("eabh"), "c": list("xyzw")})
     assert {segment.id for segment in alone.ordered} < {segment.id for segment in more.ordered}
 
 
@@ -57,21 +82,21 @@ def test_segment_ids_are_stable_when_another_chain_comes() -> None:
     )
 )
 def test_segments_partition_every_chain(chains: dict[str, list[str]]) -> None:
-    found = compute_segments(chains)
+    found = _compute(chains)
     assert list(found.ordered) == sorted(found.ordered, key=lambda segment: (segment.first, segment.id))
     for name, blocks in chains.items():
-        path = [found.ordered[index] for index in found.paths[name]]
+        path = [found.ordered[index] for index in found.paths[_span(name, blocks)]]
         # In depth order, without gap or overlap, exactly the chain's blocks.
         assert [block for segment in path for block in segment.blocks] == blocks
         assert [segment.first for segment in path] == [
             sum(len(earlier.blocks) for earlier in path[:place]) for place in range(len(path))
         ]
-        assert list(found.paths[name]) == sorted(found.paths[name])
+        assert list(found.paths[_span(name, blocks)]) == sorted(found.paths[_span(name, blocks)])
         for segment in path:
-            assert name in segment.chains
+            assert _span(name, blocks) in segment.chains
         # Maximal: neighbours differ in who passes.
         assert all(left.chains != right.chains for left, right in itertools.pairwise(path))
     for segment in found.ordered:
-        for name in segment.chains:
+        for span in segment.chains:
             end = segment.first + len(segment.blocks)
-            assert tuple(chains[name][segment.first : end]) == segment.blocks
+            assert tuple(chains[span.chain][segment.first : end]) == segment.blocks
