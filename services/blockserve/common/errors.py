@@ -26,6 +26,7 @@
     ├── DeadlineExceededError
     ├── ServerStoppingError          `retry_after` seconds
     ├── EngineFailedError
+    ├── WireError
     ├── PathBrokenError              `retry_after` seconds
     ├── NoPathError                  `retry_after` seconds
     ├── StateStoreError
@@ -205,6 +206,12 @@ class EngineFailedError(BlockzooError):
     """The engine hit an internal fault while running the request."""
 
     reason = "ENGINE_FAILED"
+
+
+class WireError(BlockzooError):
+    """A process of the cluster says what this one does not understand: another version, or damage."""
+
+    reason = "WIRE"
 
 
 class PathBrokenError(BlockzooError):

@@ -33,7 +33,10 @@ def from_rpc_error(error: grpc.RpcError) -> BlockzooError:
     code: grpc.StatusCode = call.code()
     message = call.details() or code.name
     for key, value in call.trailing_metadata() or ():
-        if key == DETAILS_KEY and (rebuilt := _rebuild(value, code)) is not None:
+        if (
+            key == DETAILS_KEY
+            and (rebuilt := _rebuild(status_pb2.Status.FromString(value), code)) is not None
+        ):
             return rebuilt
     if code is _Code.UNAVAILABLE:
         hint = "Is the server running, and is the address right?"
@@ -47,8 +50,13 @@ def from_rpc_error(error: grpc.RpcError) -> BlockzooError:
     return RemoteError(message, code=code.name)
 
 
-def _rebuild(packed: bytes, code: grpc.StatusCode) -> BlockzooError | None:
-    status = status_pb2.Status.FromString(packed)
+def from_status(status: status_pb2.Status) -> BlockzooError:
+    """The typed error that a status carried inside a message stands for; see `status.to_status`."""
+    code = next((one for one in _Code if one.value[0] == status.code), _Code.UNKNOWN)
+    return _rebuild(status, code) or RemoteError(status.message, code=code.name)
+
+
+def _rebuild(status: status_pb2.Status, code: grpc.StatusCode) -> BlockzooError | None:
     info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
     for detail in status.details:
         for known in (info, retry):

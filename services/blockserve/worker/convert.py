@@ -1,0 +1,152 @@
+"""What workers tell each other, to messages and back; pure. See `blockserve.worker.messages`.
+
+The hidden states of one pass for one receiver travel as one block of bytes: a decode step of many requests is
+one copy and one message, not one of each for every request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from blockproto.v1 import worker_pb2
+from blockserve.common.engine_convert import (
+    error_from_message,
+    error_to_message,
+    request_from_message,
+    request_to_message,
+    token_from_message,
+    token_to_message,
+)
+from blockserve.common.errors import WireError
+from blockserve.worker.messages import (
+    AttemptId,
+    BusyMsg,
+    ChunkMsg,
+    CloseMsg,
+    FailMsg,
+    OpenMsg,
+    ReadyMsg,
+    RestartMsg,
+    SpanMsg,
+    TokenMsg,
+)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def to_frame(messages: Sequence[SpanMsg]) -> worker_pb2.ExchangeRequest:
+    """Messages for one receiver, in order."""
+    frame = worker_pb2.ExchangeRequest()
+    for is_chunk, group in groupby(messages, lambda message: isinstance(message, ChunkMsg)):
+        if is_chunk:
+            chunks = [message for message in group if isinstance(message, ChunkMsg)]
+            for _, alike in groupby(chunks, lambda chunk: (chunk.hidden.shape[1], chunk.hidden.dtype)):
+                _add_chunks(frame.messages.add().chunks, list(alike))
+        else:
+            for message in group:
+                _add(frame.messages.add(), message)
+    return frame
+
+
+def from_frame(frame: worker_pb2.ExchangeRequest) -> list[SpanMsg]:
+    """The inverse of `to_frame`.
+
+    Raises:
+        WireError: hidden states that are not what their header says, or a kind of message unknown here.
+    """
+    return [one for message in frame.messages for one in _messages(message)]
+
+
+def hidden_bytes(messages: Iterable[SpanMsg]) -> int:
+    """Bytes of hidden states in messages."""
+    return sum(message.hidden.nbytes for message in messages if isinstance(message, ChunkMsg))
+
+
+def _add(to: worker_pb2.SpanMessage, message: SpanMsg) -> None:
+    """Write one message that is no chunk."""
+    name = _id_to_message(message.id)
+    match message:
+        case OpenMsg():
+            request = request_to_message(message.request)
+            to.open.CopyFrom(
+                worker_pb2.OpenSpan(id=name, request=request, place=message.place, have=message.have)
+            )
+        case ReadyMsg():
+            to.ready.CopyFrom(worker_pb2.SpanReady(id=name, have=message.have))
+        case BusyMsg():
+            to.busy.CopyFrom(worker_pb2.SpanBusy(id=name))
+        case TokenMsg():
+            to.token.CopyFrom(worker_pb2.SpanToken(id=name, token=token_to_message(message.event)))
+        case RestartMsg():
+            to.restart.CopyFrom(worker_pb2.SpanRestart(id=name))
+        case FailMsg():
+            to.failure.CopyFrom(worker_pb2.SpanFailure(id=name, error=error_to_message(message.error)))
+        case CloseMsg():
+            to.close.CopyFrom(worker_pb2.CloseSpan(id=name))
+        case ChunkMsg():  # pragma: no cover - grouped by the caller
+            raise AssertionError("chunks travel together")
+
+
+def _add_chunks(to: worker_pb2.SpanChunks, chunks: Sequence[ChunkMsg]) -> None:
+    hidden = chunks[0].hidden if len(chunks) == 1 else torch.cat([chunk.hidden for chunk in chunks])
+    to.hidden = hidden.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    to.dtype = _NAMES[hidden.dtype]
+    to.hidden_size = hidden.shape[1]
+    for chunk in chunks:
+        to.chunks.add(
+            id=_id_to_message(chunk.id), place=chunk.place, start=chunk.start, token_ids=chunk.token_ids
+        )
+
+
+def _messages(message: worker_pb2.SpanMessage) -> Iterator[SpanMsg]:
+    match message.WhichOneof("message"):
+        case "chunks":
+            yield from _chunks(message.chunks)
+        case "token":
+            event = token_from_message(
+                message.token.token, prompt_logprobs=bool(message.token.token.prompt_logprobs)
+            )
+            yield TokenMsg(_id(message.token.id), event)
+        case "open":
+            one = message.open
+            yield OpenMsg(_id(one.id), request_from_message(one.request), one.place, one.have)
+        case "ready":
+            yield ReadyMsg(_id(message.ready.id), message.ready.have)
+        case "busy":
+            yield BusyMsg(_id(message.busy.id))
+        case "restart":
+            yield RestartMsg(_id(message.restart.id))
+        case "failure":
+            yield FailMsg(_id(message.failure.id), error_from_message(message.failure.error))
+        case "close":
+            yield CloseMsg(_id(message.close.id))
+        case _:
+            raise WireError("a worker says something that this version does not know")
+
+
+def _chunks(message: worker_pb2.SpanChunks) -> Iterator[ChunkMsg]:
+    dtype = _DTYPES.get(message.dtype)
+    rows = sum(len(chunk.token_ids) for chunk in message.chunks)
+    if dtype is None or len(message.hidden) != rows * message.hidden_size * dtype.itemsize or not rows:
+        raise WireError(
+            f"{len(message.hidden)} bytes of {message.dtype!r} are not {rows} rows of {message.hidden_size}"
+        )
+    hidden: Tensor = torch.frombuffer(message.hidden, dtype=dtype).view(rows, message.hidden_size)
+    start = 0
+    for chunk in message.chunks:
+        end = start + len(chunk.token_ids)
+        yield ChunkMsg(_id(chunk.id), chunk.place, chunk.start, tuple(chunk.token_ids), hidden[start:end])
+        start = end
+
+
+def _id(message: worker_pb2.AttemptId) -> AttemptId:
+    return AttemptId(message.request_id, message.epoch, message.attempt)
+
+
+def _id_to_message(name: AttemptId) -> worker_pb2.AttemptId:
+    return worker_pb2.AttemptId(request_id=name.request_id, epoch=name.epoch, attempt=name.attempt)
