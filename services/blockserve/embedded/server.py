@@ -17,11 +17,11 @@ from blockproto.v1 import (
     zoo_pb2,
     zoo_pb2_grpc,
 )
+from blockserve.common.health import NOT_SERVING, HealthReporter
+from blockserve.common.listen import TokenInterceptor, bind, read_token, remove_socket, server_options
 from blockserve.common.status import ErrorInterceptor
 from blockserve.controller.servicer import ZooServicer
 from blockserve.embedded.config import ServeConfig
-from blockserve.embedded.health import NOT_SERVING, HealthReporter
-from blockserve.embedded.listen import TokenInterceptor, bind, read_token, remove_socket, server_options
 from blockserve.embedded.metrics import ServerMetrics
 from blockserve.embedded.startup import (
     Parts,

@@ -14,15 +14,15 @@ from typing import Any
 import grpc
 
 from blockserve.common.errors import ConfigurationError, UnauthenticatedError
+from blockserve.common.server_settings import ServerSettings
 from blockserve.common.status import Handler, abort
-from blockserve.embedded.config import ServeConfig
 
 SOCKET_MODE = 0o600
 _PUBLIC = "/grpc.health.v1.Health/"
 """Health answers without a credential: probes have none, and it tells nothing else."""
 
 
-def server_options(config: ServeConfig) -> list[tuple[str, int]]:
+def server_options(config: ServerSettings) -> list[tuple[str, int]]:
     """gRPC channel arguments of the server."""
     keepalive, timeout = (
         round(config.keepalive_seconds * 1000),
@@ -41,7 +41,7 @@ def server_options(config: ServeConfig) -> list[tuple[str, int]]:
     ]
 
 
-def read_token(config: ServeConfig) -> str | None:
+def read_token(config: ServerSettings) -> str | None:
     """The bearer token callers must send, None when none is asked for.
 
     Raises:
@@ -58,7 +58,7 @@ def read_token(config: ServeConfig) -> str | None:
     return token
 
 
-def bind(server: grpc.aio.Server, config: ServeConfig) -> str:
+def bind(server: grpc.aio.Server, config: ServerSettings) -> str:
     """Bind the server's port.
 
     Returns:
@@ -93,7 +93,7 @@ def remove_socket(address: str) -> None:
             Path(address.removeprefix("unix:")).unlink()
 
 
-def _add_port(server: grpc.aio.Server, config: ServeConfig) -> int:
+def _add_port(server: grpc.aio.Server, config: ServerSettings) -> int:
     if config.tls_cert is None or config.tls_key is None:
         return server.add_insecure_port(config.listen)
     authority = _read(config.tls_client_ca) if config.tls_client_ca else None
