@@ -26,6 +26,7 @@ class Wire:
     sent: list[tuple[WorkerId, SpanMsg]] = field(default_factory=list)
     deliver: Filter = lambda _to, _message: True
     full: set[WorkerId] = field(default_factory=set)
+    taken_bytes: int = 0
 
     def send(self, step: PathStep, messages: Sequence[SpanMsg]) -> None:
         """Deliver what the filter lets through."""
@@ -33,13 +34,18 @@ class Wire:
         kept = [message for message in messages if self.deliver(step.worker, message)]
         try:
             if kept:
-                self.engines[step.worker].receive(kept)
+                self.engines[step.worker].receive(WorkerId("?"), kept)
         except ServerStoppingError:
             return
 
     def has_room(self, step: PathStep) -> bool:
         """Whether nobody said that the worker is slow."""
         return step.worker not in self.full
+
+    def taken(self, sender: WorkerId, num_bytes: int) -> None:
+        """Count what was computed on or dropped."""
+        del sender
+        self.taken_bytes += num_bytes
 
     def count(self, kind: type[SpanMsg]) -> int:
         """Messages of a kind so far."""

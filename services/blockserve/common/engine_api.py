@@ -225,6 +225,9 @@ class EngineReport:
         prefix_hit_tokens: those of them found there.
         preemptions: how often a running request gave up its pages to an older one.
         chain_evictions: how often an idle chain was unloaded to make room for another.
+        queued_tokens: tokens of waiting requests.
+        step_seconds: time of a pass that only decodes, a moving mean; 0 while nothing was measured.
+        prefill_tokens_per_second: the same for prompts.
     """
 
     device: str
@@ -246,6 +249,9 @@ class EngineReport:
     prefix_hit_tokens: int = 0
     preemptions: int = 0
     chain_evictions: int = 0
+    queued_tokens: int = 0
+    step_seconds: float = 0.0
+    prefill_tokens_per_second: float = 0.0
 
 
 class Engine(Protocol):

@@ -164,6 +164,8 @@ def _refusing(handler: Handler) -> Handler:
         await refuse_unary(request, context)
         yield
 
+    if handler.request_streaming and handler.response_streaming:
+        return grpc.stream_stream_rpc_method_handler(refuse_stream)
     if handler.request_streaming:
         return grpc.stream_unary_rpc_method_handler(refuse_unary)
     if handler.response_streaming:

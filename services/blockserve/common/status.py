@@ -172,7 +172,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler | None:
-        """Wrap the method's handler; bidirectional streams are the one kind we do not serve."""
+        """Wrap the method's handler."""
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
         if handler is None:
@@ -187,6 +187,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             return grpc.stream_unary_rpc_method_handler(_unary(handler.stream_unary, method), **codecs)
         if handler.unary_stream is not None:
             return grpc.unary_stream_rpc_method_handler(_stream(handler.unary_stream, method), **codecs)
+        if handler.stream_stream is not None:
+            return grpc.stream_stream_rpc_method_handler(_stream(handler.stream_stream, method), **codecs)
         return handler
 
 

@@ -45,6 +45,7 @@ from blockserve.worker.executor import Executor
 from blockserve.worker.kv import KvPool, KvShape
 from blockserve.worker.memory import KvMemory
 from blockserve.worker.messages import SpanMsg
+from blockserve.worker.pace import Pace
 from blockserve.worker.request import Chunk, ChunkHidden, ChunkLogits, ChunkResult, Outcome, RunningRequest
 from blockserve.worker.sampler import collect_prompt, sample_next
 from blockserve.worker.scheduler import Scheduler
@@ -55,6 +56,9 @@ _LOG = logging.getLogger(__name__)
 
 Sink = Callable[[Outcome], None]
 """Takes a request's outcomes; called in the engine's thread."""
+
+Letter = tuple[Callable[[Outcome], None], Outcome]
+"""An outcome and who takes it, in an event loop's thread."""
 
 IDLE_SECONDS = 0.02
 """How long to wait for news, at most, while there are requests of which nothing can be computed now."""
@@ -96,12 +100,13 @@ class BlockEngine:
         self._sinks: dict[RunningRequest, Sink] = {}
         self._commands: deque[Callable[[], None]] = deque()
         self._arriving: deque[RunningRequest] = deque()  # submitted, not yet seen by the engine's thread
-        self._outbox: list[tuple[asyncio.AbstractEventLoop, asyncio.Queue[Outcome], Outcome]] = []
+        self._outbox: list[tuple[asyncio.AbstractEventLoop, Letter]] = []
         self._wake = threading.Condition()
         self._stopping = False
         self._thread: threading.Thread | None = None
         self._arrivals = 0
         self._passes = 0
+        self._pace = Pace()
         self._last_progress = time.monotonic()
         self._is_idle = False  # the thread waits for work; guarded by `_wake`
 
@@ -171,13 +176,13 @@ class BlockEngine:
         While there is work this happens just before the next pass computes: the event loops then have the
         interpreter to themselves, instead of competing for its lock with the preparation of that pass.
         """
-        mail: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Queue[Outcome], Outcome]]] = {}
-        for loop, queue, outcome in self._outbox:
-            mail.setdefault(loop, []).append((queue, outcome))
+        mail: dict[asyncio.AbstractEventLoop, list[Letter]] = {}
+        for loop, letter in self._outbox:
+            mail.setdefault(loop, []).append(letter)
         self._outbox.clear()
         for loop, letters in mail.items():
             try:
-                loop.call_soon_threadsafe(_put_all, letters)
+                loop.call_soon_threadsafe(_open_all, letters)
             except RuntimeError:
                 # The loop was closed without closing its iterators; nobody can read these any more.
                 _LOG.warning("dropped %d outcomes for an event loop that is closed", len(letters))
@@ -273,8 +278,7 @@ class BlockEngine:
         """Run one request; see `Engine.generate`."""
         loop = asyncio.get_running_loop()
         outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
-        outbox = self._outbox
-        running = self.submit(request, lambda outcome: outbox.append((loop, outcomes, outcome)))
+        running = self.submit(request, self.mail(loop, outcomes.put_nowait))
         finished = False
         try:
             while not finished:
@@ -287,6 +291,11 @@ class BlockEngine:
         finally:
             if not finished:
                 self.cancel(running)
+
+    def mail(self, loop: asyncio.AbstractEventLoop, take: Callable[[Outcome], None]) -> Sink:
+        """A sink that has an event loop call `take`; the loop is woken once for all outcomes of a pass."""
+        outbox = self._outbox
+        return lambda outcome: outbox.append((loop, (take, outcome)))
 
     def submit(self, request: EngineRequest, sink: Sink, probe: list[Tensor] | None = None) -> RunningRequest:
         """Queue a request; its outcomes go to `sink`, in the engine's thread.
@@ -398,6 +407,7 @@ class BlockEngine:
         try:
             results = self._executor.run(chunks, before=self._deliver)
             outcomes = self._advance(chunks, results)
+            self._pace.note(chunks, time.monotonic() - now)
         except Exception as error:  # noqa: BLE001
             # A fault must not end the thread: the requests of this pass fail, the others go on.
             _LOG.exception("pass %d failed", self._passes)
@@ -458,11 +468,11 @@ class BlockEngine:
 
     # ---- other workers
 
-    def receive(self, messages: Sequence[SpanMsg]) -> None:
+    def receive(self, sender: WorkerId, messages: Sequence[SpanMsg]) -> None:
         """Take what another worker says about requests that it executes with this one."""
         exchange = self._exchange
         assert exchange is not None
-        self._post(lambda: exchange.receive(messages))
+        self._post(lambda: exchange.receive(sender, messages))
 
     def peer_lost(self, worker: WorkerId) -> None:
         """Give up every request that goes through another worker."""
@@ -516,6 +526,9 @@ class BlockEngine:
             ),
             chain_loads=self._chains.num_loads,
             chain_unloads=self._chains.num_unloads,
+            queued_tokens=sum(one.num_tokens for one in (*self._scheduler.waiting, *self._arriving)),
+            step_seconds=self._pace.step_seconds,
+            prefill_tokens_per_second=self._pace.prefill_tokens_per_second,
         )
 
 
@@ -551,6 +564,6 @@ class _Host:
         self._engine._fail(running, error)
 
 
-def _put_all(letters: Sequence[tuple[asyncio.Queue[Outcome], Outcome]]) -> None:
-    for queue, outcome in letters:
-        queue.put_nowait(outcome)
+def _open_all(letters: Sequence[Letter]) -> None:
+    for take, outcome in letters:
+        take(outcome)

@@ -55,6 +55,10 @@ class Outlet(Protocol):
         """Whether the worker has taken enough of what was sent to be sent more hidden states."""
         ...
 
+    def taken(self, sender: WorkerId, num_bytes: int) -> None:
+        """Tell a worker that this many more bytes of its hidden states wait here no longer."""
+        ...
+
 
 class Host(Protocol):
     """What the engine does for the exchange."""
@@ -103,6 +107,7 @@ class SpanExchange:
         self._followers: dict[str, RunningRequest] = {}  # by request id
         self._closed: OrderedDict[str, tuple[int, int]] = OrderedDict()
         self._outgoing: dict[WorkerId, tuple[PathStep, list[SpanMsg]]] = {}
+        self._untaken: dict[WorkerId, int] = {}  # bytes that came and were not reported as taken
 
     @property
     def num_followers(self) -> int:
@@ -161,14 +166,17 @@ class SpanExchange:
         outgoing, self._outgoing = self._outgoing, {}
         for step, messages in outgoing.values():
             self._outlet.send(step, messages)
+        if self._untaken:
+            self._report_taken()
 
     # ---- told by other workers
 
-    def receive(self, messages: Iterable[SpanMsg]) -> None:
+    def receive(self, sender: WorkerId, messages: Iterable[SpanMsg]) -> None:
         """Take messages of another worker, in the order in which it sent them."""
         for message in messages:
             match message:
                 case ChunkMsg():
+                    self._untaken[sender] = self._untaken.get(sender, 0) + message.hidden.nbytes
                     self._on_chunk(message)
                 case TokenMsg():
                     self._on_token(message)
@@ -188,6 +196,7 @@ class SpanExchange:
 
     def peer_lost(self, worker: WorkerId) -> None:
         """A worker cannot be reached any more: every request that goes through it is over here."""
+        self._untaken.pop(worker, None)
         for running in [*self._begun.values(), *self._followers.values()]:
             if any(step.worker == worker for step in running.request.path):
                 self._host.fail(
@@ -290,6 +299,22 @@ class SpanExchange:
             return
         for event in outcome:
             self._post(head, TokenMsg(name, event))
+
+    def _report_taken(self) -> None:
+        """Let senders go on: what came and waits for no pass any more has been computed on or dropped."""
+        waiting: dict[WorkerId, int] = {}
+        for running in self._followers.values():
+            if running.inputs:
+                sender = running.request.path[running.place - 1].worker
+                num_bytes = sum(one.hidden.nbytes for one in running.inputs)
+                waiting[sender] = waiting.get(sender, 0) + num_bytes
+        for sender, num_bytes in list(self._untaken.items()):
+            left = waiting.get(sender, 0)
+            if num_bytes > left:
+                self._outlet.taken(sender, num_bytes - left)
+                self._untaken[sender] = left
+            if not left:
+                del self._untaken[sender]
 
     # ---- at the head of a path
 

@@ -350,7 +350,7 @@ def test_what_an_older_path_still_says_is_dropped(tiny: TinyZoo, engine: BlockEn
         later = cluster.engine("a").generate(replace(request, path=new, epoch=1, output=tuple(told)))
         while len(told) < 6:
             told.extend(event.token_id for event in await anext(later))
-            cluster.engine("a").receive(held)
+            cluster.engine("a").receive(WorkerId("b"), held)
         async for batch in later:
             told.extend(event.token_id for event in batch)
         assert told == expected
@@ -383,7 +383,7 @@ def test_an_opening_that_was_overtaken_by_its_end_opens_nothing(tiny: TinyZoo) -
         async with asyncio.timeout(30):
             while not cluster.wire.count(CloseMsg):
                 await asyncio.wrap_future(cluster.engine("a")._call(lambda: None))
-        cluster.engine("b").receive(held)
+        cluster.engine("b").receive(WorkerId("b"), held)
         await clean(cluster)
 
     with span_cluster(tiny, "a b") as cluster:

@@ -1,0 +1,107 @@
+"""Telling the cluster that this worker lives, what it holds, and how busy it is; and holding what it is told to.
+
+The lease is renewed several times within its length. A store that cannot be reached changes nothing here:
+requests go on, and the worker announces itself again as soon as the store answers or has forgotten it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from blockserve.common.cluster import LoadReport, ResidentSegment
+from blockserve.common.errors import StateStoreError
+from blockserve.common.state_store import Announcement, StateStore
+from blockserve.worker.hub import WorkerHub
+
+log = logging.getLogger(__name__)
+
+
+class Announcer:
+    """Keeps a worker's lease. One event loop."""
+
+    def __init__(
+        self,
+        hub: WorkerHub,
+        store: StateStore,
+        segments: Callable[[], frozenset[ResidentSegment]],
+        *,
+        lease_seconds: float,
+        renew_seconds: float,
+    ) -> None:
+        """Prepare; `start` makes the worker known.
+
+        Args:
+            hub: the worker.
+            store: shared state.
+            segments: what the worker holds now.
+            lease_seconds: how long others believe that the worker lives after they heard of it last.
+            renew_seconds: how often they hear of it.
+        """
+        self._hub = hub
+        self._store = store
+        self._segments = segments
+        self._lease_seconds = lease_seconds
+        self._renew_seconds = renew_seconds
+        self._told: tuple[object, ...] = ()
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Make the worker known, and keep it known."""
+        await self._tell()
+        self._task = asyncio.create_task(self._keep(), name="announcer")
+
+    def hurry(self) -> None:
+        """Something changed that others should know at once."""
+        self._wake.set()
+
+    async def stop(self) -> None:
+        """Let everybody know that the worker is going."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            try:
+                await self._store.withdraw(self._hub.record().id)
+            except StateStoreError as error:
+                log.warning("the lease runs out by itself: %s", error)
+
+    def load(self) -> LoadReport:
+        """How busy the worker is."""
+        report = self._hub.engine.report()
+        return LoadReport(
+            waiting_requests=report.waiting_requests,
+            running_requests=report.running_requests,
+            queued_tokens=report.queued_tokens,
+            step_seconds=report.step_seconds,
+            prefill_tokens_per_second=report.prefill_tokens_per_second,
+            kv_pages_free=report.kv_pages_total - report.kv_pages_used,
+            kv_pages_total=report.kv_pages_total,
+            block_bytes_used=report.block_bytes,
+        )
+
+    async def _keep(self) -> None:
+        while True:
+            try:
+                await asyncio.wait_for(self._wake.wait(), self._renew_seconds)
+            except TimeoutError:
+                pass
+            self._wake.clear()
+            await self._tell()
+
+    async def _tell(self) -> None:
+        record, segments = self._hub.record(), self._segments()
+        lease = self._lease_seconds
+        try:
+            if self._told == (record, segments) and await self._store.renew(
+                record.id, self.load(), lease_seconds=lease
+            ):
+                return
+            await self._store.announce(Announcement(record, self.load(), segments), lease_seconds=lease)
+        except StateStoreError as error:
+            if self._told:
+                log.warning("the shared state cannot be reached; requests go on: %s", error)
+            self._told = ()
+            return
+        self._told = (record, segments)

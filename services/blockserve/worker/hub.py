@@ -1,0 +1,218 @@
+"""One worker, free of any wire format: its engine, its routers' sessions, and what other workers tell it.
+
+A run of a chain that a request's path names is loaded when it is not there: where the blocks are in memory
+already, for another chain, that takes no reading.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from blockserve.common.cluster import ChainSpan, Run, WorkerId, WorkerRecord, WorkerState
+from blockserve.common.engine_api import EngineRequest
+from blockserve.common.errors import PathBrokenError, ServerStoppingError
+from blockserve.worker.engine import BlockEngine
+from blockserve.worker.links import PeerLinks
+from blockserve.worker.messages import CloseMsg, FailMsg, OpenMsg, SpanMsg
+from blockserve.worker.sessions import RouterSession
+from blockzoo.errors import BlockzooError
+from blockzoo.manifest import ChainId
+from blockzoo.zoo import Zoo
+
+log = logging.getLogger(__name__)
+
+DRAIN_POLL_SECONDS = 0.05
+"""How often a drain looks whether the last request has ended."""
+
+
+@dataclass(eq=False)
+class Inbound:
+    """What another worker's stream is told: how many bytes of what it sent wait no longer."""
+
+    _taken: int = 0
+    _ended: bool = False
+    _wake: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def note_taken(self, num_bytes: int) -> None:
+        """So many more."""
+        self._taken += num_bytes
+        self._wake.set()
+
+    def end(self) -> None:
+        """The other side has gone."""
+        self._ended = True
+        self._wake.set()
+
+    async def __aiter__(self) -> AsyncIterator[int]:
+        while not self._ended:
+            await self._wake.wait()
+            self._wake.clear()
+            if self._taken:
+                taken, self._taken = self._taken, 0
+                yield taken
+
+
+class WorkerHub:
+    """A worker's state beside its engine. One event loop.
+
+    Attributes:
+        engine: executes spans.
+        is_draining: whether it takes no new requests.
+        is_stopping: whether it takes nothing at all.
+    """
+
+    def __init__(self, record: WorkerRecord, zoo: Zoo, engine: BlockEngine, links: PeerLinks) -> None:
+        """Join the parts; `links` must be the engine's outlet."""
+        self.engine = engine
+        self.is_draining = self.is_stopping = False
+        self._record = record
+        self._zoo = zoo
+        self._links = links
+        self._sessions: set[RouterSession] = set()
+        self._inbound: dict[WorkerId, Inbound] = {}
+        self._opening: dict[str, asyncio.Task[None]] = {}  # loads for requests of others, by request id
+        links.on_lost = self._on_lost
+        links.on_taken = self._on_taken
+
+    def record(self) -> WorkerRecord:
+        """What the worker is."""
+        state = WorkerState.DRAINING if self.is_draining else WorkerState.READY
+        return replace(self._record, state=state)
+
+    @property
+    def num_requests(self) -> int:
+        """Requests begun here, and those of others that this worker executes a part of."""
+        report = self.engine.report()
+        return report.running_requests + report.waiting_requests
+
+    # ---- blocks
+
+    async def span(self, chain: ChainId, first: int, end: int) -> ChainSpan:
+        """The run of a chain; `end` 0 is the end of the chain (ManifestNotFoundError, SpanError)."""
+        length = end or len((await asyncio.to_thread(self._zoo.chain, chain)).links)
+        return ChainSpan(chain, Run(first, length))
+
+    async def load(self, span: ChainSpan, pinned: bool | None = None) -> None:
+        """Have a run of a chain in memory."""
+        await self.engine.load_span(span, pinned=pinned)
+
+    async def unload(self, span: ChainSpan) -> None:
+        """Let go of a run of a chain once its requests have ended."""
+        await self.engine.unload_span(span)
+
+    # ---- routers
+
+    def open_session(self) -> RouterSession:
+        """A router came."""
+        session = RouterSession(self.engine, self._ensure)
+        self._sessions.add(session)
+        return session
+
+    def close_session(self, session: RouterSession) -> None:
+        """A router has gone; its requests are cancelled."""
+        self._sessions.discard(session)
+        session.close()
+
+    async def _ensure(self, request: EngineRequest) -> None:
+        """Have what a request needs of this worker in memory.
+
+        Raises:
+            PathBrokenError: the worker drains, or is not the one that the path means.
+            CapacityError, CorruptBlobError, SpanError: see `BlockEngine.load_span`.
+        """
+        if self.is_draining:
+            raise PathBrokenError(f"worker {self._record.name} is draining", worker=self._record.id)
+        if not request.path:
+            await self.engine.load(request.chain)
+            return
+        if request.path[0].worker != self._record.id:
+            raise PathBrokenError(f"this is worker {self._record.id}", worker=request.path[0].worker)
+        span = ChainSpan(request.chain, request.path[0].run)
+        if not self.engine.is_span_loaded(span):
+            await self.engine.load_span(span)
+
+    # ---- other workers
+
+    def open_inbound(self, sender: WorkerId) -> Inbound:
+        """Another worker begins to speak."""
+        inbound = self._inbound[sender] = Inbound()
+        return inbound
+
+    def close_inbound(self, sender: WorkerId, inbound: Inbound) -> None:
+        """Another worker's stream has ended: what it had begun here is over."""
+        if self._inbound.get(sender) is inbound:
+            del self._inbound[sender]
+            self._on_lost(sender)
+
+    def receive(self, sender: WorkerId, messages: Sequence[SpanMsg]) -> None:
+        """Take what another worker says; a request's opening waits until its blocks are in memory."""
+        now: list[SpanMsg] = []
+        for message in messages:
+            if isinstance(message, OpenMsg) and not self.engine.is_span_loaded(_span(message)):
+                name = message.id.request_id
+                task = asyncio.create_task(self._open_later(sender, message))
+                self._opening[name] = task
+                task.add_done_callback(partial(self._forget_opening, name))
+                continue
+            if isinstance(message, CloseMsg) and (waiting := self._opening.get(message.id.request_id)):
+                waiting.cancel()
+            now.append(message)
+        if now:
+            self._tell_engine(sender, now)
+
+    async def _open_later(self, sender: WorkerId, message: OpenMsg) -> None:
+        try:
+            await self.engine.load_span(_span(message))
+        except BlockzooError as error:
+            self._links.send(message.request.path[0], [FailMsg(message.id, error)])
+            return
+        self._tell_engine(sender, [message])
+
+    def _forget_opening(self, name: str, task: asyncio.Task[None]) -> None:
+        if self._opening.get(name) is task:
+            del self._opening[name]
+
+    def _tell_engine(self, sender: WorkerId, messages: Sequence[SpanMsg]) -> None:
+        try:
+            self.engine.receive(sender, messages)
+        except ServerStoppingError:
+            log.debug("messages of %s came after the engine's end", sender)
+
+    def _on_lost(self, worker: WorkerId) -> None:
+        try:
+            self.engine.peer_lost(worker)
+        except ServerStoppingError:
+            log.debug("worker %s was lost after the engine's end", worker)
+
+    def _on_taken(self, sender: WorkerId, num_bytes: int) -> None:
+        if (inbound := self._inbound.get(sender)) is not None:
+            inbound.note_taken(num_bytes)
+
+    # ---- the end
+
+    async def drain(self, seconds: float) -> int:
+        """Take no new requests, let the running ones end, give the rest back; how many those were."""
+        self.is_draining = True
+        loop = asyncio.get_running_loop()
+        until = loop.time() + seconds
+        while self.num_requests and loop.time() < until:
+            await asyncio.sleep(DRAIN_POLL_SECONDS)
+        left = sum(session.num_requests for session in self._sessions)
+        for session in list(self._sessions):
+            session.give_back(f"worker {self._record.name} is draining")
+        return left
+
+    async def close(self) -> None:
+        """Speak to nobody any more."""
+        self.is_stopping = True
+        for task in list(self._opening.values()):
+            task.cancel()
+        await self._links.close()
+
+
+def _span(message: OpenMsg) -> ChainSpan:
+    return ChainSpan(message.request.chain, message.request.path[message.place].run)

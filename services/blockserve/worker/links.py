@@ -1,0 +1,155 @@
+"""The way to other workers: one long-lived stream to each, opened on first use. Lives in the event loop.
+
+The engine's thread hands over messages and never waits. What has been sent and not yet been computed on at
+the other side is bounded (`has_room`): a slow worker slows down who sends to it, and nobody's memory grows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grpc
+
+from blockproto.v1 import worker_pb2, worker_pb2_grpc
+from blockserve.common.channel import Credentials, open_channel
+from blockserve.common.cluster import WIRE_VERSION, PathStep, WorkerId
+from blockserve.worker.convert import hidden_bytes, to_frame
+from blockserve.worker.messages import SpanMsg
+
+log = logging.getLogger(__name__)
+
+FROM_KEY, TO_KEY, WIRE_KEY = "blockzoo-from", "blockzoo-to", "blockzoo-wire"
+"""Metadata of an exchange: who speaks, whom they believe to speak to, and in which version."""
+
+
+class PeerLinks:
+    """Streams to other workers; see `blockserve.worker.exchange.Outlet`.
+
+    Attributes:
+        on_lost: told in the event loop that a worker cannot be reached.
+        on_taken: told in the event loop how many bytes of a sender's hidden states wait no longer.
+    """
+
+    def __init__(self, me: WorkerId, credentials: Credentials, window_bytes: int) -> None:
+        """Begin with no links; to be made in the event loop that will run them.
+
+        Args:
+            me: the worker that speaks.
+            credentials: how it proves itself.
+            window_bytes: hidden states that may wait at another worker, at most, for each link.
+        """
+        self._me = me
+        self._credentials = credentials
+        self._window_bytes = window_bytes
+        self._loop = asyncio.get_running_loop()
+        self._links: dict[WorkerId, _Link] = {}
+        self._in_flight: dict[WorkerId, int] = {}  # changed in the event loop, read by the engine's thread
+        self.on_lost: Callable[[WorkerId], None] = _ignore
+        self.on_taken: Callable[[WorkerId, int], None] = lambda _sender, _count: None
+
+    # ---- called in the engine's thread
+
+    def send(self, step: PathStep, messages: Sequence[SpanMsg]) -> None:
+        """Have messages delivered in order, or the worker be reported as lost."""
+        frame, size = to_frame(messages), hidden_bytes(messages)
+        self._call(lambda: self._push(step, frame, size))
+
+    def has_room(self, step: PathStep) -> bool:
+        """Whether less than a window of what was sent still waits at the worker."""
+        return self._in_flight.get(step.worker, 0) < self._window_bytes
+
+    def taken(self, sender: WorkerId, num_bytes: int) -> None:
+        """Tell a worker that this much of what it sent waits no longer."""
+        self._call(lambda: self.on_taken(sender, num_bytes))
+
+    def _call(self, action: Callable[[], None]) -> None:
+        try:
+            self._loop.call_soon_threadsafe(action)
+        except RuntimeError:
+            log.debug("message dropped: the event loop is closed")
+
+    # ---- called in the event loop
+
+    async def close(self) -> None:
+        """End all links; what has not been sent is dropped."""
+        links = list(self._links.values())
+        self._links.clear()
+        await asyncio.gather(*(link.close() for link in links))
+
+    def _push(self, step: PathStep, frame: worker_pb2.ExchangeRequest, size: int) -> None:
+        link = self._links.get(step.worker)
+        if link is None:
+            link = self._links[step.worker] = _Link(self, step)
+        self._in_flight[step.worker] = self._in_flight.get(step.worker, 0) + size
+        link.push(frame)
+
+    def _note_taken(self, worker: WorkerId, num_bytes: int) -> None:
+        self._in_flight[worker] = max(0, self._in_flight.get(worker, 0) - num_bytes)
+
+    def _note_end(self, link: _Link, reason: str) -> None:
+        if self._links.get(link.step.worker) is not link:
+            return
+        del self._links[link.step.worker]
+        self._in_flight.pop(link.step.worker, None)
+        log.warning("worker lost worker=%s address=%s: %s", link.step.worker, link.step.address, reason)
+        self.on_lost(link.step.worker)
+
+
+class _Link:
+    """One stream to one worker."""
+
+    def __init__(self, links: PeerLinks, step: PathStep) -> None:
+        self.step = step
+        self._links = links
+        self._frames: deque[worker_pb2.ExchangeRequest] = deque()
+        self._wake = asyncio.Event()
+        self._task = asyncio.create_task(self._run(), name=f"link to {step.worker}")
+
+    def push(self, frame: worker_pb2.ExchangeRequest) -> None:
+        """Send a frame after those before it."""
+        self._frames.append(frame)
+        self._wake.set()
+
+    async def close(self) -> None:
+        """End the stream."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        reason = "it ended the connection"
+        channel = open_channel(self.step.address, self._links._credentials)
+        try:
+            metadata = (
+                (FROM_KEY, self._links._me),
+                (TO_KEY, self.step.worker),
+                (WIRE_KEY, str(WIRE_VERSION)),
+                *self._links._credentials.metadata(),
+            )
+            call = worker_pb2_grpc.WorkerServiceStub(channel).Exchange(metadata=metadata)
+            writer = asyncio.create_task(self._write(call))
+            try:
+                async for response in call:
+                    self._links._note_taken(self.step.worker, response.taken_bytes)
+            finally:
+                writer.cancel()
+                await asyncio.gather(writer, return_exceptions=True)
+        except grpc.aio.AioRpcError as error:
+            reason = f"{error.code().name} {error.details()}"
+        finally:
+            await channel.close(None)
+            self._links._note_end(self, reason)
+
+    async def _write(self, call: Any) -> None:
+        while True:
+            while self._frames:
+                await call.write(self._frames.popleft())
+            self._wake.clear()
+            await self._wake.wait()
+
+
+def _ignore(worker: WorkerId) -> None:
+    del worker

@@ -1,0 +1,159 @@
+"""WorkerService: messages in, messages out. What happens is in `sessions`, `links` and the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from blockproto.v1 import worker_pb2, worker_pb2_grpc
+from blockserve.common.cluster import WIRE_VERSION, Run, WorkerId
+from blockserve.common.engine_convert import (
+    error_to_message,
+    request_from_message,
+    token_to_message,
+)
+from blockserve.common.errors import ServerStoppingError, WireError
+from blockserve.worker.convert import from_frame
+from blockserve.worker.hub import WorkerHub
+from blockserve.worker.links import FROM_KEY, TO_KEY, WIRE_KEY
+from blockserve.worker.sessions import Progress
+from blockzoo.errors import BlockzooError
+from blockzoo.manifest import ChainId
+
+log = logging.getLogger(__name__)
+
+
+class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
+    """Speaks for one worker."""
+
+    def __init__(self, hub: WorkerHub) -> None:
+        self._hub = hub
+
+    async def Serve(  # noqa: N802 - the wire's name
+        self, request_iterator: AsyncIterator[worker_pb2.ServeRequest], context: Any
+    ) -> AsyncIterator[worker_pb2.ServeResponse]:
+        """Run a router's requests until it ends the stream."""
+        del context
+        session = self._hub.open_session()
+
+        async def read() -> None:
+            async for message in request_iterator:
+                for one in message.start:
+                    session.start(one.number, request_from_message(one.request))
+                for number in message.cancel:
+                    session.cancel(number)
+
+        reader = asyncio.create_task(read())
+        progress = session.progress()
+        try:
+            while True:
+                news = asyncio.ensure_future(anext(progress))
+                await asyncio.wait({reader, news}, return_when=asyncio.FIRST_COMPLETED)
+                if not news.done():
+                    news.cancel()
+                    break
+                yield worker_pb2.ServeResponse(progress=[_progress(one) for one in news.result()])
+        finally:
+            reader.cancel()
+            self._hub.close_session(session)
+            await asyncio.gather(reader, return_exceptions=True)
+
+    async def Exchange(  # noqa: N802 - the wire's name
+        self, request_iterator: AsyncIterator[worker_pb2.ExchangeRequest], context: Any
+    ) -> AsyncIterator[worker_pb2.ExchangeResponse]:
+        """Take what another worker says; tell it how much of that has been dealt with."""
+        sender = self._check_peer(context)
+        inbound = self._hub.open_inbound(sender)
+
+        async def read() -> None:
+            async for frame in request_iterator:
+                self._hub.receive(sender, from_frame(frame))
+
+        reader = asyncio.create_task(read())
+        reader.add_done_callback(lambda _: inbound.end())
+        try:
+            async for num_bytes in inbound:
+                yield worker_pb2.ExchangeResponse(taken_bytes=num_bytes)
+            await reader
+        finally:
+            reader.cancel()
+            self._hub.close_inbound(sender, inbound)
+            await asyncio.gather(reader, return_exceptions=True)
+
+    async def LoadSpan(  # noqa: N802 - the wire's name
+        self, request: worker_pb2.LoadSpanRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> worker_pb2.LoadSpanResponse:
+        """Read the blocks of a run of a chain into memory."""
+        del context
+        started = time.monotonic()
+        span = await self._hub.span(ChainId(request.chain_digest), request.first, request.end)
+        await self._hub.load(span, request.pinned if request.HasField("pinned") else None)
+        return worker_pb2.LoadSpanResponse(seconds=time.monotonic() - started)
+
+    async def UnloadSpan(  # noqa: N802 - the wire's name
+        self, request: worker_pb2.UnloadSpanRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> worker_pb2.UnloadSpanResponse:
+        """Let go of a run of a chain once its requests have ended."""
+        del context
+        span = await self._hub.span(ChainId(request.chain_digest), request.first, request.end)
+        await self._hub.unload(span)
+        return worker_pb2.UnloadSpanResponse()
+
+    async def Describe(  # noqa: N802 - the wire's name
+        self, request: worker_pb2.DescribeRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> worker_pb2.DescribeResponse:
+        """What the worker is and how busy it is."""
+        del request, context
+        record, report = self._hub.record(), self._hub.engine.report()
+        return worker_pb2.DescribeResponse(
+            worker_id=record.id,
+            name=record.name,
+            wire_version=record.wire_version,
+            kv_fingerprint=record.kv_fingerprint,
+            draining=self._hub.is_draining,
+            waiting_requests=report.waiting_requests,
+            running_requests=report.running_requests,
+            kv_pages_total=report.kv_pages_total,
+            kv_pages_used=report.kv_pages_used,
+            kv_pages_cached=report.kv_pages_cached,
+            block_bytes=report.block_bytes,
+            spans=[
+                worker_pb2.HeldSpan(
+                    chain_digest=chain.chain,
+                    first=(run := chain.run or Run(0, 1)).first,
+                    end=run.end,
+                    running_requests=chain.running_requests,
+                    private_bytes=chain.private_bytes,
+                    total_bytes=chain.total_bytes,
+                    pinned=chain.pinned,
+                )
+                for chain in report.chains
+            ],
+        )
+
+    def _check_peer(self, context: Any) -> WorkerId:
+        """Who speaks, if it means this life of this worker and speaks its language (WireError)."""
+        said = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+        me = self._hub.record().id
+        if said.get(TO_KEY) != me:
+            raise WireError(f"this is worker {me}, not {said.get(TO_KEY)}", hint="It has been started again.")
+        if said.get(WIRE_KEY) != str(WIRE_VERSION):
+            raise WireError(
+                f"wire version {said.get(WIRE_KEY)} is not {WIRE_VERSION}",
+                hint="Run neighbouring releases; docs/compatibility.md says which go together.",
+            )
+        if self._hub.is_stopping:
+            raise ServerStoppingError("the worker is stopping")
+        return WorkerId(said.get(FROM_KEY, ""))
+
+
+def _progress(news: Progress) -> worker_pb2.RequestProgress:
+    number, outcome = news
+    if isinstance(outcome, BlockzooError):
+        return worker_pb2.RequestProgress(number=number, error=error_to_message(outcome))
+    return worker_pb2.RequestProgress(number=number, tokens=map(token_to_message, outcome))
