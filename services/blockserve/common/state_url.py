@@ -101,9 +101,9 @@ def parse_url(text: str) -> StateUrl:
             path=path,
             service=service,
         )
-    except ValueError as error:
+    except ValueError:
         # int() and urlsplit repeat what they were given, and that may be a password with a stray character.
-        raise _refusal("a part of it cannot be read") from error
+        raise _refusal("a part of it cannot be read") from None
 
 
 def _hosts(kind: Kind, network: str) -> tuple[tuple[str, int], ...]:
