@@ -38,7 +38,7 @@ def main() -> int:
         stdin=subprocess.PIPE,
         stdout=sys.stderr,
         stderr=sys.stderr,
-        preexec_fn=die_with_guard,  # noqa: PLW1509 - this process has one thread
+        preexec_fn=die_with_guard,
     )
     assert child.stdin is not None
     try:

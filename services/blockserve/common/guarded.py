@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 STOP_SECONDS = 6.0
@@ -39,11 +40,9 @@ class GuardedChild:
         assert self._guard.stdin is not None
         assert self._guard.stdout is not None
         order = json.dumps({"command": list(command), "input": text})
-        try:
+        with suppress(BrokenPipeError):  # when the guard ended at once; `output` says why
             self._guard.stdin.write(f"{order}\n".encode())
             self._guard.stdin.flush()
-        except BrokenPipeError:
-            pass  # the guard ended at once; `output` says why
         line = self._guard.stdout.readline()
         self._guard.stdout.close()
         self.pid: int | None = int(line) if line else None
@@ -71,10 +70,8 @@ class GuardedChild:
     def stop(self) -> None:
         """End the child and wait for it; it is asked first and killed when it does not follow."""
         assert self._guard.stdin is not None
-        try:
+        with suppress(BrokenPipeError):
             self._guard.stdin.close()
-        except BrokenPipeError:
-            pass
         try:
             self._guard.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:

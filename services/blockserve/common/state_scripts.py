@@ -1,7 +1,7 @@
 """What Redis does for the shared state in one step: the keys, and the Lua scripts over them.
 
-docs/state.md explains each key. A script runs alone, so whoever reads sees every announcement whole. All times
-are the server's own, in milliseconds: clocks of the workers' machines play no part.
+docs/state.md explains each key. A script runs alone, so whoever reads sees every announcement whole. All
+times are the server's own, in milliseconds: clocks of the workers' machines play no part.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ return {epoch, call('HGET', meta, 'change') or '0', call('HGET', meta, 'at') or 
 """
 )
 """Arguments: a fresh epoch, the epoch, change and placement version the caller has. Returns, in one step:
-epoch, change, stream position, live workers, their loads, [worker, record, segments] of those announced since,
-the placement's version, and its workers when the version differs from the caller's."""
+epoch, change, stream position, live workers, their loads, [worker, record, segments] of those announced
+since, the placement's version, and its workers when the version differs from the caller's."""
 
 POSITION = (
     _COMMON
@@ -124,7 +124,7 @@ local first = call('ZRANGE', leases, 0, 0, 'WITHSCORES')
 return {call('HGET', meta, 'at') or '0-0', first[2] and math.max(first[2] - now, 0) or -1}
 """
 )
-"""Arguments: epoch. Returns the stream position and the milliseconds until the next lease ends, -1 for none."""
+"""Arguments: epoch. Returns the stream position, and milliseconds until the next lease ends, -1 for none."""
 
 LEAD = (
     _COMMON
@@ -143,7 +143,7 @@ call('SET', leader, holder, 'PX', lease)
 return token
 """
 )
-"""Arguments: holder, lease in ms, the largest token the caller knows. Returns a token, or nil: another leads."""
+"""Arguments: holder, lease in ms, the largest known token. Returns a token, or nil: another one leads."""
 
 RESIGN = _COMMON + "if call('GET', leader) == ARGV[1] then call('DEL', leader) end"
 """Arguments: holder."""
