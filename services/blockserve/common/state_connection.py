@@ -160,6 +160,8 @@ def _behind_sentinels(config: StateConfig, options: dict[str, Any], tls: dict[st
 def _common(timeout: float) -> dict[str, Any]:
     return {
         "decode_responses": True,
+        # What is not text was not written by us; the codec refuses it by name.
+        "encoding_errors": "replace",
         # The older protocol: every server knows it, and it needs no greeting.
         "protocol": 2,
         "socket_timeout": timeout,

@@ -30,14 +30,25 @@ local function keep()
   end
 end
 
--- Something but load is different: count it, and wake those who wait in XREAD.
+-- Grows with each use, and by the clock: a replica that takes over without the last numbers does not use
+-- them again. Text, because Lua would round it.
+local function after(last)
+  return string.format('%.0f', math.max((tonumber(last) or 0) + 1, now))
+end
+
+-- Something but load is different: number it, and wake those who wait in XREAD.
 local function changed(epoch)
-  if call('HSETNX', meta, 'epoch', epoch) == 1 then
-    call('HSET', meta, 'change', string.format('%.0f', now))
-  end
-  local change = call('HINCRBY', meta, 'change', 1)
+  call('HSETNX', meta, 'epoch', epoch)
+  local change = after(call('HGET', meta, 'change'))
+  call('HSET', meta, 'change', change)
   call('HSET', meta, 'at', call('XADD', changes, 'MAXLEN', 1, '*', 'change', change))
   return change
+end
+
+-- Whatever of a worker was lost, an announcement restores it.
+local function is_whole(worker)
+  return call('ZSCORE', leases, worker) and call('ZSCORE', revisions, worker) and call('EXISTS', meta) == 1
+    and call('HEXISTS', records, worker) == 1 and call('HEXISTS', residency, worker) == 1
 end
 
 local function forget(worker)
@@ -59,7 +70,7 @@ ANNOUNCE = (
     + """
 local epoch, worker, lease, record, segments, load = unpack(ARGV)
 sweep(epoch)
-local same = call('ZSCORE', leases, worker) and call('HGET', records, worker) == record
+local same = is_whole(worker) and call('HGET', records, worker) == record
   and call('HGET', residency, worker) == segments
 call('ZADD', leases, now + lease, worker)
 call('HSET', loads, worker, load)
@@ -78,9 +89,7 @@ RENEW = (
     + """
 local epoch, worker, lease, load = unpack(ARGV)
 sweep(epoch)
--- Whatever of a worker was lost, an announcement restores it.
-if not call('ZSCORE', leases, worker) or not call('ZSCORE', revisions, worker)
-  or call('HEXISTS', records, worker) == 0 or call('HEXISTS', residency, worker) == 0 then return 0 end
+if not is_whole(worker) then return 0 end
 call('ZADD', leases, now + lease, worker)
 call('HSET', loads, worker, load)
 keep()
@@ -97,7 +106,9 @@ VIEW = (
     + """
 sweep(ARGV[1])
 local epoch = call('HGET', meta, 'epoch') or ''
-local since = epoch == ARGV[2] and ARGV[3] or '0'
+local change = call('HGET', meta, 'change') or '0'
+local since = '0'
+if epoch == ARGV[2] and tonumber(ARGV[3]) <= tonumber(change) then since = ARGV[3] end
 local news = {}
 local new = call('ZRANGEBYSCORE', revisions, '(' .. since, '+inf')
 for i, worker in ipairs(new) do
@@ -108,7 +119,7 @@ local busy = {}
 for i, worker in ipairs(live) do busy[i] = call('HGET', loads, worker) or '{}' end
 local version = call('HGET', placement, 'version') or '0'
 local body = version ~= ARGV[4] and call('HGET', placement, 'workers') or ''
-return {epoch, call('HGET', meta, 'change') or '0', call('HGET', meta, 'at') or '0-0',
+return {epoch, change, call('HGET', meta, 'at') or '0-0',
   live, busy, news, version, body}
 """
 )
@@ -154,8 +165,8 @@ PLACE = (
 local epoch, token, known, workers = unpack(ARGV)
 local current = call('GET', token_key)
 if current ~= token then return {0, current or ''} end
-local version = tonumber(call('HGET', placement, 'version') or now)
-version = string.format('%.0f', math.max(version, tonumber(known)) + 1)
+local stored = tonumber(call('HGET', placement, 'version')) or 0
+local version = after(math.max(stored, tonumber(known)))
 call('HSET', placement, 'version', version, 'token', token, 'workers', workers)
 changed(epoch)
 return {1, version}
