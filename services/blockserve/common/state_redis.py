@@ -1,0 +1,134 @@
+"""The shared state in Redis or Valkey. docs/state.md has the keys and what happens when they are lost."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+
+from blockserve.common import state_codec as codec
+from blockserve.common import state_scripts as scripts
+from blockserve.common.cluster import ClusterView, LoadReport, Placement, WorkerId
+from blockserve.common.errors import StaleLeaderError, StateStoreError
+from blockserve.common.state_cache import ViewCache
+from blockserve.common.state_connection import Connection
+from blockserve.common.state_store import Announcement, FencingToken
+
+log = logging.getLogger(__name__)
+
+RETRY_SECONDS = 0.1
+"""Between two attempts of `wait_change` to reach a server that is gone."""
+
+
+class RedisStore:
+    """A `StateStore` on a server; see the protocol for what the methods promise.
+
+    Every method is one round trip and one step. `view` brings only what was announced since the last one,
+    besides the loads. Open one store for each component: `wait_change` goes by this store's last view.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._cache = ViewCache()
+        self._viewing = asyncio.Lock()
+        # A store that was flushed must not go behind what we have seen of it.
+        self._newest_token = 0
+        self._newest_version = 0
+
+    async def announce(self, announcement: Announcement, *, lease_seconds: float) -> None:
+        """Take or renew a lease and replace what is said about the worker."""
+        record = announcement.record
+        await self._connection.run(
+            scripts.ANNOUNCE,
+            _fresh_epoch(),
+            record.id,
+            _milliseconds(lease_seconds),
+            codec.encode_record(record),
+            codec.encode_segments(announcement.segments),
+            codec.encode_load(announcement.load),
+        )
+
+    async def renew(self, worker: WorkerId, load: LoadReport, *, lease_seconds: float) -> bool:
+        """Renew a lease and its load; False when the worker is not known: it ended, or the store was lost."""
+        lease = _milliseconds(lease_seconds)
+        known = await self._connection.run(
+            scripts.RENEW, _fresh_epoch(), worker, lease, codec.encode_load(load)
+        )
+        return bool(known)
+
+    async def withdraw(self, worker: WorkerId) -> None:
+        """End a worker's lease now."""
+        await self._connection.run(scripts.WITHDRAW, _fresh_epoch(), worker)
+
+    async def view(self) -> ClusterView:
+        """The workers with a live lease, and the placement; version 0 after the store was lost."""
+        async with self._viewing:
+            cache = self._cache
+            known = (cache.epoch, cache.change, cache.placement.version)
+            reply = await self._connection.run(scripts.VIEW, _fresh_epoch(), *known)
+            view = cache.apply(reply)
+        self._newest_version = max(self._newest_version, view.placement.version)
+        return view
+
+    async def wait_change(self, timeout: float) -> None:
+        """Return once something but load differs from this store's last view, or after `timeout` seconds.
+
+        Never raises StateStoreError: while the server cannot be reached it waits and tries again, and it
+        returns early when the server is back with something else. So a loop of `view` and `wait_change`
+        never spins.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout
+        seen = self._cache.position
+        while (left := deadline - loop.time()) > 0:
+            try:
+                position, lease_ms = await self._connection.run(scripts.POSITION, _fresh_epoch())
+                seen = position if seen is None else seen
+                if position != seen:
+                    return
+                # The end of a lease is a change that nobody announces.
+                next_end = lease_ms / 1000 if lease_ms >= 0 else left
+                await self._connection.wait_beyond(seen, min(left, next_end, self._connection.timeout / 2))
+            except StateStoreError as error:
+                log.debug("waiting for changes: %s", error)
+                await asyncio.sleep(min(RETRY_SECONDS, max(0.0, deadline - loop.time())))
+
+    async def lead(self, holder: str, *, lease_seconds: float) -> FencingToken | None:
+        """Become or stay the leader; None while another one is."""
+        lease = _milliseconds(lease_seconds)
+        answer = await self._connection.run(scripts.LEAD, holder, lease, self._newest_token)
+        if answer is None:
+            return None
+        self._newest_token = max(self._newest_token, int(answer))
+        return FencingToken(int(answer))
+
+    async def resign(self, holder: str) -> None:
+        """Give up leadership, if it is `holder`'s."""
+        await self._connection.run(scripts.RESIGN, holder)
+
+    async def place(self, placement: Placement, token: FencingToken) -> Placement:
+        """Replace the placement; StaleLeaderError when the token is not the newest, or the store was lost."""
+        known = max(self._newest_version, placement.version)
+        done, value = await self._connection.run(
+            scripts.PLACE, _fresh_epoch(), str(token), known, codec.encode_assignments(placement.workers)
+        )
+        if not done:
+            raise StaleLeaderError(
+                f"the write of leader {token} is refused: {value or 'nobody'} leads now",
+                hint="Stop acting as the leader until `lead` gives a new token.",
+            )
+        self._newest_version = int(value)
+        return Placement(int(value), placement.workers)
+
+    async def close(self) -> None:
+        """Close the connections; leases run out by themselves."""
+        await self._connection.close()
+
+
+def _milliseconds(seconds: float) -> int:
+    return max(1, round(seconds * 1000))
+
+
+def _fresh_epoch() -> str:
+    """What the store's content is called if this call is the first one after it was lost."""
+    return secrets.token_hex(8)

@@ -1,0 +1,176 @@
+"""What Redis does for the shared state in one step: the keys, and the Lua scripts over them.
+
+docs/state.md explains each key. A script runs alone, so whoever reads sees every announcement whole. All
+times are the server's own, in milliseconds: clocks of the workers' machines play no part.
+"""
+
+from __future__ import annotations
+
+PREFIX = "bz:1:"
+
+LEASES, RECORDS, RESIDENCY, LOADS, REVISIONS, META, CHANGES, PLACEMENT, LEADER, TOKEN = KEYS = tuple(
+    PREFIX + name
+    for name in (
+        *("leases", "records", "residency", "loads", "revisions"),
+        *("meta", "changes", "placement", "leader", "token"),
+    )
+)
+
+_COMMON = """
+local leases, records, residency, loads, revisions = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+local meta, changes, placement, leader, token_key = KEYS[6], KEYS[7], KEYS[8], KEYS[9], KEYS[10]
+local call = redis.call
+local clock = call('TIME')
+local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+
+-- An abandoned cluster leaves nothing behind for longer than this; live ones renew it.
+local function keep()
+  if call('PTTL', leases) < 1800000 or call('PTTL', meta) < 1800000 then
+    for i = 1, 7 do call('PEXPIRE', KEYS[i], 3600000) end
+  end
+end
+
+-- Grows with each use, and by the clock: a replica that takes over without the last numbers does not use
+-- them again. Text, because Lua would round it.
+local function after(last)
+  return string.format('%.0f', math.max((tonumber(last) or 0) + 1, now))
+end
+
+-- Something but load is different: number it, and wake those who wait in XREAD.
+local function changed(epoch)
+  call('HSETNX', meta, 'epoch', epoch)
+  local change = after(call('HGET', meta, 'change'))
+  call('HSET', meta, 'change', change)
+  call('HSET', meta, 'at', call('XADD', changes, 'MAXLEN', 1, '*', 'change', change))
+  return change
+end
+
+-- Whatever of a worker was lost, an announcement restores it.
+local function is_whole(worker)
+  return call('ZSCORE', leases, worker) and call('ZSCORE', revisions, worker) and call('EXISTS', meta) == 1
+    and call('HEXISTS', records, worker) == 1 and call('HEXISTS', residency, worker) == 1
+end
+
+local function forget(worker)
+  local known = call('ZREM', leases, worker)
+  for _, key in ipairs({records, residency, loads}) do call('HDEL', key, worker) end
+  call('ZREM', revisions, worker)
+  return known == 1
+end
+
+local function sweep(epoch)
+  local dead = call('ZRANGEBYSCORE', leases, '-inf', now)
+  for _, worker in ipairs(dead) do forget(worker) end
+  if #dead > 0 then changed(epoch) end
+end
+"""
+
+ANNOUNCE = (
+    _COMMON
+    + """
+local epoch, worker, lease, record, segments, load = unpack(ARGV)
+sweep(epoch)
+local same = is_whole(worker) and call('HGET', records, worker) == record
+  and call('HGET', residency, worker) == segments
+call('ZADD', leases, now + lease, worker)
+call('HSET', loads, worker, load)
+if not same then
+  call('HSET', records, worker, record)
+  call('HSET', residency, worker, segments)
+  call('ZADD', revisions, changed(epoch), worker)
+end
+keep()
+"""
+)
+"""Arguments: epoch, worker, lease in ms, record, segments, load."""
+
+RENEW = (
+    _COMMON
+    + """
+local epoch, worker, lease, load = unpack(ARGV)
+sweep(epoch)
+if not is_whole(worker) then return 0 end
+call('ZADD', leases, now + lease, worker)
+call('HSET', loads, worker, load)
+keep()
+return 1
+"""
+)
+"""Arguments: epoch, worker, lease in ms, load. Returns 1, or 0 for a worker that has to announce itself."""
+
+WITHDRAW = _COMMON + "if forget(ARGV[2]) then changed(ARGV[1]) end"
+"""Arguments: epoch, worker."""
+
+VIEW = (
+    _COMMON
+    + """
+sweep(ARGV[1])
+local epoch = call('HGET', meta, 'epoch') or ''
+local change = call('HGET', meta, 'change') or '0'
+local since = '0'
+if epoch == ARGV[2] and tonumber(ARGV[3]) <= tonumber(change) then since = ARGV[3] end
+local news = {}
+local new = call('ZRANGEBYSCORE', revisions, '(' .. since, '+inf')
+for i, worker in ipairs(new) do
+  news[i] = {worker, call('HGET', records, worker) or '', call('HGET', residency, worker) or ''}
+end
+local live = call('ZRANGE', leases, 0, -1)
+local busy = {}
+for i, worker in ipairs(live) do busy[i] = call('HGET', loads, worker) or '{}' end
+local version = call('HGET', placement, 'version') or '0'
+local body = version ~= ARGV[4] and call('HGET', placement, 'workers') or ''
+return {epoch, change, call('HGET', meta, 'at') or '0-0',
+  live, busy, news, version, body}
+"""
+)
+"""Arguments: a fresh epoch, the epoch, change and placement version the caller has. Returns, in one step:
+epoch, change, stream position, live workers, their loads, [worker, record, segments] of those announced
+since, the placement's version, and its workers when the version differs from the caller's."""
+
+POSITION = (
+    _COMMON
+    + """
+sweep(ARGV[1])
+local first = call('ZRANGE', leases, 0, 0, 'WITHSCORES')
+return {call('HGET', meta, 'at') or '0-0', first[2] and math.max(first[2] - now, 0) or -1}
+"""
+)
+"""Arguments: epoch. Returns the stream position, and milliseconds until the next lease ends, -1 for none."""
+
+LEAD = (
+    _COMMON
+    + """
+local holder, lease, known = unpack(ARGV)
+local current = call('GET', leader)
+if current and current ~= holder then return false end
+local token = call('GET', token_key)
+if not (current and token) then
+  -- By the clock, so that tokens go on growing after the store has lost the last one.
+  local micros = clock[1] * 1000000 + clock[2]
+  token = string.format('%.0f', math.max((tonumber(token) or 0) + 1, tonumber(known) + 1, micros))
+  call('SET', token_key, token)
+end
+call('SET', leader, holder, 'PX', lease)
+return token
+"""
+)
+"""Arguments: holder, lease in ms, the largest known token. Returns a token, or nil: another one leads."""
+
+RESIGN = _COMMON + "if call('GET', leader) == ARGV[1] then call('DEL', leader) end"
+"""Arguments: holder."""
+
+PLACE = (
+    _COMMON
+    + """
+local epoch, token, known, workers = unpack(ARGV)
+local current = call('GET', token_key)
+if current ~= token then return {0, current or ''} end
+local stored = tonumber(call('HGET', placement, 'version')) or 0
+local version = after(math.max(stored, tonumber(known)))
+call('HSET', placement, 'version', version, 'token', token, 'workers', workers)
+changed(epoch)
+return {1, version}
+"""
+)
+"""Arguments: epoch, token, the largest version the caller knows, workers. Returns [1, version], or
+[0, the current token] for a writer that leads no more."""
