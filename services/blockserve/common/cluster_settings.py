@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pydantic import Field
+
 from blockserve.common.channel import Credentials
 from blockserve.common.config import setting
 from blockserve.common.listen import read_token
 from blockserve.common.server_settings import ServerSettings
+from blockserve.common.state_config import StateConfig
 
 
 class ClusterSettings(ServerSettings):
@@ -23,6 +26,8 @@ class ClusterSettings(ServerSettings):
         "The authority (PEM) that signed the certificates of the other processes.",
         reason="Unset: connections to them are plain, which is enough on one machine.",
     )
+
+    state: StateConfig = Field(default_factory=StateConfig, description="Where the processes meet.")
 
     def peer_credentials(self) -> Credentials:
         """How this process proves itself to others of the cluster: they all have the same token."""

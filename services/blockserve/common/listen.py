@@ -6,7 +6,7 @@ import hmac
 import os
 import socket
 import stat
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,14 @@ def server_options(config: ServerSettings) -> list[tuple[str, int]]:
         # Two servers on one port would share its connections between them without a word.
         ("grpc.so_reuseport", 0),
     ]
+
+
+def enable_reflection(server: grpc.aio.Server, services: Sequence[str]) -> None:
+    """Answer gRPC reflection for these services, and for health."""
+    from grpc_health.v1 import health
+    from grpc_reflection.v1alpha import reflection
+
+    reflection.enable_server_reflection((*services, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
 
 
 def read_token(config: ServerSettings) -> str | None:

@@ -18,7 +18,14 @@ from blockproto.v1 import (
     zoo_pb2_grpc,
 )
 from blockserve.common.health import NOT_SERVING, HealthReporter
-from blockserve.common.listen import TokenInterceptor, bind, read_token, remove_socket, server_options
+from blockserve.common.listen import (
+    TokenInterceptor,
+    bind,
+    enable_reflection,
+    read_token,
+    remove_socket,
+    server_options,
+)
 from blockserve.common.status import ErrorInterceptor
 from blockserve.controller.servicer import ZooServicer
 from blockserve.embedded.config import ServeConfig
@@ -173,11 +180,7 @@ class EmbeddedServer:
             zoo_pb2_grpc.add_ZooServiceServicer_to_server(self._zoo_servicer, server)
         self._health.add_to(server)
         if self.config.serves_reflection:
-            from grpc_health.v1 import health
-            from grpc_reflection.v1alpha import reflection
-
-            names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
-            reflection.enable_server_reflection(names, server)
+            enable_reflection(server, SERVICES)
 
     async def _preload(self, router: Router, refs: Sequence[str]) -> None:
         """Load variants one after another; one that cannot be loaded does not hold up the others."""

@@ -1,4 +1,4 @@
-"""Telling the cluster that this worker lives, what it holds, and how busy it is; and holding what it is told to.
+"""Telling the cluster that this worker lives, what it holds, and how busy it is.
 
 The lease is renewed several times within its length. A store that cannot be reached changes nothing here:
 requests go on, and the worker announces itself again as soon as the store answers or has forgotten it.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 
 from blockserve.common.cluster import LoadReport, ResidentSegment
 from blockserve.common.errors import StateStoreError
@@ -83,10 +84,8 @@ class Announcer:
 
     async def _keep(self) -> None:
         while True:
-            try:
+            with suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), self._renew_seconds)
-            except TimeoutError:
-                pass
             self._wake.clear()
             await self._tell()
 

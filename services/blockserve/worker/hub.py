@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -63,6 +63,7 @@ class WorkerHub:
         engine: executes spans.
         is_draining: whether it takes no new requests.
         is_stopping: whether it takes nothing at all.
+        on_change: called when blocks have come or gone.
     """
 
     def __init__(self, record: WorkerRecord, zoo: Zoo, engine: BlockEngine, links: PeerLinks) -> None:
@@ -75,6 +76,7 @@ class WorkerHub:
         self._sessions: set[RouterSession] = set()
         self._inbound: dict[WorkerId, Inbound] = {}
         self._opening: dict[str, asyncio.Task[None]] = {}  # loads for requests of others, by request id
+        self.on_change: Callable[[], None] = lambda: None
         links.on_lost = self._on_lost
         links.on_taken = self._on_taken
 
@@ -99,10 +101,12 @@ class WorkerHub:
     async def load(self, span: ChainSpan, pinned: bool | None = None) -> None:
         """Have a run of a chain in memory."""
         await self.engine.load_span(span, pinned=pinned)
+        self.on_change()
 
     async def unload(self, span: ChainSpan) -> None:
         """Let go of a run of a chain once its requests have ended."""
         await self.engine.unload_span(span)
+        self.on_change()
 
     # ---- routers
 
@@ -133,7 +137,7 @@ class WorkerHub:
             raise PathBrokenError(f"this is worker {self._record.id}", worker=request.path[0].worker)
         span = ChainSpan(request.chain, request.path[0].run)
         if not self.engine.is_span_loaded(span):
-            await self.engine.load_span(span)
+            await self.load(span)
 
     # ---- other workers
 
@@ -166,7 +170,7 @@ class WorkerHub:
 
     async def _open_later(self, sender: WorkerId, message: OpenMsg) -> None:
         try:
-            await self.engine.load_span(_span(message))
+            await self.load(_span(message))
         except BlockzooError as error:
             self._links.send(message.request.path[0], [FailMsg(message.id, error)])
             return

@@ -1,0 +1,264 @@
+"""An engine made of many workers: each request runs along a path, and goes on along another when one breaks.
+
+The router keeps the journal of every answer: the tokens it has been told. A request that loses a worker is
+given to other workers with these tokens and the next epoch; they compute prompt and tokens again and go on
+behind them. The noise of sampling is a function of seed, choice and position, so what follows is what would
+have followed. Nobody is told a token twice: the index says which one it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Collection, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from blockserve.common.channel import Credentials
+from blockserve.common.cluster import ClusterView, PathStep, WorkerId
+from blockserve.common.engine_api import EngineReport, EngineRequest, TokenEvent
+from blockserve.common.errors import (
+    ChainNotLoadedError,
+    DeadlineExceededError,
+    EngineFailedError,
+    NoPathError,
+    PathBrokenError,
+    ServerStoppingError,
+)
+from blockserve.router.cluster_report import summarise
+from blockserve.router.worker_stream import WorkerStream
+from blockzoo.errors import BlockzooError
+from blockzoo.manifest import ChainId
+
+log = logging.getLogger(__name__)
+
+RETRYABLE = (PathBrokenError, ServerStoppingError, ChainNotLoadedError)
+"""What another path may cure."""
+
+
+@dataclass(frozen=True, slots=True)
+class FailoverConfig:
+    """How a request goes on when a worker is lost.
+
+    Attributes:
+        max_failures: paths that may break under one request before its caller is told.
+        backoff_seconds: pause after the second break in a row, doubled for each further one.
+        path_seconds: how long a request waits for a path when there is none.
+    """
+
+    max_failures: int = 8
+    backoff_seconds: float = 0.05
+    path_seconds: float = 10.0
+
+
+class PathChooser(Protocol):
+    """Says where a request runs; see `blockserve.router.choosing`."""
+
+    def update(self, view: ClusterView) -> None:
+        """The cluster has changed."""
+        ...
+
+    async def prepare(self, chain: ChainId) -> None:
+        """Read what choosing a path for a chain takes (ManifestNotFoundError)."""
+        ...
+
+    def has_path(self, chain: ChainId) -> bool:
+        """Whether live workers hold all of the chain."""
+        ...
+
+    def choose(self, request: EngineRequest, excluded: Collection[WorkerId]) -> tuple[PathStep, ...]:
+        """The workers to execute a request, head worker first (NoPathError)."""
+        ...
+
+    def release(self, path: Sequence[PathStep], request: EngineRequest) -> None:
+        """A request that was given this path has ended, or left it."""
+        ...
+
+
+class Loader(Protocol):
+    """Has chains brought into workers' memory."""
+
+    async def load(self, chain: ChainId, *, pinned: bool | None) -> None:
+        """Return once live workers hold all of the chain (NoPathError, CapacityError)."""
+        ...
+
+    async def unload(self, chain: ChainId) -> None:
+        """Have workers let go of the chain."""
+        ...
+
+
+class ClusterEngine:
+    """Runs requests on the workers of a cluster; see `blockserve.common.engine_api.Engine`."""
+
+    def __init__(
+        self,
+        chooser: PathChooser,
+        loader: Loader,
+        credentials: Credentials,
+        failover: FailoverConfig | None = None,
+    ) -> None:
+        """Join the parts; nothing is connected yet.
+
+        Args:
+            chooser: says where requests run.
+            loader: has missing blocks loaded.
+            credentials: how the router proves itself to workers.
+            failover: how requests go on.
+        """
+        self._chooser = chooser
+        self._loader = loader
+        self._credentials = credentials
+        self._failover = failover or FailoverConfig()
+        self._view = ClusterView()
+        self._changed = asyncio.Event()
+        self._streams: dict[WorkerId, WorkerStream] = {}
+        self.num_failovers = 0
+
+    # ---- the cluster
+
+    @property
+    def view(self) -> ClusterView:
+        """The cluster as last seen."""
+        return self._view
+
+    def update(self, view: ClusterView) -> None:
+        """Take a new view: requests on workers that have gone leave them at once."""
+        gone = self._view.workers.keys() - view.workers.keys()
+        self._view = view
+        self._chooser.update(view)
+        for worker in gone:
+            self._drop(worker, "its lease has run out")
+        self._changed.set()
+
+    async def close(self) -> None:
+        """End all streams."""
+        streams = list(self._streams.values())
+        self._streams.clear()
+        await asyncio.gather(*(stream.close() for stream in streams))
+
+    def _drop(self, worker: WorkerId, reason: str) -> None:
+        stream = self._streams.pop(worker, None)
+        if stream is not None:
+            stream.fail_all(reason)
+        for other in self._streams.values():
+            other.fail_through(worker, reason)
+
+    # ---- Engine
+
+    async def load(self, chain: ChainId, *, pinned: bool | None = None) -> None:
+        """Have live workers hold a chain; see `Engine.load`."""
+        await self._chooser.prepare(chain)
+        if pinned is not None or not self._chooser.has_path(chain):
+            await self._loader.load(chain, pinned=pinned)
+            await self._wait_for_path(chain)
+
+    async def unload(self, chain: ChainId) -> None:
+        """Have workers let go of a chain."""
+        await self._loader.unload(chain)
+
+    def is_loaded(self, chain: ChainId) -> bool:
+        """Whether requests on the chain can start at once."""
+        return self._chooser.has_path(chain)
+
+    def report(self) -> EngineReport:
+        """The workers' figures, as last heard."""
+        return summarise(self._view)
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[Sequence[TokenEvent], None]:
+        """Run one request, over as many paths as it takes; see `Engine.generate`.
+
+        Raises:
+            PathBrokenError: too many paths broke.
+            NoPathError: no live workers hold all of the chain, and nobody loads it in time.
+        """
+        await self._chooser.prepare(request.chain)
+        told = list(request.output)
+        request = replace(request, arrival=request.arrival or time.time_ns())
+        excluded: set[WorkerId] = set()
+        for failures in range(self._failover.max_failures + 1):
+            path = await self._path(request, excluded)
+            attempt = replace(request, output=tuple(told), path=path, epoch=request.epoch + failures)
+            try:
+                async with aclosing(self._stream(path[0]).run(attempt)) as batches:
+                    async for events in batches:
+                        fresh = events if events[0].index == len(told) else _fresh(events, len(told))
+                        told.extend(event.token_id for event in fresh)
+                        if fresh:
+                            yield fresh
+                        if events[-1].finish is not None:
+                            return
+            except RETRYABLE as error:
+                await self._note_failure(request, failures, error, excluded)
+            finally:
+                self._chooser.release(path, request)
+
+    def _stream(self, head: PathStep) -> WorkerStream:
+        stream = self._streams.get(head.worker)
+        if stream is None or stream.is_closed:
+            stream = self._streams[head.worker] = WorkerStream(head.worker, head.address, self._credentials)
+        return stream
+
+    async def _path(self, request: EngineRequest, excluded: set[WorkerId]) -> tuple[PathStep, ...]:
+        """A path, waited for as long as the settings say; workers that failed are asked again at last."""
+        until = time.monotonic() + self._failover.path_seconds
+        while True:
+            self._check_deadline(request)
+            for without in (excluded, set()) if excluded else (excluded,):
+                with suppress(NoPathError):
+                    return self._chooser.choose(request, without)
+            if time.monotonic() >= until:
+                return self._chooser.choose(request, excluded)
+            await self._loader.load(request.chain, pinned=None)
+            await self._wait_change(until)
+
+    async def _note_failure(
+        self, request: EngineRequest, failures: int, error: BlockzooError, excluded: set[WorkerId]
+    ) -> None:
+        """Decide whether to go on: raises the error when the caller has to be told."""
+        if failures == self._failover.max_failures:
+            raise error
+        self._check_deadline(request)
+        self.num_failovers += 1
+        worker = WorkerId(str(error.metadata.get("worker", "")))
+        log.warning(
+            "request goes on elsewhere id=%s failures=%d: %s", request.request_id, failures + 1, error
+        )
+        excluded.clear()
+        if worker:
+            excluded.add(worker)
+        if failures:
+            await asyncio.sleep(self._failover.backoff_seconds * 2 ** (failures - 1))
+
+    def _check_deadline(self, request: EngineRequest) -> None:
+        if request.deadline is not None and time.monotonic() >= request.deadline:
+            raise DeadlineExceededError("the deadline passed while the request changed workers")
+
+    async def _wait_for_path(self, chain: ChainId) -> None:
+        until = time.monotonic() + self._failover.path_seconds
+        while not self._chooser.has_path(chain):
+            if time.monotonic() >= until:
+                raise NoPathError(
+                    "the workers have not announced the chain's blocks in time",
+                    hint="Try again.",
+                    chain=chain,
+                )
+            await self._wait_change(until)
+
+    async def _wait_change(self, until: float) -> None:
+        self._changed.clear()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), max(0.0, until - time.monotonic()))
+
+
+def _fresh(events: Sequence[TokenEvent], known: int) -> Sequence[TokenEvent]:
+    """Those that have not been told.
+
+    Raises:
+        EngineFailedError: one was skipped.
+    """
+    fresh = [event for event in events if event.index >= known]
+    if fresh and fresh[0].index != known:
+        raise EngineFailedError(f"token {fresh[0].index} came where {known} was expected")
+    return fresh

@@ -1,0 +1,176 @@
+"""One worker process: engine, links to other workers, a gRPC server, and its lease in the shared state."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import platform
+import secrets
+from importlib.metadata import version
+
+import grpc
+
+from blockproto.v1 import worker_pb2, worker_pb2_grpc
+from blockserve.common.cluster import ResidentSegment, WorkerId, WorkerRecord, segment_digest
+from blockserve.common.health import NOT_SERVING, HealthReporter
+from blockserve.common.listen import TokenInterceptor, bind, enable_reflection, read_token, server_options
+from blockserve.common.listen import remove_socket as remove_socket_file
+from blockserve.common.state_config import open_store
+from blockserve.common.state_store import StateStore
+from blockserve.common.status import ErrorInterceptor
+from blockserve.worker.announcer import Announcer
+from blockserve.worker.engine import BlockEngine
+from blockserve.worker.hub import WorkerHub
+from blockserve.worker.links import PeerLinks
+from blockserve.worker.servicer import WorkerServicer
+from blockserve.worker.settings import WorkerSettings
+from blockzoo.manifest import ChainId, ChainManifest
+from blockzoo.zoo import Zoo
+
+log = logging.getLogger(__name__)
+
+SERVICES = (worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name,)
+CLOSE_SECONDS = 1.0
+"""How long connections may take to close once no request is left."""
+HEALTH_SECONDS = 1.0
+STALL_SECONDS = 60.0
+"""Work that waits so long without a pass being finished hangs; far longer than a full pass on a slow CPU."""
+
+
+class WorkerServer:
+    """One worker. `start` it in the event loop that will run it, and `stop` it there.
+
+    Attributes:
+        address: where others reach it; known after `start`.
+        hub: the worker behind the server; known after `start`.
+    """
+
+    def __init__(self, settings: WorkerSettings, *, store: StateStore | None = None) -> None:
+        """Make a worker; nothing is opened yet.
+
+        Args:
+            settings: of the process.
+            store: instead of the one that the settings name.
+        """
+        self.settings = settings
+        self.address = settings.listen
+        self._store = store
+        self._health = HealthReporter(SERVICES)
+        self._is_bound = False
+        self._server: grpc.aio.Server | None = None
+        self._engine: BlockEngine | None = None
+        self._announcer: Announcer | None = None
+        self._chains: dict[ChainId, ChainManifest] = {}
+        self.hub: WorkerHub
+
+    async def start(self) -> None:
+        """Open the zoo, start the engine, take calls, and make the worker known.
+
+        Raises:
+            ConfigurationError: the address cannot be used, or a file of the settings cannot be read.
+            ZooNotFoundError: there is no zoo.
+        """
+        try:
+            await self._start()
+        except BaseException:
+            await self.stop(drain_seconds=0)
+            raise
+
+    async def _start(self) -> None:
+        settings = self.settings
+        token = read_token(settings)
+        interceptors: list[grpc.aio.ServerInterceptor] = [ErrorInterceptor()]
+        if token is not None:
+            interceptors.insert(0, TokenInterceptor(token))
+        self._server = grpc.aio.server(interceptors=interceptors, options=server_options(settings))
+        bound = bind(self._server, settings)
+        self._is_bound = True
+        self.address = settings.advertise or bound
+        zoo = await asyncio.to_thread(Zoo.open, settings.zoo)
+        record = self._record()
+        links = PeerLinks(record.id, settings.peer_credentials(), settings.window_bytes)
+        self._engine = await asyncio.to_thread(BlockEngine, zoo, settings.engine, outlet=links)
+        self._engine.start()
+        self.hub = WorkerHub(record, zoo, self._engine, links)
+        worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(self.hub), self._server)
+        self._health.add_to(self._server)
+        if settings.serves_reflection:
+            enable_reflection(self._server, SERVICES)
+        await self._health.set(NOT_SERVING)
+        await self._server.start()
+        self._store = self._store or open_store(settings.state)
+        self._announcer = Announcer(
+            self.hub,
+            self._store,
+            lambda: self._segments(zoo),
+            lease_seconds=settings.state.lease_seconds,
+            renew_seconds=settings.state.renew_seconds,
+        )
+        self.hub.on_change = self._announcer.hurry
+        await self._announcer.start()
+        self._health.watch(self._engine.report, stall_seconds=STALL_SECONDS, every=HEALTH_SECONDS)
+        log.info(
+            "ready worker=%s address=%s zoo=%s version=%s",
+            record.id,
+            self.address,
+            zoo.url,
+            version("blockzoo"),
+        )
+
+    async def stop(self, *, drain_seconds: float | None = None) -> None:
+        """Stop: no new requests, the running ones to their end or given back, then the lease.
+
+        Args:
+            drain_seconds: instead of the settings' value.
+        """
+        seconds = self.settings.drain_seconds if drain_seconds is None else drain_seconds
+        await self._health.stop()
+        if self._announcer is not None:
+            self.hub.is_draining = True
+            self._announcer.hurry()
+            given_back = await self.hub.drain(seconds)
+            log.info("drained worker=%s given_back=%d", self.hub.record().id, given_back)
+            await self._announcer.stop()
+            await self.hub.close()
+        if self._server is not None:
+            if self._is_bound and self._announcer is None:
+                # gRPC lets go of a port only when a server that was started is stopped.
+                await self._server.start()
+            await self._server.stop(CLOSE_SECONDS)
+            self.remove_own_socket()
+        if self._engine is not None:
+            await asyncio.to_thread(self._engine.stop)
+        if self._store is not None:
+            await self._store.close()
+        self._server = self._engine = self._announcer = self._store = None
+        log.info("stopped")
+
+    def remove_own_socket(self) -> None:
+        """Take away the socket file, if it is this server's."""
+        if self._is_bound:
+            remove_socket_file(self.settings.listen)
+
+    def _record(self) -> WorkerRecord:
+        engine, host = self.settings.engine, platform.node()
+        name = self.settings.name or f"{host}-{self.address.rpartition(':')[2].rpartition('/')[2]}"
+        return WorkerRecord(
+            id=WorkerId(f"{name}.{secrets.token_hex(4)}"),
+            name=name,
+            address=self.address,
+            kv_fingerprint=f"v1,page={engine.kv_page_tokens},sharing={engine.prefix_sharing}",
+            block_bytes=engine.block_bytes,
+            host=host,
+        )
+
+    def _segments(self, zoo: Zoo) -> frozenset[ResidentSegment]:
+        """What the engine holds, named by content."""
+        assert self._engine is not None
+        held: set[ResidentSegment] = set()
+        for chain in self._engine.report().chains:
+            manifest = self._chains.get(chain.chain)
+            if manifest is None:
+                manifest = self._chains[chain.chain] = zoo.chain(chain.chain)
+            if chain.run is not None:
+                digest = segment_digest(manifest.links, chain.run.first, chain.run.end)
+                held.add(ResidentSegment(digest, chain.run))
+        return frozenset(held)
