@@ -53,9 +53,8 @@ def build_app(arguments: Sequence[str]) -> typer.Typer:
     ):
         for verb in verbs:
             app.command(verb.__name__, help=reflow(verb.__doc__ or ""), rich_help_panel=panel)(verb)
-    app.add_typer(
-        _group("equivalence", equivalence_verbs.__doc__, equivalence_verbs.VERBS), rich_help_panel=ZOO_PANEL
-    )
+    equivalence = _group("equivalence", equivalence_verbs.__doc__, equivalence_verbs.VERBS)
+    app.add_typer(equivalence, rich_help_panel=ZOO_PANEL)
     return app
 
 

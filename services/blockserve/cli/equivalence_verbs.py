@@ -34,7 +34,7 @@ RecordArgument = Annotated[
     str, typer.Argument(metavar="ID", help="The record, or its first digits (at least 6).")
 ]
 ByOption = Annotated[
-    str | None, typer.Option("--by", metavar="WHO", help="Who decides. [default: the user's name]")
+    str | None, typer.Option("--by", metavar="WHO", help="Who decides. Default: your user name.")
 ]
 
 
@@ -59,7 +59,7 @@ def evaluate(
             "--window",
             metavar="N",
             help="Tokens that see each other; the text is cut into such windows. "
-            "[default: 512, or the model's context]",
+            "Default: 512, or the model's context where that is shorter.",
         ),
     ] = None,
     dtype: Annotated[
@@ -75,9 +75,9 @@ def evaluate(
     divergence of the next token's probabilities, in nats; TOP-1 how often the most likely token is the same;
     WEIGHTS the relative distance of the weights, which decides nothing.
 
-    Positions count a chain's links: 0 is the embedding, layer L is at L + 1, the head is last; END is one past
-    the last. Two whole variants are compared wherever their links differ, run by run, and where those are
-    several also all together. A record is about one direction: for the other, exchange A and B.
+    Positions count a chain's links: 0 is the embedding, layer L is at L + 1, the head is last; END is one
+    past the last. Two whole variants are compared wherever their links differ, run by run, and where those
+    are several also all together. A record is about one direction: for the other, exchange A and B.
 
     \b
     Examples:
@@ -189,7 +189,7 @@ def approve(
             "--for",
             metavar="VARIANT",
             help="Whose requests may be served so; may be repeated. Variants of the same chain only. "
-            "[default: the variant that was evaluated]",
+            "Default: the variant that was evaluated.",
         ),
     ] = None,
     force: Annotated[
@@ -207,7 +207,7 @@ def approve(
     \b
     Examples:
       blockzoo equivalence approve 3f9c21d07ab4 --max-kl 0.02 --reason "may answer under overload"
-      blockzoo equivalence approve 3f9c21d07ab4 --max-kl 0.02 --min-agreement 0.95 --reason "ticket 4711" --by ann
+      blockzoo equivalence approve 3f9c21d07ab4 --max-kl 0.02 --min-agreement 0.95 --reason tested --by ann
       blockzoo equivalence approve 3f9c21d07ab4 --max-kl 0.02 --reason "incident, until Monday" --force
     """
     from blockzoo.equivalence import Ledger
