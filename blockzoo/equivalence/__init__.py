@@ -14,7 +14,13 @@ imported when an evaluation runs.
 
 from __future__ import annotations
 
-from blockzoo.equivalence.approvals import Approvals, Substitute, Substitutes, approved_substitutes
+from blockzoo.equivalence.approvals import (
+    Approvals,
+    Substitute,
+    Substitutes,
+    approved_substitutes,
+    substituted_chain,
+)
 from blockzoo.equivalence.decide import approve, revoke
 from blockzoo.equivalence.evaluation import evaluate
 from blockzoo.equivalence.ledger import Ledger
@@ -46,4 +52,5 @@ __all__ = [
     "evaluate",
     "revoke",
     "splice",
+    "substituted_chain",
 ]

@@ -14,9 +14,17 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from blockzoo.equivalence.ledger import Ledger
-from blockzoo.equivalence.records import Action, Decision, EquivalenceRecord, Positions, RecordId
-from blockzoo.errors import BlockzooError, CorruptionError, NotFoundError
-from blockzoo.manifest import ChainId, VariantName, VariantRecord
+from blockzoo.equivalence.records import (
+    Action,
+    Decision,
+    EquivalenceRecord,
+    Positions,
+    RecordId,
+    chain_digest,
+    splice,
+)
+from blockzoo.errors import BlockzooError, CorruptionError, CorruptManifestError, NotFoundError
+from blockzoo.manifest import ChainId, ChainManifest, VariantName, VariantRecord
 from blockzoo.store import ZooStore
 
 if TYPE_CHECKING:
@@ -148,6 +156,26 @@ def approved_substitutes(zoo: Zoo, chain: ChainId) -> Substitutes:
     Who asks often keeps an `Approvals` and refreshes it, which reads what is new only.
     """
     return Approvals(zoo.store).substitutes(chain)
+
+
+def substituted_chain(
+    zoo: Zoo, chain: ChainId, positions: Positions, substitute: Substitute
+) -> ChainManifest:
+    """Return the chain that runs when a substitute is taken; it need not be stored in the zoo.
+
+    Raises:
+        CorruptManifestError: it is not the chain that was evaluated.
+        ManifestNotFoundError: a chain is gone.
+    """
+    links = zoo.chain(substitute.chain).links[slice(*substitute.positions)]
+    result = splice(zoo.chain(chain), positions, links)
+    if chain_digest(result) != substitute.result:
+        raise CorruptManifestError(
+            f"equivalence record {substitute.record} is not about the chain it names",
+            hint="Revoke it, and evaluate again.",
+            record=substitute.record,
+        )
+    return result
 
 
 class _LiveVariants:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from blockzoo.zoo import Zoo
 
 MAX_TOKENS = 4096
-"""Tokens compared unless told otherwise: about a minute on one core for a model of 135 million parameters."""
+"""Tokens compared unless told otherwise: half a minute on one core for a model of 135 million parameters."""
 
 WINDOW_TOKENS = 512
 """Tokens of a window unless told otherwise, or the model's context where that is shorter."""
@@ -74,7 +74,8 @@ def evaluate(
     for pair in pairs:
         check_compatible(zoo, pair)
     first = pairs[0]
-    window_tokens = window_tokens or min(WINDOW_TOKENS, first.chain_a.context_length)
+    if window_tokens is None:
+        window_tokens = min(WINDOW_TOKENS, first.chain_a.context_length)
     check_lengths(max_tokens, window_tokens, first.chain_a.context_length)
     tokenizer, ids = tokenise(zoo, first, text, max_tokens)
     loader = _loader(zoo, dtype, device)

@@ -25,7 +25,7 @@ from blockzoo.manifest import ChainManifest, VariantRecord
 if TYPE_CHECKING:
     from blockzoo.zoo import Zoo
 
-_RUN = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?")
+_RUN = re.compile(r"([0-9]{1,6})(?:-([0-9]{1,6}))?")
 _HINT = "Write NAME, NAME@N, NAME:POSITION, NAME:FIRST-END (END is one past the last), or a block id."
 
 

@@ -224,12 +224,10 @@ def test_blocks_by_id(zoo):
         select(zoo, "0" * 64, "base")
 
 
-@pytest.mark.parametrize(
-    "text", ["base:", "base:x", "base:1-", "base:3-3", "base:4-2", "base:-1", "base:1-2-3"]
-)
-def test_runs_that_are_spelled_wrong(zoo, text):
+@pytest.mark.parametrize("run", ["", "x", "1-", "3-3", "4-2", "-1", "1-2-3", "1" * 7, "1:2", "²"])
+def test_runs_that_are_spelled_wrong(zoo, run):
     with pytest.raises(InvalidInputError):
-        select(zoo, text, "tuned")
+        select(zoo, f"base:{run}", "tuned")
 
 
 def test_positions_outside_the_chain(zoo):
@@ -332,6 +330,7 @@ def test_a_text_that_is_too_short(zoo, text):
     "options",
     [
         {"max_tokens": 63},
+        {"window_tokens": 0},
         {"window_tokens": 1},
         {"window_tokens": 513},
         {"dtype": "int8"},

@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 from blockzoo import layout
 from blockzoo.backup import copy_zoo
 from blockzoo.canonical import canonical_json, digest_bytes, digest_json, parse_json
-from blockzoo.equivalence import Action, Approvals, Ledger, approve, approved_substitutes, revoke
+from blockzoo.equivalence import (
+    Action,
+    Approvals,
+    Ledger,
+    Positions,
+    approve,
+    approved_substitutes,
+    chain_digest,
+    revoke,
+    substituted_chain,
+)
 from blockzoo.equivalence.overview import overview, report
 from blockzoo.equivalence.record_json import record_from_json, record_to_json
 from blockzoo.errors import (
@@ -326,6 +336,17 @@ def test_the_closest_substitute_comes_first(store, ledger):
     found = substitutes(store)
     assert list(found) == [(0, 1), (1, 2)]
     assert [one.mean_kl for one in found[1, 2]] == [0.1, 0.3]
+
+
+def test_the_chain_that_runs(store, ledger):
+    """It has the digest that was promised, and a record that says otherwise is refused."""
+    record = put(store, "a", "b", at=1)
+    approve(ledger, record.id, max_kl=1.0, **WHO)
+    ((run, (found,)),) = substitutes(store).items()
+    chain = substituted_chain(Zoo(store), store.resolve("a").chain, run, found)
+    assert chain_digest(chain) == found.result == store.resolve("b").chain
+    with pytest.raises(CorruptManifestError, match="is not about the chain"):
+        substituted_chain(Zoo(store), store.resolve("c").chain, Positions(0, 1), found)
 
 
 def test_revoking_what_nobody_approved(store, ledger):

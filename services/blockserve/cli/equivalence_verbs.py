@@ -231,7 +231,7 @@ def approve(
     forced = ", forced beyond the bounds" if decision.forced else ""
     say(
         f"Approved{forced}: requests of {', '.join(decision.variants)} may run {about.substitute} "
-        f"in place of positions {about.original.positions}."
+        f"in place of {about.original}."
     )
     say(f"To end it: blockzoo equivalence revoke {short(decision.record)}")
 

@@ -146,13 +146,12 @@ class Lines:
         with self._lock:
             if not self._title:
                 return ""
-            amount = self._amount(self._done)
-            if self._total:
-                amount += f" of {self._amount(self._total)}"
+            counts = [self._done, self._total] if self._total else [self._done]
+            if self._unit == BYTES:
+                amount = " of ".join(map(format_bytes, counts))
+            else:
+                amount = f"{' of '.join(map(str, counts))} {self._unit}"
             return f"{self._title}: {amount}, {format_seconds(time.monotonic() - self._started)}"
-
-    def _amount(self, count: int) -> str:
-        return format_bytes(count) if self._unit == BYTES else f"{count} {self._unit}"
 
     def _write(self, first_after_s: float, every_s: float) -> None:
         delay = first_after_s

@@ -277,5 +277,5 @@ def test_progress_in_tokens():
     lines = Lines(first_after_s=60, unit="tokens")
     lines.start("evaluating", 4096)
     lines.advance(512)
-    assert lines.describe().startswith("evaluating: 512 tokens of 4096 tokens, ")
+    assert lines.describe().startswith("evaluating: 512 of 4096 tokens, ")
     lines.close()
