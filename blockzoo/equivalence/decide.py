@@ -167,10 +167,10 @@ def _check_bound(value: float, what: str, most: float) -> None:
 
 
 def _text(text: str, what: str) -> str:
-    text = text.strip()
-    if not 0 < len(text) <= MAX_TEXT_CHARS:
+    text = " ".join(text.split())
+    if not 0 < len(text) <= MAX_TEXT_CHARS or not text.isprintable():
         raise InvalidInputError(
-            f"{what} must be said in 1 to {MAX_TEXT_CHARS} characters",
+            f"{what} must be said in 1 to {MAX_TEXT_CHARS} printable characters",
             hint="Those who find the decision later will ask.",
         )
     return text

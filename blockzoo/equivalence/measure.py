@@ -22,6 +22,10 @@ LOGIT_ROWS = 128
 """Rows of logits compared together: 100 MB in float64 for a vocabulary of 100 000."""
 
 
+PART_ELEMENTS = 1 << 22
+"""Elements of a weight that are compared together, so that the largest needs no float64 copy of its own."""
+
+
 @dataclass(frozen=True, slots=True)
 class Divergence:
     """How two chains' outputs differ; see `EquivalenceRecord` for the fields."""
@@ -103,9 +107,15 @@ def weight_distance(
             b = a if mine == other else others[name]()
             if a.shape != b.shape:
                 return None
-            norm += float(a.double().square().sum())
-            difference += float((a.double() - b.double()).square().sum())
+            for mine_part, other_part in zip(_parts(a), _parts(b), strict=True):
+                norm += float(mine_part.double().square().sum())
+                difference += float((mine_part.double() - other_part.double()).square().sum())
     return (difference / norm) ** 0.5 if norm else None
+
+
+def _parts(tensor: Tensor) -> Sequence[Tensor]:
+    parts: tuple[Tensor, ...] = tensor.flatten().split(PART_ELEMENTS)
+    return parts
 
 
 def _weights(zoo: Zoo, loader: LinkLoader, link: Link) -> Mapping[str, Callable[[], Tensor]]:

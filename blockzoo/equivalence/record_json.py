@@ -175,8 +175,9 @@ def _optional(number: float | None) -> str | None:
 
 
 def _text(value: JsonValue, what: str) -> str:
-    if not isinstance(value, str):
-        raise _unreadable(f"{what} is not a string")
+    # Printable, because all of it is shown in terminals.
+    if not isinstance(value, str) or not value.isprintable():
+        raise _unreadable(f"{what} is not a line of text")
     return value
 
 

@@ -15,6 +15,7 @@ from blockzoo.canonical import canonical_json, digest_bytes, digest_json, parse_
 from blockzoo.equivalence import (
     Action,
     Approvals,
+    Decision,
     Ledger,
     Positions,
     approve,
@@ -23,6 +24,7 @@ from blockzoo.equivalence import (
     revoke,
     substituted_chain,
 )
+from blockzoo.equivalence.ledger import decision_body
 from blockzoo.equivalence.overview import overview, report
 from blockzoo.equivalence.record_json import record_from_json, record_to_json
 from blockzoo.errors import (
@@ -172,6 +174,7 @@ def test_a_flipped_bit_is_noticed(data):
         ("result", "not a digest"),
         ("tokenizer", 5),
         ("dtype", None),
+        ("dtype", "\x1b[2J"),
     ],
 )
 def test_a_record_by_another_program_is_checked(store, ledger, field, value):
@@ -250,6 +253,48 @@ def test_an_approval_is_directed(store, ledger):
     assert substitutes(store, "b") == {}
 
 
+def test_a_decision_of_this_version_is_read_by_every_later_one(store, ledger):
+    record = "12" * 32
+    value = {
+        "record": record,
+        "number": 7,
+        "action": "approve",
+        "variants": ["a@1", "b@2"],
+        "by": "ann",
+        "reason": "why",
+        "at": "2026-11-24T11:00:00+00:00",
+        "max_kl": "0.02",
+        "min_agreement": None,
+        "forced": True,
+    }
+    body = canonical_json({"record": value, "digest": digest_json(value)})
+    store.storage.put_if_absent(f"refs/equivalence/{record}/7", [body])
+    assert ledger.decisions(record) == [
+        Decision(record, 7, Action.APPROVE, ("a@1", "b@2"), "ann", "why", value["at"], 0.02, None, True)
+    ]
+    assert decision_body(ledger.decision(record, 7)) == body
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 2)), max_size=12))
+def test_the_last_decision_counts(steps):
+    """Against a set that does the same."""
+    store = open_memory()
+    for name, number in (("a", 2), ("b", 3), ("c", 4)):
+        register(store, name, [tensor(1), tensor(number)])
+    ledger = Ledger(store)
+    records = [put(store, *pair, at=1).id for pair in (("a", "b"), ("a", "c"), ("b", "a"))]
+    approvals, expected = Approvals(store), set()
+    for is_approval, index in steps:
+        if is_approval:
+            approve(ledger, records[index], max_kl=1.0, **WHO)
+            expected.add(records[index])
+        elif ledger.numbers_of(records[index]):
+            revoke(ledger, records[index], **WHO)
+            expected.discard(records[index])
+        approvals.refresh()
+        assert approvals.in_force() == Approvals(store).in_force() == expected
+
+
 def test_numbers_beyond_the_bounds_are_refused(store, ledger):
     record = put(store, "a", "b", kl=0.5)
     with pytest.raises(NotEquivalentError, match=r"mean KL 0.5 \(bound 0.4\)") as caught:
@@ -270,6 +315,7 @@ def test_numbers_beyond_the_bounds_are_refused(store, ledger):
         {"reason": "  "},
         {"by": ""},
         {"reason": "x" * 1001},
+        {"by": "\x1b[2J"},
         {"max_kl": -1.0},
         {"max_kl": float("nan")},
         {"max_kl": float("inf")},
