@@ -389,3 +389,10 @@ def test_without_torch_it_says_what_is_missing(zoo):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "needs torch" in done.stdout
     assert "blockzoo[worker" in done.stdout
+
+
+@pytest.mark.gpu
+def test_another_device(zoo):
+    (here,) = evaluate(zoo, "base", "tuned", TEXT)
+    (there,) = evaluate(zoo, "base", "tuned", TEXT, device="cuda")
+    assert there.mean_kl == pytest.approx(here.mean_kl, rel=1e-2)
