@@ -7,7 +7,8 @@
     zoo.register("my-lora", name="support-bot", base="smollm2")
     print(zoo.du().sharing_factor)
 
-Nothing here needs torch. `blockzoo.families.compute` does; the engine imports it.
+Nothing here needs torch but `blockzoo.families.compute`, which the engine imports, and evaluations
+(`blockzoo.equivalence`) while they run.
 """
 
 from __future__ import annotations

@@ -12,6 +12,9 @@ the other side's refs are never overwritten:
 - older ones are not brought back, because somebody removed them there;
 - a tombstone travels too, so a variant removed at the source is removed in the copy;
 - the same number with other content is a conflict, reported and left alone.
+
+Equivalence records travel with the decisions about them: all of them, or with `names`
+those about two chains of these variants.
 """
 
 from __future__ import annotations
@@ -25,9 +28,10 @@ from blockzoo import layout
 from blockzoo.blobs import TensorData
 from blockzoo.canonical import digest_bytes
 from blockzoo.closure import Walker
+from blockzoo.equivalence.copying import copy_equivalence
 from blockzoo.errors import CorruptManifestError, FormatVersionError, StorageError
 from blockzoo.leases import LeaseHolder
-from blockzoo.manifest import BlobId, VariantName, VariantRecord
+from blockzoo.manifest import BlobId, ChainId, VariantName, VariantRecord
 from blockzoo.storage.base import Chunks, Staged
 from blockzoo.store import ZooStore
 
@@ -46,7 +50,7 @@ class CopyReport:
         copied_bytes: their stored bytes.
         present: objects that were there already.
         added: versions (`name@n`) that the destination has now and had not.
-        skipped: versions that were not copied, with the reason.
+        skipped: versions and decisions that were not copied, with the reason.
     """
 
     copied: int
@@ -81,13 +85,28 @@ def copy_zoo(
         StorageError: the destination failed; StorageFullError when it has no room.
     """
     destination.check_writable()
-    plan = _plan_refs(source, destination, None if names is None else set(names), revive)
+    plan_names = None if names is None else set(names)
+    plan = _plan_refs(source, destination, plan_names, revive)
     with _lease(source, "backup (reading)") as source_lease, _lease(destination, "backup") as lease:
         _hold_source(source, source_lease, plan)
         on_plan, on_bytes = on_plan or _ignore, on_bytes or _ignore
         copied, num_bytes, present = _copy_objects(source, destination, plan, lease, on_plan, on_bytes)
         added = _copy_refs(destination, plan, lease)
-    return CopyReport(copied, num_bytes, present, tuple(added), plan.skipped)
+        known = copy_equivalence(source, destination, _chains(source, plan_names))
+    return CopyReport(
+        copied + known.copied,
+        num_bytes + known.num_bytes,
+        present + known.present,
+        tuple(added),
+        plan.skipped | known.skipped,
+    )
+
+
+def _chains(source: ZooStore, names: set[str] | None) -> set[ChainId] | None:
+    """The chains of these variants, all versions; None for all variants."""
+    if names is None:
+        return None
+    return {record.chain for name in names for record in source.versions(name)}
 
 
 def _ignore(_: int) -> None:

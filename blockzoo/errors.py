@@ -17,14 +17,18 @@
     │   │   ├── InvalidConfigError
     │   │   ├── UnsupportedFeatureError
     │   │   └── UnsupportedArchitectureError
-    │   └── AdapterError             an adapter cannot be registered
-    │       ├── AdapterBaseMismatchError
-    │       ├── UnknownTargetError
-    │       └── UnsupportedAdapterError
+    │   ├── AdapterError             an adapter cannot be registered
+    │   │   ├── AdapterBaseMismatchError
+    │   │   ├── UnknownTargetError
+    │   │   └── UnsupportedAdapterError
+    │   ├── IncompatibleBlocksError  blocks of other shapes cannot stand in for each other
+    │   ├── EvaluationError          the text or the numbers of an evaluation are of no use
+    │   └── NotEquivalentError       a record's numbers are beyond the bounds of an approval
     ├── NotFoundError
     │   ├── VariantNotFoundError
     │   ├── BlobNotFoundError
     │   ├── ManifestNotFoundError
+    │   ├── EquivalenceNotFoundError
     │   └── ZooNotFoundError
     ├── ConflictError                somebody else was faster; trying again may work
     ├── CorruptionError              stored bytes are not what their name says
@@ -33,6 +37,7 @@
     ├── StorageError                 the storage refused
     │   ├── StorageFullError
     │   └── UnsupportedStoreError
+    ├── MissingPackageError          an optional package is not installed here
     └── FormatVersionError           the zoo is newer than this program
 
 Each error carries a sentence that says what is wrong (``str(error)``), a
@@ -187,6 +192,24 @@ class UnsupportedAdapterError(AdapterError):
     reason = "UNSUPPORTED_ADAPTER"
 
 
+class IncompatibleBlocksError(InvalidInputError):
+    """Blocks cannot stand in for each other: shapes, positions, vocabulary or tokenizers differ."""
+
+    reason = "INCOMPATIBLE_BLOCKS"
+
+
+class EvaluationError(InvalidInputError):
+    """An evaluation cannot say anything: the text is too short, or the outputs are no numbers."""
+
+    reason = "EVALUATION"
+
+
+class NotEquivalentError(InvalidInputError):
+    """The numbers of an equivalence record are beyond the bounds it was to be approved under."""
+
+    reason = "NOT_EQUIVALENT"
+
+
 class NotFoundError(BlockzooError):
     """Something that was named does not exist."""
 
@@ -215,6 +238,12 @@ class ManifestNotFoundError(NotFoundError):
     """A block or chain manifest is not in the storage."""
 
     reason = "MANIFEST_NOT_FOUND"
+
+
+class EquivalenceNotFoundError(NotFoundError):
+    """No equivalence record has this id."""
+
+    reason = "EQUIVALENCE_NOT_FOUND"
 
 
 class ZooNotFoundError(NotFoundError):
@@ -263,6 +292,12 @@ class UnsupportedStoreError(StorageError):
     """The storage cannot create objects conditionally, so two writers would not be safe."""
 
     reason = "UNSUPPORTED_STORE"
+
+
+class MissingPackageError(BlockzooError):
+    """The operation needs an optional package that is not installed on this machine."""
+
+    reason = "MISSING_PACKAGE"
 
 
 class FormatVersionError(BlockzooError):

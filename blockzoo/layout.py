@@ -9,6 +9,8 @@ BLOBS = "blobs"
 BLOCKS = "blocks"
 CHAINS = "chains"
 REFS = "refs/variants"
+EQUIVALENCE = "equivalence"
+DECISIONS = "refs/equivalence"
 LEASES = "leases"
 CONDEMNED = "condemned"
 
@@ -33,17 +35,40 @@ def ref_key(name: str, version: int) -> str:
     return f"{REFS}/{name}/{version}"
 
 
+def equivalence_key(digest: str) -> str:
+    """Key of an equivalence record."""
+    return f"{EQUIVALENCE}/{digest}.json"
+
+
+def decision_key(digest: str, number: int) -> str:
+    """Key of one decision about an equivalence record."""
+    return f"{DECISIONS}/{digest}/{number}"
+
+
 def digest_of(key: str) -> str | None:
-    """Return the digest that a blob's or manifest's key names, or None for a stray object."""
+    """Return the digest that a blob's, manifest's or record's key names, or None for a stray object."""
     last = key.rpartition("/")[2].removesuffix(".json")
-    if is_digest(last) and key in (blob_key(last), block_key(last), chain_key(last)):
+    if is_digest(last) and key in (blob_key(last), block_key(last), chain_key(last), equivalence_key(last)):
         return last
     return None
+
+
+def decision_of(key: str) -> tuple[str, int] | None:
+    """Return record and number that a decision's key names, or None for a stray object."""
+    digest, _, number = key.removeprefix(f"{DECISIONS}/").rpartition("/")
+    # Nine digits: a decision above them would have no number after it.
+    if not key.startswith(DECISIONS) or not is_digest(digest) or not _is_number(number) or len(number) > 9:
+        return None
+    return digest, int(number)
 
 
 def version_of(key: str) -> tuple[str, int] | None:
     """Return name and version that a ref's key names, or None for a stray object."""
     name, _, version = key.removeprefix(f"{REFS}/").rpartition("/")
-    if "/" in name or not name or not version.isascii() or not version.isdigit() or version[0] == "0":
+    if "/" in name or not name or not _is_number(version):
         return None
     return name, int(version)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and text[0] != "0"

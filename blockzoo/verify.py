@@ -14,12 +14,24 @@ from blockzoo import layout
 from blockzoo.blobs import TensorData
 from blockzoo.canonical import canonical_json, digest_bytes, digest_json
 from blockzoo.closure import Walker, ignore_problem
+from blockzoo.equivalence.ledger import Ledger, decision_body
+from blockzoo.equivalence.records import RecordId
 from blockzoo.errors import CorruptionError, CorruptManifestError, NotFoundError
 from blockzoo.leases import LeaseHolder
 from blockzoo.manifest import BlobId, VariantRecord
 from blockzoo.manifest_json import block_from_json, chain_from_json, variant_to_json
 from blockzoo.storage.base import ObjectInfo
 from blockzoo.store import ZooStore
+
+FOLDERS = (
+    layout.REFS,
+    layout.CHAINS,
+    layout.BLOCKS,
+    layout.BLOBS,
+    layout.EQUIVALENCE,
+    layout.DECISIONS,
+)
+"""Everything that is read."""
 
 _WORKERS = 2
 _REMOTE_WORKERS = 8
@@ -33,7 +45,8 @@ class Problem:
         key: the object.
         missing: True when it is not there, False when it is damaged.
         message: what is wrong with it.
-        variants: the versions (`name@n`) that need it; none for a leftover that gc will take.
+        variants: the versions (`name@n`) that need it; none for a leftover that gc will take and for what is
+            known about equivalence.
         repaired: whether good bytes have replaced it.
     """
 
@@ -72,7 +85,7 @@ def verify(
     repair_from: ZooStore | None = None,
     on_object: Callable[[ObjectInfo], None] | None = None,
 ) -> VerifyReport:
-    """Check every blob, manifest and ref.
+    """Check every blob, manifest, ref, equivalence record and decision.
 
     Args:
         store: the zoo.
@@ -81,9 +94,9 @@ def verify(
     """
     objects: list[ObjectInfo] = []
     strays: list[str] = []
-    for folder in (layout.REFS, layout.CHAINS, layout.BLOCKS, layout.BLOBS):
+    for folder in FOLDERS:
         for info in store.storage.list(folder):
-            known = layout.digest_of(info.key) or layout.version_of(info.key)
+            known = layout.digest_of(info.key) or layout.version_of(info.key) or layout.decision_of(info.key)
             objects.append(info) if known else strays.append(info.key)
     found = {problem.key: problem for problem in _read_all(store, objects, on_object)}
     _add_missing(store, found)
@@ -122,10 +135,15 @@ def _read_all(
 def _check_object(store: ZooStore, key: str) -> None:
     """Raise CorruptionError or NotFoundError unless the object is what its key says."""
     ref = layout.version_of(key)
+    decision = layout.decision_of(key)
     digest = layout.digest_of(key)
-    if digest is None:
+    if decision is not None:
+        Ledger(store).decision(RecordId(decision[0]), decision[1])
+    elif digest is None:
         assert ref is not None, key
         store.read_ref(*ref)
+    elif key == layout.equivalence_key(digest):
+        Ledger(store).get(RecordId(digest))
     elif key == layout.blob_key(digest):
         store.blobs.read(BlobId(digest))
     elif key == layout.chain_key(digest):
@@ -148,6 +166,10 @@ def _add_missing(store: ZooStore, found: dict[str, Problem]) -> None:
                 continue
             if not record.deleted:
                 _add_missing_of(store, record, ref, found)
+    for record_id in Ledger(store).numbers():
+        key = layout.equivalence_key(record_id)
+        if key not in found and store.storage.size(key) is None:
+            found[key] = Problem(key, missing=True, message=f"{key} is missing, and was decided about")
 
 
 def _add_missing_of(store: ZooStore, record: VariantRecord, ref: str, found: dict[str, Problem]) -> None:
@@ -218,6 +240,9 @@ def _replace_object(store: ZooStore, source: ZooStore, key: str) -> bool:
 def _good_bytes(source: ZooStore, key: str) -> list[bytes | bytearray | memoryview]:
     """Return an object's verified bytes from the source; raises NotFoundError or CorruptionError."""
     digest = layout.digest_of(key)
+    decision = layout.decision_of(key)
+    if decision is not None:
+        return [decision_body(Ledger(source).decision(RecordId(decision[0]), decision[1]))]
     if digest is None:
         ref = layout.version_of(key)
         assert ref is not None, key

@@ -24,7 +24,7 @@ from blockzoo.storage import open_storage
 from blockzoo.storage.base import ObjectInfo
 from blockzoo.store import ZooStore
 from blockzoo.survey import Survey
-from blockzoo.verify import VerifyReport, verify
+from blockzoo.verify import FOLDERS, VerifyReport, verify
 
 _CACHED_MANIFESTS = 1 << 16
 """Block and chain manifests kept in memory; one takes a few kilobytes, and they never change."""
@@ -197,8 +197,7 @@ class Zoo:
         self, repair_from: str | Path | None = None, *, progress: Progress | None = None
     ) -> VerifyReport:
         """Read everything back; take good bytes from another zoo for what is damaged."""
-        folders = (layout.REFS, layout.CHAINS, layout.BLOCKS, layout.BLOBS)
-        total = sum(info.size for folder in folders for info in self.store.storage.list(folder))
+        total = sum(info.size for folder in FOLDERS for info in self.store.storage.list(folder))
         source = None if repair_from is None else Zoo.open(repair_from).store
         meter = _Meter(progress)
         with meter.task("verifying", total):

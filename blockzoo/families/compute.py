@@ -2,8 +2,8 @@
 
 One implementation serves Llama, Mistral, Qwen2 and Qwen3, because what differs
 between them (biases, query/key norm, rotary scaling, sliding window) is told by
-a block's config and tensors. This is the only module of the library that needs
-torch, and the families import it when a block is built, not before.
+a block's config and tensors. Only this module, `blockzoo.equivalence.forward` and
+`measure` need torch, and they are imported when something is computed, not before.
 
 A block sees a flat batch: the tokens of all requests below each other, of
 whatever variant. What depends on the request (its keys and values, its

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
 
-from blockserve.cli import care_verbs, change_verbs, chat, generate, inspect_verbs, serve, server_verbs
+from blockserve.cli import (
+    care_verbs,
+    change_verbs,
+    chat,
+    equivalence_verbs,
+    generate,
+    inspect_verbs,
+    serve,
+    server_verbs,
+)
 from blockserve.cli.options import JsonOption
 from blockserve.cli.output import print_json, say
 
@@ -44,7 +53,17 @@ def build_app(arguments: Sequence[str]) -> typer.Typer:
     ):
         for verb in verbs:
             app.command(verb.__name__, help=reflow(verb.__doc__ or ""), rich_help_panel=panel)(verb)
+    equivalence = _group("equivalence", equivalence_verbs.__doc__, equivalence_verbs.VERBS)
+    app.add_typer(equivalence, rich_help_panel=ZOO_PANEL)
     return app
+
+
+def _group(name: str, doc: str | None, verbs: Sequence[Callable[..., None]]) -> typer.Typer:
+    """Verbs behind a word of their own: `blockzoo NAME VERB`."""
+    group = typer.Typer(name=name, help=reflow(doc or ""), no_args_is_help=True, rich_markup_mode="rich")
+    for verb in verbs:
+        group.command(verb.__name__.strip("_"), help=reflow(verb.__doc__ or ""))(verb)
+    return group
 
 
 def _is_about_serve(arguments: Sequence[str]) -> bool:

@@ -17,6 +17,7 @@ from blockserve.cli.output import format_bytes, format_seconds
 if TYPE_CHECKING:
     from blockzoo.progress import Progress
 
+BYTES = "bytes"
 BAR_AFTER_S = 0.8
 LINE_AFTER_S = 2.0
 LINE_EVERY_S = 10.0
@@ -33,18 +34,19 @@ class _Shown(Protocol):
 
 
 @contextmanager
-def progress(*, quiet: bool = False) -> Iterator[Progress]:
+def progress(*, quiet: bool = False, unit: str = BYTES) -> Iterator[Progress]:
     """A reporter for one operation; what it drew is gone at the end, however the operation ends.
 
     Args:
         quiet: report nothing.
+        unit: what the operation counts, when it is not bytes.
     """
     if quiet:
         from blockzoo.progress import NoProgress
 
         yield NoProgress()
         return
-    shown: _Shown = Bars() if sys.stderr.isatty() else Lines()
+    shown: _Shown = Bars(unit) if sys.stderr.isatty() else Lines(unit=unit)
     try:
         yield shown
     finally:
@@ -54,17 +56,22 @@ def progress(*, quiet: bool = False) -> Iterator[Progress]:
 class Bars:
     """A moving bar for the task at hand."""
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str = BYTES) -> None:
         """Prepare the bar; it appears when the operation has taken a while."""
         from rich import progress as rich_progress
 
         from blockserve.cli.output import stderr
 
-        self._bars = rich_progress.Progress(
-            rich_progress.TextColumn("{task.description}"),
-            rich_progress.BarColumn(bar_width=30),
+        counted: list[rich_progress.ProgressColumn] = [
             rich_progress.DownloadColumn(),
             rich_progress.TransferSpeedColumn(),
+        ]
+        if unit != BYTES:
+            counted = [rich_progress.MofNCompleteColumn(), rich_progress.TextColumn(unit)]
+        self._bars = rich_progress.Progress(
+            rich_progress.TextColumn("{task.description}", markup=False),
+            rich_progress.BarColumn(bar_width=30),
+            *counted,
             rich_progress.TimeRemainingColumn(compact=True),
             console=stderr(),
             transient=True,
@@ -100,8 +107,11 @@ class Bars:
 class Lines:
     """A line every few seconds, for logs."""
 
-    def __init__(self, *, first_after_s: float = LINE_AFTER_S, every_s: float = LINE_EVERY_S) -> None:
+    def __init__(
+        self, *, first_after_s: float = LINE_AFTER_S, every_s: float = LINE_EVERY_S, unit: str = BYTES
+    ) -> None:
         """Start the thread that writes."""
+        self._unit = unit
         self._lock = threading.Lock()
         self._title = ""
         self._total = self._done = 0
@@ -136,9 +146,11 @@ class Lines:
         with self._lock:
             if not self._title:
                 return ""
-            amount = format_bytes(self._done)
-            if self._total:
-                amount += f" of {format_bytes(self._total)}"
+            counts = [self._done, self._total] if self._total else [self._done]
+            if self._unit == BYTES:
+                amount = " of ".join(map(format_bytes, counts))
+            else:
+                amount = f"{' of '.join(map(str, counts))} {self._unit}"
             return f"{self._title}: {amount}, {format_seconds(time.monotonic() - self._started)}"
 
     def _write(self, first_after_s: float, every_s: float) -> None:

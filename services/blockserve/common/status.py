@@ -56,6 +56,9 @@ STATUS: Mapping[type[BlockzooError], grpc.StatusCode] = {
     zoo_errors.AdapterBaseMismatchError: _Code.INVALID_ARGUMENT,
     zoo_errors.UnknownTargetError: _Code.INVALID_ARGUMENT,
     zoo_errors.UnsupportedAdapterError: _Code.INVALID_ARGUMENT,
+    zoo_errors.IncompatibleBlocksError: _Code.INVALID_ARGUMENT,
+    zoo_errors.EvaluationError: _Code.INVALID_ARGUMENT,
+    zoo_errors.NotEquivalentError: _Code.FAILED_PRECONDITION,
     serve_errors.PromptError: _Code.INVALID_ARGUMENT,
     serve_errors.EmptyPromptError: _Code.INVALID_ARGUMENT,
     serve_errors.PromptTooLongError: _Code.INVALID_ARGUMENT,
@@ -70,6 +73,7 @@ STATUS: Mapping[type[BlockzooError], grpc.StatusCode] = {
     # What was named is not there.
     zoo_errors.NotFoundError: _Code.NOT_FOUND,
     zoo_errors.VariantNotFoundError: _Code.NOT_FOUND,
+    zoo_errors.EquivalenceNotFoundError: _Code.NOT_FOUND,
     zoo_errors.ZooNotFoundError: _Code.NOT_FOUND,
     serve_errors.PushNotFoundError: _Code.NOT_FOUND,
     # A manifest names them, so their absence is damage, not a wrong name.
@@ -95,6 +99,7 @@ STATUS: Mapping[type[BlockzooError], grpc.StatusCode] = {
     zoo_errors.StorageFullError: _Code.RESOURCE_EXHAUSTED,
     zoo_errors.UnsupportedStoreError: _Code.FAILED_PRECONDITION,
     zoo_errors.FormatVersionError: _Code.FAILED_PRECONDITION,
+    zoo_errors.MissingPackageError: _Code.FAILED_PRECONDITION,
     serve_errors.ChainNotLoadedError: _Code.FAILED_PRECONDITION,
     serve_errors.EngineFailedError: _Code.INTERNAL,
     serve_errors.PathBrokenError: _Code.UNAVAILABLE,

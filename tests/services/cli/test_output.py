@@ -105,6 +105,19 @@ def test_a_terminal_gets_a_bar_that_goes_away(monkeypatch):
     assert stream.getvalue().count("\x1b[?25l") == stream.getvalue().count("\x1b[?25h")
 
 
+def test_a_bar_counts_in_the_unit_it_is_told(monkeypatch):
+    stream = Recorder(wanted=1, terminal=True, sign="tokens")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(progress.sys, "stderr", stream)
+    monkeypatch.setattr(progress, "BAR_AFTER_S", 0.0)
+    with progress.progress(unit="tokens") as reporter:
+        reporter.start("evaluating a[b]:2", 4096)
+        assert stream.reached.wait(60)
+    assert "evaluating a[b]:2" in stream.getvalue()
+    assert "0/4096" in stream.getvalue()
+    assert "bytes" not in stream.getvalue()
+
+
 def test_quiet_reports_nothing():
     with progress.progress(quiet=True) as reporter:
         reporter.start("x", 1)

@@ -1,0 +1,351 @@
+"""Blocks that may stand in for each other: measure, list, approve, revoke.
+
+When a block is not at hand or overloaded, a cluster may let an approved equivalent answer, for variants
+and callers that both allow it. What counts is how far the outputs move on text of your own, never how alike
+the weights are. Nothing is approved by itself.
+
+\b
+Examples:
+  blockzoo equivalence evaluate support-bot base --text held-out.txt
+  blockzoo equivalence list
+  blockzoo equivalence approve 3f9c21d07ab4 --max-kl 0.02 --reason "may answer under overload"
+"""
+
+from __future__ import annotations
+
+import getpass
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from blockserve.cli.options import DEFAULT_ZOO, JsonOption, ZooOption, open_zoo
+from blockserve.cli.output import add_row, make_table, note, print_json, say, short, stdout
+from blockserve.cli.progress import progress
+
+if TYPE_CHECKING:
+    from blockzoo.equivalence import Decision, EquivalenceRecord
+    from blockzoo.equivalence.overview import EquivalenceReport
+
+_WHAT = "NAME, NAME@N, NAME:POSITION, NAME:FIRST-END or a block id."
+
+RecordArgument = Annotated[
+    str, typer.Argument(metavar="ID", help="The record, or its first digits (at least 6).")
+]
+ByOption = Annotated[
+    str | None, typer.Option("--by", metavar="WHO", help="Who decides. Default: your user name.")
+]
+
+
+def evaluate(
+    a: Annotated[str, typer.Argument(metavar="A", help=f"What is to be replaced: {_WHAT}")],
+    b: Annotated[str, typer.Argument(metavar="B", help=f"What stands in for it: {_WHAT}")],
+    text: Annotated[
+        Path,
+        typer.Option(
+            "--text",
+            metavar="FILE",
+            help="Held-out text in UTF-8, - for standard input: neither model was trained on it, and your "
+            "callers send the like. There is no default, because no text of ours is like yours.",
+        ),
+    ],
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", metavar="N", help="Compare the first N tokens of the text.")
+    ] = 4096,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            "--window",
+            metavar="N",
+            help="Tokens that see each other; the text is cut into such windows. "
+            "Default: 512, or the model's context where that is shorter.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="TYPE", help="Compute in float32, bfloat16 or float16.")
+    ] = "float32",
+    device: Annotated[str, typer.Option("--device", metavar="DEVICE", help="cpu, cuda or cuda:1.")] = "cpu",
+    zoo: ZooOption = DEFAULT_ZOO,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure what A's outputs become with B in A's place, and record it.
+
+    A's chain runs as it is and with B's links in place of its own. KL is the mean over all positions of the
+    divergence of the next token's probabilities, in nats; TOP-1 how often the most likely token is the same;
+    WEIGHTS the relative distance of the weights, which decides nothing.
+
+    Positions count a chain's links: 0 is the embedding, layer L is at L + 1, the head is last; END is one
+    past the last. Two whole variants are compared wherever their links differ, run by run, and where those
+    are several also all together. A record is about one direction: for the other, exchange A and B.
+
+    \b
+    Examples:
+      blockzoo equivalence evaluate support-bot base --text held-out.txt
+      blockzoo equivalence evaluate support-bot:20-28 base --text held-out.txt
+      blockzoo equivalence evaluate legal@2:5 legal@1:5 --text held-out.txt --max-tokens 20000
+      cat *.txt | blockzoo equivalence evaluate a b --text - --json | jq '.records[].mean_kl'
+    """
+    from blockzoo.equivalence import evaluate as measure
+    from blockzoo.equivalence.tokens import MAX_TEXT_BYTES, decode_text
+
+    place = open_zoo(zoo)
+    if str(text) == "-":
+        data = sys.stdin.buffer.read(MAX_TEXT_BYTES + 1)
+    else:
+        with text.open("rb") as file:
+            data = file.read(MAX_TEXT_BYTES + 1)
+    options: dict[str, Any] = {"max_tokens": max_tokens, "window_tokens": window}
+    with progress(unit="tokens") as reporter:
+        records = measure(
+            place, a, b, decode_text(data), dtype=dtype, device=device, progress=reporter, **options
+        )
+    if as_json:
+        from blockzoo.equivalence import Ledger
+        from blockzoo.equivalence.overview import report
+
+        ledger = Ledger(place.store)
+        print_json({"records": [_as_json(report(ledger, record.id)) for record in records]})
+        return
+    table = _table()
+    for record in records:
+        _add_record(table, record)
+    stdout().print(table)
+    used = records[0]
+    say(f"{used.num_tokens} tokens in windows of {used.window_tokens}, {used.dtype}.")
+    best = records[-1].id
+    say(f"To approve: blockzoo equivalence approve {short(best)} --max-kl BOUND --reason WHY")
+
+
+def list_(
+    approved: Annotated[bool, typer.Option("--approved", help="Only what may stand in right now.")] = False,
+    zoo: ZooOption = DEFAULT_ZOO,
+    as_json: JsonOption = False,
+) -> None:
+    """List what was measured, and what is approved, newest first.
+
+    An approval is in force only while a variant it names runs A's chain and a registered variant runs B's.
+
+    \b
+    Examples:
+      blockzoo equivalence list
+      blockzoo equivalence list --approved
+      blockzoo equivalence list --json | jq '.records[] | select(.in_force) | .id'
+    """
+    from blockzoo.equivalence import Ledger
+    from blockzoo.equivalence.overview import overview
+
+    found = overview(Ledger(open_zoo(zoo).store))
+    reports = [report for report in found.records if report.in_force or not approved]
+    if as_json:
+        print_json({"records": [_as_json(report) for report in reports], "unreadable": found.unreadable})
+        return
+    if reports:
+        table = _table("STATE", "DATE")
+        for report in reports:
+            _add_record(table, report.record, _state(report), report.record.created_at[:10])
+        stdout().print(table)
+    elif approved:
+        say("Nothing is approved. `blockzoo equivalence list` shows what was measured.")
+    else:
+        say("Nothing was measured yet: blockzoo equivalence evaluate A B --text FILE")
+    for record, problem in found.unreadable.items():
+        note(f"{short(record)} cannot be read and counts as not approved: {problem}")
+
+
+def show(record: RecordArgument, zoo: ZooOption = DEFAULT_ZOO, as_json: JsonOption = False) -> None:
+    """Show one record: what was compared, the numbers, and every decision about it.
+
+    \b
+    Examples:
+      blockzoo equivalence show 3f9c21d07ab4
+      blockzoo equivalence show 3f9c21d07ab4 --json | jq .decisions
+    """
+    from blockzoo.equivalence import Ledger
+    from blockzoo.equivalence.overview import report
+
+    ledger = Ledger(open_zoo(zoo).store)
+    found = report(ledger, ledger.find(record))
+    if as_json:
+        print_json(_as_json(found))
+    else:
+        _print_report(found)
+
+
+def approve(
+    record: RecordArgument,
+    max_kl: Annotated[
+        float,
+        typer.Option("--max-kl", metavar="NATS", help="The largest mean KL that you allow; more is refused."),
+    ],
+    reason: Annotated[str, typer.Option("--reason", metavar="WHY", help="Why; kept with the decision.")],
+    min_agreement: Annotated[
+        float | None,
+        typer.Option("--min-agreement", metavar="SHARE", help="The smallest top-1 agreement, 0 to 1."),
+    ] = None,
+    variants: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--for",
+            metavar="VARIANT",
+            help="Whose requests may be served so; may be repeated. Variants of the same chain only. "
+            "Default: the variant that was evaluated.",
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Approve although the numbers are beyond the bounds.")
+    ] = False,
+    by: ByOption = None,
+    zoo: ZooOption = DEFAULT_ZOO,
+    as_json: JsonOption = False,
+) -> None:
+    """Allow B to stand in for A, as measured by one record.
+
+    It is about these versions, this direction, and nothing else; a caller has to allow it too. The bounds are
+    kept with the decision, and so is that it was forced.
+
+    \b
+    Examples:
+      blockzoo equivalence approve 3f9c21d07ab4 --max-kl 0.02 --reason "may answer under overload"
+      blockzoo equivalence approve 3f9c21d07ab4 --max-kl 0.02 --min-agreement 0.95 --reason tested --by ann
+      blockzoo equivalence approve 3f9c21d07ab4 --max-kl 0.02 --reason "incident, until Monday" --force
+    """
+    from blockzoo.equivalence import Ledger
+    from blockzoo.equivalence import approve as decide
+
+    ledger = Ledger(open_zoo(zoo).store)
+    decision = decide(
+        ledger,
+        ledger.find(record),
+        by=_who(by),
+        reason=reason,
+        max_kl=max_kl,
+        min_agreement=min_agreement,
+        variants=variants or (),
+        force=force,
+    )
+    if as_json:
+        print_json(_decision_json(decision))
+        return
+    about = ledger.get(decision.record)
+    forced = ", forced beyond the bounds" if decision.forced else ""
+    say(
+        f"Approved{forced}: requests of {', '.join(decision.variants)} may run {about.substitute} "
+        f"in place of {about.original}."
+    )
+    say(f"To end it: blockzoo equivalence revoke {short(decision.record)}")
+
+
+def revoke(
+    record: RecordArgument,
+    reason: Annotated[
+        str, typer.Option("--reason", metavar="WHY", help="Why; kept with the decision.")
+    ] = "not said",
+    by: ByOption = None,
+    zoo: ZooOption = DEFAULT_ZOO,
+    as_json: JsonOption = False,
+) -> None:
+    """End an approval at once.
+
+    Works whatever state the record is in. The record stays, and may be approved again.
+
+    \b
+    Examples:
+      blockzoo equivalence revoke 3f9c21d07ab4
+      blockzoo equivalence revoke 3f9c21d07ab4 --reason "complaints about tone"
+    """
+    from blockzoo.equivalence import Ledger
+    from blockzoo.equivalence import revoke as decide
+
+    ledger = Ledger(open_zoo(zoo).store)
+    decision = decide(ledger, ledger.find(record), by=_who(by), reason=reason)
+    if as_json:
+        print_json(_decision_json(decision))
+    else:
+        say(f"Revoked {short(decision.record)} at {decision.at} by {decision.by}.")
+
+
+VERBS = (evaluate, list_, show, approve, revoke)
+
+
+def _who(by: str | None) -> str:
+    if by is not None:
+        return by
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        raise typer.BadParameter("The user has no name here: say who decides.", param_hint="--by") from None
+
+
+def _table(*more: str) -> Any:
+    numeric = ("KL", "WORST", "TOP-1", "WEIGHTS", "TOKENS")
+    return make_table("ID", "A", "B IN ITS PLACE", *numeric, *more, numeric=numeric)
+
+
+def _add_record(table: Any, record: EquivalenceRecord, *more: object) -> None:
+    add_row(
+        table,
+        short(record.id),
+        record.original,
+        record.substitute,
+        f"{record.mean_kl:.3g}",
+        f"{record.worst_kl:.3g}",
+        f"{record.top1_agreement:.1%}",
+        "-" if record.weight_distance is None else f"{record.weight_distance:.2g}",
+        record.num_tokens,
+        *more,
+    )
+
+
+def _state(report: EquivalenceReport) -> str:
+    if report.state == "approved" and not report.in_force:
+        return "approved, variant gone"
+    return report.state
+
+
+def _print_report(report: EquivalenceReport) -> None:
+    record = report.record
+    say(f"{record.id}, {_state(report)}")
+    distance = "-" if record.weight_distance is None else f"{record.weight_distance:.4g}"
+    facts = {
+        "A": f"{record.original}, chain {record.original.chain}",
+        "B in its place": f"{record.substitute}, chain {record.substitute.chain}",
+        "chain that runs": record.result,
+        "mean KL": f"{record.mean_kl:.4g} nats, at most {record.worst_kl:.4g} at a position",
+        "top-1 agreement": f"{record.top1_agreement:.2%}",
+        "weights": f"relative distance {distance} (decides nothing)",
+        "text": f"{record.num_tokens} tokens of {record.text_bytes} bytes, BLAKE3 {record.text_digest}",
+        "computed": f"{record.created_at}, windows of {record.window_tokens} tokens, {record.dtype}, "
+        f"blockzoo {record.blockzoo_version}",
+    }
+    width = max(map(len, facts))
+    for key, value in facts.items():
+        say(f"  {key:<{width}}  {value}")
+    if report.decisions:
+        say("")
+        table = make_table("NO", "DECISION", "FOR", "BOUND", "BY", "AT", "REASON", numeric=("NO",))
+        for one in report.decisions:
+            what = f"{one.action} (forced)" if one.forced else one.action
+            cells = (", ".join(one.variants) or "-", _bound(one), one.by, one.at, one.reason)
+            add_row(table, one.number, what, *cells)
+        stdout().print(table)
+
+
+def _bound(decision: Decision) -> str:
+    if decision.max_kl is None:
+        return "-"
+    agreement = "" if decision.min_agreement is None else f", top-1 >= {decision.min_agreement:.1%}"
+    return f"KL <= {decision.max_kl:g}{agreement}"
+
+
+def _as_json(report: EquivalenceReport) -> dict[str, Any]:
+    value = report.to_json()
+    record = value.pop("record")
+    return {"id": record.pop("id"), **record, **value}
+
+
+def _decision_json(decision: Decision) -> dict[str, Any]:
+    from blockzoo.equivalence.record_json import decision_to_json
+
+    value: dict[str, Any] = dict(decision_to_json(decision))
+    return {**value, "max_kl": decision.max_kl, "min_agreement": decision.min_agreement}
