@@ -249,7 +249,8 @@ class ClusterEngine:
     async def _wait_change(self, until: float) -> None:
         self._changed.clear()
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), max(0.0, until - time.monotonic()))
+            async with asyncio.timeout(max(0.0, until - time.monotonic())):
+                await self._changed.wait()
 
 
 def _fresh(events: Sequence[TokenEvent], known: int) -> Sequence[TokenEvent]:

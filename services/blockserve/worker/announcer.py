@@ -85,7 +85,8 @@ class Announcer:
     async def _keep(self) -> None:
         while True:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), self._renew_seconds)
+                async with asyncio.timeout(self._renew_seconds):
+                    await self._wake.wait()
             self._wake.clear()
             await self._tell()
 
