@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
 from blockserve.common.channel import Credentials
@@ -28,29 +28,17 @@ from blockserve.common.errors import (
     ServerStoppingError,
 )
 from blockserve.router.cluster_report import summarise
-from blockserve.router.worker_stream import WorkerStream
+from blockserve.router.settings import FailoverConfig
+from blockserve.router.worker_stream import WorkerStream, answers
 from blockzoo.errors import BlockzooError
 from blockzoo.manifest import ChainId
 
 log = logging.getLogger(__name__)
 
+CHECK_SECONDS = 0.3
+"""How long a worker without a lease may take to say that it lives."""
 RETRYABLE = (PathBrokenError, ServerStoppingError, ChainNotLoadedError)
 """What another path may cure."""
-
-
-@dataclass(frozen=True, slots=True)
-class FailoverConfig:
-    """How a request goes on when a worker is lost.
-
-    Attributes:
-        max_failures: paths that may break under one request before its caller is told.
-        backoff_seconds: pause after the second break in a row, doubled for each further one.
-        path_seconds: how long a request waits for a path when there is none.
-    """
-
-    max_failures: int = 8
-    backoff_seconds: float = 0.05
-    path_seconds: float = 10.0
 
 
 class PathChooser(Protocol):
@@ -114,6 +102,7 @@ class ClusterEngine:
         self._view = ClusterView()
         self._changed = asyncio.Event()
         self._streams: dict[WorkerId, WorkerStream] = {}
+        self._checks: dict[WorkerId, asyncio.Task[None]] = {}
         self.num_failovers = 0
 
     # ---- the cluster
@@ -124,16 +113,33 @@ class ClusterEngine:
         return self._view
 
     def update(self, view: ClusterView) -> None:
-        """Take a new view: requests on workers that have gone leave them at once."""
-        gone = self._view.workers.keys() - view.workers.keys()
+        """Take a new view. Workers that it lacks and requests run on are asked whether they live.
+
+        A lease that has run out means a lost worker, or that the shared state was lost and the workers have
+        not announced themselves again.
+        """
+        gone = {name: known for name, known in self._view.workers.items() if name not in view.workers}
         self._view = view
         self._chooser.update(view)
-        for worker in gone:
-            self._drop(worker, "its lease has run out")
+        in_use = {step.worker for stream in self._streams.values() for step in stream.steps()}
+        for name in in_use & gone.keys() - self._checks.keys():
+            address = gone[name].record.address
+            self._checks[name] = task = asyncio.create_task(self._check(name, address))
+            task.add_done_callback(lambda _, name=name: self._checks.pop(name, None))  # type: ignore[misc]
         self._changed.set()
+
+    async def _check(self, worker: WorkerId, address: str) -> None:
+        """Have requests leave a worker that has no lease as soon as it does not answer either."""
+        while worker not in self._view.workers:
+            if not await answers(worker, address, self._credentials, CHECK_SECONDS):
+                self._drop(worker, "its lease has run out")
+                return
+            await asyncio.sleep(CHECK_SECONDS)
 
     async def close(self) -> None:
         """End all streams."""
+        for check in list(self._checks.values()):
+            check.cancel()
         streams = list(self._streams.values())
         self._streams.clear()
         await asyncio.gather(*(stream.close() for stream in streams))

@@ -14,7 +14,7 @@ import grpc
 
 from blockproto.v1 import worker_pb2, worker_pb2_grpc
 from blockserve.common.channel import Credentials, open_channel
-from blockserve.common.cluster import WorkerId
+from blockserve.common.cluster import PathStep, WorkerId
 from blockserve.common.engine_api import EngineRequest, TokenEvent
 from blockserve.common.engine_convert import error_from_message, request_to_message, token_from_message
 from blockserve.common.errors import PathBrokenError
@@ -61,6 +61,10 @@ class WorkerStream:
     def num_requests(self) -> int:
         """Requests that have not ended."""
         return len(self._running)
+
+    def steps(self) -> set[PathStep]:
+        """Every step of the paths of its requests."""
+        return {step for running in self._running.values() for step in running.request.path}
 
     async def run(self, request: EngineRequest) -> AsyncGenerator[Sequence[TokenEvent], None]:
         """Run one request; closing the iterator cancels it.
@@ -162,3 +166,15 @@ class WorkerStream:
         if tokens[-1].finish is not None:
             del self._running[progress.number]
         running.put(tokens)
+
+
+async def answers(worker: WorkerId, address: str, credentials: Credentials, seconds: float) -> bool:
+    """Whether this life of a worker can be reached now."""
+    async with open_channel(address, credentials) as channel:
+        try:
+            described = await worker_pb2_grpc.WorkerServiceStub(channel).Describe(
+                worker_pb2.DescribeRequest(), timeout=seconds, metadata=credentials.metadata()
+            )
+        except grpc.aio.AioRpcError:
+            return False
+    return bool(described.worker_id == worker)

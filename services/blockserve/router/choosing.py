@@ -1,0 +1,88 @@
+"""Choosing paths from the zoo's manifests and the last view of the cluster; see `blockserve.router.paths`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Sequence
+
+from blockserve.common.cluster import ClusterView, PathStep, WorkerId
+from blockserve.common.engine_api import EngineRequest
+from blockserve.common.errors import NoPathError
+from blockserve.router.locality import PrefixLocality
+from blockserve.router.path_costs import CostModel, RequestSize
+from blockserve.router.path_index import PathIndex
+from blockserve.router.paths import Path, assemble
+from blockserve.router.resolve import ZooReader
+from blockzoo.manifest import ChainId, Link
+
+EXPECTED_OUTPUT_TOKENS = 256
+"""Most output tokens to reckon with: few answers are as long as they may be."""
+_NO_PROMPT = RequestSize(prompt_tokens=1, output_tokens=1)
+
+
+class ZooPathChooser:
+    """See `blockserve.router.cluster.PathChooser`. One event loop."""
+
+    def __init__(self, zoo: ZooReader, model: CostModel | None = None) -> None:
+        """Begin without a view of the cluster.
+
+        Args:
+            zoo: where chains are looked up.
+            model: weights of the estimates.
+        """
+        self._zoo = zoo
+        self._view = ClusterView()
+        self._index = PathIndex(self._view, model)
+        self._locality = PrefixLocality()
+        self._links: dict[ChainId, tuple[Link, ...]] = {}
+
+    def update(self, view: ClusterView) -> None:
+        """The cluster has changed."""
+        self._view = view
+        self._index.update(view)
+
+    async def prepare(self, chain: ChainId) -> None:
+        """Read a chain's links once."""
+        if chain not in self._links:
+            self._links[chain] = (await asyncio.to_thread(self._zoo.chain, chain)).links
+
+    def has_path(self, chain: ChainId) -> bool:
+        """Whether live workers hold all of the chain."""
+        links = self._links.get(chain)
+        if links is None:
+            return False
+        try:
+            assemble(self._index, chain, links, _NO_PROMPT)
+        except NoPathError:
+            return False
+        return True
+
+    def choose(self, request: EngineRequest, excluded: Collection[WorkerId]) -> tuple[PathStep, ...]:
+        """The workers to execute a request, head worker first (NoPathError)."""
+        size = self._size(request)
+        links = self._links[request.chain]
+        path = assemble(self._index, request.chain, links, size, frozenset(excluded))
+        for span in path.spans:
+            self._index.assigned.add(span.worker, span.run, size)
+        steps = self._steps(path)
+        self._locality.note(request, steps)
+        return steps
+
+    def release(self, path: Sequence[PathStep], request: EngineRequest) -> None:
+        """A request that was given this path has ended, or left it."""
+        size = RequestSize(len(request.prompt), 0)
+        for step in path:
+            self._index.assigned.remove(step.worker, step.run, size)
+
+    def _size(self, request: EngineRequest) -> RequestSize:
+        return RequestSize(
+            prompt_tokens=len(request.prompt) + len(request.output),
+            output_tokens=min(request.max_tokens, EXPECTED_OUTPUT_TOKENS),
+            cached_tokens=self._locality.cached_tokens(request),
+        )
+
+    def _steps(self, path: Path) -> tuple[PathStep, ...]:
+        workers = self._view.workers
+        return tuple(
+            PathStep(span.worker, workers[span.worker].record.address, span.run) for span in path.spans
+        )

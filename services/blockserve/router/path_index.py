@@ -1,0 +1,166 @@
+"""What path assembly looks up, prepared once per view of the cluster so that a request costs little.
+
+Candidates of a chain are kept until what is held where, or who is ready, changes; a new load report only
+renews the costs. Digests of a chain's runs are kept for good (up to `most_chains` chains).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from blockserve.common.cluster import (
+    WIRE_VERSION,
+    ClusterView,
+    Run,
+    SegmentDigest,
+    WorkerId,
+    WorkerState,
+    WorkerView,
+    segment_digest,
+)
+from blockserve.router.path_costs import CostModel, Floats, RequestSize, hop_latency, worker_costs
+from blockzoo.manifest import ChainId, Link
+
+
+class Assigned:
+    """What this router has sent to workers since each last reported another load."""
+
+    def __init__(self) -> None:
+        self.requests: dict[WorkerId, int] = {}
+        self.link_tokens: dict[WorkerId, int] = {}
+
+    def add(self, worker: WorkerId, run: Run, size: RequestSize) -> None:
+        """Count a request in."""
+        self.requests[worker] = self.requests.get(worker, 0) + 1
+        tokens = max(size.prompt_tokens - size.cached_tokens.get(worker, 0), 0) * len(run)
+        self.link_tokens[worker] = self.link_tokens.get(worker, 0) + tokens
+
+    def remove(self, worker: WorkerId, run: Run, size: RequestSize) -> None:
+        """A request has ended; nothing happens when a report has replaced it already."""
+        if worker in self.requests:
+            self.requests[worker] -= 1
+            tokens = max(size.prompt_tokens - size.cached_tokens.get(worker, 0), 0) * len(run)
+            self.link_tokens[worker] = max(self.link_tokens[worker] - tokens, 0)
+            if not self.requests[worker]:
+                self.forget(worker)
+
+    def forget(self, worker: WorkerId) -> None:
+        """The worker's own report counts them now, or the worker is gone."""
+        self.requests.pop(worker, None)
+        self.link_tokens.pop(worker, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """Who can run which part of a chain.
+
+    Attributes:
+        workers: numbers of workers in the index, ascending, [workers].
+        borders: where a path may change workers, from 0 to the chain's length, [intervals + 1].
+        held: whether a worker holds all links between two borders, [intervals, workers].
+        liking: how far down a worker is among those that the base block at the interval's start would choose,
+            in [0, 1), [intervals, workers].
+    """
+
+    workers: npt.NDArray[np.int64]
+    borders: tuple[int, ...]
+    held: npt.NDArray[np.bool_]
+    liking: Floats
+
+
+class PathIndex:
+    """A view of the cluster, prepared for `blockserve.router.paths.assemble`."""
+
+    def __init__(
+        self, view: ClusterView, model: CostModel | None = None, *, most_chains: int = 10_000
+    ) -> None:
+        self.model = model or CostModel()
+        self.assigned = Assigned()
+        self._most_chains = most_chains
+        self._digests: OrderedDict[ChainId, dict[Run, SegmentDigest]] = OrderedDict()
+        self._candidates: dict[ChainId, Candidates] = {}
+        self._views: dict[WorkerId, WorkerView] = {}
+        self._take_residency()
+        self.update(view)
+
+    def update(self, view: ClusterView) -> None:
+        """Take a newer view."""
+        ready = {name: view.workers[name] for name in sorted(view.workers) if _usable(view.workers[name])}
+        before, self._views = self._views, ready
+        for worker in before.keys() | set(self.assigned.requests):
+            if worker not in ready or worker not in before or ready[worker].load != before[worker].load:
+                self.assigned.forget(worker)
+        if before.keys() != ready.keys() or any(
+            ready[worker].segments != before[worker].segments for worker in ready
+        ):
+            self._take_residency()
+        views = list(ready.values())
+        self.costs = worker_costs(views, self._positions, self.model)
+        self.latency, self.row = hop_latency(views, self.model) if views else (np.zeros((0, 0)),) * 2
+
+    def _take_residency(self) -> None:
+        self._candidates.clear()
+        self.ids = list(self._views)
+        self._positions: list[int] = []
+        self._holders: dict[SegmentDigest, list[int]] = {}
+        runs: set[Run] = set()
+        for number, view in enumerate(self._views.values()):
+            for segment in view.segments:
+                self._holders.setdefault(segment.digest, []).append(number)
+            mine = {segment.run for segment in view.segments}
+            runs |= mine
+            self._positions.append(len({place for run in mine for place in range(run.first, run.end)}))
+        self._runs = sorted(runs)
+        self._salts = np.array([_hash(worker) for worker in self.ids], dtype=np.uint64)
+
+    def candidates(self, chain: ChainId, links: Sequence[Link]) -> Candidates:
+        """Who can run what of a chain."""
+        found = self._candidates.get(chain)
+        if found is None:
+            found = self._candidates[chain] = self._find(chain, links)
+        return found
+
+    def _find(self, chain: ChainId, links: Sequence[Link]) -> Candidates:
+        digests = self._digests.setdefault(chain, {})
+        self._digests.move_to_end(chain)
+        if len(self._digests) > self._most_chains:
+            self._digests.popitem(last=False)
+        held: list[tuple[Run, list[int]]] = []
+        for run in self._runs:
+            if run.end > len(links):
+                continue
+            if run not in digests:
+                digests[run] = segment_digest(links, run.first, run.end)
+            if holders := self._holders.get(digests[run]):
+                held.append((run, holders))
+        borders = sorted({0, len(links), *(end for run, _ in held for end in (run.first, run.end))})
+        interval = {border: number for number, border in enumerate(borders)}
+        workers = np.array(sorted({number for _, holders in held for number in holders}), dtype=np.int64)
+        table = np.zeros((len(borders) - 1, len(workers)), dtype=bool)
+        for run, holders in held:
+            table[interval[run.first] : interval[run.end], np.searchsorted(workers, holders)] = True
+        blocks = np.array([_hash(links[border].base) for border in borders[:-1]], dtype=np.uint64)
+        return Candidates(
+            workers, tuple(borders), table, _mix(blocks[:, None] ^ self._salts[workers][None, :])
+        )
+
+
+def _usable(view: WorkerView) -> bool:
+    return view.record.state is WorkerState.READY and view.record.wire_version == WIRE_VERSION
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def _mix(values: npt.NDArray[np.uint64]) -> Floats:
+    """Numbers in [0, 1) that change wholly with every bit (the finaliser of MurmurHash3)."""
+    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        values = (values ^ (values >> np.uint64(33))) * np.uint64(factor)
+    return (values >> np.uint64(11)).astype(np.float64) / 2.0**53

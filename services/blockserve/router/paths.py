@@ -1,0 +1,149 @@
+"""Choosing the workers of a request: the path with the least expected finish time. Pure, no I/O.
+
+The seconds of a path are, over its spans: the backlog of the worker, the span's links in every decode pass
+and for every prompt token that is not cached, and a hop to the next worker; and the way back of each sampled
+token from the tail to the head when they differ. Which replica starts a span also costs a little by a hash of
+worker and base block (`CostModel.meeting_share`), so that variants of one base meet. docs/placement.md has
+the formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from blockserve.common.cluster import Run, WorkerId
+from blockserve.common.errors import NoPathError
+from blockserve.router.path_costs import RequestSize
+from blockserve.router.path_index import Candidates, PathIndex
+from blockserve.router.path_program import PathCosts, cheapest
+from blockzoo.manifest import ChainId, Link
+
+
+@dataclass(frozen=True, slots=True)
+class PathSpan:
+    """Links of a chain that one worker runs for a request."""
+
+    worker: WorkerId
+    run: Run
+
+
+@dataclass(frozen=True, slots=True)
+class Path:
+    """Spans in order; together they cover the chain.
+
+    Attributes:
+        spans: no worker comes twice.
+        seconds: the estimate that was minimised.
+    """
+
+    spans: tuple[PathSpan, ...]
+    seconds: float
+
+
+def assemble(
+    index: PathIndex,
+    chain: ChainId,
+    links: Sequence[Link],
+    size: RequestSize,
+    exclude: Set[WorkerId] = frozenset(),
+) -> Path:
+    """The path with the least expected finish time.
+
+    Args:
+        index: the cluster as the router sees it. Tell `index.assigned` of the path if it is taken.
+        chain: names the chain.
+        links: of the chain.
+        size: of the request.
+        exclude: workers that must not be used, for example because they have just failed.
+
+    Raises:
+        NoPathError: the usable workers do not hold all positions, or only by visiting one twice.
+    """
+    candidates = index.candidates(chain, links)
+    barred = [index.ids[number] in exclude for number in candidates.workers] if exclude else []
+    held = candidates.held & ~np.array(barred, dtype=bool)[None, :] if barred else candidates.held
+    _check_covered(chain, candidates, held)
+    cached = _cached(index, candidates, size)
+    best: tuple[float, list[int]] | None = None
+    for tokens in sorted({0, *cached.tolist()}, reverse=True):
+        usable = held & (cached >= tokens)[None, :]
+        if not usable.any(axis=1).all():
+            continue
+        found = cheapest(_costs(index, candidates, usable, size, size.prompt_tokens - tokens))
+        if found is not None and (best is None or found[0] < best[0]):
+            best = found
+    if best is None:
+        raise NoPathError(
+            "every position of the chain is held, but only by coming back to a worker that was left",
+            hint="place neighbouring positions together, or a whole copy on one worker",
+            chain=chain,
+        )
+    return Path(_spans(index, candidates, best[1]), best[0])
+
+
+def _check_covered(chain: ChainId, candidates: Candidates, held: npt.NDArray[np.bool_]) -> None:
+    missing = [
+        Run(*pair)
+        for pair, column in zip(pairwise(candidates.borders), held, strict=True)
+        if not column.any()
+    ]
+    if missing:
+        places = ", ".join(f"{run.first} to {run.end - 1}" for run in missing)
+        raise NoPathError(
+            f"no usable worker holds positions {places} of the chain",
+            hint="try again when the controller has placed them, or start more workers",
+            chain=chain,
+            positions=places,
+        )
+
+
+def _cached(index: PathIndex, candidates: Candidates, size: RequestSize) -> npt.NDArray[np.int64]:
+    """Prompt tokens that need not be computed at each candidate; the last one always is."""
+    if not size.cached_tokens:
+        return np.zeros(len(candidates.workers), dtype=np.int64)
+    known = [size.cached_tokens.get(index.ids[number], 0) for number in candidates.workers]
+    return np.clip(np.array(known, dtype=np.int64), 0, max(size.prompt_tokens - 1, 0))
+
+
+def _costs(
+    index: PathIndex,
+    candidates: Candidates,
+    held: npt.NDArray[np.bool_],
+    size: RequestSize,
+    prefill_tokens: int,
+) -> PathCosts:
+    model, costs, workers = index.model, index.costs, candidates.workers
+    prefill, backlog, crowd = costs.prefill[workers], costs.backlog[workers], costs.crowd[workers]
+    if index.assigned.requests:
+        ids = [index.ids[number] for number in workers]
+        crowd = crowd + np.array([index.assigned.requests.get(worker, 0) for worker in ids])
+        backlog = backlog + prefill * np.array([index.assigned.link_tokens.get(worker, 0) for worker in ids])
+    link = size.output_tokens * costs.step[workers] * (1 + model.crowding * crowd) + prefill_tokens * prefill
+    lengths = np.diff(candidates.borders)
+    bare = candidates.borders[-1] * (
+        size.output_tokens * model.link_seconds + size.prompt_tokens * model.prefill_link_seconds
+    )
+    pairs = np.ix_(workers, workers)
+    messages, rows = size.output_tokens + 1, size.output_tokens + prefill_tokens
+    return PathCosts(
+        start=backlog[None, :] + model.meeting_share * bare * candidates.liking,
+        run=np.where(held, lengths[:, None] * link[None, :], np.inf),
+        hop=messages * index.latency[pairs] + rows * index.row[pairs],
+        back=size.output_tokens * model.hop_seconds,
+    )
+
+
+def _spans(index: PathIndex, candidates: Candidates, chosen: list[int]) -> tuple[PathSpan, ...]:
+    spans: list[PathSpan] = []
+    first = 0
+    for number, worker in enumerate(chosen):
+        if number + 1 == len(chosen) or chosen[number + 1] != worker:
+            name = index.ids[candidates.workers[worker]]
+            spans.append(PathSpan(name, Run(candidates.borders[first], candidates.borders[number + 1])))
+            first = number + 1
+    return tuple(spans)
