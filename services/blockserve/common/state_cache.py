@@ -31,6 +31,7 @@ class ViewCache:
         change: number of the last change that the view has.
         position: of the stream of changes, where waiting goes on; None before the first view.
         placement: the last one read.
+        assigned: its parts as they came, by worker.
         workers: by id; None for an announcement that could not be read.
     """
 
@@ -38,6 +39,7 @@ class ViewCache:
     change: str = "0"
     position: str | None = None
     placement: Placement = field(default_factory=Placement)
+    assigned: dict[WorkerId, str] = field(default_factory=dict)
     workers: dict[WorkerId, tuple[WorkerRecord, frozenset[ResidentSegment]] | None] = field(
         default_factory=dict
     )
@@ -48,9 +50,9 @@ class ViewCache:
         Raises:
             StateStoreError: the placement cannot be read.
         """
-        epoch, change, position, live, busy, news, version, body = reply
+        epoch, change, position, live, busy, news, version, wanted = reply
         if int(version) != self.placement.version:
-            self.placement = codec.decode_placement(int(version), body) if body else Placement()
+            self._replace_placement(int(version), dict(zip(wanted[::2], wanted[1::2], strict=True)))
         if epoch != self.epoch:
             self.workers.clear()
         for worker, record, segments in news:
@@ -64,6 +66,16 @@ class ViewCache:
             if said is not None:
                 views[worker] = WorkerView(said[0], _load(worker, load), said[1])
         return ClusterView(views, self.placement)
+
+    def _replace_placement(self, version: int, texts: dict[WorkerId, str]) -> None:
+        """Decode what is different for a worker: of a large placement little changes at once."""
+        wanted = {
+            worker: self.placement.workers[worker]
+            if text == self.assigned.get(worker)
+            else codec.decode_assignments(text)
+            for worker, text in texts.items()
+        }
+        self.placement, self.assigned = Placement(version, wanted), texts
 
 
 def _announced(

@@ -7,13 +7,12 @@ lacks get their defaults. Fields are only ever added, and a value keeps its type
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 from blockserve.common.cluster import (
     Assignment,
     LoadReport,
-    Placement,
     ResidentSegment,
     Run,
     SegmentDigest,
@@ -25,7 +24,6 @@ from blockserve.common.errors import StateStoreError
 from blockzoo.manifest import ChainId
 
 Decoded = TypeVar("Decoded")
-Workers = Mapping[WorkerId, tuple[Assignment, ...]]
 
 
 def encode_record(record: WorkerRecord) -> str:
@@ -70,23 +68,31 @@ def decode_segments(text: str) -> frozenset[ResidentSegment]:
     )
 
 
-def encode_assignments(workers: Workers) -> str:
-    """The workers of a placement: `{worker: [{chain, run: [first, end], pinned?}]}`."""
+def encode_assignments(assignments: Sequence[Assignment]) -> str:
+    """What a worker is to hold: `[{chain, run: [first, end], pinned?}]`."""
     return _dump(
-        {
-            worker: [
-                {"chain": item.chain, "run": [item.run.first, item.run.end]}
-                | ({"pinned": True} if item.pinned else {})
-                for item in assignments
-            ]
-            for worker, assignments in workers.items()
-        }
+        [
+            {"chain": item.chain, "run": [item.run.first, item.run.end]}
+            | ({"pinned": True} if item.pinned else {})
+            for item in assignments
+        ]
     )
 
 
-def decode_placement(version: int, text: str) -> Placement:
-    """A placement from its version and `encode_assignments`; raises as `decode_record`."""
-    return _decode(text, "placement", lambda values: Placement(version, _assignments(values)))
+def decode_assignments(text: str) -> tuple[Assignment, ...]:
+    """The way back; raises as `decode_record`."""
+    return _decode(
+        text,
+        "placement",
+        lambda items: tuple(
+            Assignment(
+                ChainId(str(item["chain"])),
+                Run(int(item["run"][0]), int(item["run"][1])),
+                bool(item.get("pinned", False)),
+            )
+            for item in items
+        ),
+    )
 
 
 def _record(values: dict[str, Any]) -> WorkerRecord:
@@ -121,20 +127,6 @@ def _load(values: dict[str, Any]) -> LoadReport:
         block_bytes_used=int(read("block_bytes_used", 0)),
         hop_seconds={WorkerId(peer): float(time) for peer, time in read("hop_seconds", {}).items()},
     )
-
-
-def _assignments(values: dict[str, Any]) -> Workers:
-    return {
-        WorkerId(worker): tuple(
-            Assignment(
-                ChainId(str(item["chain"])),
-                Run(int(item["run"][0]), int(item["run"][1])),
-                bool(item.get("pinned", False)),
-            )
-            for item in items
-        )
-        for worker, items in values.items()
-    }
 
 
 def _dump(value: object) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from hashlib import blake2b
 
 from blockserve.common import state_codec as codec
 from blockserve.common import state_scripts as scripts
@@ -31,33 +32,35 @@ class RedisStore:
         self._connection = connection
         self._cache = ViewCache()
         self._viewing = asyncio.Lock()
+        # By worker: names the announcement that the server is to have.
+        self._stamps: dict[WorkerId, str] = {}
         # A store that was flushed must not go behind what we have seen of it.
         self._newest_token = 0
         self._newest_version = 0
 
     async def announce(self, announcement: Announcement, *, lease_seconds: float) -> None:
         """Take or renew a lease and replace what is said about the worker."""
-        record = announcement.record
-        await self._connection.run(
-            scripts.ANNOUNCE,
-            _fresh_epoch(),
-            record.id,
-            _milliseconds(lease_seconds),
-            codec.encode_record(record),
-            codec.encode_segments(announcement.segments),
-            codec.encode_load(announcement.load),
-        )
+        worker = announcement.record.id
+        said = codec.encode_record(announcement.record), codec.encode_segments(announcement.segments)
+        stamp = blake2b("\n".join(said).encode(), digest_size=8).hexdigest()
+        lease, load = _milliseconds(lease_seconds), codec.encode_load(announcement.load)
+        await self._connection.run(scripts.ANNOUNCE, _fresh_epoch(), worker, lease, load, stamp, *said)
+        self._stamps[worker] = stamp
 
     async def renew(self, worker: WorkerId, load: LoadReport, *, lease_seconds: float) -> bool:
-        """Renew a lease and its load; False when the worker is not known: it ended, or the store was lost."""
-        lease = _milliseconds(lease_seconds)
-        known = await self._connection.run(
-            scripts.RENEW, _fresh_epoch(), worker, lease, codec.encode_load(load)
-        )
-        return bool(known)
+        """Renew a lease and its load; False when the server lacks what this store last announced of it.
+
+        Its lease ended, the server was flushed or restarted, or a replica took over that lagged behind.
+        """
+        stamp = self._stamps.get(worker)
+        if stamp is None:
+            return False
+        arguments = (worker, _milliseconds(lease_seconds), codec.encode_load(load), stamp)
+        return bool(await self._connection.run(scripts.RENEW, _fresh_epoch(), *arguments))
 
     async def withdraw(self, worker: WorkerId) -> None:
         """End a worker's lease now."""
+        self._stamps.pop(worker, None)
         await self._connection.run(scripts.WITHDRAW, _fresh_epoch(), worker)
 
     async def view(self) -> ClusterView:
@@ -109,9 +112,12 @@ class RedisStore:
     async def place(self, placement: Placement, token: FencingToken) -> Placement:
         """Replace the placement; StaleLeaderError when the token is not the newest, or the store was lost."""
         known = max(self._newest_version, placement.version)
-        done, value = await self._connection.run(
-            scripts.PLACE, _fresh_epoch(), str(token), known, codec.encode_assignments(placement.workers)
-        )
+        wanted = [
+            text
+            for worker, assignments in placement.workers.items()
+            for text in (worker, codec.encode_assignments(assignments))
+        ]
+        done, value = await self._connection.run(scripts.PLACE, _fresh_epoch(), str(token), known, *wanted)
         if not done:
             raise StaleLeaderError(
                 f"the write of leader {token} is refused: {value or 'nobody'} leads now",

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 PREFIX = "bz:1:"
 
-LEASES, RECORDS, RESIDENCY, LOADS, REVISIONS, META, CHANGES, PLACEMENT, LEADER, TOKEN = KEYS = tuple(
+KEYS = tuple(
     PREFIX + name
     for name in (
-        *("leases", "records", "residency", "loads", "revisions"),
-        *("meta", "changes", "placement", "leader", "token"),
+        *("leases", "records", "residency", "loads", "stamps", "revisions", "meta", "changes"),
+        *("placement", "assignments", "leader", "token"),
     )
 )
+CHANGES = PREFIX + "changes"
 
 _COMMON = """
-local leases, records, residency, loads, revisions = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
-local meta, changes, placement, leader, token_key = KEYS[6], KEYS[7], KEYS[8], KEYS[9], KEYS[10]
+local leases, records, residency, loads, stamps, revisions, meta, changes = unpack(KEYS, 1, 8)
+local placement, assignments, leader, token_key = unpack(KEYS, 9, 12)
 local call = redis.call
 local clock = call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
@@ -26,7 +27,7 @@ local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 -- An abandoned cluster leaves nothing behind for longer than this; live ones renew it.
 local function keep()
   if call('PTTL', leases) < 1800000 or call('PTTL', meta) < 1800000 then
-    for i = 1, 7 do call('PEXPIRE', KEYS[i], 3600000) end
+    for i = 1, 8 do call('PEXPIRE', KEYS[i], 3600000) end
   end
 end
 
@@ -45,15 +46,17 @@ local function changed(epoch)
   return change
 end
 
--- Whatever of a worker was lost, an announcement restores it.
-local function is_whole(worker)
-  return call('ZSCORE', leases, worker) and call('ZSCORE', revisions, worker) and call('EXISTS', meta) == 1
+-- Whether all that the announcement of that stamp said is here. A store that was lost, in part or as a whole,
+-- or that a replica replaced which lacks the last changes, needs it again.
+local function has(worker, stamp)
+  return call('HGET', stamps, worker) == stamp and call('ZSCORE', leases, worker)
     and call('HEXISTS', records, worker) == 1 and call('HEXISTS', residency, worker) == 1
+    and call('ZSCORE', revisions, worker) and call('EXISTS', meta) == 1
 end
 
 local function forget(worker)
   local known = call('ZREM', leases, worker)
-  for _, key in ipairs({records, residency, loads}) do call('HDEL', key, worker) end
+  for _, key in ipairs({records, residency, loads, stamps}) do call('HDEL', key, worker) end
   call('ZREM', revisions, worker)
   return known == 1
 end
@@ -68,35 +71,35 @@ end
 ANNOUNCE = (
     _COMMON
     + """
-local epoch, worker, lease, record, segments, load = unpack(ARGV)
+local epoch, worker, lease, load, stamp, record, segments = unpack(ARGV)
 sweep(epoch)
-local same = is_whole(worker) and call('HGET', records, worker) == record
-  and call('HGET', residency, worker) == segments
+local same = has(worker, stamp)
 call('ZADD', leases, now + lease, worker)
 call('HSET', loads, worker, load)
 if not same then
   call('HSET', records, worker, record)
   call('HSET', residency, worker, segments)
+  call('HSET', stamps, worker, stamp)
   call('ZADD', revisions, changed(epoch), worker)
 end
 keep()
 """
 )
-"""Arguments: epoch, worker, lease in ms, record, segments, load."""
+"""Arguments: epoch, worker, lease in ms, load, stamp, record, segments."""
 
 RENEW = (
     _COMMON
     + """
-local epoch, worker, lease, load = unpack(ARGV)
+local epoch, worker, lease, load, stamp = unpack(ARGV)
 sweep(epoch)
-if not is_whole(worker) then return 0 end
+if not has(worker, stamp) then return 0 end
 call('ZADD', leases, now + lease, worker)
 call('HSET', loads, worker, load)
 keep()
 return 1
 """
 )
-"""Arguments: epoch, worker, lease in ms, load. Returns 1, or 0 for a worker that has to announce itself."""
+"""Arguments: epoch, worker, lease in ms, load, stamp. Returns 1, or 0: the worker has to announce itself."""
 
 WITHDRAW = _COMMON + "if forget(ARGV[2]) then changed(ARGV[1]) end"
 """Arguments: epoch, worker."""
@@ -118,14 +121,13 @@ local live = call('ZRANGE', leases, 0, -1)
 local busy = {}
 for i, worker in ipairs(live) do busy[i] = call('HGET', loads, worker) or '{}' end
 local version = call('HGET', placement, 'version') or '0'
-local body = version ~= ARGV[4] and call('HGET', placement, 'workers') or ''
-return {epoch, change, call('HGET', meta, 'at') or '0-0',
-  live, busy, news, version, body}
+local wanted = version ~= ARGV[4] and call('HGETALL', assignments) or {}
+return {epoch, change, call('HGET', meta, 'at') or '0-0', live, busy, news, version, wanted}
 """
 )
 """Arguments: a fresh epoch, the epoch, change and placement version the caller has. Returns, in one step:
 epoch, change, stream position, live workers, their loads, [worker, record, segments] of those announced
-since, the placement's version, and its workers when the version differs from the caller's."""
+since, the placement's version, and when it differs from the caller's: worker, assignments, worker, ..."""
 
 POSITION = (
     _COMMON
@@ -162,15 +164,17 @@ RESIGN = _COMMON + "if call('GET', leader) == ARGV[1] then call('DEL', leader) e
 PLACE = (
     _COMMON
     + """
-local epoch, token, known, workers = unpack(ARGV)
+local epoch, token, known = unpack(ARGV, 1, 3)
 local current = call('GET', token_key)
 if current ~= token then return {0, current or ''} end
 local stored = tonumber(call('HGET', placement, 'version')) or 0
 local version = after(math.max(stored, tonumber(known)))
-call('HSET', placement, 'version', version, 'token', token, 'workers', workers)
+call('HSET', placement, 'version', version, 'token', token)
+call('DEL', assignments)
+for i = 4, #ARGV, 2 do call('HSET', assignments, ARGV[i], ARGV[i + 1]) end
 changed(epoch)
 return {1, version}
 """
 )
-"""Arguments: epoch, token, the largest version the caller knows, workers. Returns [1, version], or
-[0, the current token] for a writer that leads no more."""
+"""Arguments: epoch, token, the largest version the caller knows, then worker, assignments, worker, ...
+Returns [1, version], or [0, the current token] for a writer that leads no more."""

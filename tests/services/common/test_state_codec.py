@@ -12,7 +12,6 @@ from blockserve.common import state_codec as codec
 from blockserve.common.cluster import (
     Assignment,
     LoadReport,
-    Placement,
     ResidentSegment,
     Run,
     SegmentDigest,
@@ -38,7 +37,6 @@ loads = st.builds(
 )
 residencies = st.frozensets(st.builds(ResidentSegment, names, runs), max_size=5)
 assignments = st.lists(st.builds(Assignment, names, runs, st.booleans()), max_size=3).map(tuple)
-workers = st.dictionaries(names, assignments, max_size=3)
 
 
 @given(records)
@@ -56,9 +54,9 @@ def test_residency_comes_back(segments: frozenset[ResidentSegment]) -> None:
     assert codec.decode_segments(codec.encode_segments(segments)) == segments
 
 
-@given(counts, workers)
-def test_placements_come_back(version: int, wanted: dict[WorkerId, tuple[Assignment, ...]]) -> None:
-    assert codec.decode_placement(version, codec.encode_assignments(wanted)) == Placement(version, wanted)
+@given(assignments)
+def test_assignments_come_back(wanted: tuple[Assignment, ...]) -> None:
+    assert codec.decode_assignments(codec.encode_assignments(wanted)) == wanted
 
 
 def test_the_same_residency_is_the_same_text() -> None:
@@ -82,9 +80,9 @@ def test_what_is_written_is_what_docs_say() -> None:
     }
     assert codec.encode_load(LoadReport(queued_tokens=3)) == '{"queued_tokens":3}'
     assert codec.encode_segments([ResidentSegment(SegmentDigest("d"), Run(0, 4))]) == '[["d",0,4]]'
-    placed = {WorkerId("w"): (Assignment(ChainId("c"), Run(0, 4), True), Assignment(ChainId("c"), Run(4, 5)))}
-    assert codec.encode_assignments(placed) == (
-        '{"w":[{"chain":"c","run":[0,4],"pinned":true},{"chain":"c","run":[4,5]}]}'
+    wanted = (Assignment(ChainId("c"), Run(0, 4), True), Assignment(ChainId("c"), Run(4, 5)))
+    assert codec.encode_assignments(wanted) == (
+        '[{"chain":"c","run":[0,4],"pinned":true},{"chain":"c","run":[4,5]}]'
     )
 
 
@@ -93,8 +91,8 @@ def test_fields_of_a_newer_writer_are_ignored() -> None:
     assert record == WorkerRecord(WorkerId("w"), "w", "a")
     assert codec.decode_load('{"queued_tokens":1,"mood":"good"}') == LoadReport(queued_tokens=1)
     assert codec.decode_segments('[["d",0,4,"gpu-1",{}]]') == {ResidentSegment(SegmentDigest("d"), Run(0, 4))}
-    placed = codec.decode_placement(1, '{"w":[{"chain":"c","run":[0,4],"until":9}]}')
-    assert placed.workers == {"w": (Assignment(ChainId("c"), Run(0, 4)),)}
+    wanted = codec.decode_assignments('[{"chain":"c","run":[0,4],"until":9}]')
+    assert wanted == (Assignment(ChainId("c"), Run(0, 4)),)
 
 
 def test_fields_an_older_writer_lacks_are_defaulted() -> None:
@@ -123,7 +121,7 @@ def test_residency_that_cannot_be_read(text: str) -> None:
         codec.decode_segments(text)
 
 
-@pytest.mark.parametrize("text", ["[1]", '{"w":[{"chain":"c"}]}', '{"w":[{"chain":"c","run":[4]}]}'])
+@pytest.mark.parametrize("text", ["[1]", "7", '[{"chain":"c"}]', '[{"chain":"c","run":[4]}]'])
 def test_a_placement_that_cannot_be_read(text: str) -> None:
     with pytest.raises(StateStoreError, match="placement"):
-        codec.decode_placement(1, text)
+        codec.decode_assignments(text)

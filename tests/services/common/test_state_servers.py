@@ -199,6 +199,8 @@ async def test_a_replica_that_lacks_the_last_changes_hides_nothing(backend: Serv
     lost = await worker.place(Placement(0, {}), token)
     assert (await reader.view()).placement == lost
     backend.command("SWAPDB", "0", "1")
+    # The worker learns that what it said last is lost.
+    assert await worker.renew(WORKER, SAID.load, lease_seconds=LONG) is False
     last = Announcement(SAID.record, SAID.load, [ResidentSegment(SegmentDigest("2" * 32), Run(0, 4))])
     await worker.announce(last, lease_seconds=LONG)
     placed = await backend.open().place(WANTED, token)
@@ -212,7 +214,7 @@ async def test_a_replica_that_lacks_the_last_changes_hides_nothing(backend: Serv
 async def test_a_lost_part_is_restored_by_announcing(backend: ServerBackend) -> None:
     """A server that runs out of memory may drop any key."""
     worker, reader = backend.open(), backend.open()
-    for key in ("leases", "records", "residency", "revisions", "meta", "loads", "changes"):
+    for key in ("leases", "records", "residency", "revisions", "stamps", "meta", "loads", "changes"):
         await worker.announce(SAID, lease_seconds=LONG)
         backend.command("DEL", f"bz:1:{key}")
         if not await worker.renew(WORKER, SAID.load, lease_seconds=LONG):
@@ -240,7 +242,21 @@ async def test_an_abandoned_cluster_leaves_nothing_for_long(backend: ServerBacke
     await store.announce(SAID, lease_seconds=LONG)
     await store.place(WANTED, await store.lead("a", lease_seconds=LONG))
     kept = {key for key in backend.command("KEYS", "*") if backend.command("TTL", key) == -1}
-    assert kept == {"bz:1:placement", "bz:1:token"}
+    assert kept == {"bz:1:placement", "bz:1:assignments", "bz:1:token"}
+
+
+@with_backend
+async def test_a_placement_that_changes_in_part_is_read_whole(backend: ServerBackend) -> None:
+    store, reader = backend.open(), backend.open()
+    token = await store.lead("a", lease_seconds=LONG)
+    assert token is not None
+    one, two = WANTED.workers[WORKER], (Assignment(ChainId("d" * 64), Run(4, 6)),)
+    for workers in ({"w1": one, "w2": two}, {"w1": one, "w2": one, "w3": ()}, {"w2": one}, {}, {"w1": two}):
+        placed = await store.place(
+            Placement(0, {WorkerId(name): held for name, held in workers.items()}), token
+        )
+        assert (await reader.view()).placement == placed
+        assert (await backend.open().view()).placement == placed
 
 
 @with_backend
