@@ -7,7 +7,7 @@ lacks get their defaults. Fields are only ever added, and a value keeps its type
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from blockserve.common.cluster import (
@@ -54,6 +54,27 @@ def decode_load(text: str) -> LoadReport:
 def encode_segments(segments: Collection[ResidentSegment]) -> str:
     """What a worker holds, as sorted rows `[digest, first, end]`: the same set is always the same text."""
     return _dump(sorted([item.digest, item.run.first, item.run.end] for item in segments))
+
+
+def encode_demand(demand: Mapping[ChainId, float]) -> str:
+    """Requests/s of each chain, as one JSON object."""
+    return _dump({chain: round(rate, 6) for chain, rate in sorted(demand.items())})
+
+
+def decode_demand(text: str) -> dict[ChainId, float]:
+    """The way back; raises as `decode_record`."""
+    return _decode(
+        text, "demand", lambda value: {ChainId(chain): float(rate) for chain, rate in value.items()}
+    )
+
+
+def add_rates(told: Iterable[Mapping[ChainId, float]]) -> dict[ChainId, float]:
+    """The sum of what several routers tell."""
+    total: dict[ChainId, float] = {}
+    for rates in told:
+        for chain, rate in rates.items():
+            total[chain] = total.get(chain, 0.0) + rate
+    return total
 
 
 def decode_segments(text: str) -> frozenset[ResidentSegment]:

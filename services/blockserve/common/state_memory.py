@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from blockserve.common.cluster import ClusterView, LoadReport, Placement, WorkerId, WorkerView
 from blockserve.common.errors import StaleLeaderError
+from blockserve.common.state_codec import add_rates
 from blockserve.common.state_store import Announcement, FencingToken
+from blockzoo.manifest import ChainId
 
 Clock = Callable[[], float]
 
@@ -30,6 +32,7 @@ class _Shared:
     leader_end: float = 0.0
     token: int = 0
     change: int = 0
+    demand: dict[str, tuple[float, dict[ChainId, float]]] = field(default_factory=dict)
     waiters: set[asyncio.Event] = field(default_factory=set)
 
     def changed(self) -> None:
@@ -156,6 +159,21 @@ class InProcessStore:
         shared.placement = replace(placement, version=version)
         shared.changed()
         return shared.placement
+
+    async def tell_demand(self, router: str, demand: Mapping[ChainId, float], *, ttl_seconds: float) -> None:
+        """Replace what a router's callers ask for, in requests/s."""
+        shared = self._shared
+        known = shared.demand.get(router, (0.0, {}))[1]
+        shared.demand[router] = shared.clock() + ttl_seconds, dict(demand)
+        if demand.keys() - known.keys():
+            shared.changed()
+
+    async def demand(self) -> dict[ChainId, float]:
+        """What the callers of all routers ask for, in requests/s."""
+        shared = self._shared
+        now = shared.clock()
+        shared.demand = {router: told for router, told in shared.demand.items() if told[0] > now}
+        return add_rates(rates for _, rates in shared.demand.values())
 
     async def close(self) -> None:
         """Nothing to let go of."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from collections.abc import Mapping
 from hashlib import blake2b
 
 from blockserve.common import state_codec as codec
@@ -14,6 +15,7 @@ from blockserve.common.errors import StaleLeaderError, StateStoreError
 from blockserve.common.state_cache import ViewCache
 from blockserve.common.state_connection import Connection
 from blockserve.common.state_store import Announcement, FencingToken
+from blockzoo.manifest import ChainId
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ class RedisStore:
         # A store that was flushed must not go behind what we have seen of it.
         self._newest_token = 0
         self._newest_version = 0
+        self._told_demand: frozenset[ChainId] = frozenset()
 
     async def announce(self, announcement: Announcement, *, lease_seconds: float) -> None:
         """Take or renew a lease and replace what is said about the worker."""
@@ -125,6 +128,24 @@ class RedisStore:
             )
         self._newest_version = int(value)
         return Placement(int(value), placement.workers)
+
+    async def tell_demand(self, router: str, demand: Mapping[ChainId, float], *, ttl_seconds: float) -> None:
+        """Replace what a router's callers ask for, in requests/s."""
+        is_new = not demand.keys() <= self._told_demand
+        await self._connection.run(
+            scripts.DEMAND_TOLD,
+            _fresh_epoch(),
+            router,
+            _milliseconds(ttl_seconds),
+            codec.encode_demand(demand),
+            "1" if is_new else "0",
+        )
+        self._told_demand = frozenset(demand)
+
+    async def demand(self) -> dict[ChainId, float]:
+        """What the callers of all routers ask for, in requests/s."""
+        told = await self._connection.run(scripts.DEMAND)
+        return codec.add_rates(codec.decode_demand(rates) for rates in told)
 
     async def close(self) -> None:
         """Close the connections; leases run out by themselves."""

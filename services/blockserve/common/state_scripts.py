@@ -12,14 +12,14 @@ KEYS = tuple(
     PREFIX + name
     for name in (
         *("leases", "records", "residency", "loads", "stamps", "revisions", "meta", "changes"),
-        *("placement", "assignments", "leader", "token"),
+        *("placement", "assignments", "leader", "token", "demand"),
     )
 )
 CHANGES = PREFIX + "changes"
 
 _COMMON = """
 local leases, records, residency, loads, stamps, revisions, meta, changes = unpack(KEYS, 1, 8)
-local placement, assignments, leader, token_key = unpack(KEYS, 9, 12)
+local placement, assignments, leader, token_key, demand = unpack(KEYS, 9, 13)
 local call = redis.call
 local clock = call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
@@ -128,6 +128,31 @@ return {epoch, change, call('HGET', meta, 'at') or '0-0', live, busy, news, vers
 """Arguments: a fresh epoch, the epoch, change and placement version the caller has. Returns, in one step:
 epoch, change, stream position, live workers, their loads, [worker, record, segments] of those announced
 since, the placement's version, and when it differs from the caller's: worker, assignments, worker, ..."""
+
+DEMAND_TOLD = (
+    _COMMON
+    + """
+local epoch, router, ttl, rates, is_new = unpack(ARGV)
+call('HSET', demand, router, string.format('%.0f', now + ttl) .. ' ' .. rates)
+call('PEXPIRE', demand, math.max(tonumber(ttl), 3600000))
+if is_new == '1' then changed(epoch) end
+"""
+)
+"""Arguments: epoch, router, milliseconds to keep, rates, 1 when a chain is new among them."""
+
+DEMAND = (
+    _COMMON
+    + """
+local told = {}
+local all = call('HGETALL', demand)
+for i = 1, #all, 2 do
+  local till, rates = string.match(all[i + 1], '^(%d+) (.*)$')
+  if till and tonumber(till) > now then told[#told + 1] = rates else call('HDEL', demand, all[i]) end
+end
+return told
+"""
+)
+"""No arguments. Returns the rates of every router that told them lately."""
 
 POSITION = (
     _COMMON

@@ -7,7 +7,7 @@ again, and whoever only reads goes on from the last view.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import NewType, Protocol
 
@@ -19,6 +19,7 @@ from blockserve.common.cluster import (
     WorkerId,
     WorkerRecord,
 )
+from blockzoo.manifest import ChainId
 
 FencingToken = NewType("FencingToken", int)
 """Grows with every change of leadership; a write with an older one is refused."""
@@ -70,6 +71,17 @@ class StateStore(Protocol):
         Raises:
             StaleLeaderError: another leader has been chosen since the token was given.
         """
+        ...
+
+    async def tell_demand(self, router: str, demand: Mapping[ChainId, float], *, ttl_seconds: float) -> None:
+        """Replace what a router's callers ask for, in requests/s; forgotten after `ttl_seconds`.
+
+        A chain that the router did not name before is a change that ends `wait_change`.
+        """
+        ...
+
+    async def demand(self) -> dict[ChainId, float]:
+        """What the callers of all routers ask for, in requests/s."""
         ...
 
     async def close(self) -> None:

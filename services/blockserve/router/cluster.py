@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Collection, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import Protocol
@@ -78,7 +78,12 @@ class Loader(Protocol):
 
 
 class ClusterEngine:
-    """Runs requests on the workers of a cluster; see `blockserve.common.engine_api.Engine`."""
+    """Runs requests on the workers of a cluster; see `blockserve.common.engine_api.Engine`.
+
+    Attributes:
+        num_failovers: how often a request went on along another path.
+        on_request: told the chain of every request.
+    """
 
     def __init__(
         self,
@@ -104,6 +109,7 @@ class ClusterEngine:
         self._streams: dict[WorkerId, WorkerStream] = {}
         self._checks: dict[WorkerId, asyncio.Task[None]] = {}
         self.num_failovers = 0
+        self.on_request: Callable[[ChainId], None] = lambda _: None
 
     # ---- the cluster
 
@@ -180,6 +186,7 @@ class ClusterEngine:
             NoPathError: no live workers hold all of the chain, and nobody loads it in time.
         """
         await self._chooser.prepare(request.chain)
+        self.on_request(request.chain)
         told = list(request.output)
         request = replace(request, arrival=request.arrival or time.time_ns())
         excluded: set[WorkerId] = set()

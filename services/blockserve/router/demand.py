@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 TELL_SECONDS = 2.0
 """How often demand is told."""
 KEEP_SECONDS = 600.0
-"""How long a chain that nobody asks for any more is still told of: placement should not follow every pause."""
+"""How long a chain that nobody asks for any more is told of: placement should not follow every pause."""
 SMOOTHING = 0.2
 """Weight of the newest interval in the rates."""
 

@@ -1,4 +1,4 @@
-"""Which workers are likely to have a prompt's beginning in their prefix caches, by what this router sent them.
+"""Which workers probably have a prompt's beginning in their prefix caches, by what this router sent them.
 
 A guess, used to prefer one path over another and never relied on: workers say themselves what they have.
 """

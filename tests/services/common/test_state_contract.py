@@ -259,6 +259,35 @@ async def test_nobody_places_without_ever_having_led(backend: Backend) -> None:
 
 
 @with_backend
+async def test_demand_is_the_sum_of_what_routers_told_lately(backend: Backend) -> None:
+    store, other = backend.open(), backend.open()
+    one, two = ChainId("1" * 64), ChainId("2" * 64)
+    assert await store.demand() == {}
+    await store.tell_demand("router-1", {one: 1.5}, ttl_seconds=LONG)
+    await other.tell_demand("router-2", {one: 0.5, two: 3.0}, ttl_seconds=SHORT)
+    assert await store.demand() == {one: 2.0, two: 3.0}
+    await store.tell_demand("router-1", {two: 1.0}, ttl_seconds=LONG)
+    assert await other.demand() == {one: 0.5, two: 4.0}
+    backend.pass_time(SHORT)
+
+    async def is_forgotten() -> bool:
+        return await store.demand() == {two: 1.0}
+
+    await eventually(is_forgotten, "the demand of a silent router")
+
+
+@with_backend
+async def test_a_chain_asked_for_first_is_a_change(backend: Backend) -> None:
+    store, other = backend.open(), backend.open()
+    await other.view()
+    chain = ChainId("1" * 64)
+    waiting = asyncio.create_task(other.wait_change(LONG))
+    await store.tell_demand("router-1", {chain: 1.0}, ttl_seconds=LONG)
+    async with asyncio.timeout(LONG / 2):
+        await waiting
+
+
+@with_backend
 async def test_waiting_ends_with_every_change_but_a_load(backend: Backend) -> None:
     store, waiter = backend.open(), backend.open()
     token = await leader(store)

@@ -1,0 +1,154 @@
+"""One router process: the callers' gRPC server over the workers of a cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from importlib.metadata import version
+
+import grpc
+
+from blockproto.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
+from blockserve.common.health import NOT_SERVING, SERVING, HealthReporter
+from blockserve.common.listen import (
+    TokenInterceptor,
+    bind,
+    enable_reflection,
+    read_token,
+    remove_socket,
+    server_options,
+)
+from blockserve.common.state_config import open_store
+from blockserve.common.state_store import StateStore
+from blockserve.common.status import ErrorInterceptor
+from blockserve.router.chat import ChatRenderer
+from blockserve.router.choosing import ZooPathChooser
+from blockserve.router.cluster import ClusterEngine
+from blockserve.router.demand import DemandTeller
+from blockserve.router.service import Router, chat_limits
+from blockserve.router.servicer import AdminServicer, InferenceServicer
+from blockserve.router.settings import RouterSettings
+from blockserve.router.watching import ClusterWatch
+from blockzoo.zoo import Zoo
+
+log = logging.getLogger(__name__)
+
+SERVICES = (
+    inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
+    admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name,
+)
+CLOSE_SECONDS = 2.0
+"""How long connections may take to close once no answer is left."""
+
+
+class RouterServer:
+    """One router. `start` it in the event loop that will run it, and `stop` it there.
+
+    Attributes:
+        address: where clients reach it; known after `start`.
+        engine: the cluster behind it; known after `start`.
+    """
+
+    def __init__(self, settings: RouterSettings, *, store: StateStore | None = None) -> None:
+        """Make a router; nothing is opened yet.
+
+        Args:
+            settings: of the process.
+            store: instead of the one that the settings name.
+        """
+        self.settings = settings
+        self.address = settings.listen
+        self._store = store
+        self._health = HealthReporter(SERVICES)
+        self._is_bound = False
+        self._server: grpc.aio.Server | None = None
+        self._router: Router | None = None
+        self._renderer: ChatRenderer | None = None
+        self._watch: ClusterWatch | None = None
+        self._demand: DemandTeller | None = None
+        self.engine: ClusterEngine
+
+    async def start(self) -> None:
+        """Open the zoo, follow the cluster, take calls.
+
+        Raises:
+            ConfigurationError: the address cannot be used, or a file of the settings cannot be read.
+            ZooNotFoundError: there is no zoo.
+        """
+        try:
+            await self._start()
+        except BaseException:
+            await self.stop(drain_seconds=0)
+            raise
+
+    async def _start(self) -> None:
+        settings = self.settings
+        token = read_token(settings)
+        interceptors: list[grpc.aio.ServerInterceptor] = [ErrorInterceptor()]
+        if token is not None:
+            interceptors.insert(0, TokenInterceptor(token))
+        self._server = grpc.aio.server(interceptors=interceptors, options=server_options(settings))
+        self.address = bind(self._server, settings)
+        self._is_bound = True
+        zoo = await asyncio.to_thread(Zoo.open, settings.zoo)
+        self._renderer = ChatRenderer(chat_limits(settings.router))
+        self._store = self._store or open_store(settings.state)
+        self._demand = DemandTeller(self._store, f"router-{secrets.token_hex(4)}")
+        self.engine = ClusterEngine(
+            ZooPathChooser(zoo), self._demand, settings.peer_credentials(), settings.failover
+        )
+        self.engine.on_request = self._demand.note
+        self._router = Router(
+            zoo, self.engine, settings.router, version=version("blockzoo"), renderer=self._renderer
+        )
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(
+            InferenceServicer(self._router), self._server
+        )
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(self._router), self._server)
+        self._health.add_to(self._server)
+        if settings.serves_reflection:
+            enable_reflection(self._server, SERVICES)
+        await self._health.set(NOT_SERVING)
+        await self._server.start()
+        self._watch = ClusterWatch(self._store, self.engine.update)
+        self._watch.start()
+        self._demand.start()
+        await self._health.set(SERVING)
+        log.info("ready address=%s zoo=%s version=%s", self.address, zoo.url, version("blockzoo"))
+
+    async def stop(self, *, drain_seconds: float | None = None) -> None:
+        """Stop: no new requests, then running answers to their end or the bound.
+
+        Args:
+            drain_seconds: instead of the settings' value.
+        """
+        seconds = self.settings.drain_seconds if drain_seconds is None else drain_seconds
+        await self._health.stop()
+        if self._router is not None:
+            cut_off = await self._router.admission.drain(seconds)
+            if cut_off:
+                log.warning("answers cut off count=%d", cut_off)
+        if self._server is not None:
+            if self._is_bound and self._watch is None:
+                # gRPC lets go of a port only when a server that was started is stopped.
+                await self._server.start()
+            await self._server.stop(CLOSE_SECONDS)
+            self.remove_own_socket()
+        for part in (self._watch, self._demand):
+            if part is not None:
+                await part.stop()
+        if self._router is not None:
+            await self._router.close()
+            await self.engine.close()
+        elif self._renderer is not None:
+            await self._renderer.close()
+        if self._store is not None:
+            await self._store.close()
+        self._server = self._router = self._renderer = self._watch = self._demand = self._store = None
+        log.info("stopped")
+
+    def remove_own_socket(self) -> None:
+        """Take away the socket file, if it is this server's."""
+        if self._is_bound:
+            remove_socket(self.address)
