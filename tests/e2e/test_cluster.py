@@ -1,0 +1,271 @@
+"""Real processes, real Redis, real gRPC: chains over several workers, and everything that can be lost."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from blockserve.router.aio_client import AsyncClient
+from blockzoo.zoo import Zoo
+from support.cluster import PATIENCE, Cluster, cluster
+from support.variants import Variant, VariantFactory
+
+NUM_TOKENS = 150
+LEASE_SECONDS = 3.0
+"""The default of `state.lease_seconds`."""
+PROMPT = "Every tenant sends requests"
+SETTINGS = {
+    "BLOCKZOO_ENGINE_DTYPE": "float32",
+    "BLOCKZOO_ENGINE_NUM_THREADS": "1",
+    "BLOCKZOO_ENGINE_KV_PAGE_TOKENS": "8",
+    "BLOCKZOO_ENGINE_KV_CACHE_BYTES": str(16 << 20),
+    "BLOCKZOO_ENGINE_MAX_TOKENS_PER_PASS": "70",
+}
+
+
+@dataclass(frozen=True)
+class Made:
+    """Three variants that share most of their blocks, and who knows what they answer."""
+
+    factory: VariantFactory
+    variants: dict[str, Variant]
+
+    def prompt(self) -> tuple[int, ...]:
+        """PROMPT as token ids."""
+        return tuple(AutoTokenizer.from_pretrained(self.variants["base"].path)(PROMPT)["input_ids"])
+
+    def greedy(self, name: str, prompt: tuple[int, ...], num_tokens: int) -> tuple[int, ...]:
+        """What transformers and PEFT answer."""
+        (tokens,) = self.factory.oracle(self.variants[name]).greedy([prompt], num_tokens)
+        return tokens
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    factory = VariantFactory(tmp_path_factory.mktemp("variants"))
+    base = factory.checkpoint("llama-gqa-tied")
+    variants = {
+        "base": base,
+        "adapter": factory.adapter(base, "patterns"),
+        "tuned": factory.top_quarter(base),
+    }
+    return Made(factory, variants)
+
+
+@pytest.fixture
+def zoo(made: Made, tmp_path: Path) -> Zoo:
+    zoo = Zoo.open(tmp_path / "zoo", create=True)
+    zoo.register(made.variants["base"].path, name="base")
+    zoo.register(made.variants["adapter"].path, name="adapter", base="base")
+    zoo.register(made.variants["tuned"].path, name="tuned")
+    return zoo
+
+
+@dataclass
+class Transcript:
+    """One answer as its caller got it; a token that is lost or repeated fails at once."""
+
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    is_finished: bool = False
+
+    async def follow(self, client: AsyncClient, model: str, **options: Any) -> Transcript:
+        """Ask and write down."""
+        options = {"max_tokens": NUM_TOKENS, "ignore_eos": True, "temperature": 0, **options}
+        async for chunk in client.generate(model, PROMPT, **options):
+            assert chunk.first_token_index == len(self.tokens)
+            self.tokens.extend(chunk.token_ids)
+            self.text += chunk.text
+            self.is_finished = chunk.finish is not None
+        assert self.is_finished
+        return self
+
+    async def reaches(self, count: int) -> None:
+        """Wait for that many tokens."""
+        async with asyncio.timeout(PATIENCE):
+            while len(self.tokens) < count:
+                await asyncio.sleep(0.001)
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    """Run a test in an event loop of its own, with a bound below that of the whole test."""
+    asyncio.run(asyncio.wait_for(work, 250))
+
+
+WISHES: list[tuple[str, dict[str, Any]]] = [
+    (model, options)
+    for model in ("base", "adapter", "tuned")
+    for options in ({}, {"temperature": 0.9, "top_p": 0.95, "seed": 11, "repetition_penalty": 1.1})
+]
+"""Greedy and sampled, of every variant."""
+
+
+async def ask_all(client: AsyncClient) -> list[Transcript]:
+    """Every wish once, all at the same time."""
+    return list(await asyncio.gather(*(Transcript().follow(client, model, **more) for model, more in WISHES)))
+
+
+async def load_all(rig: Cluster, cuts: dict[str, tuple[int, int]]) -> None:
+    """Have workers hold runs of every variant, and wait until the router's view has them."""
+    for name, (first, end) in cuts.items():
+        for model in ("base", "adapter", "tuned"):
+            await rig.load(name, model, first, end)
+
+
+HALVES = {"a": (0, 3), "b": (3, 0), "c": (0, 3), "d": (3, 0)}
+"""Two workers for each half of every chain."""
+
+
+@pytest.mark.parametrize(
+    "cuts",
+    [{"a": (0, 3), "b": (3, 0)}, {"a": (0, 2), "b": (2, 3), "c": (3, 4), "d": (4, 0)}],
+    ids=["two workers", "four workers"],
+)
+def test_tokens_are_those_of_transformers_and_of_one_process(
+    made: Made, zoo: Zoo, tmp_path: Path, cuts: dict[str, tuple[int, int]]
+) -> None:
+    async def work() -> None:
+        async with cluster(zoo, tmp_path, [*cuts, "whole"], **SETTINGS) as rig:
+            await rig.load("whole", "base")
+            for model in ("base", "adapter", "tuned"):
+                await rig.load("whole", model)
+            async with rig.client() as client:
+                alone = await ask_all(client)
+                await rig.workers["whole"].terminate()
+                await load_all(rig, cuts)
+                split = await ask_all(client)
+                again = [await Transcript().follow(client, model, **more) for model, more in WISHES]
+            await rig.until_clean()
+            assert [one.tokens for one in split] == [one.tokens for one in alone]
+            assert [one.tokens for one in again] == [one.tokens for one in alone]
+            assert [one.text for one in split] == [one.text for one in alone]
+            for (model, options), one in zip(WISHES, split, strict=True):
+                if not options:
+                    assert tuple(one.tokens) == made.greedy(model, made.prompt(), NUM_TOKENS)
+            assert len({tuple(one.tokens) for one in split}) == len(WISHES)
+            for name in cuts:
+                assert len((await rig.describe(name)).spans) == 3
+
+    run(work())
+
+
+Harm = Callable[[Cluster], Awaitable[None]]
+
+
+async def _kill_head(rig: Cluster) -> None:
+    await _busy(rig, "a", "c", lambda process: process.kill())
+
+
+async def _kill_tail(rig: Cluster) -> None:
+    await _busy(rig, "b", "d", lambda process: process.kill())
+
+
+async def _stop_and_wake_tail(rig: Cluster) -> None:
+    name = await _busy(rig, "b", "d", lambda process: process.send(signal.SIGSTOP))
+    async with asyncio.timeout(PATIENCE):
+        while await rig.worker_view(name) is not None:
+            await asyncio.sleep(0.05)
+    await asyncio.sleep(0.5)
+    rig.workers[name].send(signal.SIGCONT)
+
+
+async def _stop_and_wake_head(rig: Cluster) -> None:
+    name = await _busy(rig, "a", "c", lambda process: process.send(signal.SIGSTOP))
+    async with asyncio.timeout(PATIENCE):
+        while await rig.worker_view(name) is not None:
+            await asyncio.sleep(0.05)
+    await asyncio.sleep(0.5)
+    rig.workers[name].send(signal.SIGCONT)
+
+
+async def _roll(rig: Cluster) -> None:
+    """Every worker is told to go and started again, one after another."""
+    for name, (first, end) in HALVES.items():
+        assert await rig.workers[name].terminate() == 0
+        await rig.start_worker(name, BLOCKZOO_DRAIN_SECONDS="0.2")
+        for model in ("base", "adapter", "tuned"):
+            await rig.load(name, model, first, end)
+
+
+async def _kill_router(rig: Cluster) -> None:
+    address = rig.routers[0].address
+    rig.routers[0].kill()
+    await rig.start_router(address)
+
+
+async def _flush_state(rig: Cluster) -> None:
+    for _ in range(3):
+        await asyncio.to_thread(rig.state.flush)
+        await asyncio.sleep(0.3)
+
+
+async def _pause_state(rig: Cluster) -> None:
+    with rig.state.paused():
+        await asyncio.sleep(LEASE_SECONDS + 1.5)
+
+
+async def _replace_state(rig: Cluster) -> None:
+    await asyncio.to_thread(rig.state.kill)
+    await asyncio.sleep(LEASE_SECONDS + 1.5)
+    await asyncio.to_thread(rig.state.restart)
+
+
+async def _busy(rig: Cluster, one: str, other: str, harm: Callable[[Any], None]) -> str:
+    """Harm whichever of two replicas runs requests now."""
+    async with asyncio.timeout(PATIENCE):
+        while True:
+            for name in (one, other):
+                if (await rig.describe(name)).running_requests:
+                    harm(rig.workers[name])
+                    return name
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        _kill_head,
+        _kill_tail,
+        _stop_and_wake_tail,
+        _stop_and_wake_head,
+        _roll,
+        _kill_router,
+        _flush_state,
+        _pause_state,
+        _replace_state,
+    ],
+)
+def test_no_token_is_lost_or_repeated(zoo: Zoo, tmp_path: Path, harm: Harm) -> None:
+    """Two replicas of each half; whatever is lost, every transcript is that of an undisturbed run."""
+
+    async def work() -> None:
+        drain = {"BLOCKZOO_DRAIN_SECONDS": "0.2"}
+        async with cluster(zoo, tmp_path, HALVES, **SETTINGS, **drain) as rig:
+            await load_all(rig, HALVES)
+            async with rig.client() as client:
+                undisturbed = await ask_all(client)
+                rounds: list[list[Transcript]] = []
+
+                async def go_on() -> None:
+                    while not hurt.done() or not rounds:
+                        rounds.append(await ask_all(client))
+
+                async def do_harm() -> None:
+                    await asyncio.sleep(0.05)
+                    await harm(rig)
+
+                hurt = asyncio.create_task(do_harm())
+                await asyncio.gather(go_on(), hurt)
+                rounds.append(await ask_all(client))
+            await rig.until_clean()
+            for disturbed in rounds:
+                assert [one.tokens for one in disturbed] == [one.tokens for one in undisturbed]
+                assert [one.text for one in disturbed] == [one.text for one in undisturbed]
+
+    run(work())
