@@ -227,6 +227,10 @@ async def _busy(rig: Cluster, one: str, other: str, harm: Callable[[Any], None])
                     return name
 
 
+MOVING = (_kill_head, _kill_tail, _stop_and_wake_tail, _stop_and_wake_head, _roll)
+"""What makes requests change workers."""
+
+
 @pytest.mark.parametrize(
     "harm",
     [
@@ -264,8 +268,34 @@ def test_no_token_is_lost_or_repeated(zoo: Zoo, tmp_path: Path, harm: Harm) -> N
                 await asyncio.gather(go_on(), hurt)
                 rounds.append(await ask_all(client))
             await rig.until_clean()
+            moved = sum("goes on elsewhere" in line for line in rig.log("router0").splitlines())
+            assert (moved > 0) == (harm in MOVING), moved
             for disturbed in rounds:
                 assert [one.tokens for one in disturbed] == [one.tokens for one in undisturbed]
                 assert [one.text for one in disturbed] == [one.text for one in undisturbed]
+
+    run(work())
+
+
+def test_the_controller_places_what_is_asked_for(made: Made, zoo: Zoo, tmp_path: Path) -> None:
+    """Nothing is loaded by hand: requests are the demand, a lost worker's blocks are placed again."""
+
+    async def work() -> None:
+        async with cluster(zoo, tmp_path, ["a", "b"], **SETTINGS) as rig:
+            await asyncio.gather(rig.start_controller(), rig.start_controller())
+            async with rig.client() as client:
+                first = await ask_all(client)
+                zoo.register(made.variants["base"].path, name="later")
+                later = await Transcript().follow(client, "later")
+                rig.workers["a"].kill()
+                rig.controllers[0].kill()
+                after = await ask_all(client)
+                await rig.start_worker("c")
+                rig.workers["b"].kill()
+                last = await ask_all(client)
+            await rig.until_clean()
+            assert tuple(later.tokens) == made.greedy("base", made.prompt(), NUM_TOKENS)
+            for answers in (after, last):
+                assert [one.tokens for one in answers] == [one.tokens for one in first]
 
     run(work())

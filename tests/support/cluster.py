@@ -118,6 +118,10 @@ class Cluster:
         log = self.folder / f"{name}.log"
         return Process(f"blockserve.{service}", {**common, **self.settings, **settings}, log)
 
+    def log(self, name: str) -> str:
+        """What a process has logged."""
+        return (self.folder / f"{name}.log").read_text()
+
     def client(self, router: int = 0) -> AsyncClient:
         """A client of a router."""
         return AsyncClient(self.routers[router].address, resume_attempts=20)

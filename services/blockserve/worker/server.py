@@ -22,6 +22,7 @@ from blockserve.worker.announcer import Announcer
 from blockserve.worker.engine import BlockEngine
 from blockserve.worker.hub import WorkerHub
 from blockserve.worker.links import PeerLinks
+from blockserve.worker.reconciler import Reconciler
 from blockserve.worker.servicer import WorkerServicer
 from blockserve.worker.settings import WorkerSettings
 from blockzoo.manifest import ChainId, ChainManifest
@@ -45,21 +46,18 @@ class WorkerServer:
         hub: the worker behind the server; known after `start`.
     """
 
-    def __init__(self, settings: WorkerSettings, *, store: StateStore | None = None) -> None:
-        """Make a worker; nothing is opened yet.
-
-        Args:
-            settings: of the process.
-            store: instead of the one that the settings name.
-        """
+    def __init__(self, settings: WorkerSettings) -> None:
+        """Make a worker; nothing is opened yet."""
         self.settings = settings
         self.address = settings.listen
-        self._store = store
+        self._store: StateStore | None = None
         self._health = HealthReporter(SERVICES)
         self._is_bound = False
         self._server: grpc.aio.Server | None = None
         self._engine: BlockEngine | None = None
         self._announcer: Announcer | None = None
+        self._reconciler: Reconciler | None = None
+        self._second_store: StateStore | None = None
         self._chains: dict[ChainId, ChainManifest] = {}
         self.hub: WorkerHub
 
@@ -98,7 +96,7 @@ class WorkerServer:
             enable_reflection(self._server, SERVICES)
         await self._health.set(NOT_SERVING)
         await self._server.start()
-        self._store = self._store or open_store(settings.state)
+        self._store = open_store(settings.state)
         self._announcer = Announcer(
             self.hub,
             self._store,
@@ -108,6 +106,9 @@ class WorkerServer:
         )
         self.hub.on_change = self._announcer.hurry
         await self._announcer.start()
+        self._second_store = open_store(settings.state)
+        self._reconciler = Reconciler(self.hub, self._second_store, lambda chain: self._manifest(zoo, chain))
+        self._reconciler.start()
         self._health.watch(self._engine.report, stall_seconds=STALL_SECONDS, every=HEALTH_SECONDS)
         log.info(
             "ready worker=%s address=%s zoo=%s version=%s",
@@ -125,6 +126,8 @@ class WorkerServer:
         """
         seconds = self.settings.drain_seconds if drain_seconds is None else drain_seconds
         await self._health.stop()
+        if self._reconciler is not None:
+            await self._reconciler.stop()
         if self._announcer is not None:
             self.hub.is_draining = True
             self._announcer.hurry()
@@ -140,9 +143,11 @@ class WorkerServer:
             self.remove_own_socket()
         if self._engine is not None:
             await asyncio.to_thread(self._engine.stop)
-        if self._store is not None:
-            await self._store.close()
+        for store in (self._store, self._second_store):
+            if store is not None:
+                await store.close()
         self._server = self._engine = self._announcer = self._store = None
+        self._reconciler = self._second_store = None
         log.info("stopped")
 
     def remove_own_socket(self) -> None:
@@ -162,14 +167,18 @@ class WorkerServer:
             host=host,
         )
 
+    def _manifest(self, zoo: Zoo, chain: ChainId) -> ChainManifest:
+        """A chain, read once."""
+        if chain not in self._chains:
+            self._chains[chain] = zoo.chain(chain)
+        return self._chains[chain]
+
     def _segments(self, zoo: Zoo) -> frozenset[ResidentSegment]:
         """What the engine holds, named by content."""
         assert self._engine is not None
         held: set[ResidentSegment] = set()
         for chain in self._engine.report().chains:
-            manifest = self._chains.get(chain.chain)
-            if manifest is None:
-                manifest = self._chains[chain.chain] = zoo.chain(chain.chain)
+            manifest = self._manifest(zoo, chain.chain)
             if chain.run is not None:
                 digest = segment_digest(manifest.links, chain.run.first, chain.run.end)
                 held.add(ResidentSegment(digest, chain.run))

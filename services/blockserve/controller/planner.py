@@ -1,0 +1,142 @@
+"""The leader's work: from demand, the zoo and the workers that live to the placement that workers follow.
+
+Any number of controllers may run; one leads. A leader that was paused and wakes up cannot write: its fencing
+token is old by then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+
+from blockserve.common.cluster import ClusterView, Placement, WorkerState
+from blockserve.common.errors import StaleLeaderError, StateStoreError
+from blockserve.common.state_store import FencingToken, StateStore
+from blockserve.controller.first_fit import WantedChain, WorkerRoom, first_fit
+from blockzoo.errors import BlockzooError
+from blockzoo.manifest import BlockId, ChainId, ChainManifest
+from blockzoo.zoo import Zoo
+
+log = logging.getLogger(__name__)
+
+ROOM_SHARE = 0.9
+"""Share of a worker's memory for blocks that is placed: what requests attach for a moment needs some too."""
+
+
+class Planner:
+    """Leads when it can, and places while it leads. One event loop.
+
+    Attributes:
+        left_out: chains that the last placement had no room for.
+    """
+
+    def __init__(
+        self, zoo: Zoo, store: StateStore, name: str, *, lease_seconds: float, look_seconds: float
+    ) -> None:
+        """Prepare; `start` begins.
+
+        Args:
+            zoo: what can be placed.
+            store: shared state; one of its own, because it waits for changes.
+            name: of this controller.
+            lease_seconds: how long a silent leader leads.
+            look_seconds: how often demand is looked at when nothing else changes.
+        """
+        self._zoo = zoo
+        self._store = store
+        self._name = name
+        self._lease_seconds = lease_seconds
+        self._look_seconds = look_seconds
+        self._manifests: dict[ChainId, ChainManifest] = {}
+        self._sizes: dict[BlockId, int] = {}
+        self._token: FencingToken | None = None
+        self._task: asyncio.Task[None] | None = None
+        self.left_out: tuple[ChainId, ...] = ()
+
+    @property
+    def leads(self) -> bool:
+        """Whether this controller leads, as far as it knows."""
+        return self._token is not None
+
+    def start(self) -> None:
+        """Begin."""
+        self._task = asyncio.create_task(self._run(), name="planner")
+
+    async def stop(self) -> None:
+        """Give up leadership."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            try:
+                await self._store.resign(self._name)
+            except StateStoreError as error:
+                log.warning("leadership runs out by itself: %s", error)
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                await self._turn()
+                await self._store.wait_change(self._look_seconds)
+            except StaleLeaderError as error:
+                log.info("no longer the leader: %s", error)
+                self._token = None
+            except StateStoreError as error:
+                log.warning("the shared state cannot be reached; the placement stays: %s", error)
+                self._token = None
+                await asyncio.sleep(self._look_seconds)
+            except BlockzooError:
+                log.exception("no placement was made")
+                await asyncio.sleep(self._look_seconds)
+
+    async def _turn(self) -> None:
+        token = await self._store.lead(self._name, lease_seconds=self._lease_seconds)
+        if token is not None and self._token is None:
+            log.info("leading token=%d", token)
+        self._token = token
+        if token is None:
+            return
+        view = await self._store.view()
+        placement = await self.plan(view, await self._store.demand())
+        if placement.workers != view.placement.workers:
+            stored = await self._store.place(placement, token)
+            log.info("placed version=%d workers=%d", stored.version, len(stored.workers))
+
+    async def plan(self, view: ClusterView, demand: Mapping[ChainId, float]) -> Placement:
+        """The placement for what is asked for, on the workers that take requests."""
+        rooms = [
+            WorkerRoom(one.record.id, round(one.record.block_bytes * ROOM_SHARE), one.record.speed)
+            for one in view.workers.values()
+            if one.record.state is WorkerState.READY
+        ]
+        if not rooms:
+            return Placement(view.placement.version)
+        wanted = [chain for chain in demand if await self._know(chain)]
+        chains = [
+            WantedChain(chain, self._manifests[chain].links, demand[chain], replicas=1) for chain in wanted
+        ]
+        placement, left_out = first_fit(chains, self._sizes, rooms, view.placement)
+        if left_out != self.left_out:
+            log.warning("no room for %d of %d chains", len(left_out), len(chains))
+            self.left_out = left_out
+        return placement
+
+    async def _know(self, chain: ChainId) -> bool:
+        """Read a chain and the sizes of its blocks once; False for one that cannot be read."""
+        if chain in self._manifests:
+            return True
+        try:
+            await asyncio.to_thread(self._read, chain)
+        except BlockzooError as error:
+            log.error("chain cannot be placed chain=%s: %s", chain[:12], error)
+            return False
+        return True
+
+    def _read(self, chain: ChainId) -> None:
+        manifest = self._zoo.chain(chain)
+        for link in manifest.links:
+            for block in (link.base, *link.applied):
+                if block not in self._sizes:
+                    tensors = self._zoo.block(block).tensors.values()
+                    self._sizes[block] = sum(tensor.num_bytes for tensor in tensors)
+        self._manifests[chain] = manifest

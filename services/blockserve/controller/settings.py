@@ -1,0 +1,34 @@
+"""Settings of `blockzoo controller`. docs/configuration.md is made from these models."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from blockserve.common.cluster_settings import ClusterSettings
+from blockserve.common.config import setting
+from blockserve.controller.config import ControllerConfig
+
+
+class ControllerSettings(ClusterSettings):
+    """Settings of one controller."""
+
+    listen: str = setting(
+        "127.0.0.1:7452",
+        "Where to listen: `host:port` (port 0 picks a free one) or `unix:/path/to/socket`.",
+        reason="Beside the router's 7450 and the metrics' 7451.",
+    )
+    create_zoo: bool = setting(
+        False,
+        "Begin an empty zoo when there is none.",
+        reason="A wrong path is an error; with it, a new cluster can be filled from elsewhere.",
+    )
+    look_seconds: float = setting(
+        1.0,
+        "How often demand is looked at when nothing else changes.",
+        unit="seconds",
+        reason="Below a third of the leader's lease, which is renewed with it.",
+        gt=0,
+    )
+    controller: ControllerConfig = Field(
+        default_factory=ControllerConfig, description="Registering over the network."
+    )

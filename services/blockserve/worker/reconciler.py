@@ -1,0 +1,121 @@
+"""Holding what the placement says: missing runs are loaded, runs that are nowhere wanted are let go.
+
+Content counts, not names: a run that was attached for a request stays as long as all in it is assigned,
+for whichever chain.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable
+
+from blockserve.common.cluster import Assignment, ChainSpan, Placement
+from blockserve.common.errors import StateStoreError
+from blockserve.common.state_store import StateStore
+from blockserve.worker.hub import WorkerHub
+from blockzoo.errors import BlockzooError
+from blockzoo.manifest import ChainId, ChainManifest, Link
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 1.0
+"""How often the placement is read when nothing is said to have changed."""
+RETRY_SECONDS = 15.0
+"""When a run that could not be loaded is tried again."""
+
+Content = set[tuple[int, Link]]
+"""Links at their positions."""
+
+
+class Reconciler:
+    """Brings a worker's memory to what the placement wants. One event loop."""
+
+    def __init__(
+        self, hub: WorkerHub, store: StateStore, manifest: Callable[[ChainId], ChainManifest]
+    ) -> None:
+        """Prepare; `start` begins.
+
+        Args:
+            hub: the worker.
+            store: shared state; one of its own, because it waits for changes.
+            manifest: reads a chain (blocking).
+        """
+        self._hub = hub
+        self._store = store
+        self._manifest = manifest
+        self._failed: dict[ChainSpan, float] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to follow the placement."""
+        self._task = asyncio.create_task(self._follow(), name="reconciler")
+
+    async def stop(self) -> None:
+        """Follow no more."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _follow(self) -> None:
+        while True:
+            try:
+                view = await self._store.view()
+                await self.reconcile(view.placement)
+                await self._store.wait_change(LOOK_SECONDS)
+            except StateStoreError:
+                await asyncio.sleep(LOOK_SECONDS)
+            except BlockzooError:
+                log.exception("the placement cannot be followed")
+                await asyncio.sleep(LOOK_SECONDS)
+
+    async def reconcile(self, placement: Placement) -> None:
+        """Load and let go until the worker holds what a placement says; nothing when it does not name it."""
+        wanted = placement.workers.get(self._hub.record().id)
+        if wanted is None or self._hub.is_draining:
+            return
+        content = await asyncio.to_thread(self._content, wanted)
+        await self._let_go(content)
+        held = {(chain.chain, chain.run): chain for chain in self._hub.engine.report().chains}
+        for one in wanted:
+            span = ChainSpan(one.chain, one.run)
+            known = held.get((one.chain, one.run))
+            if known is None or known.pinned != one.pinned:
+                await self._load(span, one.pinned)
+
+    async def _load(self, span: ChainSpan, pinned: bool) -> None:
+        now = time.monotonic()
+        if self._failed.get(span, 0.0) > now:
+            return
+        try:
+            await self._hub.load(span, pinned)
+        except BlockzooError as error:
+            self._failed[span] = now + RETRY_SECONDS
+            log.error("not loaded chain=%s from=%d: %s", span.chain[:12], span.run.first, error)
+            return
+        self._failed.pop(span, None)
+        log.info(
+            "loaded chain=%s run=%d:%d seconds=%.3f",
+            span.chain[:12],
+            span.run.first,
+            span.run.end,
+            time.monotonic() - now,
+        )
+
+    async def _let_go(self, content: Content) -> None:
+        for chain in self._hub.engine.report().chains:
+            if chain.run is None or chain.running_requests:
+                continue
+            links = (await asyncio.to_thread(self._manifest, chain.chain)).links
+            held = {(position, links[position]) for position in range(chain.run.first, chain.run.end)}
+            if not held <= content:
+                log.info("let go chain=%s run=%d:%d", chain.chain[:12], chain.run.first, chain.run.end)
+                await self._hub.unload(ChainSpan(chain.chain, chain.run))
+
+    def _content(self, wanted: Iterable[Assignment]) -> Content:
+        content: Content = set()
+        for one in wanted:
+            links = self._manifest(one.chain).links
+            content.update((position, links[position]) for position in range(one.run.first, one.run.end))
+        return content
