@@ -7,7 +7,6 @@ renews the costs. Digests of a chain's runs are kept for good (up to `most_chain
 from __future__ import annotations
 
 import hashlib
-from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -144,10 +143,10 @@ class PathIndex:
         inner = {end for run, _ in held for end in (run.first, run.end)} - {1, len(links) - 1}
         borders = sorted({0, len(links)} | inner)
         workers = np.array(sorted({number for _, holders in held for number in holders}), dtype=np.int64)
-        table = np.zeros((len(borders) - 1, len(workers)), dtype=bool)
+        positions = np.zeros((len(links), len(workers)), dtype=bool)
         for run, holders in held:
-            covered = slice(bisect_left(borders, run.first), bisect_right(borders, run.end) - 1)
-            table[covered, np.searchsorted(workers, holders)] = True
+            positions[run.first : run.end, np.searchsorted(workers, holders)] = True
+        table = np.logical_and.reduceat(positions, borders[:-1], axis=0)
         blocks = np.array([_hash(links[border].base) for border in borders[:-1]], dtype=np.uint64)
         return Candidates(
             workers, tuple(borders), table, _mix(blocks[:, None] ^ self._salts[workers][None, :])
