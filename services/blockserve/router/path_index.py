@@ -139,9 +139,7 @@ class PathIndex:
                 digests[run] = segment_digest(links, run.first, run.end)
             if holders := self._holders.get(digests[run]):
                 held.append((run, holders))
-        # The embedding alone, and the head alone, is no run that a worker executes.
-        inner = {end for run, _ in held for end in (run.first, run.end)} - {1, len(links) - 1}
-        borders = sorted({0, len(links)} | inner)
+        borders = _borders(held, len(links))
         workers = np.array(sorted({number for _, holders in held for number in holders}), dtype=np.int64)
         positions = np.zeros((len(links), len(workers)), dtype=bool)
         for run, holders in held:
@@ -151,6 +149,16 @@ class PathIndex:
         return Candidates(
             workers, tuple(borders), table, _mix(blocks[:, None] ^ self._salts[workers][None, :])
         )
+
+
+def _borders(held: Sequence[tuple[Run, object]], length: int) -> list[int]:
+    """Where a path may change workers: at the ends of runs, but never so that a run has no layer.
+
+    The embedding alone, and the head alone, is nothing that a worker executes; the next position is.
+    """
+    inner = {end for run, _ in held for end in (run.first, run.end)}
+    inner |= {2 for end in inner if end == 1} | {length - 2 for end in inner if end == length - 1}
+    return sorted({0, length} | {end for end in inner if 1 < end < length - 1})
 
 
 def _usable(view: WorkerView) -> bool:
