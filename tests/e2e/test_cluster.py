@@ -227,7 +227,17 @@ async def _busy(rig: Cluster, one: str, other: str, harm: Callable[[Any], None])
                     return name
 
 
-MOVING = (_kill_head, _kill_tail, _stop_and_wake_tail, _stop_and_wake_head, _roll)
+async def _drain(rig: Cluster) -> None:
+    """Two workers give their requests back, then take some again."""
+    for name in ("a", "b"):
+        await _busy(rig, name, name, lambda _: None)
+        await rig.drain(name, 0.0)
+        assert not (await rig.describe(name)).running_requests
+        await asyncio.sleep(0.3)
+        await rig.drain(name, 0.0, resume=True)
+
+
+MOVING = (_kill_head, _kill_tail, _stop_and_wake_tail, _stop_and_wake_head, _roll, _drain)
 """What makes requests change workers."""
 
 
@@ -239,6 +249,7 @@ MOVING = (_kill_head, _kill_tail, _stop_and_wake_tail, _stop_and_wake_head, _rol
         _stop_and_wake_tail,
         _stop_and_wake_head,
         _roll,
+        _drain,
         _kill_router,
         _flush_state,
         _pause_state,
@@ -270,6 +281,8 @@ def test_no_token_is_lost_or_repeated(zoo: Zoo, tmp_path: Path, harm: Harm) -> N
             await rig.until_clean()
             moved = sum("goes on elsewhere" in line for line in rig.log("router0").splitlines())
             assert (moved > 0) == (harm in MOVING), moved
+            if harm is _drain:
+                assert "kv transfer reason=cheaper" in rig.log("router0")
             for disturbed in rounds:
                 assert [one.tokens for one in disturbed] == [one.tokens for one in undisturbed]
                 assert [one.text for one in disturbed] == [one.text for one in undisturbed]

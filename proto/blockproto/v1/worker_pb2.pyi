@@ -804,6 +804,194 @@ class UnloadSpanResponse(_message.Message):
 Global___UnloadSpanResponse: _TypeAlias = UnloadSpanResponse  # noqa: Y015
 
 @_typing.final
+class PrefixRef(_message.Message):
+    """The beginning of a request at a run of a chain."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHAIN_DIGEST_FIELD_NUMBER: _builtins.int
+    FIRST_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    chain_digest: _builtins.str
+    first: _builtins.int
+    end: _builtins.int
+    cache_salt: _builtins.str
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Prompt and output so far."""
+
+    def __init__(
+        self,
+        *,
+        chain_digest: _builtins.str = ...,
+        first: _builtins.int = ...,
+        end: _builtins.int = ...,
+        cache_salt: _builtins.str = ...,
+        tokens: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "chain_digest", b"chain_digest", "end", b"end", "first", b"first", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefixRef: _TypeAlias = PrefixRef  # noqa: Y015
+
+@_typing.final
+class PullKvRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PREFIX_FIELD_NUMBER: _builtins.int
+    SOURCE_WORKER_ID_FIELD_NUMBER: _builtins.int
+    SOURCE_ADDRESS_FIELD_NUMBER: _builtins.int
+    source_worker_id: _builtins.str
+    source_address: _builtins.str
+    @_builtins.property
+    def prefix(self) -> Global___PrefixRef: ...
+    def __init__(
+        self,
+        *,
+        prefix: Global___PrefixRef | None = ...,
+        source_worker_id: _builtins.str = ...,
+        source_address: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prefix", b"prefix"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["prefix", b"prefix", "source_address", b"source_address", "source_worker_id", b"source_worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PullKvRequest: _TypeAlias = PullKvRequest  # noqa: Y015
+
+@_typing.final
+class PullKvResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKENS_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    tokens: _builtins.int
+    """Leading tokens that are in the cache now."""
+    bytes: _builtins.int
+    """Bytes that came."""
+    seconds: _builtins.float
+    def __init__(
+        self,
+        *,
+        tokens: _builtins.int = ...,
+        bytes: _builtins.int = ...,
+        seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "seconds", b"seconds", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PullKvResponse: _TypeAlias = PullKvResponse  # noqa: Y015
+
+@_typing.final
+class ExportKvRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PREFIX_FIELD_NUMBER: _builtins.int
+    KV_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    kv_fingerprint: _builtins.str
+    """Of the receiver's pages; others are refused."""
+    @_builtins.property
+    def prefix(self) -> Global___PrefixRef: ...
+    def __init__(
+        self,
+        *,
+        prefix: Global___PrefixRef | None = ...,
+        kv_fingerprint: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prefix", b"prefix"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_fingerprint", b"kv_fingerprint", "prefix", b"prefix"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportKvRequest: _TypeAlias = ExportKvRequest  # noqa: Y015
+
+@_typing.final
+class ExportKvResponse(_message.Message):
+    """One page of tokens at every layer of the run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLACE_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
+    place: _builtins.int
+    """Which page of the prefix, from 0."""
+    keys: _builtins.bytes
+    values: _builtins.bytes
+    checksum: _builtins.bytes
+    """BLAKE3 of keys and values."""
+    def __init__(
+        self,
+        *,
+        place: _builtins.int = ...,
+        keys: _builtins.bytes = ...,
+        values: _builtins.bytes = ...,
+        checksum: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "keys", b"keys", "place", b"place", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportKvResponse: _TypeAlias = ExportKvResponse  # noqa: Y015
+
+@_typing.final
+class DrainRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SECONDS_FIELD_NUMBER: _builtins.int
+    RESUME_FIELD_NUMBER: _builtins.int
+    seconds: _builtins.float
+    resume: _builtins.bool
+    """Take requests again instead."""
+    def __init__(
+        self,
+        *,
+        seconds: _builtins.float = ...,
+        resume: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["resume", b"resume", "seconds", b"seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainRequest: _TypeAlias = DrainRequest  # noqa: Y015
+
+@_typing.final
+class DrainResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GIVEN_BACK_FIELD_NUMBER: _builtins.int
+    given_back: _builtins.int
+    """Requests that were given back."""
+    def __init__(
+        self,
+        *,
+        given_back: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["given_back", b"given_back"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainResponse: _TypeAlias = DrainResponse  # noqa: Y015
+
+@_typing.final
 class DescribeRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

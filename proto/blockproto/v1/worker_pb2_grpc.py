@@ -56,6 +56,21 @@ class WorkerServiceStub(object):
                 request_serializer=blockproto_dot_v1_dot_worker__pb2.UnloadSpanRequest.SerializeToString,
                 response_deserializer=blockproto_dot_v1_dot_worker__pb2.UnloadSpanResponse.FromString,
                 _registered_method=True)
+        self.PullKv = channel.unary_unary(
+                '/blockproto.v1.WorkerService/PullKv',
+                request_serializer=blockproto_dot_v1_dot_worker__pb2.PullKvRequest.SerializeToString,
+                response_deserializer=blockproto_dot_v1_dot_worker__pb2.PullKvResponse.FromString,
+                _registered_method=True)
+        self.ExportKv = channel.unary_stream(
+                '/blockproto.v1.WorkerService/ExportKv',
+                request_serializer=blockproto_dot_v1_dot_worker__pb2.ExportKvRequest.SerializeToString,
+                response_deserializer=blockproto_dot_v1_dot_worker__pb2.ExportKvResponse.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/blockproto.v1.WorkerService/Drain',
+                request_serializer=blockproto_dot_v1_dot_worker__pb2.DrainRequest.SerializeToString,
+                response_deserializer=blockproto_dot_v1_dot_worker__pb2.DrainResponse.FromString,
+                _registered_method=True)
         self.Describe = channel.unary_unary(
                 '/blockproto.v1.WorkerService/Describe',
                 request_serializer=blockproto_dot_v1_dot_worker__pb2.DescribeRequest.SerializeToString,
@@ -98,6 +113,29 @@ class WorkerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PullKv(self, request, context):
+        """From a router: fetch cached keys and values of a request from another
+        worker, so that they need not be computed again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExportKv(self, request, context):
+        """From another worker: send cached keys and values, page by page.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Takes no new requests, lets the running ones end for some seconds, and
+        gives the rest back to their routers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Describe(self, request, context):
         """What the worker is and how busy it is.
         """
@@ -127,6 +165,21 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.UnloadSpan,
                     request_deserializer=blockproto_dot_v1_dot_worker__pb2.UnloadSpanRequest.FromString,
                     response_serializer=blockproto_dot_v1_dot_worker__pb2.UnloadSpanResponse.SerializeToString,
+            ),
+            'PullKv': grpc.unary_unary_rpc_method_handler(
+                    servicer.PullKv,
+                    request_deserializer=blockproto_dot_v1_dot_worker__pb2.PullKvRequest.FromString,
+                    response_serializer=blockproto_dot_v1_dot_worker__pb2.PullKvResponse.SerializeToString,
+            ),
+            'ExportKv': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportKv,
+                    request_deserializer=blockproto_dot_v1_dot_worker__pb2.ExportKvRequest.FromString,
+                    response_serializer=blockproto_dot_v1_dot_worker__pb2.ExportKvResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=blockproto_dot_v1_dot_worker__pb2.DrainRequest.FromString,
+                    response_serializer=blockproto_dot_v1_dot_worker__pb2.DrainResponse.SerializeToString,
             ),
             'Describe': grpc.unary_unary_rpc_method_handler(
                     servicer.Describe,
@@ -244,6 +297,87 @@ class WorkerService(object):
             '/blockproto.v1.WorkerService/UnloadSpan',
             blockproto_dot_v1_dot_worker__pb2.UnloadSpanRequest.SerializeToString,
             blockproto_dot_v1_dot_worker__pb2.UnloadSpanResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PullKv(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/blockproto.v1.WorkerService/PullKv',
+            blockproto_dot_v1_dot_worker__pb2.PullKvRequest.SerializeToString,
+            blockproto_dot_v1_dot_worker__pb2.PullKvResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportKv(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/blockproto.v1.WorkerService/ExportKv',
+            blockproto_dot_v1_dot_worker__pb2.ExportKvRequest.SerializeToString,
+            blockproto_dot_v1_dot_worker__pb2.ExportKvResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/blockproto.v1.WorkerService/Drain',
+            blockproto_dot_v1_dot_worker__pb2.DrainRequest.SerializeToString,
+            blockproto_dot_v1_dot_worker__pb2.DrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -47,6 +47,16 @@ class WorkerServiceStub:
     """Reads the blocks of a run of a chain into memory."""
     UnloadSpan: _grpc.UnaryUnaryMultiCallable[_worker_pb2.UnloadSpanRequest, _worker_pb2.UnloadSpanResponse]
     """Lets go of a run of a chain once its requests have ended."""
+    PullKv: _grpc.UnaryUnaryMultiCallable[_worker_pb2.PullKvRequest, _worker_pb2.PullKvResponse]
+    """From a router: fetch cached keys and values of a request from another
+    worker, so that they need not be computed again.
+    """
+    ExportKv: _grpc.UnaryStreamMultiCallable[_worker_pb2.ExportKvRequest, _worker_pb2.ExportKvResponse]
+    """From another worker: send cached keys and values, page by page."""
+    Drain: _grpc.UnaryUnaryMultiCallable[_worker_pb2.DrainRequest, _worker_pb2.DrainResponse]
+    """Takes no new requests, lets the running ones end for some seconds, and
+    gives the rest back to their routers.
+    """
     Describe: _grpc.UnaryUnaryMultiCallable[_worker_pb2.DescribeRequest, _worker_pb2.DescribeResponse]
     """What the worker is and how busy it is."""
 
@@ -69,6 +79,16 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     """Reads the blocks of a run of a chain into memory."""
     UnloadSpan: _aio.UnaryUnaryMultiCallable[_worker_pb2.UnloadSpanRequest, _worker_pb2.UnloadSpanResponse]  # type: ignore[assignment]
     """Lets go of a run of a chain once its requests have ended."""
+    PullKv: _aio.UnaryUnaryMultiCallable[_worker_pb2.PullKvRequest, _worker_pb2.PullKvResponse]  # type: ignore[assignment]
+    """From a router: fetch cached keys and values of a request from another
+    worker, so that they need not be computed again.
+    """
+    ExportKv: _aio.UnaryStreamMultiCallable[_worker_pb2.ExportKvRequest, _worker_pb2.ExportKvResponse]  # type: ignore[assignment]
+    """From another worker: send cached keys and values, page by page."""
+    Drain: _aio.UnaryUnaryMultiCallable[_worker_pb2.DrainRequest, _worker_pb2.DrainResponse]  # type: ignore[assignment]
+    """Takes no new requests, lets the running ones end for some seconds, and
+    gives the rest back to their routers.
+    """
     Describe: _aio.UnaryUnaryMultiCallable[_worker_pb2.DescribeRequest, _worker_pb2.DescribeResponse]  # type: ignore[assignment]
     """What the worker is and how busy it is."""
 
@@ -112,6 +132,34 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.UnloadSpanResponse, _abc.Awaitable[_worker_pb2.UnloadSpanResponse]]:
         """Lets go of a run of a chain once its requests have ended."""
+
+    @_abc_1.abstractmethod
+    def PullKv(
+        self,
+        request: _worker_pb2.PullKvRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.PullKvResponse, _abc.Awaitable[_worker_pb2.PullKvResponse]]:
+        """From a router: fetch cached keys and values of a request from another
+        worker, so that they need not be computed again.
+        """
+
+    @_abc_1.abstractmethod
+    def ExportKv(
+        self,
+        request: _worker_pb2.ExportKvRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_worker_pb2.ExportKvResponse], _abc.AsyncIterator[_worker_pb2.ExportKvResponse]]:
+        """From another worker: send cached keys and values, page by page."""
+
+    @_abc_1.abstractmethod
+    def Drain(
+        self,
+        request: _worker_pb2.DrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.DrainResponse, _abc.Awaitable[_worker_pb2.DrainResponse]]:
+        """Takes no new requests, lets the running ones end for some seconds, and
+        gives the rest back to their routers.
+        """
 
     @_abc_1.abstractmethod
     def Describe(

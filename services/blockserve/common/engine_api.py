@@ -228,6 +228,7 @@ class EngineReport:
         queued_tokens: tokens of waiting requests.
         step_seconds: time of a pass that only decodes, a moving mean; 0 while nothing was measured.
         prefill_tokens_per_second: the same for prompts.
+        kv_token_bytes: bytes of the keys and values of one token at one layer, of the widest chain.
     """
 
     device: str
@@ -252,6 +253,7 @@ class EngineReport:
     queued_tokens: int = 0
     step_seconds: float = 0.0
     prefill_tokens_per_second: float = 0.0
+    kv_token_bytes: int = 0
 
 
 class Engine(Protocol):

@@ -146,6 +146,7 @@ def _load(values: dict[str, Any]) -> LoadReport:
         kv_pages_free=int(read("kv_pages_free", 0)),
         kv_pages_total=int(read("kv_pages_total", 0)),
         block_bytes_used=int(read("block_bytes_used", 0)),
+        kv_token_bytes=int(read("kv_token_bytes", 0)),
         hop_seconds={WorkerId(peer): float(time) for peer, time in read("hop_seconds", {}).items()},
     )
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from blockserve.common.cluster import ClusterView, Placement, WorkerState
 from blockserve.common.errors import StaleLeaderError, StateStoreError
 from blockserve.common.state_store import FencingToken, StateStore
+from blockserve.common.tasks import end
 from blockserve.controller.first_fit import WantedChain, WorkerRoom, first_fit
 from blockzoo.errors import BlockzooError
 from blockzoo.manifest import BlockId, ChainId, ChainManifest
@@ -66,8 +67,7 @@ class Planner:
     async def stop(self) -> None:
         """Give up leadership."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end(self._task)
             try:
                 await self._store.resign(self._name)
             except StateStoreError as error:

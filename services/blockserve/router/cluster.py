@@ -28,6 +28,7 @@ from blockserve.common.errors import (
     ServerStoppingError,
 )
 from blockserve.router.cluster_report import summarise
+from blockserve.router.kv_moves import KvMover
 from blockserve.router.settings import FailoverConfig
 from blockserve.router.worker_stream import WorkerStream, answers
 from blockzoo.errors import BlockzooError
@@ -82,6 +83,7 @@ class ClusterEngine:
 
     Attributes:
         num_failovers: how often a request went on along another path.
+        kv: what became of keys and values then.
         on_request: told the chain of every request.
     """
 
@@ -109,6 +111,7 @@ class ClusterEngine:
         self._streams: dict[WorkerId, WorkerStream] = {}
         self._checks: dict[WorkerId, asyncio.Task[None]] = {}
         self.num_failovers = 0
+        self.kv = KvMover(credentials)
         self.on_request: Callable[[ChainId], None] = lambda _: None
 
     # ---- the cluster
@@ -190,8 +193,13 @@ class ClusterEngine:
         told = list(request.output)
         request = replace(request, arrival=request.arrival or time.time_ns())
         excluded: set[WorkerId] = set()
+        before: tuple[PathStep, ...] = ()
+        lost: WorkerId | None = None
         for failures in range(self._failover.max_failures + 1):
             path = await self._path(request, excluded)
+            if before:
+                known = replace(request, output=tuple(told))
+                await self.kv.move(known, before, path, self._view, lost)
             attempt = replace(request, output=tuple(told), path=path, epoch=request.epoch + failures)
             try:
                 async with aclosing(self._stream(path[0]).run(attempt)) as batches:
@@ -204,6 +212,8 @@ class ClusterEngine:
                             return
             except RETRYABLE as error:
                 await self._note_failure(request, failures, error, excluded)
+                before = path
+                lost = None if error.metadata.get("cause") == "draining" else next(iter(excluded), None)
             finally:
                 self._chooser.release(path, request)
 
@@ -214,13 +224,19 @@ class ClusterEngine:
         return stream
 
     async def _path(self, request: EngineRequest, excluded: set[WorkerId]) -> tuple[PathStep, ...]:
-        """A path, waited for as long as the settings say; workers that failed are asked again at last."""
+        """A path, waited for as long as the settings say; a worker that failed and lives is taken again."""
         until = time.monotonic() + self._failover.path_seconds
         while True:
             self._check_deadline(request)
-            for without in (excluded, set()) if excluded else (excluded,):
-                with suppress(NoPathError):
-                    return self._chooser.choose(request, without)
+            with suppress(NoPathError):
+                return self._chooser.choose(request, excluded)
+            for worker in list(excluded):
+                if (known := self._view.workers.get(worker)) is not None and await answers(
+                    worker, known.record.address, self._credentials, CHECK_SECONDS
+                ):
+                    excluded.discard(worker)
+                    with suppress(NoPathError):
+                        return self._chooser.choose(request, excluded)
             if time.monotonic() >= until:
                 return self._chooser.choose(request, excluded)
             await self._loader.load(request.chain, pinned=None)

@@ -12,6 +12,7 @@ from contextlib import suppress
 
 from blockserve.common.errors import StateStoreError
 from blockserve.common.state_store import StateStore
+from blockserve.common.tasks import end
 from blockzoo.manifest import ChainId
 
 log = logging.getLogger(__name__)
@@ -48,9 +49,7 @@ class DemandTeller:
 
     async def stop(self) -> None:
         """Tell no more; what was told runs out by itself."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await end(self._task)
 
     def note(self, chain: ChainId) -> None:
         """One more request."""

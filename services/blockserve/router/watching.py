@@ -14,6 +14,7 @@ from collections.abc import Callable
 from blockserve.common.cluster import ClusterView
 from blockserve.common.errors import StateStoreError
 from blockserve.common.state_store import StateStore
+from blockserve.common.tasks import end
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +49,7 @@ class ClusterWatch:
 
     async def stop(self) -> None:
         """Look no more."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await end(self._task)
 
     async def _watch(self) -> None:
         failed = False

@@ -14,6 +14,7 @@ from contextlib import suppress
 from blockserve.common.cluster import LoadReport, ResidentSegment
 from blockserve.common.errors import StateStoreError
 from blockserve.common.state_store import Announcement, StateStore
+from blockserve.common.tasks import end
 from blockserve.worker.hub import WorkerHub
 
 log = logging.getLogger(__name__)
@@ -61,8 +62,7 @@ class Announcer:
     async def stop(self) -> None:
         """Let everybody know that the worker is going."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end(self._task)
             try:
                 await self._store.withdraw(self._hub.record().id)
             except StateStoreError as error:
@@ -80,6 +80,7 @@ class Announcer:
             kv_pages_free=report.kv_pages_total - report.kv_pages_used,
             kv_pages_total=report.kv_pages_total,
             block_bytes_used=report.block_bytes,
+            kv_token_bytes=report.kv_token_bytes,
         )
 
     async def _keep(self) -> None:

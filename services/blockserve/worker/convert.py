@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from blockproto.v1 import worker_pb2
+from blockserve.common.cluster import ChainSpan, Run
 from blockserve.common.engine_convert import (
     error_from_message,
     error_to_message,
@@ -22,6 +23,7 @@ from blockserve.common.engine_convert import (
     token_to_message,
 )
 from blockserve.common.errors import WireError
+from blockserve.worker.kv_transfer import PrefixRef
 from blockserve.worker.messages import (
     AttemptId,
     BusyMsg,
@@ -34,6 +36,7 @@ from blockserve.worker.messages import (
     SpanMsg,
     TokenMsg,
 )
+from blockzoo.manifest import ChainId
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -60,6 +63,12 @@ def from_frame(frame: worker_pb2.ExchangeRequest) -> list[SpanMsg]:
         WireError: hidden states that are not what their header says, or a kind of message unknown here.
     """
     return [one for message in frame.messages for one in _messages(message)]
+
+
+def prefix_from_message(message: worker_pb2.PrefixRef) -> PrefixRef:
+    """The beginning of a request at a run of a chain."""
+    span = ChainSpan(ChainId(message.chain_digest), Run(message.first, message.end))
+    return PrefixRef(span, message.cache_salt, tuple(message.tokens))
 
 
 def hidden_bytes(messages: Iterable[SpanMsg]) -> int:

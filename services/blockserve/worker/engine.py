@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ from blockserve.common.errors import (
     DeadlineExceededError,
     EngineFailedError,
     KvCapacityError,
+    PathBrokenError,
     QueueFullError,
     ServerStoppingError,
 )
@@ -43,6 +45,7 @@ from blockserve.worker.cores import usable_cores
 from blockserve.worker.exchange import Outlet, SpanExchange
 from blockserve.worker.executor import Executor
 from blockserve.worker.kv import KvPool, KvShape
+from blockserve.worker.kv_transfer import KvBlock, PrefixRef, export_blocks, from_bytes, import_blocks
 from blockserve.worker.memory import KvMemory
 from blockserve.worker.messages import SpanMsg
 from blockserve.worker.pace import Pace
@@ -57,6 +60,7 @@ _LOG = logging.getLogger(__name__)
 Sink = Callable[[Outcome], None]
 """Takes a request's outcomes; called in the engine's thread."""
 
+T = TypeVar("T")
 Letter = tuple[Callable[[Outcome], None], Outcome]
 """An outcome and who takes it, in an event loop's thread."""
 
@@ -207,17 +211,21 @@ class BlockEngine:
 
     def _call(self, action: Callable[[], None]) -> Future[None]:
         """Like `_post`, with a future for the action's end."""
-        future: Future[None] = Future()
+        return self._ask(action)
+
+    def _ask(self, action: Callable[[], T]) -> Future[T]:
+        """Like `_post`, with a future for what the action returns."""
+        future: Future[T] = Future()
 
         def command() -> None:
             if not future.set_running_or_notify_cancel():
                 return  # whoever asked has gone
             try:
-                action()
+                result = action()
             except BaseException as error:  # noqa: BLE001 - handed to the caller
                 future.set_exception(error)
             else:
-                future.set_result(None)
+                future.set_result(result)
 
         self._post(command)
         return future
@@ -474,11 +482,50 @@ class BlockEngine:
         assert exchange is not None
         self._post(lambda: exchange.receive(sender, messages))
 
+    def give_back(self, reason: PathBrokenError) -> None:
+        """End what is executed here of requests that other workers began; those go on elsewhere."""
+        if self._exchange is not None:
+            exchange = self._exchange
+            self._post(lambda: exchange.give_back(reason))
+
     def peer_lost(self, worker: WorkerId) -> None:
         """Give up every request that goes through another worker."""
         exchange = self._exchange
         assert exchange is not None
         self._post(lambda: exchange.peer_lost(worker))
+
+    async def export_kv(self, prefix: PrefixRef, first: int, count: int) -> list[KvBlock]:
+        """Copies of cached pages of a prefix, from page `first` on; none when its run is not in memory."""
+
+        def export() -> list[KvBlock]:
+            chain = self._chains.get(prefix.span)
+            if chain is None:
+                return []
+            return export_blocks(chain, self._pools[chain.lane.kv_shape], prefix, first, count)
+
+        return await asyncio.wrap_future(self._ask(export))
+
+    async def import_kv(self, prefix: PrefixRef, pages: Sequence[tuple[int, bytes, bytes]]) -> int:
+        """Keep pages (place, keys, values) of a prefix in the cache; how many were kept.
+
+        Raises:
+            ChainNotLoadedError: its run is not in memory.
+            WireError: they have another shape.
+        """
+
+        def take() -> int:
+            chain = self._chains.get(prefix.span)
+            if chain is None:
+                raise ChainNotLoadedError("the run is not in memory", chain=prefix.span.chain)
+            pool = self._pools[chain.lane.kv_shape]
+            size = pool.page_tokens
+            blocks = (
+                KvBlock(place, from_bytes(keys, chain, size), from_bytes(values, chain, size))
+                for place, keys, values in pages
+            )
+            return import_blocks(chain, pool, prefix, blocks)
+
+        return await asyncio.wrap_future(self._ask(take))
 
     # ---- looking in
 
@@ -526,6 +573,7 @@ class BlockEngine:
             ),
             chain_loads=self._chains.num_loads,
             chain_unloads=self._chains.num_unloads,
+            kv_token_bytes=max((shape.token_bytes for shape in list(self._pools)), default=0),
             queued_tokens=sum(one.num_tokens for one in (*self._scheduler.waiting, *self._arriving)),
             step_seconds=self._pace.step_seconds,
             prefill_tokens_per_second=self._pace.prefill_tokens_per_second,

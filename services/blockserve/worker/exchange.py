@@ -208,6 +208,11 @@ class SpanExchange:
                     ),
                 )
 
+    def give_back(self, reason: PathBrokenError) -> None:
+        """End every request that another worker began."""
+        for running in list(self._followers.values()):
+            self._host.fail(running, reason)
+
     # ---- as a follower
 
     def _on_open(self, message: OpenMsg) -> None:

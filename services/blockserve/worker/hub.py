@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+from blockproto.v1 import worker_pb2
+from blockserve.common.channel import Credentials
 from blockserve.common.cluster import ChainSpan, Run, WorkerId, WorkerRecord, WorkerState
 from blockserve.common.engine_api import EngineRequest
-from blockserve.common.errors import PathBrokenError, ServerStoppingError
+from blockserve.common.errors import PathBrokenError, ServerStoppingError, WireError
+from blockserve.worker.convert import prefix_from_message
 from blockserve.worker.engine import BlockEngine
+from blockserve.worker.kv_client import Pulled, pull
+from blockserve.worker.kv_transfer import KvBlock, PrefixRef
 from blockserve.worker.links import PeerLinks
 from blockserve.worker.messages import CloseMsg, FailMsg, OpenMsg, SpanMsg
 from blockserve.worker.sessions import RouterSession
@@ -25,6 +30,12 @@ from blockzoo.zoo import Zoo
 
 log = logging.getLogger(__name__)
 
+EXPORT_PAGES = 8
+"""Pages copied at a time: a few milliseconds between two passes."""
+LINGER_SECONDS = 0.5
+"""How long a drained worker waits for those who want the keys and values of what it gave back."""
+MAX_LINGER_SECONDS = 10.0
+"""The same while some are being sent."""
 DRAIN_POLL_SECONDS = 0.05
 """How often a drain looks whether the last request has ended."""
 
@@ -66,8 +77,12 @@ class WorkerHub:
         on_change: called when blocks have come or gone.
     """
 
-    def __init__(self, record: WorkerRecord, zoo: Zoo, engine: BlockEngine, links: PeerLinks) -> None:
+    def __init__(
+        self, record: WorkerRecord, zoo: Zoo, engine: BlockEngine, links: PeerLinks, credentials: Credentials
+    ) -> None:
         """Join the parts; `links` must be the engine's outlet."""
+        self._credentials = credentials
+        self._exports = 0
         self.engine = engine
         self.is_draining = self.is_stopping = False
         self._record = record
@@ -129,7 +144,7 @@ class WorkerHub:
             CapacityError, CorruptBlobError, SpanError: see `BlockEngine.load_span`.
         """
         if self.is_draining:
-            raise PathBrokenError(f"worker {self._record.name} is draining", worker=self._record.id)
+            raise self._draining()
         if not request.path:
             await self.engine.load(request.chain)
             return
@@ -196,19 +211,66 @@ class WorkerHub:
         if (inbound := self._inbound.get(sender)) is not None:
             inbound.note_taken(num_bytes)
 
+    # ---- keys and values
+
+    async def pull_kv(self, message: worker_pb2.PrefixRef, source: str) -> Pulled:
+        """Fetch a request's keys and values from another worker; see `kv_client.pull`."""
+        prefix = prefix_from_message(message)
+        if not self.engine.is_span_loaded(prefix.span):
+            await self.load(prefix.span)
+        return await pull(
+            self.engine,
+            prefix,
+            message,
+            source=source,
+            fingerprint=self._record.kv_fingerprint,
+            credentials=self._credentials,
+        )
+
+    async def export_kv(self, prefix: PrefixRef, fingerprint: str) -> AsyncGenerator[KvBlock, None]:
+        """A request's cached pages, in order (WireError: the other's have another layout)."""
+        if fingerprint != self._record.kv_fingerprint:
+            raise WireError(f"KV layout {fingerprint!r} is not {self._record.kv_fingerprint!r}")
+        self._exports += 1
+        try:
+            first = 0
+            while blocks := await self.engine.export_kv(prefix, first, EXPORT_PAGES):
+                for block in blocks:
+                    yield block
+                first += len(blocks)
+        finally:
+            self._exports -= 1
+
     # ---- the end
 
     async def drain(self, seconds: float) -> int:
         """Take no new requests, let the running ones end, give the rest back; how many those were."""
         self.is_draining = True
+        self.on_change()
         loop = asyncio.get_running_loop()
         until = loop.time() + seconds
         while self.num_requests and loop.time() < until:
             await asyncio.sleep(DRAIN_POLL_SECONDS)
         left = sum(session.num_requests for session in self._sessions)
         for session in list(self._sessions):
-            session.give_back(f"worker {self._record.name} is draining")
+            session.give_back(self._draining())
+        self.engine.give_back(self._draining())
+        if left or self.num_requests:
+            # Who takes the requests over may want their keys and values.
+            linger, until = loop.time() + LINGER_SECONDS, loop.time() + MAX_LINGER_SECONDS
+            while loop.time() < linger or (self._exports and loop.time() < until):
+                await asyncio.sleep(DRAIN_POLL_SECONDS)
         return left
+
+    def resume(self) -> None:
+        """Take requests again after a drain."""
+        self.is_draining = False
+        self.on_change()
+
+    def _draining(self) -> PathBrokenError:
+        return PathBrokenError(
+            f"worker {self._record.name} is draining", worker=self._record.id, cause="draining"
+        )
 
     async def close(self) -> None:
         """Speak to nobody any more."""

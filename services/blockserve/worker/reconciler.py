@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from blockserve.common.cluster import Assignment, ChainSpan, Placement
 from blockserve.common.errors import StateStoreError
 from blockserve.common.state_store import StateStore
+from blockserve.common.tasks import end
 from blockserve.worker.hub import WorkerHub
 from blockzoo.errors import BlockzooError
 from blockzoo.manifest import ChainId, ChainManifest, Link
@@ -54,9 +55,7 @@ class Reconciler:
 
     async def stop(self) -> None:
         """Follow no more."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await end(self._task)
 
     async def _follow(self) -> None:
         while True:

@@ -86,10 +86,11 @@ class WorkerServer:
         self.address = settings.advertise or bound
         zoo = await asyncio.to_thread(Zoo.open, settings.zoo)
         record = self._record()
-        links = PeerLinks(record.id, settings.peer_credentials(), settings.window_bytes)
+        credentials = settings.peer_credentials()
+        links = PeerLinks(record.id, credentials, settings.window_bytes)
         self._engine = await asyncio.to_thread(BlockEngine, zoo, settings.engine, outlet=links)
         self._engine.start()
-        self.hub = WorkerHub(record, zoo, self._engine, links)
+        self.hub = WorkerHub(record, zoo, self._engine, links, credentials)
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(self.hub), self._server)
         self._health.add_to(self._server)
         if settings.serves_reflection:

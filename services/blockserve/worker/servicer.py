@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -18,8 +19,10 @@ from blockserve.common.engine_convert import (
     token_to_message,
 )
 from blockserve.common.errors import ServerStoppingError, WireError
-from blockserve.worker.convert import from_frame
+from blockserve.worker.convert import from_frame, prefix_from_message
 from blockserve.worker.hub import WorkerHub
+from blockserve.worker.kv_client import checksum
+from blockserve.worker.kv_transfer import to_bytes
 from blockserve.worker.links import FROM_KEY, TO_KEY, WIRE_KEY
 from blockserve.worker.sessions import Progress
 from blockzoo.errors import BlockzooError
@@ -103,6 +106,38 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         span = await self._hub.span(ChainId(request.chain_digest), request.first, request.end)
         await self._hub.unload(span)
         return worker_pb2.UnloadSpanResponse()
+
+    async def PullKv(  # noqa: N802 - the wire's name
+        self, request: worker_pb2.PullKvRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> worker_pb2.PullKvResponse:
+        """Fetch a request's keys and values from another worker."""
+        del context
+        pulled = await self._hub.pull_kv(request.prefix, request.source_address)
+        tokens = pulled.pages * self._hub.engine.config.kv_page_tokens
+        return worker_pb2.PullKvResponse(tokens=tokens, bytes=pulled.num_bytes, seconds=pulled.seconds)
+
+    async def ExportKv(  # noqa: N802 - the wire's name
+        self, request: worker_pb2.ExportKvRequest, context: Any
+    ) -> AsyncIterator[worker_pb2.ExportKvResponse]:
+        """Send a request's cached keys and values, page by page."""
+        del context
+        prefix = prefix_from_message(request.prefix)
+        async with aclosing(self._hub.export_kv(prefix, request.kv_fingerprint)) as blocks:
+            async for block in blocks:
+                keys, values = to_bytes(block.keys), to_bytes(block.values)
+                yield worker_pb2.ExportKvResponse(
+                    place=block.place, keys=keys, values=values, checksum=checksum(keys, values)
+                )
+
+    async def Drain(  # noqa: N802 - the wire's name
+        self, request: worker_pb2.DrainRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> worker_pb2.DrainResponse:
+        """Take no new requests and give back those that do not end in time; or take requests again."""
+        del context
+        if request.resume:
+            self._hub.resume()
+            return worker_pb2.DrainResponse()
+        return worker_pb2.DrainResponse(given_back=await self._hub.drain(request.seconds))
 
     async def Describe(  # noqa: N802 - the wire's name
         self, request: worker_pb2.DescribeRequest, context: grpc.aio.ServicerContext[Any, Any]

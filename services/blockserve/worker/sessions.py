@@ -53,11 +53,11 @@ class RouterSession:
         if (running := self._running.pop(number, None)) is not None:
             self._engine.cancel(running)
 
-    def give_back(self, reason: str) -> None:
-        """End every request with PathBrokenError: the router has it go on elsewhere."""
+    def give_back(self, reason: PathBrokenError) -> None:
+        """End every request with an error that has the router let it go on elsewhere."""
         for number in [*self._running, *self._starting]:
             self.cancel(number)
-            self._take(number, PathBrokenError(reason))
+            self._take(number, reason)
 
     def close(self) -> None:
         """Cancel everything: nobody listens any more."""

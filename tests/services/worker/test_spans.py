@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from blockserve.common.cluster import PathStep, Run, WorkerId
+from blockserve.common.cluster import ChainSpan, PathStep, Run, WorkerId
 from blockserve.common.engine_api import EngineRequest, FinishReason, SamplingParams, TokenEvent
 from blockserve.common.errors import (
     ChainNotLoadedError,
@@ -16,8 +16,10 @@ from blockserve.common.errors import (
     KvCapacityError,
     PathBrokenError,
     SpanError,
+    WireError,
 )
 from blockserve.worker.engine import BlockEngine
+from blockserve.worker.kv_transfer import PrefixRef, to_bytes
 from blockserve.worker.messages import BusyMsg, ChunkMsg, CloseMsg, OpenMsg, RestartMsg, SpanMsg, TokenMsg
 from blockzoo.manifest import ChainId
 from support.spans import SpanCluster, span_cluster
@@ -414,8 +416,64 @@ def test_errors_of_followers_reach_the_caller(tiny: TinyZoo) -> None:
 def test_runs_that_cannot_be_executed_are_refused(
     tiny: TinyZoo, engine: BlockEngine, bounds: tuple[int, int]
 ) -> None:
-    from blockserve.common.cluster import ChainSpan
-
     chain = tiny.chains["base"]
     with pytest.raises(SpanError):
         run(engine.load_span(ChainSpan(chain, Run(*bounds))))
+
+
+def test_keys_and_values_of_another_worker_spare_the_computation(tiny: TinyZoo, engine: BlockEngine) -> None:
+    """b's pages go to c: what goes on over a and c finds them there; only the last page is computed."""
+
+    async def work() -> None:
+        chain = tiny.chains["all"]
+        old, new = cluster.path(chain, a=2, b=0), cluster.path(chain, a=2, c=0)
+        await cluster.load(chain, old)
+        await cluster.load(chain, new)
+        request = ask(chain, old, prompt=tuple(range(100)), max_tokens=30, cache_salt="tenant")
+        [expected] = await one_process(engine, [request])
+        stream = cluster.engine("a").generate(request)
+        told: list[int] = []
+        while len(told) < 12:
+            told.extend(event.token_id for event in await anext(stream))
+        await stream.aclose()
+        prefix = PrefixRef(ChainSpan(chain, old[1].run), "tenant", (*request.prompt, *told))
+        pages = await cluster.engine("b").export_kv(prefix, 0, 1000)
+        assert len(pages) == (len(request.prompt) + len(told) - 1) // SMALL.kv_page_tokens
+        sent = [(page.place, to_bytes(page.keys), to_bytes(page.values)) for page in pages]
+        target = replace(prefix, span=ChainSpan(chain, new[1].run))
+        assert await cluster.engine("c").import_kv(target, sent) == len(pages)
+        assert await cluster.engine("c").import_kv(target, sent) == len(pages)  # there already
+        # Another tenant, and another variant, never meet them.
+        for stranger in (replace(target, salt="other"), replace(target, tokens=(9, *target.tokens[1:]))):
+            assert await cluster.engine("c").export_kv(stranger, 0, 1000) == []
+        later = replace(request, path=new, epoch=1, output=tuple(told))
+        before = cluster.wire.count(ChunkMsg)
+        found = await events(cluster.engine("a"), later)
+        assert told + [event.token_id for event in found] == expected
+        # One chunk for what the last page lacked, then a token at a time.
+        assert cluster.wire.count(ChunkMsg) - before <= 1 + len(found)
+        first = next(
+            m for _, m in cluster.wire.sent[::-1] if isinstance(m, ChunkMsg) and len(m.token_ids) > 1
+        )
+        assert first.start == len(pages) * SMALL.kv_page_tokens
+        await clean(cluster)
+
+    with span_cluster(tiny, "a b c") as cluster:
+        run(work())
+
+
+def test_damaged_or_foreign_pages_are_refused(tiny: TinyZoo) -> None:
+    async def work() -> None:
+        chain = tiny.chains["base"]
+        path = cluster.path(chain, a=2, b=0)
+        await cluster.load(chain, path)
+        prefix = PrefixRef(ChainSpan(chain, path[1].run), "", tuple(range(40)))
+        with pytest.raises(WireError):
+            await cluster.engine("b").import_kv(prefix, [(0, b"short", b"short")])
+        with pytest.raises(ChainNotLoadedError):
+            await cluster.engine("a").import_kv(prefix, [(0, b"", b"")])
+        assert await cluster.engine("a").export_kv(prefix, 0, 10) == []
+        await clean(cluster)
+
+    with span_cluster(tiny, "a b") as cluster:
+        run(work())

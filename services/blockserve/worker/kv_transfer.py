@@ -1,0 +1,125 @@
+"""Keys and values from one worker's prefix cache into another's.
+
+A request that leaves a worker has left its full pages in that worker's prefix cache. Who executes the same
+run of the chain next can have them sent instead of having them computed again: it imports them into its own
+prefix cache, where the request then finds them. What does not arrive is computed, so a transfer that fails
+costs time and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from blockserve.common.cluster import ChainSpan
+from blockserve.common.errors import WireError
+from blockserve.worker.blocks import LoadedChain
+from blockserve.worker.kv import KvPool
+from blockserve.worker.pages import Pages
+from blockserve.worker.prefix import TokensDigest, extend_tokens_digests
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixRef:
+    """The beginning of a request at a run of a chain.
+
+    Attributes:
+        span: the run.
+        salt: the tenant's.
+        tokens: prompt and output so far.
+    """
+
+    span: ChainSpan
+    salt: str
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KvBlock:
+    """One page of tokens at every layer of a run.
+
+    Attributes:
+        place: which page of the prefix, from 0.
+        keys, values: [layers, page_tokens, kv_heads, head_dim].
+    """
+
+    place: int
+    keys: Tensor
+    values: Tensor
+
+
+def export_blocks(
+    chain: LoadedChain, pool: KvPool, prefix: PrefixRef, first: int, count: int
+) -> list[KvBlock]:
+    """Copies of the cached pages first .. first + count - 1 of a prefix; fewer where the cache has fewer."""
+    digests = _digests(prefix, pool.page_tokens)
+    found = pool.prefixes.match(chain.layer_digests, digests[: first + count])[first:]
+    return [
+        KvBlock(first + place, _read(pool, pool.keys, block.pages), _read(pool, pool.values, block.pages))
+        for place, block in enumerate(found)
+    ]
+
+
+def import_blocks(chain: LoadedChain, pool: KvPool, prefix: PrefixRef, blocks: Iterable[KvBlock]) -> int:
+    """Keep pages of another worker in the prefix cache, as far as there is free memory.
+
+    Returns:
+        How many were kept or were there already.
+
+    Raises:
+        WireError: keys and values of another shape or type.
+    """
+    digests = _digests(prefix, pool.page_tokens)
+    kept = 0
+    for block in blocks:
+        shape = (chain.num_layers, pool.page_tokens, pool.shape.num_kv_heads, pool.shape.head_dim)
+        for part in (block.keys, block.values):
+            if tuple(part.shape) != shape or part.dtype != pool.shape.dtype:
+                raise WireError(f"keys or values of {tuple(part.shape)} {part.dtype} are not {shape}")
+        if block.place >= len(digests) or not chain.layer_digests:
+            return kept
+        pages = pool.allocator.try_allocate(chain.num_layers, 1)
+        if pages is None:
+            return kept
+        _write(pool, pool.keys, pages[:, 0], block.keys)
+        _write(pool, pool.values, pages[:, 0], block.values)
+        cached = pool.prefixes.insert(chain.layer_digests, digests[block.place], pages[:, 0])
+        if cached is not None:
+            pool.prefixes.let_go([cached])
+        pool.allocator.let_go(pages.reshape(-1))  # what the cache keeps, it holds itself
+        kept += 1
+    return kept
+
+
+def to_bytes(tensor: Tensor) -> bytes:
+    """A tensor's bytes, row after row."""
+    return tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+
+
+def from_bytes(data: bytes, chain: LoadedChain, page_tokens: int) -> Tensor:
+    """The inverse of `to_bytes` for one page at every layer (WireError)."""
+    shape = chain.lane.kv_shape
+    sizes = (chain.num_layers, page_tokens, shape.num_kv_heads, shape.head_dim)
+    expected = chain.num_layers * page_tokens * shape.num_kv_heads * shape.head_dim * shape.dtype.itemsize
+    if len(data) != expected:
+        raise WireError(f"{len(data)} bytes of keys or values are not {expected}")
+    return torch.frombuffer(data, dtype=shape.dtype).view(sizes)
+
+
+def _digests(prefix: PrefixRef, page_tokens: int) -> Sequence[TokensDigest]:
+    digests: list[TokensDigest] = []
+    extend_tokens_digests(digests, prefix.salt, prefix.tokens, page_tokens)
+    return digests
+
+
+def _read(pool: KvPool, memory: Tensor, pages: Pages) -> Tensor:
+    paged = memory.view(-1, pool.page_tokens, *memory.shape[1:])
+    return paged[torch.from_numpy(pages)]
+
+
+def _write(pool: KvPool, memory: Tensor, pages: Pages, data: Tensor) -> None:
+    paged = memory.view(-1, pool.page_tokens, *memory.shape[1:])
+    paged[torch.from_numpy(pages)] = data.to(memory.device)
