@@ -49,6 +49,10 @@ model: demo-venv ## SmolLM2-135M-Instruct as a checkpoint in .cache/smollm2 (93 
 demo: demo-venv $(if $(MODEL),,model) ## Several variants of a real model answered side by side from shared blocks
 	@$(BIN)/python scripts/demo.py $(if $(MODEL),--model '$(MODEL)')
 
+.PHONY: demo-cluster
+demo-cluster: demo-venv $(if $(MODEL),,model) ## Three workers, twelve variants, one killed in the middle: a cluster in five minutes
+	@$(BIN)/python scripts/demo_cluster.py $(if $(MODEL),--model '$(MODEL)')
+
 .PHONY: test
 test: venv model ## Every test that is not long, under 15 minutes on two cores
 	@echo 'Running the tests that are not marked long; the others are `make test-long`.'

@@ -1022,6 +1022,7 @@ class DescribeResponse(_message.Message):
     KV_PAGES_CACHED_FIELD_NUMBER: _builtins.int
     BLOCK_BYTES_FIELD_NUMBER: _builtins.int
     SPANS_FIELD_NUMBER: _builtins.int
+    SEGMENTS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     name: _builtins.str
     wire_version: _builtins.int
@@ -1035,6 +1036,10 @@ class DescribeResponse(_message.Message):
     block_bytes: _builtins.int
     @_builtins.property
     def spans(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldSpan]: ...
+    @_builtins.property
+    def segments(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldSegment]:
+        """Runs of base blocks that the same chains pass through here."""
+
     def __init__(
         self,
         *,
@@ -1050,14 +1055,55 @@ class DescribeResponse(_message.Message):
         kv_pages_cached: _builtins.int = ...,
         block_bytes: _builtins.int = ...,
         spans: _abc.Iterable[Global___HeldSpan] | None = ...,
+        segments: _abc.Iterable[Global___HeldSegment] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "draining", b"draining", "kv_fingerprint", b"kv_fingerprint", "kv_pages_cached", b"kv_pages_cached", "kv_pages_total", b"kv_pages_total", "kv_pages_used", b"kv_pages_used", "name", b"name", "running_requests", b"running_requests", "spans", b"spans", "waiting_requests", b"waiting_requests", "wire_version", b"wire_version", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "draining", b"draining", "kv_fingerprint", b"kv_fingerprint", "kv_pages_cached", b"kv_pages_cached", "kv_pages_total", b"kv_pages_total", "kv_pages_used", b"kv_pages_used", "name", b"name", "running_requests", b"running_requests", "segments", b"segments", "spans", b"spans", "waiting_requests", b"waiting_requests", "wire_version", b"wire_version", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DescribeResponse: _TypeAlias = DescribeResponse  # noqa: Y015
+
+@_typing.final
+class HeldSegment(_message.Message):
+    """A segment and how it was batched."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_CHAINS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    FORWARD_CALLS_FIELD_NUMBER: _builtins.int
+    MIXED_CALLS_FIELD_NUMBER: _builtins.int
+    LARGEST_BATCH_CHAINS_FIELD_NUMBER: _builtins.int
+    first: _builtins.int
+    num_blocks: _builtins.int
+    num_chains: _builtins.int
+    tokens: _builtins.int
+    forward_calls: _builtins.int
+    mixed_calls: _builtins.int
+    """Forward calls in which tokens of several chains met."""
+    largest_batch_chains: _builtins.int
+    def __init__(
+        self,
+        *,
+        first: _builtins.int = ...,
+        num_blocks: _builtins.int = ...,
+        num_chains: _builtins.int = ...,
+        tokens: _builtins.int = ...,
+        forward_calls: _builtins.int = ...,
+        mixed_calls: _builtins.int = ...,
+        largest_batch_chains: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first", b"first", "forward_calls", b"forward_calls", "largest_batch_chains", b"largest_batch_chains", "mixed_calls", b"mixed_calls", "num_blocks", b"num_blocks", "num_chains", b"num_chains", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HeldSegment: _TypeAlias = HeldSegment  # noqa: Y015
 
 @_typing.final
 class HeldSpan(_message.Message):

@@ -100,10 +100,11 @@ def first_fit(
     }
     left_out: list[ChainId] = []
     total = sum(chain.traffic for chain in chains) or 1.0
+    fair = sum(max(chain.traffic, 0.0) for chain in chains) / max(1, len(filling))
     for chain in sorted(chains, key=lambda one: (not one.pinned, -one.traffic, one.id)):
         wanted = max(chain.replicas, math.ceil(chain.traffic / total * len(filling) - 0.5), 1)
         for number in range(min(wanted, len(filling))):
-            if not _place_whole(chain, sizes, filling, before, chain.traffic / wanted):
+            if not _place_whole(chain, sizes, filling, before, chain.traffic / wanted, fair):
                 if number == 0 and not _place_cut(chain, sizes, filling):
                     left_out.append(chain.id)
                 break
@@ -117,6 +118,7 @@ def _place_whole(
     filling: Mapping[WorkerId, _Filling],
     before: Mapping[WorkerId, Mapping[ChainId, Run]],
     share: float,
+    fair: float,
 ) -> bool:
     whole = Run(0, len(chain.links))
     best: tuple[tuple[object, ...], _Filling] | None = None
@@ -129,8 +131,8 @@ def _place_whole(
         if not one.fits(added):
             continue
         is_there = before.get(worker, {}).get(chain.id) == whole
-        # What is there stays, unless that worker is much busier than the least busy one.
-        rank = (not is_there, added, one.traffic, worker)
+        # A worker with its share of the traffic takes more only when the others have theirs too.
+        rank = (one.traffic * one.room.speed >= fair > 0, not is_there, added, one.traffic, worker)
         if best is None or rank < best[0]:
             best = rank, one
     if best is None:
@@ -149,11 +151,12 @@ def _place_cut(
     while first < length:
         reach = {id(one): _reach(chain, first, one, sizes) for one in free}
         one = max(free, key=lambda one: (reach[id(one)], -one.used), default=None)
-        if one is None or reach[id(one)] <= max(first, 1):
+        if one is None:
             return False
-        end = reach[id(one)]
-        if end == length - 1 and end - first > 1:  # the head alone is no run
-            end -= 1
+        # Neither the embedding alone nor the head alone is a run.
+        end = length if reach[id(one)] == length else min(reach[id(one)], length - 2)
+        if end < max(first + 1, 2):
+            return False
         runs.append((one, Run(first, end)))
         free.remove(one)
         first = end

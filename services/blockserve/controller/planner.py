@@ -33,7 +33,14 @@ class Planner:
     """
 
     def __init__(
-        self, zoo: Zoo, store: StateStore, name: str, *, lease_seconds: float, look_seconds: float
+        self,
+        zoo: Zoo,
+        store: StateStore,
+        name: str,
+        *,
+        lease_seconds: float,
+        look_seconds: float,
+        replicas: int = 1,
     ) -> None:
         """Prepare; `start` begins.
 
@@ -43,7 +50,9 @@ class Planner:
             name: of this controller.
             lease_seconds: how long a silent leader leads.
             look_seconds: how often demand is looked at when nothing else changes.
+            replicas: workers that hold each chain at least.
         """
+        self._replicas = replicas
         self._zoo = zoo
         self._store = store
         self._name = name
@@ -113,7 +122,8 @@ class Planner:
             return Placement(view.placement.version)
         wanted = [chain for chain in demand if await self._know(chain)]
         chains = [
-            WantedChain(chain, self._manifests[chain].links, demand[chain], replicas=1) for chain in wanted
+            WantedChain(chain, self._manifests[chain].links, demand[chain], self._replicas)
+            for chain in wanted
         ]
         placement, left_out = first_fit(chains, self._sizes, rooms, view.placement)
         if left_out != self.left_out:

@@ -92,6 +92,7 @@ class ControllerServer:
             f"{platform.node()}-{secrets.token_hex(4)}",
             lease_seconds=settings.state.lease_seconds,
             look_seconds=settings.look_seconds,
+            replicas=settings.replicas,
         )
         self._planner.start()
         await self._health.set(SERVING)

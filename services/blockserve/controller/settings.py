@@ -29,6 +29,12 @@ class ControllerSettings(ClusterSettings):
         reason="Below a third of the leader's lease, which is renewed with it.",
         gt=0,
     )
+    replicas: int = setting(
+        1,
+        "Workers that hold each variant at least, as long as there is room.",
+        reason="With 2, a lost worker's requests go on at once; shared blocks make the second copy cheap.",
+        ge=1,
+    )
     controller: ControllerConfig = Field(
         default_factory=ControllerConfig, description="Registering over the network."
     )

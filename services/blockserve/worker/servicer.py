@@ -169,6 +169,18 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                 )
                 for chain in report.chains
             ],
+            segments=[
+                worker_pb2.HeldSegment(
+                    first=segment.first_position,
+                    num_blocks=segment.num_blocks,
+                    num_chains=segment.num_chains,
+                    tokens=segment.tokens,
+                    forward_calls=segment.forward_calls,
+                    mixed_calls=segment.mixed_calls,
+                    largest_batch_chains=segment.largest_batch_chains,
+                )
+                for segment in report.segments
+            ],
         )
 
     def _check_peer(self, context: Any) -> WorkerId:
