@@ -136,8 +136,9 @@ class DemoCluster:
             if most is not None and most.tokens:
                 mixed = 100 * most.mixed_calls / max(1, most.forward_calls)
                 lines.append(
-                    f"{name}: {most.num_blocks} blocks shared by {most.num_chains} variants, {most.tokens} tokens, "
-                    f"several variants in {mixed:.0f} % of the batches, at most {most.largest_batch_chains}"
+                    f"{name}: {most.num_blocks} blocks shared by {most.num_chains} variants, {most.tokens} "
+                    f"tokens, several variants in {mixed:.0f} % of the batches (at most "
+                    f"{most.largest_batch_chains})"
                 )
         return lines
 
