@@ -13,8 +13,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from blockserve.router.aio_client import AsyncClient
+from blockzoo.equivalence import Ledger, approve, evaluate
+from blockzoo.errors import BlockzooError
 from blockzoo.zoo import Zoo
-from support.cluster import PATIENCE, Cluster, cluster
+from support.cluster import PATIENCE, Cluster, Process, cluster
 from support.variants import Variant, VariantFactory
 
 NUM_TOKENS = 150
@@ -200,6 +202,18 @@ async def _kill_router(rig: Cluster) -> None:
     await rig.start_router(address)
 
 
+async def _kill_router_and_head(rig: Cluster) -> None:
+    """Nobody has the journal any more but the client: it resumes with request_id and resume_from."""
+    address = rig.routers[0].address
+
+    def both(head: Process) -> None:
+        rig.routers[0].kill()
+        head.kill()
+
+    await _busy(rig, "a", "c", both)
+    await rig.start_router(address)
+
+
 async def _flush_state(rig: Cluster) -> None:
     for _ in range(3):
         await asyncio.to_thread(rig.state.flush)
@@ -251,6 +265,7 @@ MOVING = (_kill_head, _kill_tail, _stop_and_wake_tail, _stop_and_wake_head, _rol
         _roll,
         _drain,
         _kill_router,
+        _kill_router_and_head,
         _flush_state,
         _pause_state,
         _replace_state,
@@ -310,5 +325,43 @@ def test_the_controller_places_what_is_asked_for(made: Made, zoo: Zoo, tmp_path:
             assert tuple(later.tokens) == made.greedy("base", made.prompt(), NUM_TOKENS)
             for answers in (after, last):
                 assert [one.tokens for one in answers] == [one.tokens for one in first]
+
+    run(work())
+
+
+def test_an_approved_equivalent_answers_while_the_exact_blocks_are_absent(
+    made: Made, zoo: Zoo, tmp_path: Path
+) -> None:
+    text = " ".join(f"line {number} of what tenants send" for number in range(60))
+    record = evaluate(zoo, "tuned", "base", text, max_tokens=256)[-1]
+    ledger = Ledger(zoo.store)
+    approve(ledger, record.id, by="test", reason="test", max_kl=100.0)
+
+    async def work() -> None:
+        async with cluster(zoo, tmp_path, ["a"], **SETTINGS, BLOCKZOO_FAILOVER_PATH_SECONDS="0.5") as rig:
+            await rig.load("a", "base")
+            async with rig.client() as client:
+
+                async def ask(**more: Any) -> Any:
+                    return await client.generate(
+                        "tuned", PROMPT, max_tokens=24, temperature=0, ignore_eos=True, **more
+                    ).result()
+
+                await Transcript().follow(client, "base")
+                other = await ask(allow_equivalents=True)
+                assert other.token_ids == made.greedy("base", made.prompt(), 24)
+                assert other.info.chain_digest == zoo.resolve("base").chain
+                assert other.info.approximations[0].startswith(f"equivalent:{record.id} mean_kl=")
+                with pytest.raises(BlockzooError):  # who allows nothing gets nothing else
+                    await asyncio.wait_for(ask(timeout=2.0), 20)
+                await rig.load("a", "tuned")
+                while not any("tuned" in name for name in await loaded(client)):
+                    await asyncio.sleep(0.05)
+                exact = await ask(allow_equivalents=True)
+                assert exact.token_ids == made.greedy("tuned", made.prompt(), 24)
+                assert exact.info.approximations == ()
+
+    async def loaded(client: AsyncClient) -> list[str]:
+        return [model.name for model in await client.models() if model.loaded]
 
     run(work())

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x62lockproto/v1/inference.proto\x12\rblockproto.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x8c\x01\n\nChatPrompt\x12,\n\x08messages\x18\x01 \x03(\x0b\x32\x1a.blockproto.v1.ChatMessage\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\x12\n\ntools_json\x18\x03 \x01(\tB\x18\n\x16_add_generation_prompt\"\xa7\x03\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x02\x12@\n\nlogit_bias\x18\t \x03(\x0b\x32,.blockproto.v1.SamplingParams.LogitBiasEntry\x12\x0e\n\x01n\x18\n \x01(\rH\x06\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x07\n\x05_seedB\x15\n\x13_repetition_penaltyB\x04\n\x02_n\"\xac\x01\n\x10StoppingCriteria\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x0c\n\x04stop\x18\x02 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x03 \x03(\r\x12\x12\n\nignore_eos\x18\x04 \x01(\x08\x12\"\n\x1ainclude_stop_str_in_output\x18\x05 \x01(\x08\x12\x12\n\nmin_tokens\x18\x06 \x01(\rB\r\n\x0b_max_tokens\"N\n\x0fResponseOptions\x12\x15\n\x08logprobs\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x17\n\x0fprompt_logprobs\x18\x02 \x01(\x08\x42\x0b\n\t_logprobs\"\x90\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12,\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x17.blockproto.v1.TokenIdsH\x00\x12)\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x19.blockproto.v1.ChatPromptH\x00\x12/\n\x08sampling\x18\x06 \x01(\x0b\x32\x1d.blockproto.v1.SamplingParams\x12\x31\n\x08stopping\x18\x07 \x01(\x0b\x32\x1f.blockproto.v1.StoppingCriteria\x12\x30\n\x08response\x18\x08 \x01(\x0b\x32\x1e.blockproto.v1.ResponseOptions\x12\x13\n\x0bresume_from\x18\t \x01(\r\x12\x16\n\x0eresume_choices\x18\x0c \x03(\r\x12\x12\n\ncache_salt\x18\n \x01(\t\x12\x10\n\x08priority\x18\x0b \x01(\x05\x42\x08\n\x06prompt\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"i\n\x10PositionLogprobs\x12+\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x1b.blockproto.v1.TokenLogprob\x12(\n\x03top\x18\x02 \x03(\x0b\x32\x1b.blockproto.v1.TokenLogprob\"\x80\x01\n\x0bRequestInfo\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x14\n\x0c\x63hain_digest\x18\x03 \x01(\t\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x05 \x01(\r\x12\x16\n\x0e\x61pproximations\x18\x06 \x03(\t\"W\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x03 \x01(\r\"\xaf\x01\n\nFinishInfo\x12+\n\x06reason\x18\x01 \x01(\x0e\x32\x1b.blockproto.v1.FinishReason\x12\x0e\n\x04stop\x18\x02 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x03 \x01(\rH\x00\x12#\n\x05usage\x18\x04 \x01(\x0b\x32\x14.blockproto.v1.Usage\x12\x1b\n\x13time_to_first_token\x18\x05 \x01(\x01\x42\t\n\x07matched\"\xb4\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x19\n\x11\x66irst_token_index\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x31\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1f.blockproto.v1.PositionLogprobs\x12\x38\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32\x1f.blockproto.v1.PositionLogprobs\x12(\n\x04info\x18\x07 \x01(\x0b\x32\x1a.blockproto.v1.RequestInfo\x12)\n\x06\x66inish\x18\x08 \x01(\x0b\x32\x19.blockproto.v1.FinishInfo\x12\x0e\n\x06\x63hoice\x18\t \x01(\r\"e\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x19.blockproto.v1.ChatPromptH\x00\x42\x08\n\x06prompt\"K\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\r\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"S\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.blockproto.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"7\n\x10GetModelResponse\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.blockproto.v1.Model\"\x90\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x14\n\x0c\x63hain_digest\x18\x03 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x04 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x05 \x01(\r\x12\x19\n\x11has_chat_template\x18\x06 \x01(\x08\x12\x0e\n\x06loaded\x18\x07 \x01(\x08\x12\x12\n\nnum_layers\x18\x08 \x01(\r\x12\x38\n\nprovenance\x18\t \x03(\x0b\x32$.blockproto.v1.Model.ProvenanceEntry\x1a\x31\n\x0fProvenanceEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xce\x02\n\x10InferenceService\x12M\n\x08Generate\x12\x1e.blockproto.v1.GenerateRequest\x1a\x1f.blockproto.v1.GenerateResponse0\x01\x12K\n\x08Tokenize\x12\x1e.blockproto.v1.TokenizeRequest\x1a\x1f.blockproto.v1.TokenizeResponse\x12Q\n\nListModels\x12 .blockproto.v1.ListModelsRequest\x1a!.blockproto.v1.ListModelsResponse\x12K\n\x08GetModel\x12\x1e.blockproto.v1.GetModelRequest\x1a\x1f.blockproto.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x62lockproto/v1/inference.proto\x12\rblockproto.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x8c\x01\n\nChatPrompt\x12,\n\x08messages\x18\x01 \x03(\x0b\x32\x1a.blockproto.v1.ChatMessage\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\x12\n\ntools_json\x18\x03 \x01(\tB\x18\n\x16_add_generation_prompt\"\xa7\x03\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x02\x12@\n\nlogit_bias\x18\t \x03(\x0b\x32,.blockproto.v1.SamplingParams.LogitBiasEntry\x12\x0e\n\x01n\x18\n \x01(\rH\x06\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x07\n\x05_seedB\x15\n\x13_repetition_penaltyB\x04\n\x02_n\"\xac\x01\n\x10StoppingCriteria\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x0c\n\x04stop\x18\x02 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x03 \x03(\r\x12\x12\n\nignore_eos\x18\x04 \x01(\x08\x12\"\n\x1ainclude_stop_str_in_output\x18\x05 \x01(\x08\x12\x12\n\nmin_tokens\x18\x06 \x01(\rB\r\n\x0b_max_tokens\"N\n\x0fResponseOptions\x12\x15\n\x08logprobs\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x17\n\x0fprompt_logprobs\x18\x02 \x01(\x08\x42\x0b\n\t_logprobs\"\xc1\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12,\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x17.blockproto.v1.TokenIdsH\x00\x12)\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x19.blockproto.v1.ChatPromptH\x00\x12/\n\x08sampling\x18\x06 \x01(\x0b\x32\x1d.blockproto.v1.SamplingParams\x12\x31\n\x08stopping\x18\x07 \x01(\x0b\x32\x1f.blockproto.v1.StoppingCriteria\x12\x30\n\x08response\x18\x08 \x01(\x0b\x32\x1e.blockproto.v1.ResponseOptions\x12\x13\n\x0bresume_from\x18\t \x01(\r\x12\x16\n\x0eresume_choices\x18\x0c \x03(\r\x12\x12\n\ncache_salt\x18\n \x01(\t\x12\x10\n\x08priority\x18\x0b \x01(\x05\x12\x19\n\x11\x61llow_equivalents\x18\r \x01(\x08\x12\x14\n\x0cresume_chain\x18\x0e \x01(\tB\x08\n\x06prompt\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"i\n\x10PositionLogprobs\x12+\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x1b.blockproto.v1.TokenLogprob\x12(\n\x03top\x18\x02 \x03(\x0b\x32\x1b.blockproto.v1.TokenLogprob\"\x80\x01\n\x0bRequestInfo\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x14\n\x0c\x63hain_digest\x18\x03 \x01(\t\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x05 \x01(\r\x12\x16\n\x0e\x61pproximations\x18\x06 \x03(\t\"W\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x03 \x01(\r\"\xaf\x01\n\nFinishInfo\x12+\n\x06reason\x18\x01 \x01(\x0e\x32\x1b.blockproto.v1.FinishReason\x12\x0e\n\x04stop\x18\x02 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x03 \x01(\rH\x00\x12#\n\x05usage\x18\x04 \x01(\x0b\x32\x14.blockproto.v1.Usage\x12\x1b\n\x13time_to_first_token\x18\x05 \x01(\x01\x42\t\n\x07matched\"\xb4\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x19\n\x11\x66irst_token_index\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x31\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1f.blockproto.v1.PositionLogprobs\x12\x38\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32\x1f.blockproto.v1.PositionLogprobs\x12(\n\x04info\x18\x07 \x01(\x0b\x32\x1a.blockproto.v1.RequestInfo\x12)\n\x06\x66inish\x18\x08 \x01(\x0b\x32\x19.blockproto.v1.FinishInfo\x12\x0e\n\x06\x63hoice\x18\t \x01(\r\"e\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x19.blockproto.v1.ChatPromptH\x00\x42\x08\n\x06prompt\"K\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\r\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"S\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.blockproto.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"7\n\x10GetModelResponse\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.blockproto.v1.Model\"\x90\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x14\n\x0c\x63hain_digest\x18\x03 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x04 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x05 \x01(\r\x12\x19\n\x11has_chat_template\x18\x06 \x01(\x08\x12\x0e\n\x06loaded\x18\x07 \x01(\x08\x12\x12\n\nnum_layers\x18\x08 \x01(\r\x12\x38\n\nprovenance\x18\t \x03(\x0b\x32$.blockproto.v1.Model.ProvenanceEntry\x1a\x31\n\x0fProvenanceEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xce\x02\n\x10InferenceService\x12M\n\x08Generate\x12\x1e.blockproto.v1.GenerateRequest\x1a\x1f.blockproto.v1.GenerateResponse0\x01\x12K\n\x08Tokenize\x12\x1e.blockproto.v1.TokenizeRequest\x1a\x1f.blockproto.v1.TokenizeResponse\x12Q\n\nListModels\x12 .blockproto.v1.ListModelsRequest\x1a!.blockproto.v1.ListModelsResponse\x12K\n\x08GetModel\x12\x1e.blockproto.v1.GetModelRequest\x1a\x1f.blockproto.v1.GetModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,8 +35,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_MODEL_PROVENANCEENTRY']._loaded_options = None
   _globals['_MODEL_PROVENANCEENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=2904
-  _globals['_FINISHREASON']._serialized_end=2999
+  _globals['_FINISHREASON']._serialized_start=2953
+  _globals['_FINISHREASON']._serialized_end=3048
   _globals['_TOKENIDS']._serialized_start=48
   _globals['_TOKENIDS']._serialized_end=71
   _globals['_CHATMESSAGE']._serialized_start=73
@@ -52,35 +52,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RESPONSEOPTIONS']._serialized_start=863
   _globals['_RESPONSEOPTIONS']._serialized_end=941
   _globals['_GENERATEREQUEST']._serialized_start=944
-  _globals['_GENERATEREQUEST']._serialized_end=1344
-  _globals['_TOKENLOGPROB']._serialized_start=1346
-  _globals['_TOKENLOGPROB']._serialized_end=1395
-  _globals['_POSITIONLOGPROBS']._serialized_start=1397
-  _globals['_POSITIONLOGPROBS']._serialized_end=1502
-  _globals['_REQUESTINFO']._serialized_start=1505
-  _globals['_REQUESTINFO']._serialized_end=1633
-  _globals['_USAGE']._serialized_start=1635
-  _globals['_USAGE']._serialized_end=1722
-  _globals['_FINISHINFO']._serialized_start=1725
-  _globals['_FINISHINFO']._serialized_end=1900
-  _globals['_GENERATERESPONSE']._serialized_start=1903
-  _globals['_GENERATERESPONSE']._serialized_end=2211
-  _globals['_TOKENIZEREQUEST']._serialized_start=2213
-  _globals['_TOKENIZEREQUEST']._serialized_end=2314
-  _globals['_TOKENIZERESPONSE']._serialized_start=2316
-  _globals['_TOKENIZERESPONSE']._serialized_end=2391
-  _globals['_LISTMODELSREQUEST']._serialized_start=2393
-  _globals['_LISTMODELSREQUEST']._serialized_end=2451
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2453
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2536
-  _globals['_GETMODELREQUEST']._serialized_start=2538
-  _globals['_GETMODELREQUEST']._serialized_end=2570
-  _globals['_GETMODELRESPONSE']._serialized_start=2572
-  _globals['_GETMODELRESPONSE']._serialized_end=2627
-  _globals['_MODEL']._serialized_start=2630
-  _globals['_MODEL']._serialized_end=2902
-  _globals['_MODEL_PROVENANCEENTRY']._serialized_start=2853
-  _globals['_MODEL_PROVENANCEENTRY']._serialized_end=2902
-  _globals['_INFERENCESERVICE']._serialized_start=3002
-  _globals['_INFERENCESERVICE']._serialized_end=3336
+  _globals['_GENERATEREQUEST']._serialized_end=1393
+  _globals['_TOKENLOGPROB']._serialized_start=1395
+  _globals['_TOKENLOGPROB']._serialized_end=1444
+  _globals['_POSITIONLOGPROBS']._serialized_start=1446
+  _globals['_POSITIONLOGPROBS']._serialized_end=1551
+  _globals['_REQUESTINFO']._serialized_start=1554
+  _globals['_REQUESTINFO']._serialized_end=1682
+  _globals['_USAGE']._serialized_start=1684
+  _globals['_USAGE']._serialized_end=1771
+  _globals['_FINISHINFO']._serialized_start=1774
+  _globals['_FINISHINFO']._serialized_end=1949
+  _globals['_GENERATERESPONSE']._serialized_start=1952
+  _globals['_GENERATERESPONSE']._serialized_end=2260
+  _globals['_TOKENIZEREQUEST']._serialized_start=2262
+  _globals['_TOKENIZEREQUEST']._serialized_end=2363
+  _globals['_TOKENIZERESPONSE']._serialized_start=2365
+  _globals['_TOKENIZERESPONSE']._serialized_end=2440
+  _globals['_LISTMODELSREQUEST']._serialized_start=2442
+  _globals['_LISTMODELSREQUEST']._serialized_end=2500
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2502
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2585
+  _globals['_GETMODELREQUEST']._serialized_start=2587
+  _globals['_GETMODELREQUEST']._serialized_end=2619
+  _globals['_GETMODELRESPONSE']._serialized_start=2621
+  _globals['_GETMODELRESPONSE']._serialized_end=2676
+  _globals['_MODEL']._serialized_start=2679
+  _globals['_MODEL']._serialized_end=2951
+  _globals['_MODEL_PROVENANCEENTRY']._serialized_start=2902
+  _globals['_MODEL_PROVENANCEENTRY']._serialized_end=2951
+  _globals['_INFERENCESERVICE']._serialized_start=3051
+  _globals['_INFERENCESERVICE']._serialized_end=3385
 # @@protoc_insertion_point(module_scope)

@@ -332,6 +332,8 @@ class GenerateRequest(_message.Message):
     RESUME_CHOICES_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    ALLOW_EQUIVALENTS_FIELD_NUMBER: _builtins.int
+    RESUME_CHAIN_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Names the request in logs and for resuming. Empty: the server makes one."""
     model: _builtins.str
@@ -345,6 +347,15 @@ class GenerateRequest(_message.Message):
     """Separates this tenant's cached prefixes from those of others."""
     priority: _builtins.int
     """Smaller runs first among waiting requests."""
+    allow_equivalents: _builtins.bool
+    """Lets a cluster answer with an equivalent that was measured and approved for
+    this variant, while the variant's own blocks are absent or busy. The answer
+    says so in info.approximations.
+    """
+    resume_chain: _builtins.str
+    """With resume_from or resume_choices: info.chain_digest of the first answer.
+    Empty means the variant's own chain.
+    """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds: ...
     @_builtins.property
@@ -376,10 +387,12 @@ class GenerateRequest(_message.Message):
         resume_choices: _abc.Iterable[_builtins.int] | None = ...,
         cache_salt: _builtins.str = ...,
         priority: _builtins.int = ...,
+        allow_equivalents: _builtins.bool = ...,
+        resume_chain: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "prompt", b"prompt", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "chat", b"chat", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "response", b"response", "resume_choices", b"resume_choices", "resume_from", b"resume_from", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_equivalents", b"allow_equivalents", "cache_salt", b"cache_salt", "chat", b"chat", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "response", b"response", "resume_chain", b"resume_chain", "resume_choices", b"resume_choices", "resume_from", b"resume_from", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "chat"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015

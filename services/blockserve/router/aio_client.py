@@ -62,6 +62,7 @@ class GenerateOptions(TypedDict, total=False):
     logprobs: int
     prompt_logprobs: bool
     priority: int
+    allow_equivalents: bool
     cache_salt: str
     request_id: str
     timeout: float
@@ -262,6 +263,7 @@ class AsyncClient:
             logprobs=options.get("logprobs"),
             prompt_logprobs=options.get("prompt_logprobs", False),
             priority=options.get("priority", 0),
+            allow_equivalents=options.get("allow_equivalents", False),
             cache_salt=options.get("cache_salt", ""),
         )
         timeout = options.get("timeout", self._timeout)
@@ -336,7 +338,9 @@ def continued(call: GenerateCall, chunk: Chunk) -> GenerateCall:
     """The call that asks for what follows the chunk: the same version and seed, from the next token on."""
     if chunk.info is not None:
         sampling = replace(call.sampling, seed=chunk.info.seed)
-        call = replace(call, model=chunk.info.ref, sampling=sampling)
+        # An answer goes on with the blocks it began with, whichever those were.
+        chain = chunk.info.chain_digest if chunk.info.approximations else ""
+        call = replace(call, model=chunk.info.ref, sampling=sampling, resume_chain=chain)
     return call.advanced(chunk.choice, len(chunk.token_ids))
 
 

@@ -53,6 +53,8 @@ class GenerateCall:
         resume_from: first output token wanted.
         resume_choices: the same for each of several choices.
         priority: smaller runs first.
+        allow_equivalents: approved equivalents may answer.
+        resume_chain: the chain that the answer to be resumed began on; empty for the variant's own.
         cache_salt: separates this caller's cached prefixes from those of others.
     """
 
@@ -66,6 +68,8 @@ class GenerateCall:
     resume_from: int = 0
     resume_choices: tuple[int, ...] = ()
     priority: int = 0
+    allow_equivalents: bool = False
+    resume_chain: str = ""
     cache_salt: str = ""
 
     @property

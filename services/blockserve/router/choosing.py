@@ -57,6 +57,14 @@ class ZooPathChooser:
             return False
         return True
 
+    def estimate(self, request: EngineRequest) -> float | None:
+        """Expected seconds until a request is answered; None when no live workers hold its chain."""
+        try:
+            size = self._size(request)
+            return assemble(self._index, request.chain, self._links[request.chain], size).seconds
+        except NoPathError:
+            return None
+
     def choose(self, request: EngineRequest, excluded: Collection[WorkerId]) -> tuple[PathStep, ...]:
         """The workers to execute a request, head worker first (NoPathError)."""
         size = self._size(request)

@@ -80,6 +80,8 @@ def call_from_message(message: inference_pb2.GenerateRequest, made_up_id: str) -
         resume_from=message.resume_from,
         resume_choices=tuple(message.resume_choices),
         priority=message.priority,
+        allow_equivalents=message.allow_equivalents,
+        resume_chain=message.resume_chain,
         cache_salt=message.cache_salt,
     )
 
@@ -114,6 +116,8 @@ def call_to_message(call: GenerateCall) -> inference_pb2.GenerateRequest:
         resume_from=call.resume_from,
         cache_salt=call.cache_salt,
         priority=call.priority,
+        allow_equivalents=call.allow_equivalents,
+        resume_chain=call.resume_chain,
     )
     if isinstance(call.prompt, str):
         message.text = call.prompt

@@ -151,9 +151,10 @@ class Answer:
         return RequestInfo(
             model=record.name,
             version=record.version,
-            chain_digest=record.chain,
+            chain_digest=request.chain,
             seed=request.sampling.seed,
             prompt_tokens=len(request.prompt),
+            approximations=self._plan.approximations,
         )
 
     def _finish_info(self) -> Finish | None:

@@ -43,11 +43,13 @@ class Plan:
         call: what was asked.
         variant: the version that answers.
         request: for the engine.
+        approximations: what makes the answer another than the variant's own; empty for nothing.
     """
 
     call: GenerateCall
     variant: ServedVariant
     request: EngineRequest
+    approximations: tuple[str, ...] = ()
 
 
 def check_call(call: GenerateCall, limits: RouterConfig) -> None:

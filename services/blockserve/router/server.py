@@ -22,6 +22,8 @@ from blockserve.common.listen import (
 from blockserve.common.state_config import open_store
 from blockserve.common.state_store import StateStore
 from blockserve.common.status import ErrorInterceptor
+from blockserve.common.tasks import end
+from blockserve.router.adaptive import AdaptiveAssembly
 from blockserve.router.chat import ChatRenderer
 from blockserve.router.choosing import ZooPathChooser
 from blockserve.router.cluster import ClusterEngine
@@ -30,6 +32,7 @@ from blockserve.router.service import Router, chat_limits
 from blockserve.router.servicer import AdminServicer, InferenceServicer
 from blockserve.router.settings import RouterSettings
 from blockserve.router.watching import ClusterWatch
+from blockzoo.equivalence import Approvals
 from blockzoo.zoo import Zoo
 
 log = logging.getLogger(__name__)
@@ -67,6 +70,7 @@ class RouterServer:
         self._renderer: ChatRenderer | None = None
         self._watch: ClusterWatch | None = None
         self._demand: DemandTeller | None = None
+        self._fresh: asyncio.Task[None] | None = None
         self.engine: ClusterEngine
 
     async def start(self) -> None:
@@ -95,12 +99,19 @@ class RouterServer:
         self._renderer = ChatRenderer(chat_limits(settings.router))
         self._store = self._store or open_store(settings.state)
         self._demand = DemandTeller(self._store, f"router-{secrets.token_hex(4)}")
-        self.engine = ClusterEngine(
-            ZooPathChooser(zoo), self._demand, settings.peer_credentials(), settings.failover
-        )
+        chooser = ZooPathChooser(zoo)
+        approvals = await asyncio.to_thread(Approvals, zoo.store)
+        adaptive = AdaptiveAssembly(approvals, chooser, settings.adaptive)
+        self._fresh = asyncio.create_task(adaptive.keep_fresh(), name="approvals")
+        self.engine = ClusterEngine(chooser, self._demand, settings.peer_credentials(), settings.failover)
         self.engine.on_request = self._demand.note
         self._router = Router(
-            zoo, self.engine, settings.router, version=version("blockzoo"), renderer=self._renderer
+            zoo,
+            self.engine,
+            settings.router,
+            version=version("blockzoo"),
+            renderer=self._renderer,
+            adaptive=adaptive,
         )
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(
             InferenceServicer(self._router), self._server
@@ -135,6 +146,7 @@ class RouterServer:
                 await self._server.start()
             await self._server.stop(CLOSE_SECONDS)
             self.remove_own_socket()
+        await end(self._fresh)
         for part in (self._watch, self._demand):
             if part is not None:
                 await part.stop()

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import itertools
 import logging
+import secrets
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 
 from blockserve.common.engine_api import Engine
 from blockserve.common.errors import (
@@ -17,8 +19,10 @@ from blockserve.common.errors import (
     DeadlineExceededError,
     DeadlineTooShortError,
     QueueFullError,
+    ResumeError,
 )
 from blockserve.common.metrics import AnswerMeter, MetricsRegistry, RequestMeter, RequestMetrics
+from blockserve.router.adaptive import AdaptiveAssembly
 from blockserve.router.admission import Admission
 from blockserve.router.calls import GenerateCall
 from blockserve.router.chat import ChatLimits, ChatRenderer, Conversation
@@ -30,6 +34,7 @@ from blockserve.router.pacing import Pacer
 from blockserve.router.plan import Plan, check_call, check_conversation, plan
 from blockserve.router.resolve import DamagedVariant, ServedVariant, VariantCatalog, ZooReader
 from blockserve.router.results import Chunk, LoadedChain, ModelInfo, ServerStatus, Tokenized
+from blockzoo.manifest import ChainId
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +55,7 @@ class Router:
         catalog: VariantCatalog | None = None,
         renderer: ChatRenderer | None = None,
         metrics: RequestMetrics | None = None,
+        adaptive: AdaptiveAssembly | None = None,
     ) -> None:
         """Put the parts together.
 
@@ -61,7 +67,10 @@ class Router:
             catalog: one made earlier over the same zoo, with tokenizers already parsed.
             renderer: one made earlier, with its child process already started.
             metrics: where requests are counted; None counts into a registry that nobody reads.
+            adaptive: chooses among approved equivalents; None always runs a variant's own chain.
         """
+        self._adaptive = adaptive
+        self._instance = secrets.token_hex(3)
         self.config = config or RouterConfig()
         self.admission = Admission(self.config.max_requests, self.config.retry_after_seconds)
         self.metrics = metrics or RequestMetrics(MetricsRegistry())
@@ -112,11 +121,33 @@ class Router:
         """Everything that comes before the engine."""
         variant = await self._catalog.get(call.model)
         prompt = await self._prompt_ids(variant, call)
-        engine_id = f"{call.request_id}#{next(self._numbers)}"
+        # Workers serve several routers, and callers may reuse their ids.
+        engine_id = f"{call.request_id}#{self._instance}.{next(self._numbers)}"
         resolved = plan(call, variant, prompt, self.config, engine_id=engine_id, deadline=deadline)
         self._check_deadline(resolved)
+        resolved = await self._adapt(resolved)
         tokenizer = await self._catalog.tokenizer(variant)
         return resolved, Choices(resolved, tokenizer, arrival=arrival)
+
+    async def _adapt(self, resolved: Plan) -> Plan:
+        """Let an approved equivalent answer where that is allowed and pays; see `adaptive`."""
+        call, request, ref = resolved.call, resolved.request, resolved.variant.ref
+        if call.is_resumed:
+            if call.resume_chain in ("", request.chain):
+                return resolved
+            if self._adaptive is None:
+                raise ResumeError("this server runs no equivalents", field="resume_chain")
+            chosen = await self._adaptive.resume(request, ref, ChainId(call.resume_chain))
+        elif self._adaptive is None or not call.allow_equivalents:
+            return resolved
+        else:
+            taken = await self._adaptive.choose(request, ref)
+            if taken is None:
+                return resolved
+            chosen = taken
+        self.metrics.substituted.labels(self.metrics.labels.of(resolved.variant.record.name)).inc()
+        told = f"equivalent:{chosen.record} mean_kl={chosen.mean_kl:.4g}"
+        return replace(resolved, request=replace(request, chain=chosen.result), approximations=(told,))
 
     def _check_deadline(self, resolved: Plan) -> None:
         """Refuse at once what would wait in vain (DeadlineTooShortError); in doubt let it try.

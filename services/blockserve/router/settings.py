@@ -6,6 +6,7 @@ from pydantic import Field
 
 from blockserve.common.cluster_settings import ClusterSettings
 from blockserve.common.config import Section, setting
+from blockserve.router.adaptive import AdaptiveConfig
 from blockserve.router.config import RouterConfig
 
 
@@ -39,6 +40,9 @@ class RouterSettings(ClusterSettings):
     """Settings of one router."""
 
     router: RouterConfig = Field(default_factory=RouterConfig, description="Limits on requests.")
+    adaptive: AdaptiveConfig = Field(
+        default_factory=AdaptiveConfig, description="Approved equivalents instead of busy or absent blocks."
+    )
     failover: FailoverConfig = Field(
         default_factory=FailoverConfig, description="Requests that lose a worker."
     )

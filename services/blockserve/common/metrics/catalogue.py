@@ -95,6 +95,12 @@ PROMPT_TOKENS = Metric(
     "vllm:prompt_tokens_total", "counter", _VARIANT, "Prompt tokens of requests that got a first token."
 )
 GENERATION_TOKENS = Metric("vllm:generation_tokens_total", "counter", _VARIANT, "Output tokens.")
+SUBSTITUTED = Metric(
+    "blockzoo:substituted_requests_total",
+    "counter",
+    _VARIANT,
+    "Requests of the variant that an approved equivalent answered.",
+)
 SUCCESS = Metric(
     "vllm:request_success_total",
     "counter",

@@ -50,6 +50,7 @@ class RequestMetrics:
         self.success = counter(catalogue.SUCCESS)
         self.refused = counter(catalogue.REFUSED)
         self.failed = counter(catalogue.FAILED)
+        self.substituted = counter(catalogue.SUBSTITUTED)
         info = catalogue.VARIANT_REQUESTS
         self.in_progress = Gauge(info.name, info.meaning, info.labels, registry=registry)
 

@@ -1,0 +1,152 @@
+"""Adaptive assembly: a variant's request on an approved equivalent while its own blocks are absent or busy.
+
+BlockLLM's first claim (arXiv 2404.18322): chains are put together per request, from blocks that were measured
+to be equivalent. Here only where an operator approved the measured pair for this variant, and the caller
+allows it for this call. What ran is named in the answer; who allows nothing always gets the exact chain.
+
+A substitute is taken only when it stands in for every difference of the two variants, so that the chain that
+runs is a variant's of the zoo: it was measured as a whole, and workers can read it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import replace
+from typing import Protocol
+
+from blockserve.common.config import Section, setting
+from blockserve.common.engine_api import EngineRequest
+from blockserve.common.errors import ResumeError
+from blockzoo.equivalence import Approvals, Substitute
+from blockzoo.errors import BlockzooError
+from blockzoo.manifest import ChainId
+
+log = logging.getLogger(__name__)
+
+
+class AdaptiveConfig(Section):
+    """When an approved equivalent runs instead of a variant's own blocks."""
+
+    enabled: bool = setting(
+        True,
+        "Use approved equivalents for callers that allow them.",
+        reason="Nothing happens without an approval and a caller's word.",
+    )
+    margin: float = setting(
+        0.5,
+        "By which share of its own time the exact chain must be expected to take longer.",
+        reason="Estimates are rough; a small gain is not worth an approximate answer.",
+        ge=0,
+    )
+    min_seconds: float = setting(
+        0.1,
+        "By how much time, at least, the exact chain must be expected to take longer.",
+        unit="seconds",
+        reason="Nobody notices less.",
+        ge=0,
+    )
+    refresh_seconds: float = setting(
+        0.5,
+        "How old the known approvals may be when one is used.",
+        unit="seconds",
+        reason="A revocation takes effect within that time; reading them takes milliseconds.",
+        ge=0,
+    )
+
+
+class Estimator(Protocol):
+    """Says how long chains would take; see `blockserve.router.choosing`."""
+
+    async def prepare(self, chain: ChainId) -> None:
+        """Read what estimating a chain takes (ManifestNotFoundError)."""
+        ...
+
+    def estimate(self, request: EngineRequest) -> float | None:
+        """Expected seconds until a request is answered; None when no live workers hold its chain."""
+        ...
+
+
+class AdaptiveAssembly:
+    """Chooses between a variant's chain and its approved equivalents. One event loop."""
+
+    def __init__(self, approvals: Approvals, estimator: Estimator, config: AdaptiveConfig) -> None:
+        """Join the parts.
+
+        Args:
+            approvals: of the zoo.
+            estimator: says how long chains would take.
+            config: when to switch.
+        """
+        self._approvals = approvals
+        self._estimator = estimator
+        self._config = config
+        self._refreshed = time.monotonic()
+        self._refreshing = asyncio.Lock()
+
+    async def choose(self, request: EngineRequest, variant: str) -> Substitute | None:
+        """What to run a request on instead of its chain; None for the chain itself.
+
+        Args:
+            request: as planned, on the variant's own chain.
+            variant: NAME@N.
+        """
+        if not self._config.enabled or not self._candidates(request.chain, variant):
+            return None
+        await self._estimator.prepare(request.chain)
+        exact = self._estimator.estimate(request)
+        best: tuple[float, Substitute] | None = None
+        for one in self._candidates(request.chain, variant):
+            try:
+                await self._estimator.prepare(one.result)
+            except BlockzooError:
+                continue  # a chain that is nobody's: it would have to be put together first
+            seconds = self._estimator.estimate(replace(request, chain=one.result))
+            if seconds is not None and self._is_worth(exact, seconds) and (best is None or seconds < best[0]):
+                best = seconds, one
+        if best is None:
+            return None
+        await self._refresh()
+        return best[1] if best[1] in self._candidates(request.chain, variant) else None
+
+    async def resume(self, request: EngineRequest, variant: str, chain: ChainId) -> Substitute:
+        """What an answer began on that is to be taken up again.
+
+        Raises:
+            ResumeError: it is not approved (any more).
+        """
+        await self._refresh()
+        for one in self._candidates(request.chain, variant):
+            if one.result == chain:
+                return one
+        raise ResumeError(
+            f"the answer began on chain {chain}, which may not stand in for {variant} now",
+            hint="Ask again from the start.",
+            field="resume_chain",
+        )
+
+    def _candidates(self, chain: ChainId, variant: str) -> list[Substitute]:
+        found = self._approvals.substitutes(chain, variant)
+        return [one for group in found.values() for one in group if one.result == one.chain]
+
+    def _is_worth(self, exact: float | None, other: float) -> bool:
+        if exact is None:
+            return True
+        return exact > other * (1 + self._config.margin) and exact - other > self._config.min_seconds
+
+    async def _refresh(self) -> None:
+        async with self._refreshing:
+            if time.monotonic() - self._refreshed < self._config.refresh_seconds:
+                return
+            await asyncio.to_thread(self._approvals.refresh)
+            self._refreshed = time.monotonic()
+
+    async def keep_fresh(self) -> None:
+        """Take notice of new approvals, for as long as this runs."""
+        while True:
+            await asyncio.sleep(max(self._config.refresh_seconds, 0.1))
+            try:
+                await self._refresh()
+            except BlockzooError as error:
+                log.warning("approvals cannot be read; those known stay: %s", error)
