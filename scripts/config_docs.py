@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 from blockserve.cli.settings_options import SettingInfo, iterate_settings
+from blockserve.controller.settings import ControllerSettings
 from blockserve.embedded.config import ServeConfig
+from blockserve.router.settings import RouterSettings
+from blockserve.worker.settings import WorkerSettings
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 TITLES = {
@@ -16,13 +19,14 @@ TITLES = {
     "controller": "The zoo over the network (`controller`)",
     "engine": "Engine (`engine`)",
 }
+CLUSTER = {"worker": WorkerSettings, "router": RouterSettings, "controller": ControllerSettings}
 HEAD = """# Configuration
 
 <!-- Made by scripts/config_docs.py from the settings models: change a model, then run the script. -->
 
-`blockzoo serve` takes each setting from the first of: its command line option, its environment variable,
-the YAML file that `--config` or `BLOCKZOO_CONFIG` names, the default. A setting that is not known is an
-error in the file.
+`blockzoo serve`, and the processes of a cluster, take each setting from the first of: its command line
+option, its environment variable, the YAML file that `--config` or `BLOCKZOO_CONFIG` names, the default. A
+setting that is not known is an error in the file.
 
 ```yaml
 zoo: ./zoo
@@ -46,6 +50,11 @@ def render() -> str:
             section = setting.section
             parts.append(f"\n## {TITLES.get(section, section)}\n")
         parts.append(_entry(setting))
+    known = {setting.path: setting for setting in iterate_settings(ServeConfig)}
+    for verb, model in CLUSTER.items():
+        parts.append(f"\n## `blockzoo {verb}`: what it has beside, or sets otherwise\n")
+        own = [setting for setting in iterate_settings(model) if known.get(setting.path) != setting]
+        parts.extend(map(_entry, own))
     return "\n".join(parts)
 
 

@@ -1,7 +1,7 @@
-"""The settings of `serve` as command line options: one source of names, defaults and meanings.
+"""The settings of a process as command line options: one source of names, defaults and meanings.
 
-A section's fields become options without the section's name (`engine.kv_cache_bytes` is `--kv-cache-bytes`);
-a test holds the names distinct.
+A section's fields become options without its name (`engine.kv_cache_bytes` is `--kv-cache-bytes`), but for
+sections whose fields say little alone (`state.url` is `--state-url`); a test holds the names distinct.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, SecretStr
 
 from blockserve.common.config import ENV_PREFIX
+
+PREFIXED = ("state", "failover", "adaptive")
+"""Sections whose name is part of their options."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +47,14 @@ class SettingInfo:
     reason: str = ""
 
     @property
+    def option(self) -> str:
+        """The name of the option, as a Python name."""
+        return f"{self.section}_{self.name}" if self.section in PREFIXED else self.name
+
+    @property
     def flag(self) -> str:
         """The option on the command line."""
-        return f"--{self.name.replace('_', '-')}"
+        return f"--{self.option.replace('_', '-')}"
 
     @property
     def path(self) -> str:

@@ -21,13 +21,15 @@ class GuardedChild:
     Args:
         command: program and arguments; process lists show them, so secrets go into `text`.
         text: what the child reads from its standard input.
+        log: where what it prints is appended to; None keeps it for error messages only.
 
     Raises:
         OSError: the guard cannot be started.
     """
 
-    def __init__(self, command: Sequence[str], text: str = "") -> None:
-        self._output = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
+    def __init__(self, command: Sequence[str], text: str = "", log: Path | None = None) -> None:
+        # Lives as long as the child.
+        self._output = tempfile.TemporaryFile() if log is None else log.open("ab+")  # noqa: SIM115
         guard = Path(__file__).with_name("child_guard.py")
         self._guard = subprocess.Popen(
             [sys.executable, "-I", "-S", str(guard)],
