@@ -1,7 +1,7 @@
 """How long placement takes: a made-up zoo of many variants on many workers.
 
-Twenty bases of 34 blocks, one of them larger than a worker; a fifth of the variants are LoRA (an adapter on each
-of the 32 layers), the others are tuned (private layers at the top). Requests fall on variants by Zipf's law.
+Twenty bases of 34 blocks, one of them larger than a worker; a fifth of the variants are LoRA (an adapter on
+each of the 32 layers), the others are tuned (private layers at the top). Traffic follows Zipf's law.
 """
 
 from __future__ import annotations
@@ -102,9 +102,8 @@ def run(say: Callable[[str], None]) -> list[Row]:
                 f"of {sum(problem.block_bytes.values()) / 1e12:.1f} TB distinct; the loss of a worker with "
                 f"{len(plan.workers[lost])} runs moves {after.report.moved_bytes / 1e9:.0f} GB"
             )
-            say(
-                f"{workers} workers: scratch {scratch[-1]:.2f} s, same {same[-1]:.3f} s, loss {loss[-1]:.3f} s"
-            )
+            took = f"scratch {scratch[-1]:.2f} s, same {same[-1]:.3f} s, loss {loss[-1]:.3f} s"
+            say(f"{workers} workers: {took}")
         for kind, what, samples in (
             ("scratch", "from nothing", scratch),
             ("loss", "after the loss of the worker with the most runs", loss),

@@ -159,8 +159,8 @@ class Ledger:
                 absent[number, list(self._own_holders.get(block, ()))] = 0
             seen.add(block)
         ends = np.array(chain.offsets[run.first + 1 : run.end + 1]) - first
-        summed: Floats = absent.cumsum(axis=0)
-        return summed[ends - 1]
+        summed: Floats = absent.cumsum(axis=0)[ends - 1]
+        return summed
 
     def _use(self, slot: int, chain: CatalogChain, run: Run) -> None:
         self.load[slot] += self.load_per_link.get(chain.id, 0) * len(run)
