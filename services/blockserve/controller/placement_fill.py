@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 from blockserve.common.cluster import Run
 from blockserve.controller.placement_catalog import CatalogChain
+from blockserve.controller.placement_coverage import coverage, hops_of, missing
 from blockserve.controller.placement_demand import Demand
 from blockserve.controller.placement_ledger import Ledger
-from blockserve.controller.placement_report import hops_of
 from blockserve.controller.placement_search import Search
 from blockserve.controller.placement_words import PlacementConfig, PlacementProblem
 from blockzoo.manifest import ChainId
@@ -85,7 +85,7 @@ class Filling:
         dropped: list[tuple[int, Run]] = []
         ledger, pieces = self._ledger, self._ledger.pieces[chain.id]
         while len(pieces) > level:
-            covered = _coverage(chain, pieces.values())
+            covered = coverage(chain, pieces)
             spare = [
                 (
                     len(run),
@@ -115,13 +115,11 @@ class Filling:
         hops = hops_of(chain, ledger.pieces[chain.id])
         if not hops:
             return False
-        added = ledger.added(chain, chain.whole)
-        slots = [slot for slot in ledger.slots.values() if added[slot] <= ledger.free[slot]]
-        best = min(slots, key=lambda slot: (added[slot], ledger.rank[slot]), default=None)
         worth = hops * self._demand.share[chain.id] * self._config.bytes_per_hop
-        if best is None or added[best] > worth:
+        slot = self._search.nearest(chain, worth)
+        if slot is None:
             return False
-        ledger.add(best, chain, chain.whole)
+        ledger.add(slot, chain, chain.whole)
         self._drop_above(chain, self._demand.replicas[chain.id])
         return True
 
@@ -132,13 +130,13 @@ class Filling:
         for chain in chains:
             if any(chain.whole in runs for runs in self._ledger.pieces[chain.id].values()):
                 continue
-            missing = self._missing(chain, 1)
-            if not missing:
+            lacking = missing(chain, self._ledger.pieces[chain.id], 1)
+            if not lacking:
                 continue
-            placed = self._place_all(chain, missing, cut=True)
+            placed = self._place_all(chain, lacking, cut=True)
             if not placed and self._give_up(chain):
                 changed = True  # what was given up makes room, if not for this chain
-                placed = self._place_all(chain, self._missing(chain, 1), cut=True)
+                placed = self._place_all(chain, missing(chain, self._ledger.pieces[chain.id], 1), cut=True)
             if placed:
                 changed = True
             else:
@@ -158,16 +156,16 @@ class Filling:
         changed = False
         replicas = 0 if chain.id in self.left_out else self._demand.replicas[chain.id]
         for level in range(2, replicas + 1):
-            missing = self._missing(chain, level)
-            if missing and not self._place_all(chain, missing, cut=chain.id in self._wished):
+            lacking = missing(chain, self._ledger.pieces[chain.id], level)
+            if lacking and not self._place_all(chain, lacking, cut=chain.id in self._wished):
                 break
-            changed = changed or bool(missing)
+            changed = changed or bool(lacking)
         return changed
 
-    def _place_all(self, chain: CatalogChain, missing: list[Run], *, cut: bool) -> bool:
+    def _place_all(self, chain: CatalogChain, runs: list[Run], *, cut: bool) -> bool:
         """Place runs, all or none."""
         done: list[tuple[int, list[Run]]] = []
-        for run in missing:
+        for run in runs:
             slot = self._search.one_slot(chain, run)
             parts = [(slot, run)] if slot is not None else self._search.slots(chain, run) if cut else None
             if parts is None:
@@ -180,18 +178,6 @@ class Filling:
                 done.append((slot, list(self._ledger.pieces[chain.id].get(slot, ()))))
                 self._ledger.add(slot, chain, part)
         return True
-
-    def _missing(self, chain: CatalogChain, level: int) -> list[Run]:
-        """Where fewer than `level` workers hold the chain."""
-        covered = [*_coverage(chain, self._ledger.pieces[chain.id].values()), level]
-        runs, first = [], None
-        for place, count in enumerate(covered):
-            if count < level and first is None:
-                first = place
-            elif count >= level and first is not None:
-                runs.append(Run(first, place))
-                first = None
-        return runs
 
     def _shed(self) -> bool:
         """Give up further replicas, if that makes room for a chain that has none; else leave all as it is."""
@@ -208,13 +194,3 @@ class Filling:
             if not others and self._ledger.added(chain, run)[slot] <= self._ledger.free[slot]:
                 self._ledger.add(slot, chain, run)
         return helped
-
-
-def _coverage(chain: CatalogChain, pieces: Iterable[list[Run]]) -> list[int]:
-    """How many workers hold each position."""
-    covered = [0] * len(chain)
-    for runs in pieces:
-        for run in runs:
-            for place in range(run.first, run.end):
-                covered[place] += 1
-    return covered

@@ -5,22 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from blockserve.controller.placement_catalog import CatalogChain
+from blockserve.controller.placement_coverage import hops_of
 from blockserve.controller.placement_demand import Demand
-from blockserve.controller.placement_ledger import Ledger, Pieces
+from blockserve.controller.placement_ledger import Ledger
 from blockserve.controller.placement_words import Pin, PlacementProblem, PlacementReport
 from blockzoo.manifest import ChainId
-
-
-def hops_of(chain: CatalogChain, pieces: Pieces) -> int | None:
-    """Hops of the path over the fewest workers; None when there is no path."""
-    spans, first = 0, 0
-    runs = [run for held in pieces.values() for run in held]
-    while first < len(chain):
-        end = max((run.end for run in runs if run.first <= first), default=0)
-        if end <= first:
-            return None
-        spans, first = spans + 1, end
-    return spans - 1
 
 
 def report(
@@ -61,7 +50,7 @@ def report(
 def _why(ledger: Ledger, chain: CatalogChain) -> str:
     if not ledger.slots:
         return "no worker is alive"
-    slots = list(ledger.slots.values())
+    slots = sorted(ledger.slots.values(), key=ledger.rank.item)
     added, free = ledger.added(chain, chain.whole)[slots], ledger.free[slots]
     best = int((added - free).argmin())
     return (

@@ -52,6 +52,12 @@ class Search:
             return _first(light, added, load, ledger.rank)
         return _first(fits, load, added, ledger.rank)
 
+    def nearest(self, chain: CatalogChain, most_bytes: float) -> int | None:
+        """The slot that has to load the least, and at most `most_bytes`, to hold all of a chain."""
+        added = self._ledger.added(chain, chain.whole)
+        fits = (added <= self._ledger.free) & (added <= most_bytes)
+        return _first(fits, added, self._ledger.rank) if fits.any() else None
+
     def slots(self, chain: CatalogChain, run: Run) -> list[tuple[int, Run]] | None:
         """Slots for parts of a run, as few as going for the farthest reach gives; None when it does not fit.
 

@@ -67,7 +67,7 @@ class PlacementConfig:
     surplus: float = 1.25
     most_replicas: int = 64
     overload: float = 1.25
-    bytes_per_hop: float = 1e12
+    bytes_per_hop: float = 1e13
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from itertools import product
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -72,9 +73,10 @@ def copies(problem, workers, chain):
 
 
 @st.composite
-def problems(draw, most_chains=5, most_workers=4, memory=MEMORY):
+def problems(draw, chains=(0, 5), workers=(0, 4), memory=MEMORY):
+    count, machines = draw(st.integers(*chains)), draw(st.integers(*workers))
     chains = {}
-    for number in range(draw(st.integers(0, most_chains))):
+    for number in range(count):
         chains[ChainId(f"c{number}")] = chain_of(
             draw(st.sampled_from("ab")),
             draw(st.integers(0, LAYERS)),
@@ -88,7 +90,7 @@ def problems(draw, most_chains=5, most_workers=4, memory=MEMORY):
         WorkerId(f"w{number}"): WorkerCapacity(
             draw(memory), draw(st.sampled_from([0.5, 1.0, 2.0])), draw(st.sampled_from(["", "h1", "h2"]))
         )
-        for number in range(draw(st.integers(0, most_workers)))
+        for number in range(machines)
     }
     traffic = {chain: draw(st.sampled_from([0.0, 0.1, 1.0, 10.0])) for chain in chains}
     places = st.sampled_from([0, 2, 3, 4, LAYERS + 2])
@@ -183,14 +185,12 @@ def test_what_a_placer_remembers_does_not_show(problem, data):
 
 
 @settings(max_examples=200, deadline=None)
-@given(problems(memory=st.integers(20, 60)), st.data())
+@given(problems(workers=(1, 4), memory=st.integers(20, 60)), st.data())
 def test_after_a_loss_only_what_was_lost_moves(problem, data):
     problem = replace(problem, wishes=Wishes(), present={})
     # Without the load rule, whose fair share grows when a worker is lost, replicas are as many as before.
     config = PlacementConfig(most_replicas=1, bytes_per_hop=0)
     first = place(problem, config)
-    if not problem.workers:
-        return
     lost = data.draw(st.sampled_from(sorted(problem.workers)))
     others = {worker: one for worker, one in problem.workers.items() if worker != lost}
     present = {worker: held for worker, held in first.workers.items() if worker != lost}
@@ -209,7 +209,7 @@ def test_after_a_loss_only_what_was_lost_moves(problem, data):
 
 
 def every_placement(problem):
-    """Each way to give every chain one copy, cut once at most, as (weighted hops, bytes to load)."""
+    """Each way to give every chain one copy, cut once at most, as (hops a request, bytes moved)."""
     workers = sorted(problem.workers)
     choices = []
     for chain, links in problem.chains.items():
@@ -234,24 +234,32 @@ def every_placement(problem):
             (problem.traffic[option[0][1].chain] / total if total else 1 / len(chosen)) * (len(option) - 1)
             for option in chosen
         )
-        yield hops, sum(bytes_of(problem, one) for one in names.values())
+        yield hops, moved(problem, problem.present, {worker: tuple(ones) for worker, ones in held.items()})
 
 
 PLAIN = PlacementConfig(most_replicas=1, overload=float("inf"))
 
 
-@settings(max_examples=150, deadline=None)
-@given(problems(most_chains=3, most_workers=3, memory=st.integers(10, 60)))
-def test_hops_and_bytes_are_near_the_optimum_on_small_cases(problem):
+@settings(max_examples=100, deadline=None)
+@given(problems(chains=(1, 3), workers=(2, 3), memory=st.integers(10, 60)), st.integers(0, 2))
+def test_hops_and_bytes_moved_are_near_the_optimum_on_small_cases(problem, lost):
+    """The bounds that docs/placement.md states; from nothing, and after a loss."""
     problem = replace(problem, wishes=Wishes(), present={})
-    found = list(every_placement(problem))
     plan = place(problem, PLAIN)
+    check_near_optimum(problem, plan)
+    rest = {worker: one for worker, one in problem.workers.items() if worker != f"w{lost}"}
+    present = {worker: held for worker, held in plan.workers.items() if worker in rest}
+    after = replace(problem, workers=rest, present=present)
+    check_near_optimum(after, place(after, PLAIN))
+
+
+def check_near_optimum(problem, plan):
+    found = list(every_placement(problem))
     if plan.report.left_out or not found:
         return
-    least_hops = min(hops for hops, _ in found)
-    least_bytes = min(moved for _, moved in found)
-    assert plan.report.mean_hops <= least_hops + 1
-    assert plan.report.moved_bytes <= 2 * least_bytes
+    assert plan.report.mean_hops <= min(hops for hops, _ in found) + 1
+    others = [moved for hops, moved in found if hops <= plan.report.mean_hops + 1e-9]
+    assert not others or plan.report.moved_bytes <= 2 * min(others)
 
 
 @settings(max_examples=200, deadline=None)
@@ -265,3 +273,114 @@ def test_where_one_worker_holds_everything_there_is_no_hop(problem):
     plan = place(replace(problem, workers=roomy, present={}, wishes=Wishes()), PLAIN)
     assert plan.report.hops == {}
     assert plan.report.left_out == {}
+
+
+ROOMY = 1000
+SIZE = 4
+
+
+def sized(*chains):
+    names = [block for links in chains for link in links for block in (link.base, *link.applied)]
+    return {ChainId(f"c{n}"): links for n, links in enumerate(chains)}, dict.fromkeys(names, SIZE)
+
+
+def where(plan, chain):
+    return {worker: one.run for worker, held in plan.workers.items() for one in held if one.chain == chain}
+
+
+def test_variants_go_where_their_trunk_is():
+    chains, sizes = sized(
+        chain_of("a"), chain_of("b"), chain_of("a", 1), chain_of("b", 2), chain_of("a", 0, "l")
+    )
+    plan = place(problem_of(chains, sizes, [ROOMY, ROOMY]), PLAIN)
+    homes = [set(where(plan, ChainId(f"c{number}"))) for number in range(5)]
+    assert homes[0] == homes[2] == homes[4] != homes[1] == homes[3]
+    assert plan.report.moved_bytes == sum(sizes.values())
+
+
+def test_adapters_count_on_each_base_they_are_on():
+    first, second = chain_of("a", 0, "l"), chain_of("b", 0, "l")
+    chains, sizes = sized(first, second)
+    plan = place(problem_of(chains, sizes, [ROOMY]))
+    assert plan.report.held_bytes == SIZE * (2 * (LAYERS + 2) + 2 * LAYERS)
+
+
+def test_replicas_follow_the_traffic():
+    chains, sizes = sized(chain_of("a"), chain_of("b"), chain_of("c"))
+    names = list(chains)
+    problem = problem_of(chains, sizes, [ROOMY] * 8, traffic={names[0]: 6.0, names[1]: 1.0, names[2]: 1.0})
+    plan = place(problem)
+    assert [len(where(plan, name)) for name in names] == [6, 1, 1]
+    cooler = replace(problem, traffic={names[0]: 1.0, names[1]: 1.0, names[2]: 6.0}, present=plan.workers)
+    assert [len(where(place(cooler), name)) for name in names] == [2, 1, 6]  # 1.25 fair shares keep two
+
+
+def test_a_further_replica_makes_room_for_a_chain_that_has_none():
+    chains, sizes = sized(chain_of("a"), chain_of("b"))
+    hot, new = chains
+    room = SIZE * (LAYERS + 2)
+    alone = problem_of({hot: chains[hot]}, sizes, [room, room], traffic={hot: 1.0})
+    both = place(alone)
+    assert len(where(both, hot)) == 2
+    problem = replace(alone, chains=chains, present=both.workers, traffic={hot: 9.0, new: 1.0})
+    plan = place(problem)
+    assert [len(where(plan, name)) for name in chains] == [1, 1]
+    assert plan.report.moved_bytes == room
+
+
+def test_a_chain_larger_than_any_worker_is_cut_with_a_layer_in_each_part():
+    chains, sizes = sized(chain_of("a"))
+    (name,) = chains
+    for memory in ([3, 3], [5, 5], [4, 2], [1, 5, 1], [2, 2, 2]):
+        plan = place(problem_of(chains, sizes, [SIZE * count for count in memory]))
+        runs = sorted(where(plan, name).values())
+        if memory in ([1, 5, 1],):
+            assert plan.report.left_out.keys() == {name}
+            continue
+        assert (runs[0].first, runs[-1].end) == (0, LAYERS + 2)
+        assert all(2 <= run.first <= LAYERS for run in runs[1:])
+        assert plan.report.hops == {name: len(runs) - 1}
+
+
+def test_a_cut_chain_is_put_together_when_there_is_room():
+    chains, sizes = sized(chain_of("a"))
+    (name,) = chains
+    problem = problem_of(chains, sizes, [SIZE * 3, SIZE * 3])
+    plan = place(problem, PLAIN)
+    joined = {**problem.workers, WorkerId("big"): WorkerCapacity(ROOMY)}
+    after = place(replace(problem, workers=joined, present=plan.workers), PLAIN)
+    assert where(after, name) == {"big": Run(0, LAYERS + 2)}
+    stays = place(replace(problem, workers=joined, present=plan.workers), replace(PLAIN, bytes_per_hop=0))
+    assert stays.workers == {**plan.workers, "big": ()}
+
+
+def test_people_come_first():
+    chains, sizes = sized(chain_of("a"), chain_of("b"), chain_of("c"))
+    first, second, third = chains
+    room = SIZE * (LAYERS + 2)
+    problem = problem_of(chains, sizes, [room, room], traffic={first: 5.0, second: 4.0})
+    plan = place(problem)
+    assert plan.report.left_out.keys() == {third}
+    taken = next(iter(where(plan, first)))
+    pins = (Pin(taken, third), Pin(taken, second), Pin(WorkerId("away"), third))
+    wishes = Wishes(pins, {third: 2}, frozenset({second}))
+    asked = place(replace(problem, wishes=wishes, present=plan.workers))
+    assert asked.workers[taken] == (Assignment(third, Run(0, LAYERS + 2), pinned=True),)
+    assert asked.report.refused_pins == pins[1:]
+    assert asked.report.left_out == {}
+    assert asked.report.short == {third: 1}
+    assert not where(asked, second)
+
+
+def test_nobody_alive_is_said():
+    chains, sizes = sized(chain_of("a"))
+    report = place(problem_of(chains, sizes, [])).report
+    assert report.left_out == dict.fromkeys(chains, "no worker is alive")
+
+
+def test_an_unknown_size_leaves_the_placer_usable():
+    chains, sizes = sized(chain_of("a"))
+    placer = Placer()
+    with pytest.raises(KeyError):
+        placer.place(problem_of(chains, {}, [ROOMY]))
+    assert placer.place(problem_of(chains, sizes, [ROOMY])) == place(problem_of(chains, sizes, [ROOMY]))
