@@ -15,11 +15,13 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves the script's folder out
 
+import growth
 from harness import RESULTS, ROOT, Row, percentile, read_rows
 
 DOCS = ROOT / "docs"
 PAGE = DOCS / "benchmarks.md"
 BEGIN, END = "<!-- made by benchmarks/figures.py -->", "<!-- end -->"
+PLACEMENT_LINES = {"scratch": "from nothing", "loss": "after a loss", "same": "nothing changed"}
 WIDTH, LABEL, BAR, GAP, TOP = 720, 150, 16, 14, 34
 
 STYLE = """
@@ -84,11 +86,32 @@ def write_all(results: Path = RESULTS, docs: Path = DOCS) -> list[Path]:
         written.append(path)
         tables.append(f"![{figure.title}](figures/{figure.id}.svg)\n\n{table(_all_rows(figure, results))}")
     page = docs / PAGE.name
-    text = page.read_text(encoding="utf-8")
-    head, _, rest = text.partition(BEGIN)
-    body = "\n\n".join(tables) or "No results are committed yet."
+    _fill(page, "\n\n".join(tables) or "No results are committed yet.")
+    return [*written, page, *_growth(results, docs)]
+
+
+def _fill(page: Path, body: str) -> None:
+    """Put a text between a page's markers."""
+    head, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     page.write_text(f"{head}{BEGIN}\n\n{body}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
-    return [*written, page]
+
+
+def _growth(results: Path, docs: Path) -> list[Path]:
+    """The figure and the table of docs/placement.md."""
+    rows, page = _read(results, "placement"), docs / "placement.md"
+    if not rows or not page.exists():
+        return []
+    series: dict[str, dict[int, list[float]]] = {}
+    for row in rows:
+        _, kind, workers = row.id.split("-")
+        series.setdefault(PLACEMENT_LINES[kind], {})[int(workers)] = row.ours
+    title, axis = "Seconds to place 10 variants and 100 blocks a worker", "workers"
+    path = docs / "figures" / "placement.svg"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(growth.svg(title, axis, series), encoding="utf-8")
+    last = rows[-1].case.partition(": ")[2]
+    _fill(page, f"![{title}](figures/placement.svg)\n\n{growth.table(axis, series)}\n\nThe largest: {last}.")
+    return [path, page]
 
 
 def _rows(figure: Figure, results: Path) -> list[Row]:

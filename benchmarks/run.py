@@ -22,6 +22,7 @@ MODULES = {
     "delta-rest": "delta_rest",
     "deterministic": "deterministic",
     "memory": "memory",
+    "placement": "placement",
     "register": "register",
     "start": "start",
 }

@@ -38,7 +38,9 @@ def bench(monkeypatch):
         workload=workload,
     )
     for name in set(sys.modules) - before:
-        if name in {"figures", "harness", "run_peers", "served", "environments"} or name.startswith("peers"):
+        if name in {"figures", "growth", "harness", "run_peers", "served", "environments"} or name.startswith(
+            "peers"
+        ):
             del sys.modules[name]
 
 
@@ -252,7 +254,8 @@ def test_docs_are_made_from_the_results(bench, tmp_path):
 
 
 def test_committed_docs_are_what_the_committed_results_give(bench, tmp_path):
-    (tmp_path / "benchmarks.md").write_text((ROOT / "docs" / "benchmarks.md").read_text())
+    for page in ("benchmarks.md", "placement.md"):
+        (tmp_path / page).write_text((ROOT / "docs" / page).read_text())
     for path in bench.figures.write_all(docs=tmp_path):
         committed = ROOT / "docs" / path.relative_to(tmp_path)
         assert committed.read_text() == path.read_text(), (
