@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from blockserve.cli.connection import set_signature
 from blockserve.cli.output import note
@@ -231,6 +232,6 @@ def _option(setting: SettingInfo) -> Any:
         if setting.annotation not in (bool, bool | None)
         else f"{setting.flag}/--no-{setting.flag[2:]}",
         # The settings read the environment themselves; BLOCKZOO_ZOO is the one that other verbs know too.
-        help=f"{setting.meaning}{unit} Default: {setting.describe_default()}.",
+        help=escape(f"{setting.meaning}{unit} Default: {setting.describe_default()}."),
         rich_help_panel=PANELS.get(setting.section, setting.section),
     )

@@ -14,22 +14,28 @@ from blockserve.common.cluster import ClusterView, Placement, WorkerState
 from blockserve.common.errors import StaleLeaderError, StateStoreError
 from blockserve.common.state_store import FencingToken, StateStore
 from blockserve.common.tasks import end
-from blockserve.controller.first_fit import WantedChain, WorkerRoom, first_fit
+from blockserve.controller.placement import Placer
+from blockserve.controller.placement_words import (
+    PlacementConfig,
+    PlacementProblem,
+    Wishes,
+    WorkerCapacity,
+)
 from blockzoo.errors import BlockzooError
 from blockzoo.manifest import BlockId, ChainId, ChainManifest
 from blockzoo.zoo import Zoo
 
 log = logging.getLogger(__name__)
 
-ROOM_SHARE = 0.9
-"""Share of a worker's memory for blocks that is placed: what requests attach for a moment needs some too."""
+HEADROOM = 0.1
+"""Share of a worker's memory for blocks that is left free: what requests attach for a moment needs some."""
 
 
 class Planner:
     """Leads when it can, and places while it leads. One event loop.
 
     Attributes:
-        left_out: chains that the last placement had no room for.
+        left_out: chains that the last placement had no room for, and why.
     """
 
     def __init__(
@@ -62,7 +68,8 @@ class Planner:
         self._sizes: dict[BlockId, int] = {}
         self._token: FencingToken | None = None
         self._task: asyncio.Task[None] | None = None
-        self.left_out: tuple[ChainId, ...] = ()
+        self._placer = Placer(PlacementConfig(headroom=HEADROOM))
+        self.left_out: Mapping[ChainId, str] = {}
 
     @property
     def leads(self) -> bool:
@@ -113,23 +120,28 @@ class Planner:
 
     async def plan(self, view: ClusterView, demand: Mapping[ChainId, float]) -> Placement:
         """The placement for what is asked for, on the workers that take requests."""
-        rooms = [
-            WorkerRoom(one.record.id, round(one.record.block_bytes * ROOM_SHARE), one.record.speed)
-            for one in view.workers.values()
+        workers = {
+            name: WorkerCapacity(one.record.block_bytes, one.record.speed, one.record.host)
+            for name, one in view.workers.items()
             if one.record.state is WorkerState.READY
-        ]
-        if not rooms:
+        }
+        if not workers:
             return Placement(view.placement.version)
         wanted = [chain for chain in demand if await self._know(chain)]
-        chains = [
-            WantedChain(chain, self._manifests[chain].links, demand[chain], self._replicas)
-            for chain in wanted
-        ]
-        placement, left_out = first_fit(chains, self._sizes, rooms, view.placement)
-        if left_out != self.left_out:
-            log.warning("no room for %d of %d chains", len(left_out), len(chains))
-            self.left_out = left_out
-        return placement
+        problem = PlacementProblem(
+            chains={chain: self._manifests[chain].links for chain in wanted},
+            block_bytes=self._sizes,
+            workers=workers,
+            traffic={chain: demand[chain] for chain in wanted},
+            present=view.placement.workers,
+            wishes=Wishes(replicas=dict.fromkeys(wanted, self._replicas) if self._replicas > 1 else {}),
+        )
+        plan = await asyncio.to_thread(self._placer.place, problem)
+        if plan.report.left_out != self.left_out:
+            self.left_out = plan.report.left_out
+            for chain, why in self.left_out.items():
+                log.warning("no room chain=%s: %s", chain[:12], why)
+        return Placement(view.placement.version, plan.workers)
 
     async def _know(self, chain: ChainId) -> bool:
         """Read a chain and the sizes of its blocks once; False for one that cannot be read."""
