@@ -244,7 +244,8 @@ PLAIN = PlacementConfig(most_replicas=1, overload=float("inf"))
 @given(problems(chains=(1, 3), workers=(2, 3), memory=st.integers(10, 60)), st.integers(0, 2))
 def test_hops_and_bytes_moved_are_near_the_optimum_on_small_cases(problem, lost):
     """The bounds that docs/placement.md states; from nothing, and after a loss."""
-    problem = replace(problem, wishes=Wishes(), present={})
+    wanted = {chain: max(rate, 0.1) for chain, rate in problem.traffic.items()}  # so that every hop counts
+    problem = replace(problem, wishes=Wishes(), present={}, traffic=wanted)
     plan = place(problem, PLAIN)
     check_near_optimum(problem, plan)
     rest = {worker: one for worker, one in problem.workers.items() if worker != f"w{lost}"}
@@ -313,6 +314,13 @@ def test_replicas_follow_the_traffic():
     assert [len(where(plan, name)) for name in names] == [6, 1, 1]
     cooler = replace(problem, traffic={names[0]: 1.0, names[1]: 1.0, names[2]: 6.0}, present=plan.workers)
     assert [len(where(place(cooler), name)) for name in names] == [2, 1, 6]  # 1.25 fair shares keep two
+
+
+def test_every_chain_has_the_least_replicas_that_there_are_workers_for():
+    chains, sizes = sized(chain_of("a"), chain_of("b"))
+    for machines, expected in ((4, 3), (2, 2)):
+        plan = place(problem_of(chains, sizes, [ROOMY] * machines), PlacementConfig(least_replicas=3))
+        assert [len(where(plan, name)) for name in chains] == [expected, expected]
 
 
 def test_a_further_replica_makes_room_for_a_chain_that_has_none():
