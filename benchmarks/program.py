@@ -1,0 +1,125 @@
+"""A benchmark that is a program of its own: `python benchmarks/hop.py`, with `--quick` to see that it works.
+
+It writes its result file as `run.py` does, and ends with one line a bar: bar, stretch, measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from harness import CACHE, RESULTS, RUNS, Benchmark, CheckFailedError, Row, summarize, write
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How much is measured.
+
+    Attributes:
+        runs: samples of each side.
+        quick: a tiny model and a few tokens, to see that the program works; nothing worth keeping.
+    """
+
+    runs: int = RUNS
+    quick: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """What a row has to reach.
+
+    Attributes:
+        row: its id.
+        bar: the value that is asked for.
+        stretch: the value that is hoped for.
+        at_most: whether smaller is better.
+        per_peer: whether the ratio to the peer counts, or the median of ours itself.
+    """
+
+    row: str
+    bar: float
+    stretch: float | None = None
+    at_most: bool = False
+    per_peer: bool = True
+
+    def verdict(self, rows: Sequence[Row]) -> str:
+        """The bar, the stretch and what was measured, in one line."""
+        (row,) = (row for row in rows if row.id == self.row)
+        value = row.ratio if self.per_peer else sorted(row.ours)[len(row.ours) // 2]
+        assert value is not None
+        sense = "at most" if self.at_most else "at least"
+        stretch = "" if self.stretch is None else f", stretch {self.stretch:g}"
+        how = "reached" if self._holds(value, self.bar) else "MISSED"
+        if self.stretch is not None and self._holds(value, self.stretch):
+            how = "stretch reached"
+        return f"{self.row}: bar {sense} {self.bar:g}{stretch}, measured {value:.3g}: {how}"
+
+    def _holds(self, value: float, bound: float) -> bool:
+        return value <= bound if self.at_most else value >= bound
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A benchmark and its bars.
+
+    Attributes:
+        id: of the benchmark, and the name of its result file.
+        title: what is measured.
+        measure: measures; told how much and where to say what it is doing.
+        bars: what its rows have to reach.
+    """
+
+    id: str
+    title: str
+    measure: Callable[[Scale, Say], Awaitable[list[Row]]]
+    bars: Sequence[Bar]
+
+    @property
+    def benchmark(self) -> Benchmark:
+        """For `run.py`."""
+        return Benchmark(self.id, self.title, "; ".join(map(_in_words, self.bars)), self._measure_fully)
+
+    def _measure_fully(self, say: Say) -> list[Row]:
+        return asyncio.run(_collect(self.measure, Scale(), say))
+
+    def main(self, arguments: Sequence[str] | None = None) -> int:
+        """Measure, write the result, say whether the bars are reached; exit status 1 when a check is red."""
+        parser = argparse.ArgumentParser(description=self.title)
+        parser.add_argument("--quick", action="store_true", help="tiny model, one run: does it work?")
+        parser.add_argument("--runs", type=int, default=RUNS, help=f"samples of each side (default {RUNS})")
+        options = parser.parse_args(arguments)
+        scale = Scale(runs=1, quick=True) if options.quick else Scale(runs=options.runs)
+        started = time.monotonic()
+        try:
+            rows = asyncio.run(_collect(self.measure, scale, _say))
+        except CheckFailedError as error:
+            print(f"  RED: {error}; nothing is reported")
+            return 1
+        # Fewer runs than the committed results promise are for whoever tries something.
+        path = write(self.id, rows, RESULTS if scale.runs >= RUNS else CACHE / "bench" / "results")
+        for row in rows:
+            print(f"  {summarize(row)}")
+        print(f"  {path.parent.name}/{path.name} written after {time.monotonic() - started:.0f} s")
+        for bar in self.bars:
+            print(bar.verdict(rows), flush=True)
+        return 0
+
+
+async def _collect(
+    measure: Callable[[Scale, Say], Awaitable[list[Row]]], scale: Scale, say: Say
+) -> list[Row]:
+    return await measure(scale, say)
+
+
+def _say(text: str) -> None:
+    print(f"  {text}", flush=True)
+
+
+def _in_words(bar: Bar) -> str:
+    stretch = "" if bar.stretch is None else f", stretch {bar.stretch:g}"
+    return f"{bar.row} {'at most' if bar.at_most else 'at least'} {bar.bar:g}{stretch}"
