@@ -1,0 +1,64 @@
+"""Demand: what is asked for first is told at once, rates follow the requests, and what nobody wants fades."""
+
+import asyncio
+
+import pytest
+
+from blockserve.common.state_memory import InProcessStore
+from blockserve.router import demand as module
+from blockserve.router.demand import DemandTeller
+from blockzoo.manifest import ChainId
+
+CHAIN = ChainId("c")
+
+
+def run_teller(action: object, store: InProcessStore) -> dict[ChainId, float]:
+    async def work() -> dict[ChainId, float]:
+        teller = DemandTeller(store, "router")
+        teller.start()
+        try:
+            await action(teller)  # type: ignore[operator]
+            async with asyncio.timeout(10):
+                while CHAIN not in (told := await store.demand()):
+                    await asyncio.sleep(0.01)
+            return told
+        finally:
+            await teller.stop()
+
+    return asyncio.run(work())
+
+
+def test_a_chain_that_nobody_holds_is_told_at_once() -> None:
+    async def action(teller: DemandTeller) -> None:
+        await teller.load(CHAIN)
+
+    assert run_teller(action, InProcessStore())[CHAIN] > 0
+
+
+def test_rates_are_requests_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TELL_SECONDS", 0.2)
+
+    async def action(teller: DemandTeller) -> None:
+        for _ in range(10):
+            teller.note(CHAIN)
+
+    assert run_teller(action, InProcessStore())[CHAIN] == pytest.approx(50, rel=0.5)
+
+
+def test_what_nobody_asks_for_any_more_is_told_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TELL_SECONDS", 0.05)
+    store = InProcessStore()
+
+    async def work() -> None:
+        teller = DemandTeller(store, "router")
+        teller.start()
+        teller.note(CHAIN)
+        async with asyncio.timeout(10):
+            while not await store.demand():
+                await asyncio.sleep(0.01)
+            await teller.unload(CHAIN)
+            while await store.demand():
+                await asyncio.sleep(0.01)
+        await teller.stop()
+
+    asyncio.run(work())

@@ -1,0 +1,63 @@
+"""A worker's memory follows the placement, by content."""
+
+import asyncio
+from collections.abc import Sequence
+
+from blockserve.common.channel import Credentials
+from blockserve.common.cluster import Assignment, ChainSpan, Placement, Run, WorkerId, WorkerRecord
+from blockserve.common.state_memory import InProcessStore
+from blockserve.worker.engine import BlockEngine
+from blockserve.worker.hub import WorkerHub
+from blockserve.worker.links import PeerLinks
+from blockserve.worker.reconciler import Reconciler
+from support.tiny import SMALL, TinyZoo
+
+ME = WorkerId("me")
+
+
+def follow(tiny: TinyZoo, placements: Sequence[Placement]) -> list[set[tuple[str, Run, bool]]]:
+    """What is in memory after each placement: variant, run, whether it is pinned."""
+    names = {chain: name for name, chain in tiny.chains.items()}
+
+    async def work() -> list[set[tuple[str, Run, bool]]]:
+        links = PeerLinks(ME, Credentials(), 1 << 20)
+        engine = BlockEngine(tiny.zoo, SMALL, outlet=links)
+        engine.start()
+        hub = WorkerHub(WorkerRecord(ME, "me", "unix:/me"), tiny.zoo, engine, links, Credentials())
+        reconciler = Reconciler(hub, InProcessStore(), tiny.zoo.chain)
+        seen = []
+        try:
+            for placement in placements:
+                await reconciler.reconcile(placement)
+                chains = engine.report().chains
+                seen.append({(names[one.chain], one.run or Run(0, 1), one.pinned) for one in chains})
+            # A run of a variant that nobody assigned stays while all its links are assigned for another.
+            await engine.load_span(ChainSpan(tiny.chains["top"], Run(0, 2)))
+            await reconciler.reconcile(placements[-1])
+            seen.append(
+                {(names[one.chain], one.run or Run(0, 1), one.pinned) for one in engine.report().chains}
+            )
+        finally:
+            await hub.close()
+            await asyncio.to_thread(engine.stop)
+        return seen
+
+    return asyncio.run(work())
+
+
+def test_runs_come_go_and_are_pinned_as_the_placement_says(tiny: TinyZoo) -> None:
+    base, adapter = tiny.chains["base"], tiny.chains["all"]
+    whole = Run(0, len(tiny.zoo.chain(base).links))
+    first = Placement(1, {ME: (Assignment(base, Run(0, 3)),)})
+    second = Placement(
+        2, {ME: (Assignment(base, whole, pinned=True), Assignment(adapter, Run(2, whole.end)))}
+    )
+    nothing_said = Placement(3, {WorkerId("other"): ()})
+    last = Placement(4, {ME: (Assignment(base, whole),)})
+    seen = follow(tiny, [first, second, nothing_said, last])
+    assert seen[0] == {("base", Run(0, 3), False)}
+    # The shorter run stays: everything in it is assigned.
+    assert seen[1] == {("base", Run(0, 3), False), ("base", whole, True), ("all", Run(2, whole.end), False)}
+    assert seen[2] == seen[1]
+    assert seen[3] == {("base", Run(0, 3), False), ("base", whole, False)}
+    assert seen[4] == seen[3] | {("top", Run(0, 2), False)}
