@@ -53,8 +53,8 @@ def svg(title: str, axis: str, series: Series) -> str:
     body = "\n".join(parts)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" '
-        f'height="{HEIGHT}" role="img" aria-label="{escape(title)}">\n'
-        f"<style>{STYLE}</style>\n{body}\n</svg>\n"
+        f'height="{HEIGHT}" role="img" aria-label="{escape(title)}">\n<style>{STYLE}</style>\n'
+        f"{body}\n</svg>\n"
     )
 
 

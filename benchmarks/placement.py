@@ -96,7 +96,7 @@ def run(say: Callable[[str], None]) -> list[Row]:
             _check(replace(problem, workers=rest), after)
             for worker in rest:
                 check(set(plan.workers[worker]) <= set(after.workers[worker]), "a loss moved something else")
-            notes = (
+            notes = notes or (
                 f"{len(problem.chains)} variants, {len(problem.block_bytes)} blocks, Zipf traffic; "
                 f"{plan.report.mean_hops:.4f} hops a request, {plan.report.held_bytes / 1e12:.1f} TB placed "
                 f"of {sum(problem.block_bytes.values()) / 1e12:.1f} TB distinct; the loss of a worker with "
@@ -106,7 +106,7 @@ def run(say: Callable[[str], None]) -> list[Row]:
             say(f"{workers} workers: {took}")
         for kind, what, samples in (
             ("scratch", "from nothing", scratch),
-            ("loss", "after the loss of the worker with the most runs", loss),
+            ("loss", "after the loss of one of the five workers with the most runs", loss),
             ("same", "with nothing changed", same),
         ):
             case = f"placement on {workers} workers {what}: {notes}"

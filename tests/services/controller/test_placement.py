@@ -244,7 +244,8 @@ PLAIN = PlacementConfig(most_replicas=1, overload=float("inf"))
 @given(problems(chains=(1, 3), workers=(2, 3), memory=st.integers(10, 60)), st.integers(0, 2))
 def test_hops_and_bytes_moved_are_near_the_optimum_on_small_cases(problem, lost):
     """The bounds that docs/placement.md states; from nothing, and after a loss."""
-    problem = replace(problem, wishes=Wishes(), present={})
+    wanted = {chain: max(rate, 0.1) for chain, rate in problem.traffic.items()}  # so that every hop counts
+    problem = replace(problem, wishes=Wishes(), present={}, traffic=wanted)
     plan = place(problem, PLAIN)
     check_near_optimum(problem, plan)
     rest = {worker: one for worker, one in problem.workers.items() if worker != f"w{lost}"}
