@@ -37,11 +37,12 @@ class Demand:
         per_replica = max(load / count * config.fair_loads_per_replica, 1.0)
         self.replicas: dict[ChainId, int] = {}
         self.keep: dict[ChainId, int] = {}
-        most = min(config.most_replicas, count)
+        least = min(max(config.least_replicas, 1), count)
+        most = max(min(config.most_replicas, count), least)
         for chain in self.order:
             wanted = whole[chain] * len(problem.chains[chain]) / per_replica
-            self.replicas[chain] = min(max(math.ceil(wanted), 1), most)
-            self.keep[chain] = min(max(math.ceil(wanted * config.surplus), 1), most)
+            self.replicas[chain] = min(max(math.ceil(wanted), least), most)
+            self.keep[chain] = min(max(math.ceil(wanted * config.surplus), least), most)
         for chain in problem.wishes.replicas.keys() & self.replicas.keys():
             self.replicas[chain] = self.keep[chain] = max(problem.wishes.replicas[chain], 1)
         self.load_per_link = {chain: whole[chain] // self.replicas[chain] for chain in self.order}

@@ -54,6 +54,7 @@ class PlacementConfig:
 
     Attributes:
         headroom: share of a worker's memory for blocks that is left free for what comes.
+        least_replicas: of every chain, while there is room and there are workers.
         fair_loads_per_replica: a chain gets a replica for every so many fair shares of the whole load (a fair
             share is what each worker has when all have the same).
         surplus: a replica is given up when the traffic asks for fewer even if multiplied by this.
@@ -63,6 +64,7 @@ class PlacementConfig:
     """
 
     headroom: float = 0.0
+    least_replicas: int = 1
     fair_loads_per_replica: float = 1.0
     surplus: float = 1.25
     most_replicas: int = 64

@@ -16,6 +16,8 @@ import numpy.typing as npt
 from blockserve.router.path_costs import Floats
 
 _MOST_REMEMBERED = 8
+_MANY, _FEW = 48, 12
+"""Of more than `_MANY` candidates the `_FEW` cheapest for each interval are looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,27 @@ class PathCosts:
 
 
 def cheapest(costs: PathCosts) -> tuple[float, list[int]] | None:
-    """The least seconds and each interval's candidate, or None when a worker would have to come twice."""
+    """The least seconds and each interval's candidate, or None when a worker would have to come twice.
+
+    Of many candidates only the most promising are looked at, unless there is no path with them.
+    """
+    if costs.run.shape[1] > _MANY:
+        few = _promising(costs)
+        pairs = np.ix_(few, few)
+        found = _cheapest(PathCosts(costs.start[:, few], costs.run[:, few], costs.hop[pairs], costs.back))
+        if found is not None:
+            return found[0], [int(few[worker]) for worker in found[1]]
+    return _cheapest(costs)
+
+
+def _promising(costs: PathCosts) -> npt.NDArray[np.int64]:
+    """The cheapest for all, and for each interval, hops left aside; ascending."""
+    alone = costs.start[0] + costs.run.sum(axis=0)
+    rows = np.concatenate([alone[None, :], costs.start + costs.run])
+    return np.unique(np.argsort(rows, axis=1, kind="stable")[:, :_FEW])
+
+
+def _cheapest(costs: PathCosts) -> tuple[float, list[int]] | None:
     alone = costs.start[0] + costs.run.sum(axis=0)
     single = int(alone.argmin())
     best = (float(alone[single]), [single] * len(costs.run)) if alone[single] < np.inf else None

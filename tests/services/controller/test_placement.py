@@ -316,6 +316,13 @@ def test_replicas_follow_the_traffic():
     assert [len(where(place(cooler), name)) for name in names] == [2, 1, 6]  # 1.25 fair shares keep two
 
 
+def test_every_chain_has_the_least_replicas_that_there_are_workers_for():
+    chains, sizes = sized(chain_of("a"), chain_of("b"))
+    for machines, expected in ((4, 3), (2, 2)):
+        plan = place(problem_of(chains, sizes, [ROOMY] * machines), PlacementConfig(least_replicas=3))
+        assert [len(where(plan, name)) for name in chains] == [expected, expected]
+
+
 def test_a_further_replica_makes_room_for_a_chain_that_has_none():
     chains, sizes = sized(chain_of("a"), chain_of("b"))
     hot, new = chains

@@ -280,3 +280,15 @@ def test_many_workers_that_alternate_still_give_a_path():
     path = assemble(PathIndex(view(worker("slow", chain, Run(0, 24)), *every_second)), CHAIN, chain, SIZE)
     assert isinstance(path, Path)
     assert len({span.worker for span in path.spans}) == len(path.spans)
+
+
+def test_of_many_replicas_one_that_is_idle_is_found():
+    chain = links(6)
+    busy = LoadReport(step_seconds=1.0, queued_tokens=1000)
+    many = [worker(f"b{number:03}", chain, Run(0, 6), load=busy) for number in range(100)]
+    halves = [worker("x", chain, Run(0, 3)), worker("y", chain, Run(3, 6))]
+    path = assemble(PathIndex(view(*many, *halves)), CHAIN, chain, SIZE)
+    assert [span.worker for span in path.spans] == ["x", "y"]
+    idle = worker("z", chain, Run(0, 6))
+    path = assemble(PathIndex(view(*many, *halves, idle)), CHAIN, chain, SIZE)
+    assert [span.worker for span in path.spans] == ["z"]
