@@ -22,7 +22,9 @@ MODULES = {
     "delta-rest": "delta_rest",
     "deterministic": "deterministic",
     "memory": "memory",
+    "paths": "paths",
     "placement": "placement",
+    "placement-gap": "placement_gap",
     "register": "register",
     "start": "start",
 }

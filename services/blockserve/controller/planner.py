@@ -18,7 +18,6 @@ from blockserve.controller.placement import Placer
 from blockserve.controller.placement_words import (
     PlacementConfig,
     PlacementProblem,
-    Wishes,
     WorkerCapacity,
 )
 from blockzoo.errors import BlockzooError
@@ -58,7 +57,6 @@ class Planner:
             look_seconds: how often demand is looked at when nothing else changes.
             replicas: workers that hold each chain at least.
         """
-        self._replicas = replicas
         self._zoo = zoo
         self._store = store
         self._name = name
@@ -68,7 +66,7 @@ class Planner:
         self._sizes: dict[BlockId, int] = {}
         self._token: FencingToken | None = None
         self._task: asyncio.Task[None] | None = None
-        self._placer = Placer(PlacementConfig(headroom=HEADROOM))
+        self._placer = Placer(PlacementConfig(headroom=HEADROOM, least_replicas=replicas))
         self.left_out: Mapping[ChainId, str] = {}
 
     @property
@@ -134,7 +132,6 @@ class Planner:
             workers=workers,
             traffic={chain: demand[chain] for chain in wanted},
             present=view.placement.workers,
-            wishes=Wishes(replicas=dict.fromkeys(wanted, self._replicas) if self._replicas > 1 else {}),
         )
         plan = await asyncio.to_thread(self._placer.place, problem)
         if plan.report.left_out != self.left_out:
