@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from blockserve.common.errors import WorkerNotFoundError
 from blockserve.router.aio_client import AsyncClient
 from blockzoo.equivalence import Ledger, approve, evaluate
 from blockzoo.errors import BlockzooError
@@ -243,12 +244,15 @@ async def _busy(rig: Cluster, one: str, other: str, harm: Callable[[Any], None])
 
 async def _drain(rig: Cluster) -> None:
     """Two workers give their requests back, then take some again."""
-    for name in ("a", "b"):
-        await _busy(rig, name, name, lambda _: None)
-        await rig.drain(name, 0.0)
-        assert not (await rig.describe(name)).running_requests
-        await asyncio.sleep(0.3)
-        await rig.drain(name, 0.0, resume=True)
+    async with rig.client() as client:
+        for name in ("a", "b"):
+            await _busy(rig, name, name, lambda _: None)
+            await client.drain_worker(name, 0.0)
+            assert not (await rig.describe(name)).running_requests
+            await asyncio.sleep(0.3)
+            await client.drain_worker(name, 0.0, resume=True)
+        with pytest.raises(WorkerNotFoundError, match="no worker 'e'"):
+            await client.drain_worker("e", 0.0)
 
 
 MOVING = (_kill_head, _kill_tail, _stop_and_wake_tail, _stop_and_wake_head, _roll, _drain)

@@ -139,13 +139,6 @@ class Cluster:
             stub = worker_pb2_grpc.WorkerServiceStub(channel)
             return await stub.Describe(worker_pb2.DescribeRequest(), timeout=PATIENCE)
 
-    async def drain(self, name: str, seconds: float, *, resume: bool = False) -> int:
-        """Have a worker give its requests back, or take some again."""
-        request = worker_pb2.DrainRequest(seconds=seconds, resume=resume)
-        async with grpc.aio.insecure_channel(self.workers[name].address) as channel:
-            stub = worker_pb2_grpc.WorkerServiceStub(channel)
-            return (await stub.Drain(request, timeout=PATIENCE)).given_back
-
     async def view(self) -> ClusterView:
         """The shared state."""
         return await self.store.view()

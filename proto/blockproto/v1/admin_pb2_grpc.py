@@ -50,6 +50,11 @@ class AdminServiceStub(object):
                 request_serializer=blockproto_dot_v1_dot_admin__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=blockproto_dot_v1_dot_admin__pb2.GetStatusResponse.FromString,
                 _registered_method=True)
+        self.DrainWorker = channel.unary_unary(
+                '/blockproto.v1.AdminService/DrainWorker',
+                request_serializer=blockproto_dot_v1_dot_admin__pb2.DrainWorkerRequest.SerializeToString,
+                response_deserializer=blockproto_dot_v1_dot_admin__pb2.DrainWorkerResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer(object):
@@ -77,6 +82,14 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DrainWorker(self, request, context):
+        """Has a worker of the cluster take no new requests and give back those that
+        do not end in time; they go on elsewhere.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -94,6 +107,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=blockproto_dot_v1_dot_admin__pb2.GetStatusRequest.FromString,
                     response_serializer=blockproto_dot_v1_dot_admin__pb2.GetStatusResponse.SerializeToString,
+            ),
+            'DrainWorker': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainWorker,
+                    request_deserializer=blockproto_dot_v1_dot_admin__pb2.DrainWorkerRequest.FromString,
+                    response_serializer=blockproto_dot_v1_dot_admin__pb2.DrainWorkerResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -178,6 +196,33 @@ class AdminService(object):
             '/blockproto.v1.AdminService/GetStatus',
             blockproto_dot_v1_dot_admin__pb2.GetStatusRequest.SerializeToString,
             blockproto_dot_v1_dot_admin__pb2.GetStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainWorker(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/blockproto.v1.AdminService/DrainWorker',
+            blockproto_dot_v1_dot_admin__pb2.DrainWorkerRequest.SerializeToString,
+            blockproto_dot_v1_dot_admin__pb2.DrainWorkerResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,10 @@ class AdminServiceStub:
     """Lets go of a variant's blocks once its running requests have ended."""
     GetStatus: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetStatusRequest, _admin_pb2.GetStatusResponse]
     """What is loaded, the segments, the queues and the use of KV pages."""
+    DrainWorker: _grpc.UnaryUnaryMultiCallable[_admin_pb2.DrainWorkerRequest, _admin_pb2.DrainWorkerResponse]
+    """Has a worker of the cluster take no new requests and give back those that
+    do not end in time; they go on elsewhere.
+    """
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -51,6 +55,10 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """Lets go of a variant's blocks once its running requests have ended."""
     GetStatus: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetStatusRequest, _admin_pb2.GetStatusResponse]  # type: ignore[assignment]
     """What is loaded, the segments, the queues and the use of KV pages."""
+    DrainWorker: _aio.UnaryUnaryMultiCallable[_admin_pb2.DrainWorkerRequest, _admin_pb2.DrainWorkerResponse]  # type: ignore[assignment]
+    """Has a worker of the cluster take no new requests and give back those that
+    do not end in time; they go on elsewhere.
+    """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """Operates one server. Bound to the loopback interface unless configured."""
@@ -78,5 +86,15 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.GetStatusResponse, _abc.Awaitable[_admin_pb2.GetStatusResponse]]:
         """What is loaded, the segments, the queues and the use of KV pages."""
+
+    @_abc_1.abstractmethod
+    def DrainWorker(
+        self,
+        request: _admin_pb2.DrainWorkerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.DrainWorkerResponse, _abc.Awaitable[_admin_pb2.DrainWorkerResponse]]:
+        """Has a worker of the cluster take no new requests and give back those that
+        do not end in time; they go on elsewhere.
+        """
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

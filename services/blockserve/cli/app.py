@@ -51,7 +51,7 @@ def build_app(arguments: Sequence[str]) -> typer.Typer:
         (CARE_PANEL, (care_verbs.gc, care_verbs.verify, care_verbs.backup, care_verbs.restore)),
         (SERVER_PANEL, (_process(serve.SERVE, arguments),)),
         (SERVER_PANEL, (server_verbs.status, server_verbs.load, server_verbs.unload, version)),
-        (CLUSTER_PANEL, (cluster_verbs.up, cluster_verbs.down)),
+        (CLUSTER_PANEL, (cluster_verbs.up, cluster_verbs.down, server_verbs.drain)),
         (CLUSTER_PANEL, tuple(_process(verb, arguments) for verb in serve.VERBS[1:])),
         (CLIENT_PANEL, (generate.generate, chat.chat)),
     ):

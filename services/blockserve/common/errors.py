@@ -15,6 +15,7 @@
     │   ├── UnknownBlobError
     │   └── WrongDigestError
     ├── NotFoundError
+    │   ├── WorkerNotFoundError
     │   └── PushNotFoundError
     ├── CapacityError                `retry_after` seconds
     │   ├── QueueFullError
@@ -109,6 +110,12 @@ class WrongDigestError(InvalidInputError):
     """Bytes that were sent are not those that their digest names."""
 
     reason = "WRONG_DIGEST"
+
+
+class WorkerNotFoundError(NotFoundError):
+    """No live worker has this name."""
+
+    reason = "WORKER_NOT_FOUND"
 
 
 class PushNotFoundError(NotFoundError):

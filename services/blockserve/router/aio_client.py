@@ -228,6 +228,11 @@ class AsyncClient:
         """Let the server forget a variant's blocks once its requests have ended."""
         await self._call(self._admin.UnloadModel, admin_pb2.UnloadModelRequest(model=ref))
 
+    async def drain_worker(self, worker: str, seconds: float, *, resume: bool = False) -> int:
+        """Have a worker of the cluster take no new requests, or some again; how many it gave back."""
+        request = admin_pb2.DrainWorkerRequest(worker=worker, seconds=seconds, resume=resume)
+        return int((await self._call(self._admin.DrainWorker, request)).given_back)
+
     async def _call(self, method: Any, request: Any) -> Any:
         try:
             return await method(request, metadata=self._metadata, timeout=self._timeout)

@@ -165,6 +165,10 @@ class Client:
         """As `AsyncClient.unload`."""
         self._portal.run(self._client.unload(ref))
 
+    def drain_worker(self, worker: str, seconds: float, *, resume: bool = False) -> int:
+        """As `AsyncClient.drain_worker`."""
+        return int(self._portal.run(self._client.drain_worker(worker, seconds, resume=resume)))
+
 
 class _Portal:
     """An event loop in a thread of its own, and a way to run things there."""

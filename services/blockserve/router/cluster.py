@@ -26,11 +26,12 @@ from blockserve.common.errors import (
     NoPathError,
     PathBrokenError,
     ServerStoppingError,
+    WorkerNotFoundError,
 )
 from blockserve.router.cluster_report import summarise
 from blockserve.router.kv_moves import KvMover
 from blockserve.router.settings import FailoverConfig
-from blockserve.router.worker_stream import WorkerStream, answers
+from blockserve.router.worker_stream import WorkerStream, answers, drain
 from blockzoo.errors import BlockzooError
 from blockzoo.manifest import ChainId
 
@@ -159,6 +160,16 @@ class ClusterEngine:
             stream.fail_all(reason)
         for other in self._streams.values():
             other.fail_through(worker, reason)
+
+    async def drain_worker(self, worker: str, seconds: float, *, resume: bool) -> int:
+        """Have a worker take no new requests, or some again; see `AdminService.DrainWorker`."""
+        found = [
+            one.record for one in self._view.workers.values() if worker in (one.record.id, one.record.name)
+        ]
+        if not found:
+            names = ", ".join(sorted(one.record.name for one in self._view.workers.values())) or "none"
+            raise WorkerNotFoundError(f"there is no worker {worker!r}", hint=f"Those that live: {names}.")
+        return await drain(found[0].address, self._credentials, seconds, resume=resume)
 
     # ---- Engine
 

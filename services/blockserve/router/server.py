@@ -112,6 +112,7 @@ class RouterServer:
             version=version("blockzoo"),
             renderer=self._renderer,
             adaptive=adaptive,
+            operator=self.engine,
         )
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(
             InferenceServicer(self._router), self._server

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
+from typing import Protocol
 
 from blockserve.common.engine_api import Engine
 from blockserve.common.errors import (
@@ -20,6 +21,7 @@ from blockserve.common.errors import (
     DeadlineTooShortError,
     QueueFullError,
     ResumeError,
+    WorkerNotFoundError,
 )
 from blockserve.common.metrics import AnswerMeter, MetricsRegistry, RequestMeter, RequestMetrics
 from blockserve.router.adaptive import AdaptiveAssembly
@@ -42,6 +44,14 @@ DEADLINE_MARGIN = 2.0
 """A request is refused when its queue is estimated to take this many times what is left to its deadline."""
 
 
+class WorkerOperator(Protocol):
+    """Acts on single workers of a cluster."""
+
+    async def drain_worker(self, worker: str, seconds: float, *, resume: bool) -> int:
+        """Have a worker take no new requests; how many it gave back (WorkerNotFoundError)."""
+        ...
+
+
 class Router:
     """Serves the variants of a zoo with an engine. One event loop."""
 
@@ -56,6 +66,7 @@ class Router:
         renderer: ChatRenderer | None = None,
         metrics: RequestMetrics | None = None,
         adaptive: AdaptiveAssembly | None = None,
+        operator: WorkerOperator | None = None,
     ) -> None:
         """Put the parts together.
 
@@ -68,7 +79,9 @@ class Router:
             renderer: one made earlier, with its child process already started.
             metrics: where requests are counted; None counts into a registry that nobody reads.
             adaptive: chooses among approved equivalents; None always runs a variant's own chain.
+            operator: acts on workers; None where there are none.
         """
+        self._operator = operator
         self._adaptive = adaptive
         self._instance = secrets.token_hex(3)
         self.config = config or RouterConfig()
@@ -232,6 +245,18 @@ class Router:
         variant = await self._catalog.get(ref)
         await self._engine.unload(variant.record.chain)
         return variant.record.chain
+
+    async def drain_worker(self, worker: str, seconds: float, *, resume: bool = False) -> int:
+        """Have a worker take no new requests; how many it gave back.
+
+        Raises:
+            WorkerNotFoundError: there is none of this name, or this server is one process.
+        """
+        if self._operator is None:
+            raise WorkerNotFoundError(
+                f"there is no worker {worker!r}: this server is one process", hint="Stop the server instead."
+            )
+        return await self._operator.drain_worker(worker, seconds, resume=resume)
 
     def forget(self, name: str) -> None:
         """Let requests see at once what was changed about a name."""

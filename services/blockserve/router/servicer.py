@@ -88,6 +88,14 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         chain = await self._router.unload(convert.model_name(request.model))
         return admin_pb2.UnloadModelResponse(chain_digest=chain)
 
+    async def DrainWorker(  # noqa: N802
+        self, request: admin_pb2.DrainWorkerRequest, context: Any
+    ) -> admin_pb2.DrainWorkerResponse:
+        """Have a worker give its requests back, or take some again."""
+        del context
+        given_back = await self._router.drain_worker(request.worker, request.seconds, resume=request.resume)
+        return admin_pb2.DrainWorkerResponse(given_back=given_back)
+
     async def GetStatus(  # noqa: N802
         self, request: admin_pb2.GetStatusRequest, context: Any
     ) -> admin_pb2.GetStatusResponse:

@@ -18,10 +18,13 @@ from blockserve.common.cluster import PathStep, WorkerId
 from blockserve.common.engine_api import EngineRequest, TokenEvent
 from blockserve.common.engine_convert import error_from_message, request_to_message, token_from_message
 from blockserve.common.errors import PathBrokenError
+from blockserve.common.rpc_errors import from_rpc_error
 from blockzoo.errors import BlockzooError
 
 log = logging.getLogger(__name__)
 
+DRAIN_SECONDS = 15.0
+"""How much longer than it was given a worker may take to drain: others fetch keys and values from it."""
 Outcome = Sequence[TokenEvent] | BlockzooError
 
 
@@ -178,3 +181,20 @@ async def answers(worker: WorkerId, address: str, credentials: Credentials, seco
         except grpc.aio.AioRpcError:
             return False
     return bool(described.worker_id == worker)
+
+
+async def drain(address: str, credentials: Credentials, seconds: float, *, resume: bool) -> int:
+    """Have a worker take no new requests, or some again; how many it gave back.
+
+    Raises:
+        UnavailableError: it cannot be reached.
+    """
+    async with open_channel(address, credentials) as channel:
+        request = worker_pb2.DrainRequest(seconds=seconds, resume=resume)
+        try:
+            answer = await worker_pb2_grpc.WorkerServiceStub(channel).Drain(
+                request, timeout=seconds + DRAIN_SECONDS, metadata=credentials.metadata()
+            )
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+    return answer.given_back
