@@ -279,7 +279,7 @@ def test_no_token_is_lost_or_repeated(zoo: Zoo, tmp_path: Path, harm: Harm) -> N
     """Two replicas of each half; whatever is lost, every transcript is that of an undisturbed run."""
 
     async def work() -> None:
-        drain = {"BLOCKZOO_DRAIN_SECONDS": "0.2"}
+        drain = {"BLOCKZOO_DRAIN_SECONDS": "0.2", "BLOCKZOO_KV_CHOICE": "transfer"}
         async with cluster(zoo, tmp_path, HALVES, **SETTINGS, **drain) as rig:
             await load_all(rig, HALVES)
             async with rig.client() as client:

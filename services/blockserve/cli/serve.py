@@ -26,6 +26,7 @@ PANELS = {
     "state": "The shared state",
     "failover": "Requests that lose a worker",
     "adaptive": "Approved equivalents",
+    "kv": "Keys and values that follow a request",
 }
 
 

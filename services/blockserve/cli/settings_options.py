@@ -20,7 +20,7 @@ from pydantic import BaseModel, SecretStr
 
 from blockserve.common.config import ENV_PREFIX
 
-PREFIXED = ("state", "failover", "adaptive")
+PREFIXED = ("state", "failover", "adaptive", "kv")
 """Sections whose name is part of their options."""
 
 

@@ -29,7 +29,7 @@ from blockserve.common.errors import (
     WorkerNotFoundError,
 )
 from blockserve.router.cluster_report import summarise
-from blockserve.router.kv_moves import KvMover
+from blockserve.router.kv_moves import KvCosts, KvMover
 from blockserve.router.settings import FailoverConfig
 from blockserve.router.worker_stream import WorkerStream, answers, drain
 from blockzoo.errors import BlockzooError
@@ -94,6 +94,7 @@ class ClusterEngine:
         loader: Loader,
         credentials: Credentials,
         failover: FailoverConfig | None = None,
+        kv: KvCosts | None = None,
     ) -> None:
         """Join the parts; nothing is connected yet.
 
@@ -102,6 +103,7 @@ class ClusterEngine:
             loader: has missing blocks loaded.
             credentials: how the router proves itself to workers.
             failover: how requests go on.
+            kv: when keys and values follow them.
         """
         self._chooser = chooser
         self._loader = loader
@@ -112,7 +114,7 @@ class ClusterEngine:
         self._streams: dict[WorkerId, WorkerStream] = {}
         self._checks: dict[WorkerId, asyncio.Task[None]] = {}
         self.num_failovers = 0
-        self.kv = KvMover(credentials)
+        self.kv = KvMover(credentials, kv)
         self.on_request: Callable[[ChainId], None] = lambda _: None
 
     # ---- the cluster

@@ -14,12 +14,14 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import grpc
 
 from blockproto.v1 import worker_pb2, worker_pb2_grpc
 from blockserve.common.channel import Credentials, open_channel
 from blockserve.common.cluster import ClusterView, PathStep, WorkerId
+from blockserve.common.config import Section, setting
 from blockserve.common.engine_api import EngineRequest
 
 log = logging.getLogger(__name__)
@@ -39,19 +41,35 @@ class Reason(enum.StrEnum):
     FAILED = "failed"
 
 
-@dataclass(frozen=True, slots=True)
-class KvCosts:
-    """What is expected before anything was measured.
+class KvCosts(Section):
+    """When keys and values follow a request to another worker."""
 
-    Attributes:
-        bytes_per_second: of a transfer between two workers.
-        transfer_seconds: that any transfer takes beside its bytes.
-        prefill_tokens_per_second: of a whole path.
-    """
-
-    bytes_per_second: float = 500e6
-    transfer_seconds: float = 0.01
-    prefill_tokens_per_second: float = 1000.0
+    choice: Literal["auto", "transfer", "recompute"] = setting(
+        "auto",
+        "Fetch keys and values where that is possible, compute them again, or what is expected to be faster.",
+        reason="Both ways give the same answer; the other values are for measuring and for broken networks.",
+    )
+    bytes_per_second: float = setting(
+        500e6,
+        "Speed of a transfer between two workers, until one was measured.",
+        unit="bytes per second",
+        reason="Half of what one machine's loopback gives through gRPC.",
+        gt=0,
+    )
+    transfer_seconds: float = setting(
+        0.01,
+        "What any transfer takes beside its bytes.",
+        unit="seconds",
+        reason="A connection, and a pause between two passes at either end.",
+        ge=0,
+    )
+    prefill_tokens_per_second: float = setting(
+        1000.0,
+        "Speed of prompts along a path, until a worker has measured its own.",
+        unit="tokens per second",
+        reason="A small model on a few cores.",
+        gt=0,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +176,7 @@ class KvMover:
         moves, reason = plan_moves(before, after, view, lost)
         tokens = len(request.prompt) + len(request.output)
         if reason is None and moves:
-            expected = estimate(moves, after, tokens, view, self._costs, self.bytes_per_second)
-            if expected.transfer < expected.recompute:
+            if self._prefers_transfer(moves, after, tokens, view):
                 reason = Reason.CHEAPER if await self._fetch_all(request, moves) else Reason.FAILED
             else:
                 reason = Reason.COMPUTING_IS_CHEAPER
@@ -167,6 +184,14 @@ class KvMover:
             what = "transfer" if reason is Reason.CHEAPER else "recompute"
             self.decisions[what, reason] += 1
             log.info("kv %s reason=%s id=%s tokens=%d", what, reason, request.request_id, tokens)
+
+    def _prefers_transfer(
+        self, moves: Sequence[Move], after: Sequence[PathStep], tokens: int, view: ClusterView
+    ) -> bool:
+        if self._costs.choice != "auto":
+            return self._costs.choice == "transfer"
+        expected = estimate(moves, after, tokens, view, self._costs, self.bytes_per_second)
+        return expected.transfer < expected.recompute
 
     async def _fetch_all(self, request: EngineRequest, moves: Sequence[Move]) -> bool:
         done = await asyncio.gather(*(self._fetch(request, move) for move in moves))

@@ -103,7 +103,9 @@ class RouterServer:
         approvals = await asyncio.to_thread(Approvals, zoo.store)
         adaptive = AdaptiveAssembly(approvals, chooser, settings.adaptive)
         self._fresh = asyncio.create_task(adaptive.keep_fresh(), name="approvals")
-        self.engine = ClusterEngine(chooser, self._demand, settings.peer_credentials(), settings.failover)
+        self.engine = ClusterEngine(
+            chooser, self._demand, settings.peer_credentials(), settings.failover, settings.kv
+        )
         self.engine.on_request = self._demand.note
         self._router = Router(
             zoo,

@@ -8,6 +8,7 @@ from blockserve.common.cluster_settings import ClusterSettings
 from blockserve.common.config import Section, setting
 from blockserve.router.adaptive import AdaptiveConfig
 from blockserve.router.config import RouterConfig
+from blockserve.router.kv_moves import KvCosts
 
 
 class FailoverConfig(Section):
@@ -43,6 +44,7 @@ class RouterSettings(ClusterSettings):
     adaptive: AdaptiveConfig = Field(
         default_factory=AdaptiveConfig, description="Approved equivalents instead of busy or absent blocks."
     )
+    kv: KvCosts = Field(default_factory=KvCosts, description="Keys and values that follow a request.")
     failover: FailoverConfig = Field(
         default_factory=FailoverConfig, description="Requests that lose a worker."
     )
