@@ -113,7 +113,7 @@ async def _gap(
             check(not chunk.token_ids or chunk.first_token_index == tokens, "a token was lost or repeated")
             tokens += len(chunk.token_ids)
             if not busy:
-                busy = await _busy(cluster, [name for name, run in names.items() if run == half])
+                busy = await busy_worker(cluster, [name for name, run in names.items() if run == half])
             if last:
                 gap = max(gap, now - last)
                 last = now
@@ -124,7 +124,7 @@ async def _gap(
     return gap, busy
 
 
-async def _busy(cluster: LocalCluster, names: list[str]) -> str:
+async def busy_worker(cluster: LocalCluster, names: list[str]) -> str:
     """The worker among these that executes a request."""
     for name in names:
         try:
