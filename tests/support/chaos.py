@@ -84,9 +84,7 @@ class ChaosCluster(Cluster):
         assert process.popen.poll() is not None
         if process.module.endswith((".router", ".controller")):
             process.environment["BLOCKZOO_LISTEN"] = process.address
-        before = process.popen.pid
         await process.start()
-        assert process.popen.pid != before
 
     async def busy(self, names: tuple[str, ...]) -> str:
         """One of the workers that runs requests now; the first of them that does."""
@@ -100,7 +98,7 @@ class ChaosCluster(Cluster):
         """End every process and wire."""
         await super().close()
         for wire in self.wires.values():
-            wire.close()
+            await wire.close()
 
 
 @asynccontextmanager
@@ -160,7 +158,11 @@ def make_script(seed: int, rounds: int = 1, *, is_placed: bool = False) -> list[
             else:
                 names = tuple(HALVES)
             seconds = dice.uniform(0.1, LEASE_SECONDS + 1.0)
-            script.append(Harm(kind, tuple(dice.sample(names, len(names))), seconds, dice.choice(list(Cut))))
+            names = tuple(dice.sample(names, len(names)))
+            cut = dice.choice(list(Cut))
+            # Requests come in before each step of a rolling restart, so it is one entry for each worker.
+            steps = [(name,) for name in names] if kind == "roll" else [names]
+            script += [Harm(kind, step, seconds, cut) for step in steps]
     return script
 
 
@@ -188,9 +190,10 @@ async def _drain(rig: ChaosCluster, harm: Harm) -> None:
 
 
 async def _roll(rig: ChaosCluster, harm: Harm) -> None:
-    for name in harm.names:
-        assert await rig.workers[name].terminate() == 0
-        await _restart_worker(rig, rig.workers[name])
+    """One step of it; the worker may have nothing to do."""
+    process = rig.workers[harm.names[0]]
+    assert await process.terminate() == 0
+    await _restart_worker(rig, process)
 
 
 async def _kill_router(rig: ChaosCluster, harm: Harm) -> None:
@@ -231,7 +234,8 @@ async def _flush_state(rig: ChaosCluster, harm: Harm) -> None:
 
 async def _pause_state(rig: ChaosCluster, harm: Harm) -> None:
     with rig.state.paused():
-        assert _scheduler_state(rig.state.server.pid) == "T"
+        while _scheduler_state(rig.state.server.pid) != "T":
+            await asyncio.sleep(0.001)
         await asyncio.sleep(harm.seconds)
     await _until_announced(rig)
 

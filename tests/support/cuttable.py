@@ -30,20 +30,22 @@ class CuttableWire:
         self._cut: Cut | None = None
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self.port = 0
         self.num_stopped = 0
 
     async def start(self) -> Self:
         """Begin to forward."""
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Forward no more."""
         if self._server is not None:
             self._server.close()
         self._drop_connections()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     @contextmanager
     def cut(self, how: Cut) -> Iterator[None]:
@@ -61,6 +63,11 @@ class CuttableWire:
     def _drop_connections(self) -> None:
         for writer in list(self._writers):
             writer.close()
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.create_task(self._serve(reader, writer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.add(writer)
