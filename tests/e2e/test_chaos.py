@@ -1,0 +1,147 @@
+"""A seeded script of harms to a cluster under requests of every kind: nobody notices.
+
+BLOCKZOO_CHAOS_SEED="5,8" runs other seeds; what happens when is a function of the seed alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+import torch
+
+from blockkernels.linear import can_pack
+from blockserve.worker import executor
+from blockzoo.zoo import Zoo
+from support.chaos import ChaosCluster, Harm, chaos_cluster, make_script
+from support.chaos_requests import Crowd, Transcript, Wish, assert_same, make_wishes
+from support.variants import VariantFactory
+
+SEEDS = [int(seed) for seed in os.environ.get("BLOCKZOO_CHAOS_SEED", "1").split(",")]
+MODELS = ("base", "first", "second", "tuned", "other")
+NUM_CLIENTS = 4
+REQUESTS_EACH = 3
+"""Requests at a time of each client."""
+FP32 = {"BLOCKZOO_ENGINE_DTYPE": "float32"}
+BF16 = {"BLOCKZOO_ENGINE_DTYPE": "bfloat16", "BLOCKZOO_ENGINE_DETERMINISTIC": "true"}
+
+needs_bf16 = pytest.mark.skipif(
+    executor.library() is None or not can_pack(torch.bfloat16, torch.device("cpu")),
+    reason="this machine has no compiler, or no bfloat16 products",
+)
+
+
+@pytest.fixture(scope="module")
+def factory(tmp_path_factory: pytest.TempPathFactory) -> VariantFactory:
+    return VariantFactory(tmp_path_factory.mktemp("variants"))
+
+
+@pytest.fixture
+def zoo(factory: VariantFactory, tmp_path: Path) -> Zoo:
+    """One base with two adapters and a tuned top quarter, and a base of another family."""
+    base = factory.checkpoint("llama-gqa-tied")
+    zoo = Zoo.open(tmp_path / "zoo", create=True)
+    zoo.register(base.path, name="base")
+    zoo.register(factory.adapter(base, "patterns").path, name="first", base="base")
+    zoo.register(factory.adapter(base, "all-linear", seed=2).path, name="second", base="base")
+    zoo.register(factory.top_quarter(base).path, name="tuned")
+    zoo.register(factory.checkpoint("qwen3").path, name="other")
+    return zoo
+
+
+async def ask(rig: ChaosCluster, wishes: list[Wish], script: list[Harm]) -> dict[int, Transcript]:
+    """Every wish once, while the script happens: a share of the wishes is let go for each harm."""
+    async with AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(rig.client()) for _ in range(NUM_CLIENTS)]
+        crowd = Crowd(clients, REQUESTS_EACH)
+        crowd.start()
+        stack.push_async_callback(crowd.close)
+        share = -(-len(wishes) // (len(script) or 1))
+        for i, harm in enumerate(script):
+            crowd.release(wishes[i * share : (i + 1) * share])
+            started = time.monotonic()
+            try:
+                await harm.happen(rig, crowd)
+                happened = time.monotonic()
+                await crowd.until_done()
+                print(f"{harm} took {happened - started:.2f} s, answers {time.monotonic() - started:.2f} s")
+            except BaseException as error:
+                error.add_note(f"at harm {i}: {harm}")
+                raise
+        if not script:
+            crowd.release(wishes)
+        await crowd.until_done()
+        return crowd.transcripts
+
+
+async def chaos(
+    zoo: Zoo,
+    folder: Path,
+    seed: int,
+    count: int,
+    *,
+    rounds: int = 1,
+    is_placed: bool = False,
+    **settings: str,
+) -> None:
+    """One run: undisturbed, harmed, compared."""
+    wishes = make_wishes(seed, MODELS, count)
+    script = make_script(seed, rounds, is_placed=is_placed)
+    async with chaos_cluster(zoo, folder, MODELS, is_placed=is_placed, **settings) as rig:
+        started = time.monotonic()
+        expected = await ask(rig, wishes, [])
+        print(f"undisturbed: {time.monotonic() - started:.2f} s")
+        assert not moved(rig)
+        got = await ask(rig, wishes, script)
+        assert len(got) == len(expected) == count
+        for wish in wishes:
+            assert_same(got[id(wish)], expected[id(wish)])
+        assert moved(rig) >= rounds
+        await rig.until_clean()
+
+
+def moved(rig: ChaosCluster) -> int:
+    """How often a request went on along another path."""
+    return rig.log("router0").count("goes on elsewhere")
+
+
+def run(
+    zoo: Zoo,
+    folder: Path,
+    seed: int,
+    count: int,
+    *,
+    rounds: int = 1,
+    is_placed: bool = False,
+    **settings: str,
+) -> None:
+    """Run in an event loop, and say on failure how to get there again."""
+    try:
+        asyncio.run(chaos(zoo, folder, seed, count, rounds=rounds, is_placed=is_placed, **settings))
+    except BaseException as error:
+        error.add_note(f"BLOCKZOO_CHAOS_SEED={seed} repeats it; logs are in {folder}")
+        raise
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_nobody_notices(zoo: Zoo, tmp_path: Path, seed: int) -> None:
+    run(zoo, tmp_path, seed, 200, **FP32)
+
+
+@pytest.mark.long
+@needs_bf16
+@pytest.mark.parametrize("seed", SEEDS)
+def test_nobody_notices_in_bf16(zoo: Zoo, tmp_path: Path, seed: int) -> None:
+    run(zoo, tmp_path, seed, 200, **BF16)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("settings", [FP32, pytest.param(BF16, marks=needs_bf16)], ids=["fp32", "bf16"])
+def test_nobody_notices_for_long(zoo: Zoo, tmp_path: Path, seed: int, settings: dict[str, str]) -> None:
+    run(zoo, tmp_path, seed, 2000, rounds=10, **settings)
