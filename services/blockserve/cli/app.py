@@ -13,6 +13,7 @@ from blockserve.cli import (
     care_verbs,
     change_verbs,
     chat,
+    cluster_verbs,
     equivalence_verbs,
     generate,
     inspect_verbs,
@@ -21,10 +22,12 @@ from blockserve.cli import (
 )
 from blockserve.cli.options import JsonOption
 from blockserve.cli.output import print_json, say
+from blockserve.cli.service_command import Service, command
 
 ZOO_PANEL = "The zoo"
 CARE_PANEL = "Care of the zoo"
 SERVER_PANEL = "A server"
+CLUSTER_PANEL = "A cluster"
 CLIENT_PANEL = "Talking to a server"
 
 
@@ -32,8 +35,8 @@ def build_app(arguments: Sequence[str]) -> typer.Typer:
     """The app for one command line.
 
     Args:
-        arguments: the command line; the options of `serve` are made from its settings only when it is called,
-            because importing the settings takes longer than a help text.
+        arguments: the command line; the options of a process are made from its settings only when its verb is
+            called, because importing the settings takes longer than a help text.
     """
     app = typer.Typer(
         name="blockzoo",
@@ -47,8 +50,10 @@ def build_app(arguments: Sequence[str]) -> typer.Typer:
         (ZOO_PANEL, (change_verbs.register, inspect_verbs.ls, inspect_verbs.show, inspect_verbs.du)),
         (ZOO_PANEL, (inspect_verbs.diff, change_verbs.export, change_verbs.rm, change_verbs.rollback)),
         (CARE_PANEL, (care_verbs.gc, care_verbs.verify, care_verbs.backup, care_verbs.restore)),
-        (SERVER_PANEL, (serve.command(with_options=_is_about_serve(arguments)),)),
+        (SERVER_PANEL, (_service(serve.SERVE, arguments),)),
         (SERVER_PANEL, (server_verbs.status, server_verbs.load, server_verbs.unload, version)),
+        (CLUSTER_PANEL, (cluster_verbs.up, cluster_verbs.down)),
+        (CLUSTER_PANEL, tuple(_service(one, arguments) for one in serve.CLUSTER)),
         (CLIENT_PANEL, (generate.generate, chat.chat)),
     ):
         for verb in verbs:
@@ -66,10 +71,11 @@ def _group(name: str, doc: str | None, verbs: Sequence[Callable[..., None]]) -> 
     return group
 
 
-def _is_about_serve(arguments: Sequence[str]) -> bool:
+def _service(service: Service, arguments: Sequence[str]) -> Callable[..., None]:
+    """The verb of a process, with its options where the command line is about it."""
     # While a shell completes a command line, its words come in the environment.
     words = [*arguments, *(os.environ.get(name, "") for name in ("COMP_WORDS", "_TYPER_COMPLETE_ARGS"))]
-    return any("serve" in text.split() for text in words)
+    return command(service, with_options=any(service.name in text.split() for text in words))
 
 
 def reflow(doc: str) -> str:

@@ -1,41 +1,28 @@
-"""The verb `serve`: zoo, engine and router in one process."""
+"""The verbs that run one process: `serve`, which does everything, and those of a cluster."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING
 
-import typer
-
-from blockserve.cli.connection import set_signature
 from blockserve.cli.output import note
+from blockserve.cli.service_command import Service
 
 if TYPE_CHECKING:
-    from blockserve.cli.settings_options import SettingInfo
+    from blockserve.common.server_settings import ServerSettings
+    from blockserve.controller.settings import ControllerSettings
+    from blockserve.embedded.config import ServeConfig
     from blockserve.embedded.server import EmbeddedServer
-
-PANELS = {"": "Server", "router": "Limits on requests", "engine": "Engine"}
-
-
-def command(*, with_options: bool) -> Callable[..., None]:
-    """The verb as a function for typer.
-
-    Args:
-        with_options: give it the options that its settings make; a list of verbs needs none.
-    """
-
-    def serve(**given: Any) -> None:
-        _serve(given)
-
-    serve.__doc__ = _serve.__doc__
-    parameters = _parameters() if with_options else []
-    set_signature(serve, inspect.Signature(parameters))
-    return serve
+    from blockserve.router.settings import RouterSettings
+    from blockserve.worker.settings import WorkerSettings
 
 
-def _serve(given: Mapping[str, Any]) -> None:
+def _serve_settings() -> type[ServerSettings]:
+    from blockserve.embedded.config import ServeConfig
+
+    return ServeConfig
+
+
+def _serve(config: ServeConfig) -> None:
     """Serve the variants of a zoo.
 
     Variants registered while it runs are served at once; blocks are read by a variant's first request, or at
@@ -49,63 +36,95 @@ def _serve(given: Mapping[str, Any]) -> None:
       blockzoo serve --listen unix:/run/blockzoo.sock --kv-cache-bytes 4000000000
       blockzoo serve --config serve.yaml
     """
-    from blockserve.embedded.config import ServeConfig
     from blockserve.embedded.run import run
 
-    run(ServeConfig.load(given.get("config"), **_overrides(given)), on_ready=_announce)
+    run(config, on_ready=_announce)
 
 
 def _announce(server: EmbeddedServer) -> None:
     note(f"Serving {server.config.zoo} on {server.address}. Try: blockzoo status; Ctrl-C stops.")
 
 
-def _settings() -> list[SettingInfo]:
-    from blockserve.cli.settings_options import iterate_settings
-    from blockserve.embedded.config import ServeConfig
+def _worker_settings() -> type[ServerSettings]:
+    from blockserve.worker.settings import WorkerSettings
 
-    return list(iterate_settings(ServeConfig))
-
-
-def _overrides(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What was said on the command line, in the shape of the settings."""
-    found: dict[str, Any] = {}
-    for setting in _settings():
-        value = given.get(setting.name)
-        if value is None or value == []:
-            continue
-        value = tuple(value) if isinstance(value, list) else value
-        if setting.section:
-            found.setdefault(setting.section, {})[setting.name] = value
-        else:
-            found[setting.name] = value
-    return found
+    return WorkerSettings
 
 
-def _parameters() -> list[inspect.Parameter]:
-    from blockserve.cli.settings_options import option_type
+def _worker(settings: WorkerSettings) -> None:
+    """Run one worker of a cluster: it holds blocks and computes requests.
 
-    config = typer.Option(
-        "--config", metavar="FILE", envvar="BLOCKZOO_CONFIG", help="A YAML file with settings."
+    Routers and the controller find it through the shared state (--state-url), which all processes of a
+    cluster have in common. SIGTERM lets its requests end or go on at other workers. On one machine `blockzoo up`
+    starts everything. A password of the state belongs into --state-password-file or BLOCKZOO_STATE_URL,
+    which process lists do not show.
+
+    \b
+    Examples:
+      blockzoo worker --state-url redis://10.0.0.1 --name gpu-1 --device cuda
+      blockzoo worker --listen 10.0.0.7:7460 --state-url redis://10.0.0.1 --insecure
+      blockzoo worker --config worker.yaml
+    """
+    from blockserve.common.run import run
+    from blockserve.worker.server import WorkerServer
+
+    run(settings, WorkerServer(settings), lambda server: note(f"Worker ready on {server.address}."))
+
+
+def _router_settings() -> type[ServerSettings]:
+    from blockserve.router.settings import RouterSettings
+
+    return RouterSettings
+
+
+def _router(settings: RouterSettings) -> None:
+    """Run one router of a cluster: clients call it, and it sends each request along a path of workers.
+
+    Any number of routers may serve one cluster; none of them keeps what another lacks, so a client whose
+    router is gone resumes at the next. It is called like `blockzoo serve`.
+
+    \b
+    Examples:
+      blockzoo router --state-url redis://10.0.0.1
+      blockzoo router --state-url redis://10.0.0.1 --failover-path-seconds 60 --max-output-tokens 2048
+      blockzoo router --config router.yaml
+    """
+    from blockserve.common.run import run
+    from blockserve.router.server import RouterServer
+
+    run(
+        settings,
+        RouterServer(settings),
+        lambda server: note(f"Routing for {server.settings.zoo} on {server.address}. Try: blockzoo status"),
     )
-    parameters = [_parameter("config", Annotated[Path | None, config])]
-    for setting in _settings():
-        kind = option_type(setting.annotation)
-        if kind is not None and not setting.is_secret:
-            parameters.append(_parameter(setting.name, Annotated[kind, _option(setting)]))
-    return parameters
 
 
-def _parameter(name: str, annotation: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+def _controller_settings() -> type[ServerSettings]:
+    from blockserve.controller.settings import ControllerSettings
+
+    return ControllerSettings
 
 
-def _option(setting: SettingInfo) -> Any:
-    unit = f" ({setting.unit})" if setting.unit else ""
-    return typer.Option(
-        setting.flag
-        if setting.annotation not in (bool, bool | None)
-        else f"{setting.flag}/--no-{setting.flag[2:]}",
-        # The settings read the environment themselves; BLOCKZOO_ZOO is the one that other verbs know too.
-        help=f"{setting.meaning}{unit} Default: {setting.describe_default()}.",
-        rich_help_panel=PANELS.get(setting.section, setting.section),
-    )
+def _controller(settings: ControllerSettings) -> None:
+    """Run one controller of a cluster: it says which worker holds which blocks, and fronts the zoo.
+
+    Of several controllers one leads and the others stand by. Variants can be registered through it from
+    other machines (`blockzoo register --server`).
+
+    \b
+    Examples:
+      blockzoo controller --state-url redis://10.0.0.1
+      blockzoo controller --state-url redis://10.0.0.1 --replicas 2 --create-zoo
+      blockzoo controller --config controller.yaml
+    """
+    from blockserve.common.run import run
+    from blockserve.controller.server import ControllerServer
+
+    run(settings, ControllerServer(settings), lambda server: note(f"Controller ready on {server.address}."))
+
+
+SERVE = Service("serve", _serve.__doc__ or "", _serve_settings, _serve)
+WORKER = Service("worker", _worker.__doc__ or "", _worker_settings, _worker)
+ROUTER = Service("router", _router.__doc__ or "", _router_settings, _router)
+CONTROLLER = Service("controller", _controller.__doc__ or "", _controller_settings, _controller)
+CLUSTER = (WORKER, ROUTER, CONTROLLER)

@@ -1,7 +1,7 @@
-"""The settings of `serve` as command line options: one source of names, defaults and meanings.
+"""The settings of a process as command line options: one source of names, defaults and meanings.
 
-A section's fields become options without the section's name (`engine.kv_cache_bytes` is `--kv-cache-bytes`);
-a test holds the names distinct.
+Fields of a process's own parts become options without the section's name (`engine.kv_cache_bytes` is
+`--kv-cache-bytes`), those of other sections with it (`state.url` is `--state-url`); a test holds them distinct.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, SecretStr
 
 from blockserve.common.config import ENV_PREFIX
+
+OWN_PARTS = ("", "router", "controller", "engine")
+"""Sections whose fields say enough without the section's name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,12 @@ class SettingInfo:
     @property
     def flag(self) -> str:
         """The option on the command line."""
-        return f"--{self.name.replace('_', '-')}"
+        return f"--{self.parameter.replace('_', '-')}"
+
+    @property
+    def parameter(self) -> str:
+        """What the option's value is called in Python."""
+        return self.name if self.section in OWN_PARTS else f"{self.section}_{self.name}"
 
     @property
     def path(self) -> str:

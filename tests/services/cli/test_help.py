@@ -11,12 +11,14 @@ from blockserve.cli.app import build_app, reflow
 VERBS = {
     "register", "ls", "show", "du", "diff", "export", "rm", "rollback", "gc", "verify", "backup", "restore",
     "serve", "status", "load", "unload", "version", "generate", "chat",
+    "up", "down", "worker", "router", "controller",
 }  # fmt: skip
-WITH_JSON = VERBS - {"serve", "chat"}
+PROCESSES = {"serve", "worker", "router", "controller", "up"}
+WITH_JSON = VERBS - PROCESSES - {"chat"}
 
 
 def commands():
-    return {command.name: command for command in build_app(["serve"]).registered_commands}
+    return {command.name: command for command in build_app(sorted(PROCESSES)).registered_commands}
 
 
 def test_every_verb_is_there():
@@ -48,7 +50,7 @@ def test_verbs_that_print_data_know_json(run, verb):
 
 def test_the_list_of_verbs_groups_them(run):
     out = run("--help").out
-    for panel in ("The zoo", "Care of the zoo", "A server", "Talking to a server", "Start here"):
+    for panel in ("The zoo", "Care of the zoo", "A server", "A cluster", "Talking to a server", "Start here"):
         assert panel in out
     for verb in VERBS:
         assert re.search(rf"^│ {verb} ", out, re.MULTILINE)
