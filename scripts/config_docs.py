@@ -6,27 +6,27 @@ import argparse
 import sys
 from pathlib import Path
 
+from blockserve.cli.serve import CLUSTER, SERVE
 from blockserve.cli.settings_options import SettingInfo, iterate_settings
-from blockserve.controller.settings import ControllerSettings
-from blockserve.embedded.config import ServeConfig
-from blockserve.router.settings import RouterSettings
-from blockserve.worker.settings import WorkerSettings
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 TITLES = {
-    "": "Server",
+    "": "Process",
     "router": "Limits on requests (`router`)",
     "controller": "The zoo over the network (`controller`)",
     "engine": "Engine (`engine`)",
+    "state": "Shared state (`state`)",
+    "failover": "Requests that lose a worker (`failover`)",
+    "adaptive": "Approved equivalents (`adaptive`)",
+    "kv": "Keys and values that follow a request (`kv`)",
 }
-CLUSTER = {"worker": WorkerSettings, "router": RouterSettings, "controller": ControllerSettings}
 HEAD = """# Configuration
 
 <!-- Made by scripts/config_docs.py from the settings models: change a model, then run the script. -->
 
-`blockzoo serve`, and the processes of a cluster, take each setting from the first of: its command line
-option, its environment variable, the YAML file that `--config` or `BLOCKZOO_CONFIG` names, the default. A
-setting that is not known is an error in the file.
+`blockzoo serve`, `worker`, `router` and `controller` take each setting from the first of: its command
+line option, its environment variable, the YAML file that `--config` or `BLOCKZOO_CONFIG` names, the default.
+A setting that is not known is an error in the file.
 
 ```yaml
 zoo: ./zoo
@@ -38,27 +38,40 @@ engine:
   kv_cache_bytes: 4000000000
 ```
 
-In the environment, lists are JSON: `BLOCKZOO_PRELOAD='["kjv", "base"]'`.
+In the environment, lists are JSON: `BLOCKZOO_PRELOAD='["kjv", "base"]'`. `blockzoo up` starts processes with
+the environment that it has, so whatever is set there holds for all of them.
 """
+
+
+Entry = tuple[SettingInfo, list[str]]
+"""A setting and the verbs that have it just so."""
+
+
+def sections() -> dict[str, list[Entry]]:
+    """The settings of all processes by section, those of one path together."""
+    found: dict[str, list[Entry]] = {section: [] for section in TITLES}
+    for service in (SERVE, *CLUSTER):
+        for setting in iterate_settings(service.settings()):
+            entries = found[setting.section]
+            same = [verbs for known, verbs in entries if known == setting]
+            if same:
+                same[0].append(service.name)
+                continue
+            akin = [place for place, (known, _) in enumerate(entries) if known.path == setting.path]
+            entries.insert(akin[-1] + 1 if akin else len(entries), (setting, [service.name]))
+    return found
 
 
 def render() -> str:
     """The whole page."""
-    parts, section = [HEAD], None
-    for setting in iterate_settings(ServeConfig):
-        if setting.section != section:
-            section = setting.section
-            parts.append(f"\n## {TITLES.get(section, section)}\n")
-        parts.append(_entry(setting))
-    known = {setting.path: setting for setting in iterate_settings(ServeConfig)}
-    for verb, model in CLUSTER.items():
-        parts.append(f"\n## `blockzoo {verb}`: what it has beside, or sets otherwise\n")
-        own = [setting for setting in iterate_settings(model) if known.get(setting.path) != setting]
-        parts.extend(map(_entry, own))
+    parts = [HEAD]
+    for section, entries in sections().items():
+        parts.append(f"\n## {TITLES[section]}\n")
+        parts += [_entry(setting, verbs) for setting, verbs in entries]
     return "\n".join(parts)
 
 
-def _entry(setting: SettingInfo) -> str:
+def _entry(setting: SettingInfo, verbs: list[str]) -> str:
     unit = f" {setting.unit}" if setting.unit and setting.default is not None else ""
     option = "not an option, because process lists show those" if setting.is_secret else f"`{setting.flag}`"
     lines = [
@@ -66,6 +79,7 @@ def _entry(setting: SettingInfo) -> str:
         "",
         setting.meaning,
         "",
+        f"- of: {', '.join(f'`{verb}`' for verb in verbs)}",
         f"- default: `{setting.describe_default()}`{unit}",
         f"- option: {option}; environment: `{setting.variable}`",
     ]

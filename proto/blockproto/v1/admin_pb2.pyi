@@ -261,6 +261,132 @@ class SegmentStatus(_message.Message):
 Global___SegmentStatus: _TypeAlias = SegmentStatus  # noqa: Y015
 
 @_typing.final
+class ResidentRun(_message.Message):
+    """A run of a chain's blocks in a worker's memory. Equal digests mean equal
+    blocks: how many workers have one is how many replicas there are.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEGMENT_DIGEST_FIELD_NUMBER: _builtins.int
+    FIRST_POSITION_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    segment_digest: _builtins.str
+    first_position: _builtins.int
+    num_blocks: _builtins.int
+    def __init__(
+        self,
+        *,
+        segment_digest: _builtins.str = ...,
+        first_position: _builtins.int = ...,
+        num_blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_position", b"first_position", "num_blocks", b"num_blocks", "segment_digest", b"segment_digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResidentRun: _TypeAlias = ResidentRun  # noqa: Y015
+
+@_typing.final
+class WorkerStatus(_message.Message):
+    """A worker whose lease is alive, as the router last heard of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    WAITING_REQUESTS_FIELD_NUMBER: _builtins.int
+    RUNNING_REQUESTS_FIELD_NUMBER: _builtins.int
+    QUEUED_TOKENS_FIELD_NUMBER: _builtins.int
+    STEP_SECONDS_FIELD_NUMBER: _builtins.int
+    KV_PAGES_FREE_FIELD_NUMBER: _builtins.int
+    KV_PAGES_TOTAL_FIELD_NUMBER: _builtins.int
+    BLOCK_BYTES_FIELD_NUMBER: _builtins.int
+    BLOCK_BYTES_LIMIT_FIELD_NUMBER: _builtins.int
+    SEGMENTS_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    """Names one life of the process; a worker that was started again has the
+    same name and another id.
+    """
+    name: _builtins.str
+    address: _builtins.str
+    host: _builtins.str
+    state: _builtins.str
+    """starting, ready or draining."""
+    waiting_requests: _builtins.int
+    running_requests: _builtins.int
+    queued_tokens: _builtins.int
+    step_seconds: _builtins.float
+    """Time of one pass, a moving mean; 0 while nothing was measured."""
+    kv_pages_free: _builtins.int
+    kv_pages_total: _builtins.int
+    block_bytes: _builtins.int
+    """Bytes of blocks in memory, and most that it may hold; 0 is no bound."""
+    block_bytes_limit: _builtins.int
+    @_builtins.property
+    def segments(self) -> _containers.RepeatedCompositeFieldContainer[Global___ResidentRun]: ...
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        address: _builtins.str = ...,
+        host: _builtins.str = ...,
+        state: _builtins.str = ...,
+        waiting_requests: _builtins.int = ...,
+        running_requests: _builtins.int = ...,
+        queued_tokens: _builtins.int = ...,
+        step_seconds: _builtins.float = ...,
+        kv_pages_free: _builtins.int = ...,
+        kv_pages_total: _builtins.int = ...,
+        block_bytes: _builtins.int = ...,
+        block_bytes_limit: _builtins.int = ...,
+        segments: _abc.Iterable[Global___ResidentRun] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_bytes", b"block_bytes", "block_bytes_limit", b"block_bytes_limit", "host", b"host", "kv_pages_free", b"kv_pages_free", "kv_pages_total", b"kv_pages_total", "name", b"name", "queued_tokens", b"queued_tokens", "running_requests", b"running_requests", "segments", b"segments", "state", b"state", "step_seconds", b"step_seconds", "waiting_requests", b"waiting_requests", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WorkerStatus: _TypeAlias = WorkerStatus  # noqa: Y015
+
+@_typing.final
+class ClusterStatus(_message.Message):
+    """What a router knows of its cluster."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKERS_FIELD_NUMBER: _builtins.int
+    PLACEMENT_VERSION_FIELD_NUMBER: _builtins.int
+    FAILOVERS_FIELD_NUMBER: _builtins.int
+    placement_version: _builtins.int
+    """Of the placement that the controller last wrote; 0 when there is none."""
+    failovers: _builtins.int
+    """How often this router's requests went on along another path."""
+    @_builtins.property
+    def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerStatus]: ...
+    def __init__(
+        self,
+        *,
+        workers: _abc.Iterable[Global___WorkerStatus] | None = ...,
+        placement_version: _builtins.int = ...,
+        failovers: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failovers", b"failovers", "placement_version", b"placement_version", "workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClusterStatus: _TypeAlias = ClusterStatus  # noqa: Y015
+
+@_typing.final
 class GetStatusResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -282,6 +408,7 @@ class GetStatusResponse(_message.Message):
     PREFIX_HIT_TOKENS_FIELD_NUMBER: _builtins.int
     PREEMPTIONS_FIELD_NUMBER: _builtins.int
     CHAIN_EVICTIONS_FIELD_NUMBER: _builtins.int
+    CLUSTER_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     uptime_seconds: _builtins.float
     waiting_requests: _builtins.int
@@ -306,6 +433,10 @@ class GetStatusResponse(_message.Message):
     def chains(self) -> _containers.RepeatedCompositeFieldContainer[Global___LoadedChain]: ...
     @_builtins.property
     def segments(self) -> _containers.RepeatedCompositeFieldContainer[Global___SegmentStatus]: ...
+    @_builtins.property
+    def cluster(self) -> Global___ClusterStatus:
+        """Unset where one process serves alone."""
+
     def __init__(
         self,
         *,
@@ -327,10 +458,11 @@ class GetStatusResponse(_message.Message):
         prefix_hit_tokens: _builtins.int = ...,
         preemptions: _builtins.int = ...,
         chain_evictions: _builtins.int = ...,
+        cluster: Global___ClusterStatus | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "chain_evictions", b"chain_evictions", "chains", b"chains", "device", b"device", "kv_bytes_total", b"kv_bytes_total", "kv_pages_cached", b"kv_pages_cached", "kv_pages_total", b"kv_pages_total", "kv_pages_used", b"kv_pages_used", "passes", b"passes", "preemptions", b"preemptions", "prefix_hit_tokens", b"prefix_hit_tokens", "prefix_queried_tokens", b"prefix_queried_tokens", "running_requests", b"running_requests", "segments", b"segments", "uptime_seconds", b"uptime_seconds", "version", b"version", "waiting_requests", b"waiting_requests", "zoo_url", b"zoo_url"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "chain_evictions", b"chain_evictions", "chains", b"chains", "cluster", b"cluster", "device", b"device", "kv_bytes_total", b"kv_bytes_total", "kv_pages_cached", b"kv_pages_cached", "kv_pages_total", b"kv_pages_total", "kv_pages_used", b"kv_pages_used", "passes", b"passes", "preemptions", b"preemptions", "prefix_hit_tokens", b"prefix_hit_tokens", "prefix_queried_tokens", b"prefix_queried_tokens", "running_requests", b"running_requests", "segments", b"segments", "uptime_seconds", b"uptime_seconds", "version", b"version", "waiting_requests", b"waiting_requests", "zoo_url", b"zoo_url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

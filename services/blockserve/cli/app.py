@@ -22,6 +22,7 @@ from blockserve.cli import (
 )
 from blockserve.cli.options import JsonOption
 from blockserve.cli.output import print_json, say
+from blockserve.cli.service_command import Service, command
 
 ZOO_PANEL = "The zoo"
 CARE_PANEL = "Care of the zoo"
@@ -34,8 +35,8 @@ def build_app(arguments: Sequence[str]) -> typer.Typer:
     """The app for one command line.
 
     Args:
-        arguments: the command line; the options of `serve` and its like are made from their settings only
-            when one is called, because importing the settings takes longer than a help text.
+        arguments: the command line; the options of a process are made from its settings only when its verb is
+            called, because importing the settings takes longer than a help text.
     """
     app = typer.Typer(
         name="blockzoo",
@@ -49,10 +50,10 @@ def build_app(arguments: Sequence[str]) -> typer.Typer:
         (ZOO_PANEL, (change_verbs.register, inspect_verbs.ls, inspect_verbs.show, inspect_verbs.du)),
         (ZOO_PANEL, (inspect_verbs.diff, change_verbs.export, change_verbs.rm, change_verbs.rollback)),
         (CARE_PANEL, (care_verbs.gc, care_verbs.verify, care_verbs.backup, care_verbs.restore)),
-        (SERVER_PANEL, (_process(serve.SERVE, arguments),)),
+        (SERVER_PANEL, (_service(serve.SERVE, arguments),)),
         (SERVER_PANEL, (server_verbs.status, server_verbs.load, server_verbs.unload, version)),
         (CLUSTER_PANEL, (cluster_verbs.up, cluster_verbs.down, server_verbs.drain)),
-        (CLUSTER_PANEL, tuple(_process(verb, arguments) for verb in serve.VERBS[1:])),
+        (CLUSTER_PANEL, tuple(_service(one, arguments) for one in serve.CLUSTER)),
         (CLIENT_PANEL, (generate.generate, chat.chat)),
     ):
         for verb in verbs:
@@ -70,11 +71,11 @@ def _group(name: str, doc: str | None, verbs: Sequence[Callable[..., None]]) -> 
     return group
 
 
-def _process(verb: serve.ProcessVerb, arguments: Sequence[str]) -> Callable[..., None]:
-    """A verb that runs a process, with its options when the command line is about it."""
+def _service(service: Service, arguments: Sequence[str]) -> Callable[..., None]:
+    """The verb of a process, with its options where the command line is about it."""
     # While a shell completes a command line, its words come in the environment.
     words = [*arguments, *(os.environ.get(name, "") for name in ("COMP_WORDS", "_TYPER_COMPLETE_ARGS"))]
-    return serve.command(verb, with_options=any(verb.name in text.split() for text in words))
+    return command(service, with_options=any(service.name in text.split() for text in words))
 
 
 def reflow(doc: str) -> str:

@@ -1,142 +1,180 @@
-"""Verbs for a cluster on this machine: `up` and `down`."""
+"""Verbs for a whole cluster on this machine: up, down."""
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from blockserve.cli.options import ZooOption
-from blockserve.cli.output import note, say
+from blockserve.cli.connection import DEFAULT_SERVER
+from blockserve.cli.options import DEFAULT_ZOO, JsonOption, ZooOption
+from blockserve.cli.output import format_seconds, note, print_json, say
+from blockserve.cli.progress import progress
 
-DEFAULT_FOLDER = Path("~/.cache/blockzoo/up")
-DOWN_SECONDS = 60.0
-LOOK_SECONDS = 0.5
+if TYPE_CHECKING:
+    from blockserve.local.cluster import LocalCluster
+    from blockserve.local.layout import Layout
+    from blockserve.local.record import ClusterRecord
+    from blockzoo.progress import Progress
 
 FolderOption = Annotated[
-    Path, typer.Option("--dir", help="Where sockets, logs and the list of processes are kept.")
+    Path | None,
+    typer.Option(
+        "--dir",
+        metavar="DIR",
+        envvar="BLOCKZOO_DIR",
+        help="Folder for sockets, logs and what runs; only you may look into it. "
+        "Default: ~/.local/state/blockzoo.",
+    ),
 ]
 
 
 def up(
-    zoo: ZooOption,
-    workers: Annotated[int, typer.Option("--workers", "-n", min=1, help="Worker processes.")] = 2,
+    workers: Annotated[
+        int, typer.Option("--workers", "-w", metavar="N", min=1, max=1000, help="How many workers.")
+    ] = 2,
+    zoo: ZooOption = DEFAULT_ZOO,
     listen: Annotated[
-        str, typer.Option("--listen", help="Where callers reach the router.")
-    ] = "127.0.0.1:7450",
-    replicas: Annotated[int, typer.Option("--replicas", min=1, help="Workers that hold each variant.")] = 1,
-    threads: Annotated[
-        int, typer.Option("--threads", min=0, help="Threads of each worker; 0 shares the cores out.")
-    ] = 0,
-    block_bytes: Annotated[
-        int, typer.Option("--block-bytes", min=0, help="Most bytes of blocks in each worker; 0 for no bound.")
-    ] = 0,
-    deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="bfloat16 answers that nothing else in a batch changes.")
+        str, typer.Option("--listen", metavar="ADDRESS", help="Where clients call: host:port, or unix:/path.")
+    ] = DEFAULT_SERVER,
+    folder: FolderOption = None,
+    detach: Annotated[
+        bool,
+        typer.Option("--detach", "-d", help="Leave it running in the background; `blockzoo down` ends it."),
     ] = False,
-    folder: FolderOption = DEFAULT_FOLDER,
-    detach: Annotated[bool, typer.Option("--detach", help="Go on in the background.")] = False,
 ) -> None:
-    """Start a whole cluster on this machine: state server, controller, router and workers.
+    """Run a whole cluster on this machine: state server, controller, router and workers.
 
-    The state server is redis-server when it is installed, else a Valkey that comes with blockzoo[cluster].
-    Ctrl-C ends everything in order; a worker that ends by itself is started again. Nothing is left behind,
-    even when this command is killed.
+    Each worker gets its share of cores and memory. Whatever ends by itself is started again; Ctrl-C lets
+    running answers end and then ends everything, a second Ctrl-C at once. Nothing outlives this command, not
+    even after kill -9. Other settings of the processes come from the environment (BLOCKZOO_ENGINE_DTYPE).
 
     \b
     Examples:
       blockzoo up --workers 3
-      blockzoo up --workers 4 --replicas 2 --zoo ./zoo --detach
-      blockzoo up --workers 2 --dir ./run --listen 127.0.0.1:7500
+      blockzoo up --workers 2 --zoo ./zoo --listen 127.0.0.1:7460 --dir ./cluster
+      blockzoo up --detach
     """
-    folder = folder.expanduser().absolute()
+    from blockserve.local.layout import Layout, default_folder
+
+    layout = Layout((folder or default_folder()).expanduser().absolute())
+    layout.prepare()
+    zoo = _absolute(zoo)
+    _check(zoo, listen)
     if detach:
-        _detach(folder)
-        return
-    from blockserve.embedded.local_cluster import ClusterPlan, LocalCluster
-    from blockserve.worker.cores import usable_cores
-
-    engine: dict[str, Any] = {"block_bytes": block_bytes, "deterministic": deterministic}
-    num_threads = threads or max(1, usable_cores() // workers)
-    cluster = LocalCluster(ClusterPlan(folder, zoo, listen, workers, replicas, num_threads, engine))
-    ended = False
-
-    def end(number: int, frame: object) -> None:
-        nonlocal ended
-        del number, frame
-        ended = True
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, end)
-    try:
-        cluster.start(lambda name, done, count: note(f"[{done}/{count}] {name}"))
-        note(f"{workers} workers behind {listen}. Try: blockzoo status; Ctrl-C stops. Logs: {folder}")
-        while not ended:
-            time.sleep(LOOK_SECONDS)
-            for line in cluster.look():
-                note(line)
-        note("Stopping.")
-    finally:
-        cluster.stop()
+        _detach(layout, workers, zoo, listen)
+    else:
+        _run(layout, workers, zoo, listen)
 
 
-def down(folder: FolderOption = DEFAULT_FOLDER) -> None:
-    """End the cluster that `blockzoo up` started: exactly its processes, and nothing else.
+def down(folder: FolderOption = None, as_json: JsonOption = False) -> None:
+    """End the cluster that `blockzoo up` runs on this machine, in order.
+
+    Processes are known by pid and start time, so that nothing else is ever ended; also after a crash.
 
     \b
     Examples:
       blockzoo down
-      blockzoo down --dir ./run
+      blockzoo down --dir ./cluster
     """
-    from blockserve.embedded.local_cluster import process_start, running_cluster
+    from blockserve.local.ending import end_cluster
+    from blockserve.local.layout import Layout, default_folder
 
-    folder = folder.expanduser().absolute()
-    running = running_cluster(folder)
-    if running is None:
-        say(f"No cluster runs in {folder}.")
-        return
-    pid = int(running["pid"])
-    os.kill(pid, signal.SIGTERM)
-    until = time.monotonic() + DOWN_SECONDS
-    while process_start(pid) == running["started"] and not _is_zombie(pid):
-        if time.monotonic() > until:
-            note(f"process {pid} does not end; its log is in {folder}")
-            raise typer.Exit(1)
-        time.sleep(0.1)
-    say(f"Ended the cluster of {running['address']}.")
+    layout = Layout((folder or default_folder()).expanduser().absolute())
+    with progress(unit="processes") as reporter:
+        reporter.start("Ending the cluster", 0)
+        ended = end_cluster(layout)
+    if as_json:
+        names, killed = ([], []) if ended is None else (list(ended.names), list(ended.killed))
+        print_json({"dir": str(layout.folder), "ended": names, "killed": killed})
+    elif ended is None:
+        say(f"Nothing runs in {layout.folder}.")
+    else:
+        crashed = "" if ended.was_running else " `blockzoo up` itself had ended without a word."
+        say(f"Ended {len(ended.names)} processes: {', '.join(ended.names) or 'none were left'}.{crashed}")
+        if ended.killed:
+            say(f"Killed, because they did not end: {', '.join(ended.killed)}.")
 
 
-def _detach(folder: Path) -> None:
-    """Run the same command in the background, and return when it serves."""
-    from blockserve.embedded.local_cluster import running_cluster
+def _absolute(zoo: str) -> str:
+    return zoo if "://" in zoo or zoo.startswith("memory:") else str(Path(zoo).expanduser().absolute())
 
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    words = [word for word in sys.argv[1:] if word != "--detach"]
-    with (folder / "up.log").open("ab") as log:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "blockserve.cli", *words],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
+
+def _check(zoo: str, listen: str) -> None:
+    """Find what is wrong before anything is started (ZooNotFoundError, ConfigurationError)."""
+    from blockserve.router.settings import RouterSettings
+    from blockzoo.zoo import Zoo
+
+    Zoo.open(zoo)
+    RouterSettings.load(listen=listen)
+
+
+class _Told:
+    """Tells people what happens to the processes; see `blockserve.local.keeper.Observer`."""
+
+    def __init__(self, reporter: Progress) -> None:
+        self._reporter: Progress | None = reporter
+
+    def ready(self, name: str, address: str) -> None:
+        """Count it while the cluster starts, name it when it came back."""
+        if self._reporter is not None:
+            self._reporter.advance(1)
+        else:
+            note(f"{name} is ready again on {address}.")
+
+    def ended(self, name: str, status: int, delay: float) -> None:
+        """Say so."""
+        note(f"{name} ended with status {status}; it is started again in {format_seconds(delay)}.")
+
+    def all_ready(self) -> None:
+        """From now on each process is news."""
+        if self._reporter is not None:
+            self._reporter.finish()
+        self._reporter = None
+
+
+def _run(layout: Layout, workers: int, zoo: str, listen: str) -> None:
+    import asyncio
+
+    from blockserve.common.run import serve
+    from blockserve.local.cluster import LocalCluster
+    from blockserve.local.plan import make_plan
+    from blockserve.local.share import usable_memory
+    from blockserve.router.settings import RouterSettings
+    from blockserve.worker.cores import usable_cores
+
+    shares = {"cores": usable_cores(), "memory_bytes": usable_memory()}
+    plan = make_plan(layout, zoo=zoo, listen=listen, num_workers=workers, **shares)
+    with progress(unit="processes") as reporter:
+        told = _Told(reporter)
+        reporter.start("Starting the cluster", workers + 3)
+        drain = RouterSettings.load(listen=listen).drain_seconds
+        cluster = LocalCluster(plan, layout, told, drain_seconds=drain)
+
+        def announce(started: LocalCluster) -> None:
+            told.all_ready()
+            _announce(started.address, workers, zoo, layout, "Ctrl-C stops.")
+
+        asyncio.run(serve(cluster, announce))
+
+
+def _detach(layout: Layout, workers: int, zoo: str, listen: str) -> None:
+    from blockserve.local.detached import start_detached
+    from blockserve.local.layout import default_folder
+
+    words = ["--workers", str(workers), "--zoo", zoo, "--listen", listen, "--dir", str(layout.folder)]
+    with progress(unit="processes") as reporter:
+        reporter.start("Starting the cluster", workers + 3)
+        record: ClusterRecord = start_detached(
+            [sys.executable, "-m", "blockserve.cli", "up", *words], layout, lambda: reporter.advance(1)
         )
-    while (running := running_cluster(folder)) is None or running["pid"] != child.pid:
-        if child.poll() is not None:
-            note((folder / "up.log").read_text(errors="replace")[-1500:])
-            raise typer.Exit(1)
-        time.sleep(0.1)
-    say(f"A cluster serves on {running['address']} (pid {child.pid}). End it with: blockzoo down")
+    place = "" if layout.folder == default_folder() else f" --dir {layout.folder}"
+    _announce(record.address, workers, zoo, layout, f"blockzoo down{place} ends it.")
 
 
-def _is_zombie(pid: int) -> bool:
-    """Whether a process has ended and only its parent has not noticed."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
+def _announce(address: str, workers: int, zoo: str, layout: Layout, stop: str) -> None:
+    server = "" if address == DEFAULT_SERVER else f" --server {address}"
+    note(f"Serving {zoo} on {address} with {workers} workers; logs in {layout.folder}.")
+    note(f"Try: blockzoo status{server}; {stop}")

@@ -1,68 +1,19 @@
-"""The verbs that run a process until it is told to stop: `serve`, `worker`, `router`, `controller`."""
+"""The verbs that run one process: `serve`, which does everything, and those of a cluster."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING
 
-import typer
-from rich.markup import escape
-
-from blockserve.cli.connection import set_signature
 from blockserve.cli.output import note
+from blockserve.cli.service_command import Service
 
 if TYPE_CHECKING:
-    from blockserve.cli.settings_options import SettingInfo
     from blockserve.common.server_settings import ServerSettings
-
-PANELS = {
-    "": "Server",
-    "router": "Limits on requests",
-    "engine": "Engine",
-    "controller": "Registering over the network",
-    "state": "The shared state",
-    "failover": "Requests that lose a worker",
-    "adaptive": "Approved equivalents",
-    "kv": "Keys and values that follow a request",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class ProcessVerb:
-    """A verb that runs a process.
-
-    Attributes:
-        name: of the verb.
-        doc: its help.
-        settings: gives the settings model; called only when the verb is, because importing takes a while.
-        run: runs with settings and blocks.
-    """
-
-    name: str
-    doc: str
-    settings: Callable[[], type[ServerSettings]]
-    run: Callable[[Any], None]
-
-
-def command(verb: ProcessVerb, *, with_options: bool) -> Callable[..., None]:
-    """The verb as a function for typer.
-
-    Args:
-        verb: which.
-        with_options: give it the options that its settings make; a list of verbs needs none.
-    """
-
-    def process(**given: Any) -> None:
-        model = verb.settings()
-        verb.run(model.load(given.get("config"), **_overrides(model, given)))
-
-    process.__name__ = verb.name
-    process.__doc__ = verb.doc
-    set_signature(process, inspect.Signature(_parameters(verb.settings()) if with_options else []))
-    return process
+    from blockserve.controller.settings import ControllerSettings
+    from blockserve.embedded.config import ServeConfig
+    from blockserve.embedded.server import EmbeddedServer
+    from blockserve.router.settings import RouterSettings
+    from blockserve.worker.settings import WorkerSettings
 
 
 def _serve_settings() -> type[ServerSettings]:
@@ -71,59 +22,7 @@ def _serve_settings() -> type[ServerSettings]:
     return ServeConfig
 
 
-def _run_serve(config: Any) -> None:
-    from blockserve.embedded.run import run
-
-    run(
-        config,
-        on_ready=lambda server: note(
-            f"Serving {config.zoo} on {server.address}. Try: blockzoo status; Ctrl-C stops."
-        ),
-    )
-
-
-def _worker_settings() -> type[ServerSettings]:
-    from blockserve.worker.settings import WorkerSettings
-
-    return WorkerSettings
-
-
-def _run_worker(settings: Any) -> None:
-    from blockserve.common.run import run
-    from blockserve.worker.server import WorkerServer
-
-    run(settings, WorkerServer(settings), lambda one: note(f"Worker of {settings.zoo} on {one.address}."))
-
-
-def _router_settings() -> type[ServerSettings]:
-    from blockserve.router.settings import RouterSettings
-
-    return RouterSettings
-
-
-def _run_router(settings: Any) -> None:
-    from blockserve.common.run import run
-    from blockserve.router.server import RouterServer
-
-    run(settings, RouterServer(settings), lambda one: note(f"Router of {settings.zoo} on {one.address}."))
-
-
-def _controller_settings() -> type[ServerSettings]:
-    from blockserve.controller.settings import ControllerSettings
-
-    return ControllerSettings
-
-
-def _run_controller(settings: Any) -> None:
-    from blockserve.common.run import run
-    from blockserve.controller.server import ControllerServer
-
-    server = ControllerServer(settings)
-    run(settings, server, lambda one: note(f"Controller of {settings.zoo} on {one.address}."))
-
-
-SERVE = ProcessVerb(
-    "serve",
+def _serve(config: ServeConfig) -> None:
     """Serve the variants of a zoo.
 
     Variants registered while it runs are served at once; blocks are read by a variant's first request, or at
@@ -136,103 +35,96 @@ SERVE = ProcessVerb(
       blockzoo serve --zoo ./zoo --preload all
       blockzoo serve --listen unix:/run/blockzoo.sock --kv-cache-bytes 4000000000
       blockzoo serve --config serve.yaml
-    """,
-    _serve_settings,
-    _run_serve,
-)
-WORKER = ProcessVerb(
-    "worker",
-    """Run a worker of a cluster: it holds blocks and executes runs of chains.
+    """
+    from blockserve.embedded.run import run
 
-    It finds the others through the shared state, loads what the controller places on it, and gives its
-    requests back when it is told to stop. `blockzoo up` starts a whole cluster on one machine.
+    run(config, on_ready=_announce)
 
-    \b
-    Examples:
-      blockzoo worker --zoo s3://models/zoo --state-url redis://10.0.0.5:6379 --block-bytes 60000000000
-      blockzoo worker --name gpu-3 --device cuda --config cluster.yaml
-    """,
-    _worker_settings,
-    _run_worker,
-)
-ROUTER = ProcessVerb(
-    "router",
-    """Run a router of a cluster: callers talk to it, and it finds workers for each request.
 
-    Any number of routers may run beside each other. A request that loses a worker goes on elsewhere; a caller
-    that loses its router resumes at another.
+def _announce(server: EmbeddedServer) -> None:
+    note(f"Serving {server.config.zoo} on {server.address}. Try: blockzoo status; Ctrl-C stops.")
+
+
+def _worker_settings() -> type[ServerSettings]:
+    from blockserve.worker.settings import WorkerSettings
+
+    return WorkerSettings
+
+
+def _worker(settings: WorkerSettings) -> None:
+    """Run one worker of a cluster: it holds blocks and computes requests.
+
+    Routers and the controller find it through the shared state (--state-url), which all processes of a
+    cluster have in common. SIGTERM lets its requests end or go on at other workers. On one machine `blockzoo
+    up` starts everything. A password of the state belongs into --state-password-file or BLOCKZOO_STATE_URL,
+    which process lists do not show.
 
     \b
     Examples:
-      blockzoo router --zoo s3://models/zoo --state-url redis://10.0.0.5:6379
-      blockzoo router --listen 0.0.0.0:7450 --tls-cert cert.pem --tls-key key.pem --token-file token
-    """,
-    _router_settings,
-    _run_router,
-)
-CONTROLLER = ProcessVerb(
-    "controller",
-    """Run a controller of a cluster: the zoo's front, and the placement of blocks on workers.
+      blockzoo worker --state-url redis://10.0.0.1 --name gpu-1 --device cuda
+      blockzoo worker --listen 10.0.0.7:7460 --state-url redis://10.0.0.1 --insecure
+      blockzoo worker --config worker.yaml
+    """
+    from blockserve.common.run import run
+    from blockserve.worker.server import WorkerServer
 
-    Several may run; one of them leads, and another takes over when it is lost.
+    run(settings, WorkerServer(settings), lambda server: note(f"Worker ready on {server.address}."))
+
+
+def _router_settings() -> type[ServerSettings]:
+    from blockserve.router.settings import RouterSettings
+
+    return RouterSettings
+
+
+def _router(settings: RouterSettings) -> None:
+    """Run one router of a cluster: clients call it, and it sends each request along a path of workers.
+
+    Any number of routers may serve one cluster; none of them keeps what another lacks, so a client whose
+    router is gone resumes at the next. It is called like `blockzoo serve`.
 
     \b
     Examples:
-      blockzoo controller --zoo s3://models/zoo --state-url redis://10.0.0.5:6379
-      blockzoo controller --replicas 2
-    """,
-    _controller_settings,
-    _run_controller,
-)
-VERBS = (SERVE, WORKER, ROUTER, CONTROLLER)
+      blockzoo router --state-url redis://10.0.0.1
+      blockzoo router --state-url redis://10.0.0.1 --failover-path-seconds 60 --max-output-tokens 2048
+      blockzoo router --config router.yaml
+    """
+    from blockserve.common.run import run
+    from blockserve.router.server import RouterServer
 
-
-def _settings(model: type[ServerSettings]) -> list[SettingInfo]:
-    from blockserve.cli.settings_options import iterate_settings
-
-    return list(iterate_settings(model))
-
-
-def _overrides(model: type[ServerSettings], given: Mapping[str, Any]) -> dict[str, Any]:
-    """What was said on the command line, in the shape of the settings."""
-    found: dict[str, Any] = {}
-    for setting in _settings(model):
-        value = given.get(setting.option)
-        if value is None or value == []:
-            continue
-        value = tuple(value) if isinstance(value, list) else value
-        if setting.section:
-            found.setdefault(setting.section, {})[setting.name] = value
-        else:
-            found[setting.name] = value
-    return found
-
-
-def _parameters(model: type[ServerSettings]) -> list[inspect.Parameter]:
-    from blockserve.cli.settings_options import option_type
-
-    config = typer.Option(
-        "--config", metavar="FILE", envvar="BLOCKZOO_CONFIG", help="A YAML file with settings."
+    run(
+        settings,
+        RouterServer(settings),
+        lambda server: note(f"Routing for {server.settings.zoo} on {server.address}. Try: blockzoo status"),
     )
-    parameters = [_parameter("config", Annotated[Path | None, config])]
-    for setting in _settings(model):
-        kind = option_type(setting.annotation)
-        if kind is not None and not setting.is_secret:
-            parameters.append(_parameter(setting.option, Annotated[kind, _option(setting)]))
-    return parameters
 
 
-def _parameter(name: str, annotation: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+def _controller_settings() -> type[ServerSettings]:
+    from blockserve.controller.settings import ControllerSettings
+
+    return ControllerSettings
 
 
-def _option(setting: SettingInfo) -> Any:
-    unit = f" ({setting.unit})" if setting.unit else ""
-    return typer.Option(
-        setting.flag
-        if setting.annotation not in (bool, bool | None)
-        else f"{setting.flag}/--no-{setting.flag[2:]}",
-        # The settings read the environment themselves; BLOCKZOO_ZOO is the one that other verbs know too.
-        help=escape(f"{setting.meaning}{unit} Default: {setting.describe_default()}."),
-        rich_help_panel=PANELS.get(setting.section, setting.section),
-    )
+def _controller(settings: ControllerSettings) -> None:
+    """Run one controller of a cluster: it says which worker holds which blocks, and fronts the zoo.
+
+    Of several controllers one leads and the others stand by. Variants can be registered through it from
+    other machines (`blockzoo register --server`).
+
+    \b
+    Examples:
+      blockzoo controller --state-url redis://10.0.0.1
+      blockzoo controller --state-url redis://10.0.0.1 --replicas 2 --create-zoo
+      blockzoo controller --config controller.yaml
+    """
+    from blockserve.common.run import run
+    from blockserve.controller.server import ControllerServer
+
+    run(settings, ControllerServer(settings), lambda server: note(f"Controller ready on {server.address}."))
+
+
+SERVE = Service("serve", _serve.__doc__ or "", _serve_settings, _serve)
+WORKER = Service("worker", _worker.__doc__ or "", _worker_settings, _worker)
+ROUTER = Service("router", _router.__doc__ or "", _router_settings, _router)
+CONTROLLER = Service("controller", _controller.__doc__ or "", _controller_settings, _controller)
+CLUSTER = (WORKER, ROUTER, CONTROLLER)

@@ -35,10 +35,11 @@ def status(
     *,
     connection: Connection,
 ) -> None:
-    """Show what a server holds and does: loaded chains, segments, queues, KV pages.
+    """Show what a server or a cluster holds and does: chains, workers, segments, queues, KV pages.
 
     A segment is a run of base blocks that the same chains pass through. MIXED counts forward calls that
-    served more than one variant at once. With --json and --watch each line is one JSON value.
+    served more than one variant at once. A cluster's router shows its workers and how many of them hold each
+    segment instead. With --json and --watch each line is one JSON value.
 
     \b
     Examples:
@@ -170,13 +171,24 @@ def _watch(client: Client, seconds: float) -> None:
 
 
 def _headline(report: ServerStatus) -> str:
+    held = (
+        f"{len(report.chains)} chains loaded"
+        if report.cluster is None
+        else f"{len(report.cluster.workers)} workers, {report.cluster.failovers} failovers"
+    )
     return (
         f"{report.running_requests} running, {report.waiting_requests} waiting, "
-        f"{report.kv_pages_used} of {report.kv_pages_total} KV pages, {len(report.chains)} chains loaded"
+        f"{report.kv_pages_used} of {report.kv_pages_total} KV pages, {held}"
     )
 
 
 def _draw(report: ServerStatus) -> Group:
+    from blockserve.cli.cluster_view import draw_cluster
+
+    return _draw_server(report) if report.cluster is None else draw_cluster(report, report.cluster)
+
+
+def _draw_server(report: ServerStatus) -> Group:
     from rich.console import Group
     from rich.text import Text
 

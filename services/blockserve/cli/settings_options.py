@@ -1,7 +1,8 @@
 """The settings of a process as command line options: one source of names, defaults and meanings.
 
-A section's fields become options without its name (`engine.kv_cache_bytes` is `--kv-cache-bytes`), but for
-sections whose fields say little alone (`state.url` is `--state-url`); a test holds the names distinct.
+Fields of a process's own parts become options without the section's name (`engine.kv_cache_bytes` is
+`--kv-cache-bytes`), those of other sections with it (`state.url` is `--state-url`). A test holds
+them distinct.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from pydantic import BaseModel, SecretStr
 
 from blockserve.common.config import ENV_PREFIX
 
-PREFIXED = ("state", "failover", "adaptive", "kv")
-"""Sections whose name is part of their options."""
+OWN_PARTS = ("", "router", "controller", "engine")
+"""Sections whose fields say enough without the section's name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +48,14 @@ class SettingInfo:
     reason: str = ""
 
     @property
-    def option(self) -> str:
-        """The name of the option, as a Python name."""
-        return f"{self.section}_{self.name}" if self.section in PREFIXED else self.name
-
-    @property
     def flag(self) -> str:
         """The option on the command line."""
-        return f"--{self.option.replace('_', '-')}"
+        return f"--{self.parameter.replace('_', '-')}"
+
+    @property
+    def parameter(self) -> str:
+        """What the option's value is called in Python."""
+        return self.name if self.section in OWN_PARTS else f"{self.section}_{self.name}"
 
     @property
     def path(self) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 STOP_SECONDS = 6.0
 """The guard gives the child half of it before it kills it."""
@@ -21,21 +23,31 @@ class GuardedChild:
     Args:
         command: program and arguments; process lists show them, so secrets go into `text`.
         text: what the child reads from its standard input.
-        log: where what it prints is appended to; None keeps it for error messages only.
+        environment: of the child; None gives it ours.
+        log: a file to append what it prints to; None keeps that only as long as it runs.
 
     Raises:
         OSError: the guard cannot be started.
     """
 
-    def __init__(self, command: Sequence[str], text: str = "", log: Path | None = None) -> None:
-        # Lives as long as the child.
-        self._output = tempfile.TemporaryFile() if log is None else log.open("ab+")  # noqa: SIM115
+    def __init__(
+        self,
+        command: Sequence[str],
+        text: str = "",
+        *,
+        environment: Mapping[str, str] | None = None,
+        log: Path | None = None,
+    ) -> None:
+        # Both live as long as the child.
+        self._output: IO[bytes] = tempfile.TemporaryFile() if log is None else log.open("a+b")  # noqa: SIM115
+        self._begin = self._output.seek(0, os.SEEK_END)
         guard = Path(__file__).with_name("child_guard.py")
         self._guard = subprocess.Popen(
             [sys.executable, "-I", "-S", str(guard)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._output,
+            env=environment,
             # Ctrl-C in the terminal is our business; we stop the child when we are done with it.
             start_new_session=True,
         )
@@ -58,7 +70,7 @@ class GuardedChild:
     @property
     def output(self) -> str:
         """The last of what the child has printed."""
-        self._output.seek(0)
+        self._output.seek(self._begin)
         return self._output.read()[-2000:].decode(errors="replace")
 
     def wait(self, timeout: float) -> int:

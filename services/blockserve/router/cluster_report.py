@@ -1,9 +1,64 @@
-"""The figures of all workers as one engine's; pure."""
+"""The figures of all workers: as one engine's, and one by one; pure."""
 
 from __future__ import annotations
 
-from blockserve.common.cluster import ClusterView
+from typing import Protocol, runtime_checkable
+
+from blockserve.common.cluster import ClusterView, ResidentSegment, WorkerView
 from blockserve.common.engine_api import EngineReport
+from blockserve.router.results import ClusterStatus, ResidentRun, WorkerStatus
+
+
+@runtime_checkable
+class KnowsCluster(Protocol):
+    """An engine that is a cluster; that of a single process is none."""
+
+    @property
+    def view(self) -> ClusterView:
+        """The cluster as last seen."""
+        ...
+
+    @property
+    def num_failovers(self) -> int:
+        """How often a request went on along another path."""
+        ...
+
+
+def describe(cluster: KnowsCluster) -> ClusterStatus:
+    """What is known of every worker."""
+    view = cluster.view
+    workers = sorted(view.workers.values(), key=lambda worker: (worker.record.name, worker.record.id))
+    return ClusterStatus(
+        tuple(_worker(worker) for worker in workers), view.placement.version, cluster.num_failovers
+    )
+
+
+def _worker(worker: WorkerView) -> WorkerStatus:
+    record, load = worker.record, worker.load
+    return WorkerStatus(
+        worker_id=record.id,
+        name=record.name,
+        address=record.address,
+        host=record.host,
+        state=record.state.value,
+        waiting_requests=load.waiting_requests,
+        running_requests=load.running_requests,
+        queued_tokens=load.queued_tokens,
+        step_seconds=load.step_seconds,
+        kv_pages_free=load.kv_pages_free,
+        kv_pages_total=load.kv_pages_total,
+        block_bytes=load.block_bytes_used,
+        block_bytes_limit=record.block_bytes,
+        segments=tuple(_run(segment) for segment in sorted(worker.segments, key=_place)),
+    )
+
+
+def _place(segment: ResidentSegment) -> tuple[int, int, str]:
+    return segment.run.first, segment.run.end, segment.digest
+
+
+def _run(segment: ResidentSegment) -> ResidentRun:
+    return ResidentRun(segment.digest, segment.run.first, len(segment.run))
 
 
 def summarise(view: ClusterView) -> EngineReport:

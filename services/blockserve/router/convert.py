@@ -15,13 +15,16 @@ from blockserve.router.calls import GenerateCall, Prompt, SamplingWishes, Stoppi
 from blockserve.router.chat import Conversation
 from blockserve.router.results import (
     Chunk,
+    ClusterStatus,
     Finish,
     LoadedChain,
     ModelInfo,
     RequestInfo,
+    ResidentRun,
     ServerStatus,
     Tokenized,
     Usage,
+    WorkerStatus,
 )
 from blockzoo.errors import InvalidInputError
 
@@ -421,6 +424,23 @@ _STATUS_FIELDS = (
     "chain_evictions",
 )
 _CHAIN_FIELDS = ("chain_digest", "running_requests", "private_bytes", "total_bytes", "pinned")
+_CLUSTER_FIELDS = ("placement_version", "failovers")
+_RUN_FIELDS = ("segment_digest", "first_position", "num_blocks")
+_WORKER_FIELDS = (
+    "worker_id",
+    "name",
+    "address",
+    "host",
+    "state",
+    "waiting_requests",
+    "running_requests",
+    "queued_tokens",
+    "step_seconds",
+    "kv_pages_free",
+    "kv_pages_total",
+    "block_bytes",
+    "block_bytes_limit",
+)
 _SEGMENT_FIELDS = (
     "segment_id",
     "first_position",
@@ -445,6 +465,7 @@ def status_to_message(status: ServerStatus) -> admin_pb2.GetStatusResponse:
         segments=[
             admin_pb2.SegmentStatus(**_fields(segment, _SEGMENT_FIELDS)) for segment in status.segments
         ],
+        cluster=None if status.cluster is None else _cluster_to_message(status.cluster),
         **_fields(status, _STATUS_FIELDS),
     )
 
@@ -457,7 +478,34 @@ def status_from_message(message: admin_pb2.GetStatusResponse) -> ServerStatus:
             for chain in message.chains
         ),
         segments=tuple(SegmentReport(**_fields(segment, _SEGMENT_FIELDS)) for segment in message.segments),
+        cluster=_cluster_from_message(message.cluster) if message.HasField("cluster") else None,
         **_fields(message, _STATUS_FIELDS),
+    )
+
+
+def _cluster_to_message(cluster: ClusterStatus) -> admin_pb2.ClusterStatus:
+    return admin_pb2.ClusterStatus(
+        workers=[
+            admin_pb2.WorkerStatus(
+                segments=[admin_pb2.ResidentRun(**_fields(run, _RUN_FIELDS)) for run in worker.segments],
+                **_fields(worker, _WORKER_FIELDS),
+            )
+            for worker in cluster.workers
+        ],
+        **_fields(cluster, _CLUSTER_FIELDS),
+    )
+
+
+def _cluster_from_message(message: admin_pb2.ClusterStatus) -> ClusterStatus:
+    return ClusterStatus(
+        workers=tuple(
+            WorkerStatus(
+                segments=tuple(ResidentRun(**_fields(run, _RUN_FIELDS)) for run in worker.segments),
+                **_fields(worker, _WORKER_FIELDS),
+            )
+            for worker in message.workers
+        ),
+        **_fields(message, _CLUSTER_FIELDS),
     )
 
 

@@ -153,6 +153,71 @@ class LoadedChain:
 
 
 @dataclass(frozen=True, slots=True)
+class ResidentRun:
+    """A run of a chain's blocks in a worker's memory.
+
+    Attributes:
+        segment_digest: what the run is; workers that have equal ones are replicas.
+        first_position: of the run, in the chain; 0 is the embedding.
+        num_blocks: length of the run.
+    """
+
+    segment_digest: str
+    first_position: int
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """A worker whose lease is alive, as the router last heard of it.
+
+    Attributes:
+        worker_id: of one life of the process.
+        name: stable over restarts.
+        address: where other processes of the cluster reach it.
+        host: machine it runs on.
+        state: "starting", "ready" or "draining".
+        waiting_requests, running_requests: spans of requests it has.
+        queued_tokens: tokens that wait to be computed.
+        step_seconds: time of one pass, a moving mean; 0 while nothing was measured.
+        kv_pages_free, kv_pages_total: of all pools.
+        block_bytes: bytes of blocks in memory.
+        block_bytes_limit: most it may hold; 0 when it sets no bound.
+        segments: what is in its memory, by position.
+    """
+
+    worker_id: str
+    name: str
+    address: str
+    host: str
+    state: str
+    waiting_requests: int
+    running_requests: int
+    queued_tokens: int
+    step_seconds: float
+    kv_pages_free: int
+    kv_pages_total: int
+    block_bytes: int
+    block_bytes_limit: int
+    segments: tuple[ResidentRun, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterStatus:
+    """What a router knows of its cluster.
+
+    Attributes:
+        workers: those with a live lease, by name.
+        placement_version: of the placement that the controller last wrote; 0 when there is none.
+        failovers: how often this router's requests went on along another path.
+    """
+
+    workers: tuple[WorkerStatus, ...]
+    placement_version: int
+    failovers: int
+
+
+@dataclass(frozen=True, slots=True)
 class ServerStatus:
     """What a server holds and does.
 
@@ -171,6 +236,7 @@ class ServerStatus:
         prefix_queried_tokens, prefix_hit_tokens: prompt tokens looked up in the prefix cache, and found.
         preemptions: how often a running request gave up its pages for a while.
         chain_evictions: how often an idle chain was unloaded to make room.
+        cluster: what a cluster's router knows of it; None where one process serves alone.
     """
 
     version: str
@@ -191,3 +257,4 @@ class ServerStatus:
     prefix_hit_tokens: int = 0
     preemptions: int = 0
     chain_evictions: int = 0
+    cluster: ClusterStatus | None = None

@@ -29,6 +29,7 @@ from blockserve.router.admission import Admission
 from blockserve.router.calls import GenerateCall
 from blockserve.router.chat import ChatLimits, ChatRenderer, Conversation
 from blockserve.router.choices import Choices
+from blockserve.router.cluster_report import KnowsCluster, describe
 from blockserve.router.config import RouterConfig
 from blockserve.router.generation import Answer, stream_answer
 from blockserve.router.loading import ChainLoader
@@ -294,6 +295,7 @@ class Router:
                 for chain in report.chains
             ),
             segments=report.segments,
+            cluster=describe(self._engine) if isinstance(self._engine, KnowsCluster) else None,
         )
 
     def _run_all(self, choices: Choices, meter: RequestMeter) -> AsyncGenerator[Chunk, None]:

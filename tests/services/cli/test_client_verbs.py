@@ -196,7 +196,9 @@ def test_load_status_unload(run, served):
         "version", "uptime_seconds", "zoo_url", "device", "waiting_requests", "running_requests", "passes",
         "kv_pages_total", "kv_pages_used", "kv_bytes_total", "block_bytes", "chains", "segments",
         "kv_pages_cached", "prefix_queried_tokens", "prefix_hit_tokens", "preemptions", "chain_evictions",
+        "cluster",
     }  # fmt: skip
+    assert value["cluster"] is None
     assert value["chains"][0]["models"] == ["tale@1"]
     assert set(value["segments"][0]) >= {
         "segment_id",

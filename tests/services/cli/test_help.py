@@ -13,11 +13,12 @@ VERBS = {
     "serve", "status", "load", "unload", "version", "generate", "chat",
     "up", "down", "drain", "worker", "router", "controller",
 }  # fmt: skip
-WITH_JSON = VERBS - {"serve", "chat", "up", "down", "worker", "router", "controller"}
+PROCESSES = {"serve", "worker", "router", "controller", "up"}
+WITH_JSON = VERBS - PROCESSES - {"chat"}
 
 
 def commands():
-    return {command.name: command for command in build_app(["serve"]).registered_commands}
+    return {command.name: command for command in build_app(sorted(PROCESSES)).registered_commands}
 
 
 def test_every_verb_is_there():

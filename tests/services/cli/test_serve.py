@@ -7,36 +7,43 @@ from pathlib import Path
 import pytest
 import yaml
 
-from blockserve.cli import serve
 from blockserve.cli.options import DEFAULT_ZOO
+from blockserve.cli.serve import CLUSTER, SERVE
+from blockserve.cli.service_command import command
 from blockserve.cli.settings_options import iterate_settings, option_type
-from blockserve.embedded.config import ServeConfig
 from blockzoo import Zoo
 
-SETTINGS = list(iterate_settings(ServeConfig))
+SERVICES = pytest.mark.parametrize("service", [SERVE, *CLUSTER], ids=lambda service: service.name)
 
 
-def test_names_are_distinct_without_their_sections():
-    names = [setting.name for setting in SETTINGS]
+def settings_of(service):
+    return list(iterate_settings(service.settings()))
+
+
+@SERVICES
+def test_options_are_distinct(service):
+    names = [setting.parameter for setting in settings_of(service)]
     assert len(names) == len(set(names))
     assert "config" not in names
 
 
-def test_every_setting_says_what_it_means():
-    for setting in SETTINGS:
+@SERVICES
+def test_every_setting_says_what_it_means(service):
+    for setting in settings_of(service):
         assert setting.meaning.endswith("."), setting.path
         assert setting.meaning[0].isupper() or setting.meaning[0] in '"`', setting.path
 
 
-def test_every_setting_is_an_option_but_secrets(run):
-    text = run("serve", "--help").out
-    for setting in SETTINGS:
+@SERVICES
+def test_every_setting_is_an_option_but_secrets(run, service):
+    text = run(service.name, "--help").out
+    for setting in settings_of(service):
         shown = re.search(rf"{setting.flag}\b", text)
         if setting.is_secret:
             assert not re.search(rf"{setting.flag} ", text)
         else:
             assert shown, setting.flag
-    assert [setting.name for setting in SETTINGS if setting.is_secret] == ["token"]
+    assert [setting.name for setting in settings_of(service) if setting.is_secret] == ["token"]
 
 
 @pytest.fixture
@@ -111,7 +118,59 @@ def test_kinds_of_options():
     assert option_type(Path | None) == Path | None
     assert option_type(tuple[str, ...]) == list[str] | None
     assert option_type(dict[str, int]) is None
-    assert serve.command(serve.SERVE, with_options=False).__signature__.parameters == {}
+    assert command(SERVE, with_options=False).__signature__.parameters == {}
+
+
+@pytest.fixture
+def cluster_started(monkeypatch):
+    """The settings that a process of a cluster would run with, instead of running."""
+    seen = []
+    monkeypatch.setattr("blockserve.common.run.run", lambda settings, server, ready: seen.append(settings))
+    return seen
+
+
+@pytest.mark.parametrize("service", CLUSTER, ids=lambda service: service.name)
+def test_processes_of_a_cluster_take_options_environment_and_file(
+    run, cluster_started, tmp_path, monkeypatch, service
+):
+    (tmp_path / "file.yaml").write_text(
+        yaml.safe_dump({"state": {"lease_seconds": 9, "timeout_seconds": 8, "url": "redis://file"}})
+    )
+    monkeypatch.setenv("BLOCKZOO_STATE_URL", "redis://environment")
+    monkeypatch.setenv("BLOCKZOO_STATE_LEASE_SECONDS", "7")
+    words = ("--config", tmp_path / "file.yaml", "--state-lease-seconds", 6, "--listen", "127.0.0.1:0")
+    assert run(service.name, *words).code == 0
+    (settings,) = cluster_started
+    state = settings.state
+    assert (state.url, state.lease_seconds, state.timeout_seconds) == ("redis://environment", 6, 8)
+    assert settings.listen == "127.0.0.1:0"
+
+
+@pytest.mark.parametrize(
+    ("words", "path", "value"),
+    [
+        ("worker --name w --num-threads 3", ("engine", "num_threads"), 3),
+        ("worker --window-bytes 70000", ("window_bytes",), 70000),
+        ("router --failover-path-seconds 7", ("failover", "path_seconds"), 7),
+        ("router --max-output-tokens 5", ("router", "max_output_tokens"), 5),
+        ("router --no-adaptive-enabled", ("adaptive", "enabled"), False),
+        ("controller --replicas 2", ("replicas",), 2),
+        ("controller --max-pushes 3", ("controller", "max_pushes"), 3),
+    ],
+)
+def test_parts_of_a_process_have_options(run, cluster_started, words, path, value):
+    assert run(*words.split()).code == 0
+    found = cluster_started[0]
+    for name in path:
+        found = getattr(found, name)
+    assert found == value
+
+
+def test_a_wrong_state_is_a_mistake_of_the_command_line(run, cluster_started):
+    outcome = run("worker", "--state-url", "ftp://somewhere")
+    assert outcome.code == 2
+    assert "state" in outcome.err
+    assert not cluster_started
 
 
 def test_no_zoo_to_serve(run, tmp_path):

@@ -6,8 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from blockserve.cli.serve import CLUSTER, SERVE
+from blockserve.cli.service_command import Service
 from blockserve.cli.settings_options import iterate_settings
-from blockserve.embedded.config import ServeConfig
 
 ROOT = Path(__file__).parents[3]
 
@@ -18,9 +21,10 @@ def test_the_page_is_up_to_date() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_every_setting_is_explained() -> None:
+@pytest.mark.parametrize("service", [SERVE, *CLUSTER], ids=lambda service: service.name)
+def test_every_setting_is_explained(service: Service) -> None:
     page = (ROOT / "docs" / "configuration.md").read_text()
-    for setting in iterate_settings(ServeConfig):
+    for setting in iterate_settings(service.settings()):
         assert setting.meaning.endswith("."), setting.path
         assert f"### `{setting.path}`" in page
         assert f"`{setting.variable}`" in page

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -14,13 +15,16 @@ from blockserve.router.calls import GenerateCall, Prompt, SamplingWishes, Stoppi
 from blockserve.router.chat import Conversation
 from blockserve.router.results import (
     Chunk,
+    ClusterStatus,
     Finish,
     LoadedChain,
     ModelInfo,
     RequestInfo,
+    ResidentRun,
     ServerStatus,
     Tokenized,
     Usage,
+    WorkerStatus,
 )
 from blockzoo.errors import InvalidInputError
 
@@ -170,6 +174,13 @@ def test_models_tokens_and_status_survive_the_wire() -> None:
     counts = (1, 2, 3, 4, 5, 2**41, 2**42)
     status = ServerStatus("1.0", 5.5, "memory:", "cpu", *counts, (chain,), (segment,), 6, 7, 8, 9, 10)
     assert convert.status_from_message(convert.status_to_message(status)) == status
+    worker = WorkerStatus(
+        *("w.1", "w", "unix:/w", "here", "draining", 1, 2, 3, 0.5, 4, 5, 2**41, 2**42),
+        segments=(ResidentRun("c0ffee", 0, 3), ResidentRun("dada", 3, 4)),
+    )
+    for workers in ((worker, worker), ()):
+        known = replace(status, cluster=ClusterStatus(workers, 6, 7))
+        assert convert.status_from_message(convert.status_to_message(known)) == known
 
 
 def test_page_tokens_are_opaque_and_checked() -> None:

@@ -1,0 +1,1 @@
+"""A whole cluster on one machine: the processes behind `blockzoo up` and `blockzoo down`."""

@@ -1,0 +1,89 @@
+"""What people see of a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from blockserve.cli import server_verbs
+from blockserve.cli.output import stdout
+from blockserve.common.cluster import (
+    ClusterView,
+    LoadReport,
+    Placement,
+    ResidentSegment,
+    Run,
+    SegmentDigest,
+    WorkerId,
+    WorkerRecord,
+    WorkerState,
+    WorkerView,
+)
+from blockserve.router.cluster_report import KnowsCluster, describe
+from blockserve.router.results import ServerStatus
+
+TRUNK = ResidentSegment(SegmentDigest("aa" * 16), Run(0, 4))
+HEAD = ResidentSegment(SegmentDigest("bb" * 16), Run(4, 6))
+
+
+class Seen:
+    """A cluster as its router has seen it."""
+
+    def __init__(self, workers: Sequence[WorkerView]) -> None:
+        self.view = ClusterView({worker.record.id: worker for worker in workers}, Placement(version=7))
+        self.num_failovers = 3
+
+
+def seen() -> Seen:
+    busy = LoadReport(1, 2, 50, 0.25, 0.0, 30, 40, 5_000_000)
+    first = WorkerRecord(WorkerId("a.1"), "a", "unix:/a", block_bytes=9_000_000, host="here")
+    second = WorkerRecord(WorkerId("b.1"), "b", "unix:/b", WorkerState.DRAINING)
+    return Seen(
+        [
+            WorkerView(second, LoadReport(), frozenset({TRUNK})),
+            WorkerView(first, busy, frozenset({HEAD, TRUNK})),
+        ]
+    )
+
+
+def status() -> ServerStatus:
+    counts = (1, 2, 3, 4, 5, 6, 7)
+    return ServerStatus("1.0", 5.0, "memory:", "2 workers", *counts, (), (), cluster=describe(seen()))
+
+
+def test_each_worker_is_described_by_name() -> None:
+    assert isinstance(seen(), KnowsCluster)
+    assert not isinstance(object(), KnowsCluster)
+    cluster = describe(seen())
+    assert (cluster.placement_version, cluster.failovers) == (7, 3)
+    first, second = cluster.workers
+    assert (first.name, first.state, first.host) == ("a", "ready", "here")
+    assert (first.waiting_requests, first.running_requests, first.queued_tokens) == (1, 2, 50)
+    assert (first.kv_pages_free, first.kv_pages_total, first.step_seconds) == (30, 40, 0.25)
+    assert (first.block_bytes, first.block_bytes_limit) == (5_000_000, 9_000_000)
+    assert [(run.segment_digest, run.first_position, run.num_blocks) for run in first.segments] == [
+        (TRUNK.digest, 0, 4),
+        (HEAD.digest, 4, 2),
+    ]
+    assert (second.name, second.state, len(second.segments)) == ("b", "draining", 1)
+
+
+def test_tables_show_workers_and_replicas() -> None:
+    console = stdout()
+    with console.capture() as captured:
+        console.print(server_verbs._draw(status()))
+    lines = captured.get().splitlines()
+    assert "placement version 7; 3 failovers" in lines[1]
+    (worker,) = [line.split() for line in lines if line.startswith("a ")]
+    assert worker == ["a", "ready", "1", "2", "0.25", "s", "10", "of", "40", "5", "MB", "of", "9", "MB", "2",
+                      "0-3,", "4-5", "unix:/a"]  # fmt: skip
+    (idle,) = [line.split() for line in lines if line.startswith("b ")]
+    assert idle == ["b", "draining", "0", "0", "-", "0", "of", "0", "0", "B", "1", "0-3", "unix:/b"]
+    (trunk,) = [line.split() for line in lines if line.startswith("aaaa")]
+    assert trunk == ["a" * 12, "0-3", "2", "a,", "b"]
+    (head,) = [line.split() for line in lines if line.startswith("bbbb")]
+    assert head == ["b" * 12, "4-5", "1", "a"]
+
+
+def test_one_line_of_a_watched_cluster() -> None:
+    assert server_verbs._headline(status()).endswith("2 workers, 3 failovers")
+    assert server_verbs.status_to_json(status())["cluster"]["workers"][0]["name"] == "a"
