@@ -413,7 +413,7 @@ class BlockEngine:
             if chunk.running.scheduled is None:
                 chunk.running.scheduled = now
         try:
-            # Where others compute on, they are told first, and the event loops have the time in which they do.
+            # Where others compute on, they are told first: callers hear of tokens while those compute.
             goes_on = all(chunk.running.is_split and not chunk.running.is_follower for chunk in chunks)
             results = self._executor.run(chunks, before=None if goes_on else self._deliver)
             outcomes = self._advance(chunks, results)

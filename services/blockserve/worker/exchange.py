@@ -41,7 +41,7 @@ _LOG = logging.getLogger(__name__)
 BUSY_SECONDS = 0.02
 """When to ask again a worker that had no pages: a few decode steps, in which a request may have ended."""
 TAKEN_BYTES = 1 << 14
-"""How much has to be taken before its sender is told: an answer for each token would cost as much as the token.
+"""How much is taken before its sender is told: an answer to each token would cost as much as the token.
 A quarter of the least window that a sender may have, so nobody waits for what is not told."""
 MAX_CLOSED = 4096
 """Requests remembered as closed: a message that was overtaken by its request's end opens nothing."""
