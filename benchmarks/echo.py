@@ -1,4 +1,4 @@
-"""A bare grpc.aio server that sends every frame back as it came: what a hop is compared with. Started by hop.py."""
+"""A bare grpc.aio server that sends every frame back: what a hop is compared with. Started by hop.py."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""failover-gap: how long a caller waits for the next token when a worker is killed, or stopped, under its answer.
+"""failover-gap: how long a caller waits for the next token when a worker is killed or stopped.
 
-Two workers hold each half of the model. What the gap is measured against: 1.5 plain prefills of the tokens that
-the request had, on the same cluster in the same run, and 0.25 s; for a worker that hangs, also its lease.
+Two workers hold each half of the model. What the gap is measured against: 1.5 plain prefills of the tokens
+that the request had, on the same cluster in the same run, and 0.25 s; where it hangs, also its lease.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from blockproto.v1 import worker_pb2, worker_pb2_grpc
 from blockserve.common.channel import Credentials, open_channel
 from blockserve.common.cluster import Run
 from blockserve.common.state_config import StateConfig
-from blockserve.router.aio_client import AsyncClient
+from blockserve.router.aio_client import AsyncClient, AsyncGeneration
 
 ALLOWED_PREFILLS, ALLOWED_SECONDS = 1.5, 0.25
 CONTEXT_TOKENS, SENT_TOKENS = 500, 60
@@ -66,16 +66,16 @@ async def measure(scale: Scale, say: Say) -> list[Row]:
                     gaps.append(gap)
                     bounds.append(ALLOWED_PREFILLS * plain + ALLOWED_SECONDS + extra)
                     say(
-                        f"{how.name} of {hurt}: gap {gap:.3f} s, prefill {plain:.3f} s, bound {bounds[-1]:.3f} s"
+                        f"{how.name} {hurt}: gap {gap:.3f} s, prefill {plain:.3f} s, allowed {bounds[-1]:.3f}"
                     )
                     await _replace(cluster, hurt, names[hurt], both)
                 name = "failover-gap" if how is signal.SIGKILL else "failover-gap-stop"
                 lease_too = f" + the lease of {lease:g} s" if extra else ""
                 case = (
-                    f"{how.name} of a worker at {context} tokens of context, two copies of each half, bf16; the "
-                    "answer goes on without a token lost or repeated"
+                    f"{how.name} of a worker at {context} tokens of context, two copies of each half, bf16; "
+                    "the answer goes on without a token lost or repeated"
                 )
-                bound = f"{ALLOWED_PREFILLS:g} x a plain prefill of these tokens + {ALLOWED_SECONDS:g} s{lease_too}"
+                bound = f"{ALLOWED_PREFILLS:g} x a prefill of these tokens + {ALLOWED_SECONDS:g} s{lease_too}"
                 rows.append(row("failover_gap", name, case, "s", gaps, peer=bounds, peer_name=bound))
     return rows
 
@@ -89,7 +89,7 @@ async def _prefill(client: AsyncClient, num_tokens: int, seed: int, scale: Scale
         return time.perf_counter() - started
 
 
-def _stream(client: AsyncClient, prompt: tuple[int, ...], tokens: int):  # type: ignore[no-untyped-def]
+def _stream(client: AsyncClient, prompt: tuple[int, ...], tokens: int) -> AsyncGeneration:
     return client.generate("base", prompt, max_tokens=tokens, temperature=0.0, ignore_eos=True)
 
 

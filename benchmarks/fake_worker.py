@@ -1,8 +1,8 @@
-"""A worker without a model: answers each request at once with tokens, to measure a router. Started by router_rps.py.
+"""A worker without a model, to measure a router: answers each request at once. Started by router_rps.py.
 
-It announces that it holds all of the zoo's variant `base` and speaks WorkerService.Serve. A prompt's first token
-says how an answer travels: `AT_ONCE` all tokens in one message, `IN_PASSES` one token of every request in
-flight in each message, as a real worker's passes send them, `SEPARATE` each token in a message of its own.
+It announces that it holds all of the zoo's variant `base` and speaks WorkerService.Serve. A prompt's first
+token says how an answer travels: `AT_ONCE` all tokens in one message, `IN_PASSES` one token of every request
+in flight in each message, as a real worker's passes send them, `SEPARATE` each token in a message of its own.
 """
 
 from __future__ import annotations

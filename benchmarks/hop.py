@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -104,8 +105,8 @@ async def _case(
                 )
     check(min(added) > 0, "the chain of two is not slower than one worker: the machine was disturbed")
     case = (
-        f"{model.name}, batch 1, {tokens} tokens, {transport}, each worker on one core: (median time of a token over two "
-        f"workers - at one) / {HOPS} hops; the echo is of a frame of {len(frame())} bytes; same tokens"
+        f"{model.name}, batch 1, {tokens} tokens, {transport}, each worker on one core: (median time of a "
+        f"token over two workers - at one) / {HOPS} hops; the echo is of a frame of {len(frame())} bytes"
     )
     return [
         row(
@@ -144,7 +145,7 @@ async def _decode(
     finally:
         await stream.close()
     check(len(answer) == tokens, "an answer has too few tokens")
-    return (times[-1] - times[0]) / (len(answer) - 1), answer
+    return median(later - earlier for earlier, later in pairwise(times)), answer
 
 
 @asynccontextmanager

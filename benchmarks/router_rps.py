@@ -1,8 +1,8 @@
-"""router-rps: requests/s that one router carries on one core, streams of 16 tokens from a worker without a model.
+"""router-rps: requests/s that one router carries on one core, 16 tokens each, from a worker without a model.
 
-The worker (fake_worker.py) and the load (this program) share the other core. The bar is about answers whose tokens
-come in messages of their own; beside it stand passes, as real workers send them, and whole answers in one
-message.
+The worker (fake_worker.py) and the load (this program) share the other core. The bar is about answers whose
+tokens come in messages of their own; beside it stand passes, as real workers send them, and whole answers
+in one message.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ async def measure(scale: Scale, say: Say) -> list[Row]:
                     rates[name].append(rate)
                     costs[name].append(busy / rate)
                     say(
-                        f"run {number + 1}: {name} {rate:.0f} requests/s, the router busy {100 * busy:.0f} %, "
+                        f"run {number + 1}: {name} {rate:.0f} requests/s, router busy {100 * busy:.0f} %, "
                         f"{1000 * busy / rate:.2f} ms a request"
                     )
     model = "a tiny model without a tokenizer" if scale.quick else MODEL.name

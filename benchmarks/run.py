@@ -27,6 +27,11 @@ MODULES = {
     "placement-gap": "placement_gap",
     "register": "register",
     "start": "start",
+    "hop": "hop",
+    "split-2": "split",
+    "shared-trunk": "shared_trunk",
+    "failover-gap": "failover_gap",
+    "router-rps": "router_rps",
 }
 
 

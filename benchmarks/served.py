@@ -146,7 +146,7 @@ def full_variants(count: int, model: Path = MODEL) -> list[Path]:
 
 def _noisy(name: str, model: Path, seed: int, untouched: float, noise: float) -> Path:
     """A checkpoint with relative noise on its layers after the given share of them; made once."""
-    folder = CACHE / "bench" / name
+    folder = CACHE / "bench" / (name if model == MODEL else f"{name}-of-{model.name}")
     if (folder / "model.safetensors").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)

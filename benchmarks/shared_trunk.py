@@ -7,6 +7,7 @@ at which all of them together are faster.
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves the script's folder out
 
-from cluster import answer, make_zoo, prompts, row, tiny_model
+from cluster import answer, make_zoo, prompts, row, tiny_model, two_cores
 from harness import Row, check
 from program import Bar, Program, Say, Scale
 from served import serve, top_quarter_variants
@@ -29,6 +30,7 @@ PROBE_TOKENS = 24
 
 async def measure(scale: Scale, say: Say) -> list[Row]:
     """One server of all variants and one each, asked in turns."""
+    os.sched_setaffinity(0, set(two_cores()))  # inherited by all servers
     variants = 2 if scale.quick else VARIANTS
     output_tokens = 8 if scale.quick else OUTPUT_TOKENS
     model = {"model": tiny_model()} if scale.quick else {}
@@ -81,7 +83,7 @@ async def measure(scale: Scale, say: Say) -> list[Row]:
             peer.append(slow)
             say(f"run {number + 1}/{scale.runs}: {fast:.1f} on one trunk, {slow:.1f} apart")
     case = (
-        f"{variants} variants with the top quarter of their layers their own, {REQUESTS} requests each at once, "
+        f"{variants} variants with the top quarter of layers their own, {REQUESTS} requests each at once, "
         f"{PROMPT_TOKENS} in, {output_tokens} out, greedy, bf16, one server of two threads"
     )
     return [

@@ -1,12 +1,13 @@
 """split-2: one model in halves over two workers of one core each, over one process with both cores.
 
-Both sides are asked through a router of their own that may use both cores; the row `split-2-serve` compares with
-`blockzoo serve`, where router and engine are one process.
+Both sides are asked through a router of their own that may use both cores; the row `split-2-serve` compares
+with `blockzoo serve`, where router and engine are one process.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ async def measure(scale: Scale, say: Say) -> list[Row]:
     )
     near, far = two_cores()
     both = {near, far}
+    os.sched_setaffinity(0, both)  # inherited by `serve`
     zoo = make_zoo("split-zoo", {"base": base_model(quick=scale.quick)})
     settings = {"engine_prefix_sharing": "off"}
     async with AsyncExitStack() as stack:
@@ -75,8 +77,8 @@ async def measure(scale: Scale, say: Say) -> list[Row]:
             if number >= 0:
                 say("run " + ", ".join(f"{taken[-1]:.1f}" for taken in samples) + " tokens/s")
     case = (
-        f"{count} requests at once, {prompt_tokens} in, {output_tokens} out, greedy, bf16; two workers of one "
-        "core each over a router on both cores"
+        f"{count} requests at once, {prompt_tokens} in, {output_tokens} out, greedy, bf16; two workers of "
+        "one core each over a router on both cores"
     )
     return [
         row(

@@ -62,7 +62,11 @@ def test_rows_hold_raw_samples_and_no_conclusions(path):
         assert all(isinstance(sample, (int, float)) and sample > 0 for sample in entry["ours"])
         assert (entry["peer"] is None) == (entry["peer_name"] is None)
         assert entry["peer"] is None or all(sample > 0 for sample in entry["peer"])
-        assert re.match(r"python benchmarks/(run|run_peers)\.py --only ", entry["command"])
+        assert re.match(
+            r"python benchmarks/((run|run_peers)\.py --only "
+            r"|(hop|split|shared_trunk|failover_gap|router_rps)\.py$)",
+            entry["command"],
+        )
         assert not {"/work", "/tmp", "/home", "/root"} & set(entry["command"].split())
 
 

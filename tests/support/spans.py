@@ -26,7 +26,7 @@ class Wire:
     sent: list[tuple[WorkerId, SpanMsg]] = field(default_factory=list)
     deliver: Filter = lambda _to, _message: True
     full: set[WorkerId] = field(default_factory=set)
-    taken_bytes: int = 0
+    reports: list[int] = field(default_factory=list)
 
     def send(self, step: PathStep, messages: Sequence[SpanMsg]) -> None:
         """Deliver what the filter lets through."""
@@ -43,9 +43,9 @@ class Wire:
         return step.worker not in self.full
 
     def taken(self, sender: WorkerId, num_bytes: int) -> None:
-        """Count what was computed on or dropped."""
+        """Note what was computed on or dropped."""
         del sender
-        self.taken_bytes += num_bytes
+        self.reports.append(num_bytes)
 
     def count(self, kind: type[SpanMsg]) -> int:
         """Messages of a kind so far."""

@@ -40,6 +40,17 @@ class _Running:
         self.outcomes.append(outcome)
         self.wake.set()
 
+    def take(self) -> Outcome:
+        """The next error, or all tokens before it: what piled up while we were busy goes on as one."""
+        outcome = self.outcomes.popleft()
+        while self.outcomes and not isinstance(outcome, BlockzooError):
+            more = self.outcomes[0]
+            if isinstance(more, BlockzooError):
+                break
+            outcome = [*outcome, *more]
+            self.outcomes.popleft()
+        return outcome
+
 
 class WorkerStream:
     """Requests at one worker. One event loop; the stream is opened by the first request.
@@ -87,7 +98,7 @@ class WorkerStream:
         try:
             while True:
                 while running.outcomes:
-                    outcome = running.outcomes.popleft()
+                    outcome = running.take()
                     if isinstance(outcome, BlockzooError):
                         raise outcome
                     yield outcome

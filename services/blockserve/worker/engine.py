@@ -413,7 +413,9 @@ class BlockEngine:
             if chunk.running.scheduled is None:
                 chunk.running.scheduled = now
         try:
-            results = self._executor.run(chunks, before=self._deliver)
+            # Where others compute on, they are told first: callers hear of tokens while those compute.
+            goes_on = all(chunk.running.is_split and not chunk.running.is_follower for chunk in chunks)
+            results = self._executor.run(chunks, before=None if goes_on else self._deliver)
             outcomes = self._advance(chunks, results)
             self._pace.note(chunks, time.monotonic() - now)
         except Exception as error:  # noqa: BLE001
@@ -433,6 +435,8 @@ class BlockEngine:
             sink(outcome)
         if self._exchange is not None:
             self._exchange.flush()
+            if goes_on:
+                self._deliver()
         return True
 
     def _drop_late(self) -> None:

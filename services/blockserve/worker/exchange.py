@@ -40,6 +40,9 @@ _LOG = logging.getLogger(__name__)
 
 BUSY_SECONDS = 0.02
 """When to ask again a worker that had no pages: a few decode steps, in which a request may have ended."""
+TAKEN_BYTES = 1 << 14
+"""How much is taken before its sender is told: an answer to each token would cost as much as the token.
+A quarter of the least window that a sender may have, so nobody waits for what is not told."""
 MAX_CLOSED = 4096
 """Requests remembered as closed: a message that was overtaken by its request's end opens nothing."""
 
@@ -166,7 +169,7 @@ class SpanExchange:
         outgoing, self._outgoing = self._outgoing, {}
         for step, messages in outgoing.values():
             self._outlet.send(step, messages)
-        if self._untaken:
+        if any(num_bytes >= TAKEN_BYTES for num_bytes in self._untaken.values()):
             self._report_taken()
 
     # ---- told by other workers
@@ -314,12 +317,10 @@ class SpanExchange:
                 num_bytes = sum(one.hidden.nbytes for one in running.inputs)
                 waiting[sender] = waiting.get(sender, 0) + num_bytes
         for sender, num_bytes in list(self._untaken.items()):
-            left = waiting.get(sender, 0)
-            if num_bytes > left:
-                self._outlet.taken(sender, num_bytes - left)
-                self._untaken[sender] = left
-            if not left:
-                del self._untaken[sender]
+            done = num_bytes - waiting.get(sender, 0)
+            if done >= TAKEN_BYTES:
+                self._outlet.taken(sender, done)
+                self._untaken[sender] = num_bytes - done
 
     # ---- at the head of a path
 

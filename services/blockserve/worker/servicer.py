@@ -52,15 +52,10 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                     session.cancel(number)
 
         reader = asyncio.create_task(read())
-        progress = session.progress()
+        reader.add_done_callback(lambda _: session.end())
         try:
-            while True:
-                news = asyncio.ensure_future(anext(progress))
-                await asyncio.wait({reader, news}, return_when=asyncio.FIRST_COMPLETED)
-                if not news.done():
-                    news.cancel()
-                    break
-                yield worker_pb2.ServeResponse(progress=[_progress(one) for one in news.result()])
+            async for news in session.progress():
+                yield worker_pb2.ServeResponse(progress=[_progress(one) for one in news])
         finally:
             reader.cancel()
             self._hub.close_session(session)

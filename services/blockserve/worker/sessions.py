@@ -34,6 +34,7 @@ class RouterSession:
         self._starting: dict[int, asyncio.Task[None]] = {}
         self._news: list[Progress] = []
         self._wake = asyncio.Event()
+        self._ended = False
 
     @property
     def num_requests(self) -> int:
@@ -65,12 +66,18 @@ class RouterSession:
             self.cancel(number)
 
     async def progress(self) -> AsyncIterator[Sequence[Progress]]:
-        """What is new, a batch at a time; never ends by itself."""
-        while True:
+        """What is new, a batch at a time, until `end`."""
+        while not self._ended:
             await self._wake.wait()
             self._wake.clear()
-            news, self._news = self._news, []
-            yield news
+            if self._news:
+                news, self._news = self._news, []
+                yield news
+
+    def end(self) -> None:
+        """The router says nothing more: `progress` ends."""
+        self._ended = True
+        self._wake.set()
 
     async def _start(self, number: int, request: EngineRequest) -> None:
         try:

@@ -19,6 +19,7 @@ from blockserve.common.errors import (
     WireError,
 )
 from blockserve.worker.engine import BlockEngine
+from blockserve.worker.exchange import TAKEN_BYTES
 from blockserve.worker.kv_transfer import PrefixRef, to_bytes
 from blockserve.worker.messages import BusyMsg, ChunkMsg, CloseMsg, OpenMsg, RestartMsg, SpanMsg, TokenMsg
 from blockzoo.manifest import ChainId
@@ -267,6 +268,24 @@ def test_a_full_link_holds_the_sender_back(tiny: TinyZoo) -> None:
 
     with span_cluster(tiny, "a b") as cluster:
         run(work())
+
+
+def test_senders_are_told_of_much_at_a_time_and_never_of_too_little(tiny: TinyZoo) -> None:
+    async def work() -> None:
+        chain = tiny.chains["base"]
+        path = cluster.path(chain, a=2, b=0)
+        await cluster.load(chain, path)
+        for first in (10, 20, 30):
+            prompt = tuple(range(first, first + 100))
+            await tokens(cluster.engine("a"), ask(chain, path, prompt=prompt))
+        await clean(cluster)
+
+    with span_cluster(tiny, "a b") as cluster:
+        run(work())
+        sent = sum(one.hidden.nbytes for _, one in cluster.wire.sent if isinstance(one, ChunkMsg))
+        assert cluster.wire.reports
+        assert min(cluster.wire.reports) >= TAKEN_BYTES
+        assert 0 <= sent - sum(cluster.wire.reports) < TAKEN_BYTES
 
 
 async def opened(cluster: SpanCluster) -> None:

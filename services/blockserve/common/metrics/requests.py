@@ -136,6 +136,8 @@ class AnswerMeter:
         self._label = label
         self._count = 0
         self._last = 0.0
+        self._tokens: Counter
+        self._inter_token: Histogram
         self.finish: FinishReason | None = None
 
     def advance(self, num_tokens: int, timing: RequestTiming | None, finish: FinishReason | None) -> None:
@@ -149,15 +151,18 @@ class AnswerMeter:
         metrics, label, new = self._request.metrics, self._label, num_tokens - self._count
         now = metrics.clock()
         if new:
-            metrics.generation_tokens.labels(label).inc(new)
+            if self._count == 0:
+                # Looking a label up takes as long as counting.
+                self._tokens = metrics.generation_tokens.labels(label)
+                self._inter_token = metrics.inter_token.labels(label)
+            self._tokens.inc(new)
             if self._count == 0:
                 self._request.note_first_token(label, now, timing)
                 new -= 1
             # Tokens that came together share the time since the last ones; with the first, they took none.
             gap = (now - self._last) / new if self._count and new else 0.0
-            inter_token = metrics.inter_token.labels(label)
             for _ in range(new):
-                inter_token.observe(gap)
+                self._inter_token.observe(gap)
             self._count, self._last = num_tokens, now
         if finish is not None and self.finish is None:
             self.finish = finish
