@@ -115,7 +115,7 @@ def run(say: Callable[[str], None]) -> list[Row]:
             f"{missed:.1%} were left out"
         )
         for name, unit, samples in (
-            ("hops", "hops a request over the fewest", [gap for gap, _ in found]),
+            ("hops", "1 + hops a request over the fewest", [1 + gap for gap, _ in found]),
             ("bytes", "bytes moved over the least with no more hops", [ratio for _, ratio in found]),
         ):
             command = "python benchmarks/run.py --only placement-gap"
