@@ -132,6 +132,12 @@ def test_nobody_notices(zoo: Zoo, tmp_path: Path, seed: int) -> None:
     run(zoo, tmp_path, seed, 200, **FP32)
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_nobody_notices_where_controllers_place(zoo: Zoo, tmp_path: Path, seed: int) -> None:
+    """Each variant is on one worker: what that worker held is placed anew when it is lost."""
+    run(zoo, tmp_path, seed, 75, is_placed=True, **FP32)
+
+
 @pytest.mark.long
 @needs_bf16
 @pytest.mark.parametrize("seed", SEEDS)
