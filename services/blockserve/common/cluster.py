@@ -129,8 +129,8 @@ class LoadReport:
         prefill_tokens_per_second: a moving mean; 0 while nothing was measured.
         kv_pages_free, kv_pages_total: of all pools.
         block_bytes_used: bytes of blocks in memory.
-        kv_token_bytes: bytes of the keys and values of one token at one layer, of the widest chain.
         hop_seconds: to each peer it has links to, by worker id: one way, a moving mean.
+        kv_token_bytes: bytes of the keys and values of one token at one layer, of the widest chain.
     """
 
     waiting_requests: int = 0
@@ -141,8 +141,8 @@ class LoadReport:
     kv_pages_free: int = 0
     kv_pages_total: int = 0
     block_bytes_used: int = 0
-    kv_token_bytes: int = 0
     hop_seconds: Mapping[WorkerId, float] = field(default_factory=dict)
+    kv_token_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -332,6 +332,7 @@ def everything() -> MetricsRegistry:
             meter.resolve("a", 1)
             meter.answer().advance(tokens, None, None)
             raise QueueFullError("full")
+    metrics.substituted.labels("a").inc()
     return registry
 
 

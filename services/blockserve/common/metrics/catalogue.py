@@ -96,7 +96,7 @@ PROMPT_TOKENS = Metric(
 )
 GENERATION_TOKENS = Metric("vllm:generation_tokens_total", "counter", _VARIANT, "Output tokens.")
 SUBSTITUTED = Metric(
-    "blockzoo:substituted_requests_total",
+    "blockzoo_substituted_requests_total",
     "counter",
     _VARIANT,
     "Requests of the variant that an approved equivalent answered.",
@@ -188,7 +188,7 @@ CATALOGUE: tuple[Metric, ...] = (
         E2E,
         QUEUE_TIME,
     ),
-    *(PROMPT_TOKENS, GENERATION_TOKENS, SUCCESS),
+    *(PROMPT_TOKENS, GENERATION_TOKENS, SUBSTITUTED, SUCCESS),
     *(REFUSED, FAILED, VARIANT_REQUESTS, VARIANT_LOADED, REGISTERED, LOADED),
     *(CHAINS, LOADS, UNLOADS, EVICTIONS, BLOCK_BYTES),
     *(KV_PAGES, KV_PAGES_USED, KV_PAGES_CACHED, KV_BYTES, PASSES, PROGRESS),
