@@ -113,6 +113,7 @@ class ClusterEngine:
         self._changed = asyncio.Event()
         self._streams: dict[WorkerId, WorkerStream] = {}
         self._checks: dict[WorkerId, asyncio.Task[None]] = {}
+        self._closing: set[asyncio.Task[None]] = set()
         self.num_failovers = 0
         self.kv = KvMover(credentials, kv)
         self.on_request: Callable[[ChainId], None] = lambda _: None
@@ -160,6 +161,10 @@ class ClusterEngine:
         stream = self._streams.pop(worker, None)
         if stream is not None:
             stream.fail_all(reason)
+            # A worker that wakes up finds the call ended, and cancels what we had there.
+            closing = asyncio.create_task(stream.close())
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
         for other in self._streams.values():
             other.fail_through(worker, reason)
 

@@ -225,7 +225,8 @@ class SpanExchange:
         if (older := self._followers.get(request.request_id)) is not None:
             if message.id.age <= attempt_of(older).age:
                 return
-            self._host.release(older)
+            # Whoever began the older attempt may have been stopped, and wakes up to wait for our tokens.
+            self._host.fail(older, PathBrokenError("the request goes on along another path"))
         head, span = path[0], ChainSpan(request.chain, path[message.place].run)
         chain = self._host.find(span)
         if chain is None:

@@ -496,3 +496,29 @@ def test_damaged_or_foreign_pages_are_refused(tiny: TinyZoo) -> None:
 
     with span_cluster(tiny, "a b") as cluster:
         run(work())
+
+
+def test_an_older_head_is_told_that_its_request_has_gone_on(tiny: TinyZoo, engine: BlockEngine) -> None:
+    """A head worker was stopped and its follower serves the next path: when it wakes it must not wait."""
+
+    async def work() -> None:
+        chain = tiny.chains["base"]
+        old, new = cluster.path(chain, a=2, b=0), cluster.path(chain, c=2, b=0)
+        await cluster.load(chain, old)
+        await cluster.load(chain, new)
+        request = ask(chain, old, max_tokens=60)
+        [expected] = await one_process(engine, [request])
+        stream = cluster.engine("a").generate(request)
+        told: list[int] = []
+        while len(told) < 3:
+            told.extend(event.token_id for event in await anext(stream))
+        later = replace(request, path=new, epoch=1, output=tuple(told))
+        found = await tokens(cluster.engine("c"), later)
+        assert told + found == expected
+        with pytest.raises(PathBrokenError):
+            async for _ in stream:
+                pass
+        await clean(cluster)
+
+    with span_cluster(tiny, "a b c") as cluster:
+        run(work())
