@@ -171,6 +171,9 @@ class WorkerHub:
         """Take what another worker says; a request's opening waits until its blocks are in memory."""
         now: list[SpanMsg] = []
         for message in messages:
+            if isinstance(message, OpenMsg) and self.is_draining:
+                self._links.send(message.request.path[0], [FailMsg(message.id, self._draining())])
+                continue
             if isinstance(message, OpenMsg) and not self.engine.is_span_loaded(_span(message)):
                 name = message.id.request_id
                 task = asyncio.create_task(self._open_later(sender, message))
