@@ -44,7 +44,7 @@ async def measure(scale: Scale, say: Say) -> list[Row]:
     both = set(two_cores())
     zoo = make_zoo("kv-choice-zoo", {"base": base_model(quick=scale.quick)})
     taken: dict[str, dict[int, list[float]]] = {way: {size: [] for size in sizes} for way in WAYS}
-    right: list[float] = []
+    shares: list[float] = []
     async with local_cluster(zoo, engine_num_threads="1", engine_deterministic="false") as cluster:
         first, second = halves(cluster.zoo.chain(cluster.zoo.resolve("base").chain))
         names = {"a": first, "b1": second, "b2": second}
@@ -57,6 +57,7 @@ async def measure(scale: Scale, say: Say) -> list[Row]:
             for way in WAYS:
                 await _move(cluster, clients[way], sizes[0], 7000 + number * 10 + len(way), scale)
         for number in range(scale.runs):
+            right: list[float] = []
             for size in sizes:
                 for way in WAYS:
                     seed = 1000 * number + size + len(way)
@@ -66,12 +67,13 @@ async def measure(scale: Scale, say: Say) -> list[Row]:
                 right.append(float(pair[chosen] <= min(pair.values())))
                 times = ", ".join(f"{way} {taken[way][size][-1]:.3f} s" for way in WAYS)
                 say(f"{size} tokens: {times}; chose {chosen}")
+            shares.append(sum(right) / len(right))
         for client in clients.values():
             await client.close()
     case = (
         "cases in which the faster way was chosen, a worker of the second half drains under an answer, bf16"
     )
-    rows = [row("kv_choice", "kv-choice", case, "share", [sum(right) / len(right)])]
+    rows = [row("kv_choice", "kv-choice", case, "share", shares)]
     rows.extend(
         row(
             "kv_choice",

@@ -32,6 +32,7 @@
     ├── NoPathError                  `retry_after` seconds
     ├── StateStoreError
     │   └── StaleLeaderError
+    ├── LocalClusterError
     ├── UnauthenticatedError
     ├── PossessionError
     ├── PushInterruptedError
@@ -285,3 +286,9 @@ class UnavailableError(RemoteError):
     """The server cannot be reached, or the connection to it broke."""
 
     reason = "UNAVAILABLE"
+
+
+class LocalClusterError(BlockzooError):
+    """A local cluster does not start, runs already, or its files cannot be used."""
+
+    reason = "LOCAL_CLUSTER"

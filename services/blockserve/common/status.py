@@ -101,6 +101,7 @@ STATUS: Mapping[type[BlockzooError], grpc.StatusCode] = {
     zoo_errors.FormatVersionError: _Code.FAILED_PRECONDITION,
     zoo_errors.MissingPackageError: _Code.FAILED_PRECONDITION,
     serve_errors.ChainNotLoadedError: _Code.FAILED_PRECONDITION,
+    serve_errors.LocalClusterError: _Code.FAILED_PRECONDITION,
     serve_errors.EngineFailedError: _Code.INTERNAL,
     serve_errors.PathBrokenError: _Code.UNAVAILABLE,
     serve_errors.WireError: _Code.FAILED_PRECONDITION,

@@ -7,9 +7,9 @@ import os
 from collections.abc import Callable
 from contextlib import ExitStack
 
+from blockserve.common.errors import LocalClusterError
 from blockserve.local import record
 from blockserve.local.ending import end_leftovers
-from blockserve.local.errors import LocalClusterError
 from blockserve.local.identity import identify
 from blockserve.local.keeper import LOOK_SECONDS, Keeper, Observer
 from blockserve.local.layout import Layout

@@ -6,9 +6,9 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 
+from blockserve.common.errors import LocalClusterError
 from blockserve.local import record
 from blockserve.local.cluster import already_running
-from blockserve.local.errors import LocalClusterError
 from blockserve.local.layout import Layout
 from blockserve.local.record import ClusterRecord
 

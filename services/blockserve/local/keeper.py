@@ -7,8 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from blockserve.common.errors import StateStoreError
-from blockserve.local.errors import LocalClusterError
+from blockserve.common.errors import LocalClusterError, StateStoreError
 from blockserve.local.plan import ProcessSpec, next_delay
 from blockserve.local.processes import Running
 from blockserve.local.record import RecordedProcess

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from blockserve.local.errors import LocalClusterError
+from blockserve.common.errors import LocalClusterError
 
 MAX_SOCKET_PATH = 107
 """Bytes of a Unix socket's path. Source: unix(7), `sun_path`, less its closing zero."""

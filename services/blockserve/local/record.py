@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from blockserve.local.errors import LocalClusterError
+from blockserve.common.errors import LocalClusterError
 from blockserve.local.identity import ProcessIdentity, is_alive
 
 FORMAT = 1

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from blockserve.common.errors import LocalClusterError
 from blockserve.local import keeper, record
 from blockserve.local.cluster import LocalCluster
-from blockserve.local.errors import LocalClusterError
 from blockserve.local.identity import ProcessIdentity, identify
 from blockserve.local.layout import Layout
 from blockserve.local.plan import ProcessSpec, make_plan

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from blockserve.common.errors import LocalClusterError
 from blockserve.local import record
 from blockserve.local.ending import Ended, end_cluster
-from blockserve.local.errors import LocalClusterError
 from blockserve.local.identity import ProcessIdentity, identify, is_alive, send, wait_for_end
 from blockserve.local.layout import Layout, default_folder
 from blockserve.local.record import ClusterRecord, RecordedProcess

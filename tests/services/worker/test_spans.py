@@ -452,12 +452,13 @@ def test_keys_and_values_of_another_worker_spare_the_computation(tiny: TinyZoo, 
         [expected] = await one_process(engine, [request])
         stream = cluster.engine("a").generate(request)
         told: list[int] = []
-        while len(told) < 12:
+        while len(told) < 15:
             told.extend(event.token_id for event in await anext(stream))
         await stream.aclose()
+        del told[15:]  # in the middle of a page, however far the engine was ahead
         prefix = PrefixRef(ChainSpan(chain, old[1].run), "tenant", (*request.prompt, *told))
         pages = await cluster.engine("b").export_kv(prefix, 0, 1000)
-        assert len(pages) == (len(request.prompt) + len(told) - 1) // SMALL.kv_page_tokens
+        assert len(pages) == (len(request.prompt) + len(told)) // SMALL.kv_page_tokens
         sent = [(page.place, to_bytes(page.keys), to_bytes(page.values)) for page in pages]
         target = replace(prefix, span=ChainSpan(chain, new[1].run))
         assert await cluster.engine("c").import_kv(target, sent) == len(pages)
