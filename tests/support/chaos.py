@@ -10,7 +10,7 @@ import os
 import random
 import re
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -143,14 +143,12 @@ class Harm:
             await KINDS[self.kind](rig, self)
 
 
-def make_script(seed: int, rounds: int = 1, *, is_placed: bool = False) -> list[Harm]:
-    """Every kind of harm `rounds` times in an order, to processes and for times drawn from the seed."""
+def make_script(seed: int, kinds: Collection[str], rounds: int = 1) -> list[Harm]:
+    """Each kind of harm `rounds` times in an order, to processes and for times drawn from the seed."""
     dice = random.Random(f"harms {seed}")
     script = []
     for _ in range(rounds):
-        kinds = [kind for kind in KINDS if is_placed or kind != "kill controller"]
-        dice.shuffle(kinds)
-        for kind in kinds:
+        for kind in dice.sample(sorted(kinds), len(kinds)):
             if "head" in kind:
                 names = HEADS
             elif "tail" in kind:
@@ -269,6 +267,9 @@ KINDS: Mapping[str, Callable[[ChaosCluster, Harm], Awaitable[None]]] = {
     "cut state": _cut_state,
 }
 """What happens, by name."""
+WITHOUT_CONTROLLERS = frozenset(KINDS) - {"kill controller"}
+FEW = frozenset({"kill head", "stop tail", "drain", "kill controller", "kill state"})
+"""One of a sort, for short runs."""
 
 
 async def _restart_worker(rig: ChaosCluster, process: Process) -> None:
