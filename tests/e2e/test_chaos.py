@@ -98,10 +98,10 @@ async def ask(rig: ChaosCluster, wishes: list[Wish], script: list[Harm]) -> dict
         crowd = Crowd(clients, REQUESTS_EACH)
         crowd.start()
         stack.push_async_callback(crowd.close)
-        share = -(-len(wishes) // (len(script) or 1))
         impatient: list[Impatient] = []
         for i, harm in enumerate(script):
-            crowd.release(wishes[i * share : (i + 1) * share])
+            first, end = (len(wishes) * j // len(script) for j in (i, i + 1))
+            crowd.release(wishes[first:end])
             started = time.monotonic()
             try:
                 caller = Impatient(rig, LONG_WISH)
