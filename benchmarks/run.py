@@ -32,6 +32,9 @@ MODULES = {
     "shared-trunk": "shared_trunk",
     "failover-gap": "failover_gap",
     "router-rps": "router_rps",
+    "kv-choice": "kv_choice",
+    "adapt-p95": "adapt_p95",
+    "many-variants": "many_variants",
 }
 
 

@@ -16,6 +16,7 @@ ROWS = {
     "hop": {"hop", "hop-encode", "hop-loop-wake", "hop-decode", "hop-engine-wake"},
     "split": {"split-2", "split-2-serve"},
     "shared_trunk": {"shared-trunk"},
+    "adapt_p95": {"adapt-p95", "adapt-p95-kl"},
     "failover_gap": {"failover-gap", "failover-gap-stop"},
     "router_rps": {f"router-rps{way}{what}" for way in ("", "-passes", "-at-once") for what in ("", "-cpu")},
 }

@@ -119,20 +119,25 @@ class Child:
 
     def run(self, requests: Sequence[Request]) -> Batch:
         """See `Engine`."""
-        asked = [
-            {
-                "prompt": request.prompt,
-                "tokens": request.tokens,
-                "adapter": str(request.folder) if request.folder else None,
-            }
-            for request in requests
-        ]
-        return batch_from_json(self._ask({"requests": asked}))
+        return batch_from_json(self._ask({"requests": [_in_json(request) for request in requests]}))
 
     def use_weights(self, folder: Path) -> float:
         """Go on with another checkpoint of the same architecture; the seconds it took."""
         seconds: float = self._ask({"weights": str(folder)})["seconds"]
         return seconds
+
+    def begin_serving(self) -> None:
+        """From now on requests join and leave its batch one by one: `send` and `receive`, nothing else."""
+        self._write({"serve": True})
+
+    def send(self, number: int, request: Request) -> None:
+        """Hand in a request."""
+        self._write({"number": number, **_in_json(request)})
+
+    def receive(self) -> tuple[int, list[int]]:
+        """Wait for the next request that ends: its number and its tokens."""
+        ended = self._read()
+        return ended["number"], ended["tokens"]
 
     def cpu_seconds(self) -> float:
         """See `Engine`."""
@@ -143,10 +148,13 @@ class Child:
         return proportional_bytes(self._process.pid)
 
     def _ask(self, task: Mapping[str, Any]) -> dict[str, Any]:
+        self._write(task)
+        return self._read()
+
+    def _write(self, task: Mapping[str, Any]) -> None:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(task) + "\n")
         self._process.stdin.flush()
-        return self._read()
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -201,3 +209,11 @@ def proportional_bytes(pid: int) -> int:
     rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
     (line,) = (line for line in rollup.splitlines() if line.startswith("Pss:"))
     return int(line.split()[1]) * 1024
+
+
+def _in_json(request: Request) -> dict[str, Any]:
+    return {
+        "prompt": request.prompt,
+        "tokens": request.tokens,
+        "adapter": str(request.folder) if request.folder else None,
+    }

@@ -7,6 +7,8 @@ is the engine's options as JSON. A line asks for
   at once, then the engine steps until the last has ended. The answer holds seconds since the run began:
   `{"seconds": all, "answers": [{"first": .., "last": .., "tokens": [ids]}]}`.
 - other weights: `{"weights": path}`, answered by `{"seconds": ..}`.
+- to serve until stdin ends: `{"serve": true}`; from then on each line is a request with a `"number"`, which
+  joins the running batch, and is answered by `{"number": .., "tokens": [ids]}` when it has ended.
 
 The engine is stepped directly (`LLM.llm_engine.step`), in process: no queue, no event loop and no second
 process stand between it and the clock, which favours vLLM over a server by what those would cost.
@@ -14,7 +16,9 @@ process stand between it and the clock, which favours vLLM over a server by what
 
 import json
 import os
+import queue
 import sys
+import threading
 import time
 from typing import IO, Any
 
@@ -36,23 +40,18 @@ def main() -> None:
             llm.collective_rpc("reload_weights", kwargs={"weights_path": task["weights"]})
             llm.reset_prefix_cache()
             _answer(answers, {"seconds": time.monotonic() - began})
+        elif "serve" in task:
+            _serve(llm.llm_engine, answers, adapters)
         else:
             _answer(answers, _run(llm.llm_engine, task["requests"], adapters))
 
 
 def _run(engine: Any, requests: list[dict[str, Any]], adapters: dict[str, Any]) -> dict[str, Any]:
-    from vllm import SamplingParams
-    from vllm.lora.request import LoRARequest
-
-    for path in filter(None, (request["adapter"] for request in requests)):
-        adapters.setdefault(path, LoRARequest(os.path.basename(path), len(adapters) + 1, path))  # noqa: PTH119
     count = len(requests)
     first, last, tokens = [0.0] * count, [0.0] * count, [[] for _ in range(count)]
     began = time.monotonic()
     for number, request in enumerate(requests):
-        limits = SamplingParams(temperature=0, max_tokens=request["tokens"], ignore_eos=True)
-        lora = adapters.get(request["adapter"])
-        engine.add_request(str(number), {"prompt_token_ids": request["prompt"]}, limits, lora_request=lora)
+        _add(engine, str(number), request, adapters)
     while engine.has_unfinished_requests():
         outputs = engine.step()
         now = time.monotonic() - began
@@ -64,6 +63,41 @@ def _run(engine: Any, requests: list[dict[str, Any]], adapters: dict[str, Any]) 
             last[number], tokens[number] = now, list(ids)
     answers = [{"first": first[i], "last": last[i], "tokens": tokens[i]} for i in range(count)]
     return {"seconds": time.monotonic() - began, "answers": answers}
+
+
+def _serve(engine: Any, answers: IO[str], adapters: dict[str, Any]) -> None:
+    """Take requests whenever they come, as a server does."""
+    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+
+    def read() -> None:
+        for line in sys.stdin:
+            lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        while not engine.has_unfinished_requests() or not lines.empty():
+            line = lines.get()
+            if line is None:
+                return
+            request = json.loads(line)
+            _add(engine, str(request["number"]), request, adapters)
+        for output in engine.step():
+            if output.finished:
+                tokens = list(output.outputs[0].token_ids)
+                _answer(answers, {"number": int(output.request_id), "tokens": tokens})
+
+
+def _add(engine: Any, number: str, request: dict[str, Any], adapters: dict[str, Any]) -> None:
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    path = request["adapter"]
+    if path and path not in adapters:
+        adapters[path] = LoRARequest(os.path.basename(path), len(adapters) + 1, path)  # noqa: PTH119
+    limits = SamplingParams(temperature=0, max_tokens=request["tokens"], ignore_eos=True)
+    prompt = {"prompt_token_ids": request["prompt"]}
+    engine.add_request(number, prompt, limits, lora_request=adapters.get(path))
 
 
 def _answer(stream: IO[str], value: dict[str, Any]) -> None:
