@@ -11,6 +11,7 @@ CHAINS = "chains"
 REFS = "refs/variants"
 EQUIVALENCE = "equivalence"
 DECISIONS = "refs/equivalence"
+WISHES = "refs/wishes"
 LEASES = "leases"
 CONDEMNED = "condemned"
 
@@ -45,6 +46,11 @@ def decision_key(digest: str, number: int) -> str:
     return f"{DECISIONS}/{digest}/{number}"
 
 
+def wish_key(name: str, number: int) -> str:
+    """Key of one change of what is wished about a variant's placement."""
+    return f"{WISHES}/{name}/{number}"
+
+
 def digest_of(key: str) -> str | None:
     """Return the digest that a blob's, manifest's or record's key names, or None for a stray object."""
     last = key.rpartition("/")[2].removesuffix(".json")
@@ -60,6 +66,14 @@ def decision_of(key: str) -> tuple[str, int] | None:
     if not key.startswith(DECISIONS) or not is_digest(digest) or not _is_number(number) or len(number) > 9:
         return None
     return digest, int(number)
+
+
+def wish_of(key: str) -> tuple[str, int] | None:
+    """Return name and number that a wish's key names, or None for a stray object."""
+    name, _, number = key.removeprefix(f"{WISHES}/").rpartition("/")
+    if not key.startswith(f"{WISHES}/") or "/" in name or not name or not _is_number(number):
+        return None
+    return (name, int(number)) if len(number) <= 9 else None
 
 
 def version_of(key: str) -> tuple[str, int] | None:

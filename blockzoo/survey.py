@@ -86,7 +86,8 @@ class Survey:
         ]
         reachable = set().union(*self._by_name.values()) if self._by_name else set()
         stored = self._stored_bytes(self._with_bases(reachable))
-        manifests = (layout.BLOCKS, layout.CHAINS, layout.REFS, layout.EQUIVALENCE, layout.DECISIONS)
+        refs = (layout.REFS, layout.DECISIONS, layout.WISHES)
+        manifests = (layout.BLOCKS, layout.CHAINS, layout.EQUIVALENCE, *refs)
         return UsageReport(
             rows=tuple(rows),
             checkpoint_bytes=sum(row.checkpoint_bytes for row in rows),

@@ -22,6 +22,7 @@ from blockzoo.manifest import BlobId, VariantRecord
 from blockzoo.manifest_json import block_from_json, chain_from_json, variant_to_json
 from blockzoo.storage.base import ObjectInfo
 from blockzoo.store import ZooStore
+from blockzoo.wishes import WishBook
 
 FOLDERS = (
     layout.REFS,
@@ -30,6 +31,7 @@ FOLDERS = (
     layout.BLOBS,
     layout.EQUIVALENCE,
     layout.DECISIONS,
+    layout.WISHES,
 )
 """Everything that is read."""
 
@@ -46,7 +48,7 @@ class Problem:
         missing: True when it is not there, False when it is damaged.
         message: what is wrong with it.
         variants: the versions (`name@n`) that need it; none for a leftover that gc will take and for what is
-            known about equivalence.
+            known about equivalence or wished about placement.
         repaired: whether good bytes have replaced it.
     """
 
@@ -85,7 +87,7 @@ def verify(
     repair_from: ZooStore | None = None,
     on_object: Callable[[ObjectInfo], None] | None = None,
 ) -> VerifyReport:
-    """Check every blob, manifest, ref, equivalence record and decision.
+    """Check every blob, manifest, ref, equivalence record, decision and placement wish.
 
     Args:
         store: the zoo.
@@ -96,8 +98,9 @@ def verify(
     strays: list[str] = []
     for folder in FOLDERS:
         for info in store.storage.list(folder):
-            known = layout.digest_of(info.key) or layout.version_of(info.key) or layout.decision_of(info.key)
-            objects.append(info) if known else strays.append(info.key)
+            known = (layout.digest_of, layout.version_of, layout.decision_of, layout.wish_of)
+            is_ours = any(parse(info.key) for parse in known)
+            objects.append(info) if is_ours else strays.append(info.key)
     found = {problem.key: problem for problem in _read_all(store, objects, on_object)}
     _add_missing(store, found)
     problems = list(found.values())
@@ -135,9 +138,12 @@ def _read_all(
 def _check_object(store: ZooStore, key: str) -> None:
     """Raise CorruptionError or NotFoundError unless the object is what its key says."""
     ref = layout.version_of(key)
+    wish = layout.wish_of(key)
     decision = layout.decision_of(key)
     digest = layout.digest_of(key)
-    if decision is not None:
+    if wish is not None:
+        WishBook(store).read(*wish)
+    elif decision is not None:
         Ledger(store).decision(RecordId(decision[0]), decision[1])
     elif digest is None:
         assert ref is not None, key

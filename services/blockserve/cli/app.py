@@ -17,6 +17,7 @@ from blockserve.cli import (
     equivalence_verbs,
     generate,
     inspect_verbs,
+    placement_verbs,
     serve,
     server_verbs,
 )
@@ -53,6 +54,7 @@ def build_app(arguments: Sequence[str]) -> typer.Typer:
         (SERVER_PANEL, (_service(serve.SERVE, arguments),)),
         (SERVER_PANEL, (server_verbs.status, server_verbs.load, server_verbs.unload, version)),
         (CLUSTER_PANEL, (cluster_verbs.up, cluster_verbs.down, server_verbs.drain)),
+        (CLUSTER_PANEL, placement_verbs.VERBS),
         (CLUSTER_PANEL, tuple(_service(one, arguments) for one in serve.CLUSTER)),
         (CLIENT_PANEL, (generate.generate, chat.chat)),
     ):

@@ -48,6 +48,7 @@ class Placer:
         ledger = self._ledger_for(problem)
         ledger.take_workers(problem.workers, self.config.headroom)
         self._take_present(ledger, problem)
+        ledger.take_bars(problem.wishes.barred)
         demand = Demand(problem, self.config)
         ledger.begin(demand.load_per_link)
         pinned, refused = _pin(ledger, problem.wishes.pins)

@@ -7,7 +7,7 @@ once per worker, however many chains use it there.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,7 @@ class Ledger:
         host: [slots].
         load: sum over what a slot holds of `load_per_link`, [slots].
         load_per_link: of each chain.
+        barred: slots that are not to hold a chain, by chain.
     """
 
     def __init__(self, catalog: Catalog, workers: int) -> None:
@@ -52,6 +53,7 @@ class Ledger:
         self.host = [""] * count
         self.load = np.zeros(count)
         self.load_per_link: Mapping[ChainId, int] = {}
+        self.barred: dict[ChainId, set[int]] = {}
         self._uses: list[dict[int, int]] = [{} for _ in range(count)]
         self._held = np.zeros((catalog.shared, count), dtype=bool)
         self._own_holders: dict[int, set[int]] = defaultdict(set)
@@ -75,6 +77,15 @@ class Ledger:
             self.slots[worker], self.names[slot], self.host[slot] = slot, worker, capacity.host
             self.speed[slot], self.rank[slot] = max(capacity.speed, 1e-9), rank
             self.room[slot] = capacity.block_bytes * (1 - headroom) if capacity.block_bytes else np.inf
+
+    def take_bars(self, barred: Iterable[tuple[WorkerId, ChainId]]) -> None:
+        """Know which workers are not to hold a chain, and give up what they have of it."""
+        self.barred = {}
+        for worker, chain in sorted(barred):
+            if worker in self.slots and chain in self.catalog.chains:
+                slot = self.slots[worker]
+                self.barred.setdefault(chain, set()).add(slot)
+                self.clear(slot, self.catalog.chains[chain])
 
     @property
     def free(self) -> Floats:

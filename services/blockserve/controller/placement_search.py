@@ -55,7 +55,7 @@ class Search:
     def nearest(self, chain: CatalogChain, most_bytes: float) -> int | None:
         """The slot that has to load the least, and at most `most_bytes`, to hold all of a chain."""
         added = self._ledger.added(chain, chain.whole)
-        fits = (added <= self._ledger.free) & (added <= most_bytes)
+        fits = (added <= self._ledger.free) & (added <= most_bytes) & self._allowed(chain)
         return _first(fits, added, self._ledger.rank) if fits.any() else None
 
     def slots(self, chain: CatalogChain, run: Run) -> list[tuple[int, Run]] | None:
@@ -110,11 +110,17 @@ class Search:
 
     def _may_hold(self, chain: CatalogChain, run: Run) -> Mask:
         """Those with nothing of the chain, or what touches the run: a path cannot visit a worker twice."""
-        may_hold = np.ones(len(self._ledger.names), dtype=bool)
+        may_hold = self._allowed(chain)
         for slot, one in self._pieces(chain):
             if one.end != run.first and one.first != run.end:
                 may_hold[slot] = False
         return may_hold
+
+    def _allowed(self, chain: CatalogChain) -> Mask:
+        """Those that are not barred from the chain."""
+        allowed = np.ones(len(self._ledger.names), dtype=bool)
+        allowed[list(self._ledger.barred.get(chain.id, ()))] = False
+        return allowed
 
 
 def _first(mask: Mask, *keys: Floats | npt.NDArray[np.int64]) -> int:

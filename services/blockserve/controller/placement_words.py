@@ -41,11 +41,13 @@ class Wishes:
         pins: go before everything else.
         replicas: of chains, in place of what their traffic asks for.
         evicted: chains that nobody is to hold.
+        barred: workers that are not to hold a chain; pins go before them.
     """
 
     pins: tuple[Pin, ...] = ()
     replicas: Mapping[ChainId, int] = field(default_factory=dict)
     evicted: frozenset[ChainId] = frozenset()
+    barred: frozenset[tuple[WorkerId, ChainId]] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,20 +8,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 from blockserve.common.cluster import ClusterView, Placement, WorkerState
 from blockserve.common.errors import StaleLeaderError, StateStoreError
 from blockserve.common.state_store import FencingToken, StateStore
 from blockserve.common.tasks import end
+from blockserve.common.wishes import EVICT_SECONDS, chain_of
 from blockserve.controller.placement import Placer
 from blockserve.controller.placement_words import (
+    Pin,
     PlacementConfig,
+    PlacementPlan,
     PlacementProblem,
     WorkerCapacity,
 )
+from blockserve.controller.wished import WishedChain, make_room, to_wishes
 from blockzoo.errors import BlockzooError
 from blockzoo.manifest import BlockId, ChainId, ChainManifest
+from blockzoo.wishes import WishBook
 from blockzoo.zoo import Zoo
 
 log = logging.getLogger(__name__)
@@ -35,6 +41,8 @@ class Planner:
 
     Attributes:
         left_out: chains that the last placement had no room for, and why.
+        refused_pins: of the last placement.
+        view: the cluster as last seen, whether or not this controller leads.
     """
 
     def __init__(
@@ -67,7 +75,10 @@ class Planner:
         self._token: FencingToken | None = None
         self._task: asyncio.Task[None] | None = None
         self._placer = Placer(PlacementConfig(headroom=HEADROOM, least_replicas=replicas))
+        self._wishes = WishBook(zoo.store)
         self.left_out: Mapping[ChainId, str] = {}
+        self.refused_pins: tuple[Pin, ...] = ()
+        self.view = ClusterView()
 
     @property
     def leads(self) -> bool:
@@ -108,16 +119,16 @@ class Planner:
         if token is not None and self._token is None:
             log.info("leading token=%d", token)
         self._token = token
+        self.view = view = await self._store.view()
         if token is None:
             return
-        view = await self._store.view()
         placement = await self.plan(view, await self._store.demand())
         if placement.workers != view.placement.workers:
             stored = await self._store.place(placement, token)
             log.info("placed version=%d workers=%d", stored.version, len(stored.workers))
 
     async def plan(self, view: ClusterView, demand: Mapping[ChainId, float]) -> Placement:
-        """The placement for what is asked for, on the workers that take requests."""
+        """The placement for what is asked for and wished, on the workers that take requests."""
         workers = {
             name: WorkerCapacity(one.record.block_bytes, one.record.speed, one.record.host)
             for name, one in view.workers.items()
@@ -125,20 +136,69 @@ class Planner:
         }
         if not workers:
             return Placement(view.placement.version)
-        wanted = [chain for chain in demand if await self._know(chain)]
+        wished, evicted = await self._read_wishes()
+        asked = (*demand, *(one.chain for one in wished if one.wish.asks_to_hold))
+        wanted = [chain for chain in dict.fromkeys(asked) if await self._know(chain)]
+        names = {worker: view.workers[worker].record.name for worker in workers}
         problem = PlacementProblem(
             chains={chain: self._manifests[chain].links for chain in wanted},
             block_bytes=self._sizes,
             workers=workers,
-            traffic={chain: demand[chain] for chain in wanted},
+            traffic={chain: demand.get(chain, 0.0) for chain in wanted},
             present=view.placement.workers,
+            wishes=to_wishes(
+                wished,
+                names,
+                view.placement.workers,
+                called=demand,
+                least_replicas=self._placer.config.least_replicas,
+                evicted=evicted,
+            ),
         )
-        plan = await asyncio.to_thread(self._placer.place, problem)
+        pinned = {one.chain for one in wished if one.wish.pinned}
+        plan = await asyncio.to_thread(self._place, problem, pinned)
+        self._tell(plan)
+        return Placement(view.placement.version, plan.workers)
+
+    def _place(self, problem: PlacementProblem, pinned: Collection[ChainId]) -> PlacementPlan:
+        """Place; where a pinned chain found no room, once more with a home made for it."""
+        plan = self._placer.place(problem)
+        homeless = sorted(plan.report.left_out.keys() & set(pinned))
+        if not homeless:
+            return plan
+        pinned_chains = {*homeless, *(pin.chain for pin in problem.wishes.pins)}
+        sizes = {chain: self._bytes(chain) for chain in pinned_chains}
+        wishes = make_room(problem.wishes, homeless, problem.workers, sizes)
+        return self._placer.place(replace(problem, wishes=wishes))
+
+    def _tell(self, plan: PlacementPlan) -> None:
+        """Log what could not be done, once."""
         if plan.report.left_out != self.left_out:
             self.left_out = plan.report.left_out
             for chain, why in self.left_out.items():
                 log.warning("no room chain=%s: %s", chain[:12], why)
-        return Placement(view.placement.version, plan.workers)
+        if plan.report.refused_pins != self.refused_pins:
+            self.refused_pins = plan.report.refused_pins
+            for pin in self.refused_pins:
+                log.warning("no room for a wish worker=%s chain=%s", pin.worker, pin.chain[:12])
+
+    async def _read_wishes(self) -> tuple[list[WishedChain], set[ChainId]]:
+        """What is wished about chains that can be read, and what was evicted a moment ago."""
+        wishes, problems = await asyncio.to_thread(self._wishes.current)
+        for key, error in problems.items():
+            log.error("a wish cannot be read key=%s: %s", key, error)
+        now = self._zoo.store.clock.now()
+        evicted = {one.evicted for one in wishes.values() if one.evicted and now - one.at < EVICT_SECONDS}
+        wished: list[WishedChain] = []
+        for wish in wishes.values():
+            chain = None if wish.is_empty else await asyncio.to_thread(chain_of, self._zoo, wish)
+            if chain is not None and await self._know(chain):
+                wished.append(WishedChain(chain, len(self._manifests[chain].links), wish))
+        return wished, evicted
+
+    def _bytes(self, chain: ChainId) -> int:
+        blocks = {block for link in self._manifests[chain].links for block in (link.base, *link.applied)}
+        return sum(self._sizes[block] for block in blocks)
 
     async def _know(self, chain: ChainId) -> bool:
         """Read a chain and the sizes of its blocks once; False for one that cannot be read."""

@@ -10,7 +10,7 @@ from importlib.metadata import version
 
 import grpc
 
-from blockproto.v1 import zoo_pb2, zoo_pb2_grpc
+from blockproto.v1 import placement_pb2_grpc, zoo_pb2, zoo_pb2_grpc
 from blockserve.common.health import NOT_SERVING, SERVING, HealthReporter
 from blockserve.common.listen import (
     TokenInterceptor,
@@ -23,6 +23,9 @@ from blockserve.common.listen import (
 from blockserve.common.state_config import open_store
 from blockserve.common.state_store import StateStore
 from blockserve.common.status import ErrorInterceptor
+from blockserve.common.wish_servicer import SERVICE as PLACEMENT_SERVICE
+from blockserve.common.wish_servicer import PlacementServicer
+from blockserve.common.wishes import WishKeeper
 from blockserve.controller.planner import Planner
 from blockserve.controller.servicer import ZooServicer
 from blockserve.controller.settings import ControllerSettings
@@ -30,7 +33,7 @@ from blockzoo.zoo import Zoo
 
 log = logging.getLogger(__name__)
 
-SERVICES = (zoo_pb2.DESCRIPTOR.services_by_name["ZooService"].full_name,)
+SERVICES = (zoo_pb2.DESCRIPTOR.services_by_name["ZooService"].full_name, PLACEMENT_SERVICE)
 CLOSE_SECONDS = 2.0
 """How long calls in progress may take to end."""
 
@@ -79,14 +82,8 @@ class ControllerServer:
         limits = settings.controller.within_messages(settings.max_message_bytes)
         self._servicer = ZooServicer(zoo, limits, on_change=lambda name: log.info("changed name=%s", name))
         zoo_pb2_grpc.add_ZooServiceServicer_to_server(self._servicer, self._server)
-        self._health.add_to(self._server)
-        if settings.serves_reflection:
-            enable_reflection(self._server, SERVICES)
-        await self._health.set(NOT_SERVING)
-        await self._server.start()
-        self._is_started = True
         self._store = open_store(settings.state)
-        self._planner = Planner(
+        self._planner = planner = Planner(
             zoo,
             self._store,
             f"{platform.node()}-{secrets.token_hex(4)}",
@@ -94,7 +91,15 @@ class ControllerServer:
             look_seconds=settings.look_seconds,
             replicas=settings.replicas,
         )
-        self._planner.start()
+        keeper = WishKeeper(zoo, lambda: planner.view)
+        placement_pb2_grpc.add_PlacementServiceServicer_to_server(PlacementServicer(keeper), self._server)
+        self._health.add_to(self._server)
+        if settings.serves_reflection:
+            enable_reflection(self._server, SERVICES)
+        await self._health.set(NOT_SERVING)
+        await self._server.start()
+        self._is_started = True
+        planner.start()
         await self._health.set(SERVING)
         log.info("ready address=%s zoo=%s version=%s", self.address, zoo.url, version("blockzoo"))
 

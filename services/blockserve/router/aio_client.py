@@ -23,10 +23,19 @@ from typing import Any, Self, TypedDict, Unpack
 
 import grpc
 
-from blockproto.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
+from blockproto.v1 import (
+    admin_pb2,
+    admin_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+    placement_pb2,
+    placement_pb2_grpc,
+)
 from blockserve.common.channel import DEFAULT_TARGET, Credentials, open_channel
 from blockserve.common.errors import DeadlineExceededError, RemoteError, UnavailableError
 from blockserve.common.rpc_errors import from_rpc_error
+from blockserve.common.wish_servicer import from_message
+from blockserve.common.wishes import WishStatus
 from blockserve.router import convert
 from blockserve.router.calls import GenerateCall, Prompt, SamplingWishes, StoppingWishes
 from blockserve.router.chat import Conversation
@@ -131,6 +140,7 @@ class AsyncClient:
         self._resume_attempts = resume_attempts
         self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._admin = admin_pb2_grpc.AdminServiceStub(self._channel)
+        self._placement = placement_pb2_grpc.PlacementServiceStub(self._channel)
 
     async def __aenter__(self) -> Self:
         return self
@@ -232,6 +242,39 @@ class AsyncClient:
         """Have a worker of the cluster take no new requests, or some again; how many it gave back."""
         request = admin_pb2.DrainWorkerRequest(worker=worker, seconds=seconds, resume=resume)
         return int((await self._call(self._admin.DrainWorker, request)).given_back)
+
+    async def wish(
+        self,
+        variant: str,
+        *,
+        pinned: bool | None = None,
+        replicas: int | None = None,
+        workers: Sequence[str] | None = None,
+    ) -> WishStatus:
+        """Change what is wished about a variant's place in the cluster; None leaves a part as it is.
+
+        Args:
+            variant: its name; the wish follows it to its newest version.
+            pinned: hold it even while nobody calls it.
+            replicas: how many workers are to hold it; 0 leaves that to its traffic.
+            workers: which workers are to hold it; none leaves that to placement.
+        """
+        if replicas is not None and not 0 <= replicas < 1 << 32:
+            raise InvalidInputError(f"replicas: {replicas} is no number of workers", field="replicas")
+        request = placement_pb2.SetWishRequest(variant=variant, pinned=pinned, replicas=replicas)
+        if workers is not None:
+            request.workers.CopyFrom(placement_pb2.WorkerNames(names=workers))
+        return from_message((await self._call(self._placement.SetWish, request)).wish)
+
+    async def evict(self, variant: str, worker: str = "") -> WishStatus:
+        """Withdraw a variant's wishes and have workers let go of it; with `worker`, only that one."""
+        request = placement_pb2.EvictVariantRequest(variant=variant, worker=worker)
+        return from_message((await self._call(self._placement.EvictVariant, request)).wish)
+
+    async def wishes(self) -> list[WishStatus]:
+        """What is wished about which variants, by name."""
+        answer = await self._call(self._placement.ListWishes, placement_pb2.ListWishesRequest())
+        return [from_message(wish) for wish in answer.wishes]
 
     async def _call(self, method: Any, request: Any) -> Any:
         try:

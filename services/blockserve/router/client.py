@@ -19,6 +19,7 @@ from contextlib import suppress
 from typing import Any, Self, TypeVar, Unpack
 
 from blockserve.common.channel import DEFAULT_TARGET, Credentials
+from blockserve.common.wishes import WishStatus
 from blockserve.router.aio_client import AsyncClient, AsyncGeneration, GenerateOptions, Message
 from blockserve.router.results import Chunk, Completion, ModelInfo, ServerStatus, Tokenized
 
@@ -168,6 +169,25 @@ class Client:
     def drain_worker(self, worker: str, seconds: float, *, resume: bool = False) -> int:
         """As `AsyncClient.drain_worker`."""
         return int(self._portal.run(self._client.drain_worker(worker, seconds, resume=resume)))
+
+    def wish(
+        self,
+        variant: str,
+        *,
+        pinned: bool | None = None,
+        replicas: int | None = None,
+        workers: Sequence[str] | None = None,
+    ) -> WishStatus:
+        """As `AsyncClient.wish`."""
+        return self._portal.run(self._client.wish(variant, pinned=pinned, replicas=replicas, workers=workers))
+
+    def evict(self, variant: str, worker: str = "") -> WishStatus:
+        """As `AsyncClient.evict`."""
+        return self._portal.run(self._client.evict(variant, worker))
+
+    def wishes(self) -> list[WishStatus]:
+        """As `AsyncClient.wishes`."""
+        return self._portal.run(self._client.wishes())
 
 
 class _Portal:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable, Collection
 from contextlib import suppress
 
 from blockserve.common.errors import StateStoreError
@@ -28,13 +29,18 @@ SMOOTHING = 0.2
 class DemandTeller:
     """Counts requests by chain and tells their rates. One event loop. See `cluster.Loader`."""
 
-    def __init__(self, store: StateStore, router: str) -> None:
+    def __init__(
+        self, store: StateStore, router: str, *, evicted: Callable[[], Collection[ChainId]] = tuple
+    ) -> None:
         """Prepare; `start` begins to tell.
 
         Args:
             store: shared state.
             router: names this process.
+            evicted: chains that operators had unloaded since it was called last (blocking); what was asked
+                for before is forgotten.
         """
+        self._evicted = evicted
         self._store = store
         self._router = router
         self._counts: dict[ChainId, int] = {}
@@ -65,9 +71,12 @@ class DemandTeller:
 
     async def unload(self, chain: ChainId) -> None:
         """Ask for a chain no more."""
+        self._forget(chain)
+        self._wake.set()
+
+    def _forget(self, chain: ChainId) -> None:
         for known in (self._counts, self._rates, self._asked):
             known.pop(chain, None)
-        self._wake.set()
 
     async def _run(self) -> None:
         told = time.monotonic()
@@ -76,6 +85,8 @@ class DemandTeller:
                 async with asyncio.timeout(TELL_SECONDS):
                     await self._wake.wait()
             self._wake.clear()
+            for chain in await asyncio.to_thread(self._evicted):
+                self._forget(chain)
             now = time.monotonic()
             self._update(max(now - told, 1e-3))
             told = now

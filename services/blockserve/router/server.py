@@ -9,7 +9,7 @@ from importlib.metadata import version
 
 import grpc
 
-from blockproto.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
+from blockproto.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc, placement_pb2_grpc
 from blockserve.common.health import NOT_SERVING, SERVING, HealthReporter
 from blockserve.common.listen import (
     TokenInterceptor,
@@ -23,6 +23,9 @@ from blockserve.common.state_config import open_store
 from blockserve.common.state_store import StateStore
 from blockserve.common.status import ErrorInterceptor
 from blockserve.common.tasks import end
+from blockserve.common.wish_servicer import SERVICE as PLACEMENT_SERVICE
+from blockserve.common.wish_servicer import PlacementServicer
+from blockserve.common.wishes import EvictionFeed, WishKeeper
 from blockserve.router.adaptive import AdaptiveAssembly
 from blockserve.router.chat import ChatRenderer
 from blockserve.router.choosing import ZooPathChooser
@@ -33,6 +36,7 @@ from blockserve.router.servicer import AdminServicer, InferenceServicer
 from blockserve.router.settings import RouterSettings
 from blockserve.router.watching import ClusterWatch
 from blockzoo.equivalence import Approvals
+from blockzoo.wishes import WishBook
 from blockzoo.zoo import Zoo
 
 log = logging.getLogger(__name__)
@@ -40,6 +44,7 @@ log = logging.getLogger(__name__)
 SERVICES = (
     inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
     admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name,
+    PLACEMENT_SERVICE,
 )
 CLOSE_SECONDS = 2.0
 """How long connections may take to close once no answer is left."""
@@ -98,7 +103,8 @@ class RouterServer:
         zoo = await asyncio.to_thread(Zoo.open, settings.zoo)
         self._renderer = ChatRenderer(chat_limits(settings.router))
         self._store = self._store or open_store(settings.state)
-        self._demand = DemandTeller(self._store, f"router-{secrets.token_hex(4)}")
+        feed = EvictionFeed(WishBook(zoo.store))
+        self._demand = DemandTeller(self._store, f"router-{secrets.token_hex(4)}", evicted=feed)
         chooser = ZooPathChooser(zoo)
         approvals = await asyncio.to_thread(Approvals, zoo.store)
         adaptive = AdaptiveAssembly(approvals, chooser, settings.adaptive)
@@ -107,6 +113,8 @@ class RouterServer:
             chooser, self._demand, settings.peer_credentials(), settings.failover, settings.kv
         )
         self.engine.on_request = self._demand.note
+        engine = self.engine
+        keeper = WishKeeper(zoo, lambda: engine.view)
         self._router = Router(
             zoo,
             self.engine,
@@ -115,11 +123,13 @@ class RouterServer:
             renderer=self._renderer,
             adaptive=adaptive,
             operator=self.engine,
+            wishes=keeper,
         )
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(
             InferenceServicer(self._router), self._server
         )
         admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(self._router), self._server)
+        placement_pb2_grpc.add_PlacementServiceServicer_to_server(PlacementServicer(keeper), self._server)
         self._health.add_to(self._server)
         if settings.serves_reflection:
             enable_reflection(self._server, SERVICES)

@@ -24,6 +24,7 @@ from blockserve.common.errors import (
     WorkerNotFoundError,
 )
 from blockserve.common.metrics import AnswerMeter, MetricsRegistry, RequestMeter, RequestMetrics
+from blockserve.common.wishes import WishKeeper
 from blockserve.router.adaptive import AdaptiveAssembly
 from blockserve.router.admission import Admission
 from blockserve.router.calls import GenerateCall
@@ -68,6 +69,7 @@ class Router:
         metrics: RequestMetrics | None = None,
         adaptive: AdaptiveAssembly | None = None,
         operator: WorkerOperator | None = None,
+        wishes: WishKeeper | None = None,
     ) -> None:
         """Put the parts together.
 
@@ -81,7 +83,9 @@ class Router:
             metrics: where requests are counted; None counts into a registry that nobody reads.
             adaptive: chooses among approved equivalents; None always runs a variant's own chain.
             operator: acts on workers; None where there are none.
+            wishes: keeps what is to stay loaded in a cluster; None where there is one process.
         """
+        self._wishes = wishes
         self._operator = operator
         self._adaptive = adaptive
         self._instance = secrets.token_hex(3)
@@ -236,6 +240,8 @@ class Router:
         """
         started = time.monotonic()
         variant = await self._catalog.get(ref)
+        if self._wishes is not None and pinned is not None:
+            await self._wishes.wish(ref, pinned=pinned)
         await self._loader.ensure(variant.record.chain)
         if pinned is not None:
             await self._engine.load(variant.record.chain, pinned=pinned)
@@ -244,6 +250,8 @@ class Router:
     async def unload(self, ref: str) -> str:
         """Let go of a variant's blocks once its requests have ended; its chain's digest."""
         variant = await self._catalog.get(ref)
+        if self._wishes is not None and "@" not in ref:
+            await self._wishes.wish(ref, pinned=False)
         await self._engine.unload(variant.record.chain)
         return variant.record.chain
 

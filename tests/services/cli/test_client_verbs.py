@@ -265,3 +265,27 @@ def test_watch_without_json_prints_a_line_each_time_in_a_pipe(run, served, monke
     monkeypatch.setattr(server_verbs.threading, "Event", Patched(ThreeTimes()))
     lines = run("status", "-w", 1).out.splitlines()
     assert lines == ["0 running, 0 waiting, 12 of 100 KV pages, 0 chains loaded"] * 3
+
+
+def test_wishes_where_one_process_serves_alone(run, served):
+    assert run("pin", "tale", "--json").json == {"model": "tale"}
+    assert run("status", "--json").json["chains"][0]["pinned"]
+    assert run("pin", "tale", "--off").out == "tale is no longer pinned.\n"
+    assert not run("status", "--json").json["chains"][0]["pinned"]
+    assert run("evict", "tale").out == "tale is unloaded.\n"
+    assert run("status", "--json").json["chains"] == []
+    for words in (
+        ["place"],
+        ["place", "tale", "w"],
+        ["replicas", "tale", 2],
+        ["evict", "tale", "--worker", "w"],
+    ):
+        outcome = run(*words, "--json")
+        assert outcome.code == 1
+        assert "one process" in outcome.error["message"]
+        assert "blockzoo pin" in outcome.error["hint"]
+
+
+def test_place_needs_workers_or_anywhere(run, served):
+    for words in (["tale"], ["tale", "w", "--anywhere"], ["--anywhere"]):
+        assert run("place", *words).code == 2

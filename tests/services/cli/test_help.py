@@ -11,7 +11,7 @@ from blockserve.cli.app import build_app, reflow
 VERBS = {
     "register", "ls", "show", "du", "diff", "export", "rm", "rollback", "gc", "verify", "backup", "restore",
     "serve", "status", "load", "unload", "version", "generate", "chat",
-    "up", "down", "drain", "worker", "router", "controller",
+    "up", "down", "drain", "pin", "place", "replicas", "evict", "worker", "router", "controller",
 }  # fmt: skip
 PROCESSES = {"serve", "worker", "router", "controller", "up"}
 WITH_JSON = VERBS - PROCESSES - {"chat"}

@@ -108,6 +108,9 @@ def problems(draw, chains=(0, 5), workers=(0, 4), memory=MEMORY):
         tuple(pins),
         draw(st.dictionaries(names, st.integers(1, 3), max_size=1)),
         draw(st.frozensets(names, max_size=1)),
+        frozenset(
+            draw(st.lists(st.tuples(st.sampled_from([*workers, WorkerId("away")]), names), max_size=2))
+        ),
     )
     return PlacementProblem(chains, sizes, workers, traffic, present, wishes)
 
@@ -121,6 +124,8 @@ def test_a_placement_keeps_its_promises(problem):
     for worker, held in plan.workers.items():
         assert bytes_of(problem, names_of(problem, held)) <= problem.workers[worker].block_bytes
         assert not {one.chain for one in held} & problem.wishes.evicted
+        pinned = {pin.chain for pin in problem.wishes.pins if pin.worker == worker}
+        assert not {(worker, one.chain) for one in held if one.chain not in pinned} & problem.wishes.barred
     for chain in problem.chains.keys() - problem.wishes.evicted:
         there = copies(problem, plan.workers, chain)
         assert (min(there) == 0) == (chain in report.left_out)
@@ -161,7 +166,9 @@ def test_what_a_placer_remembers_does_not_show(problem, data):
         plan = placer.place(problem)
         assert plan == place(problem)
         problem = replace(problem, present=plan.workers)
-        change = data.draw(st.sampled_from(["lose", "join", "traffic", "pin", "evict", "chain", "forget"]))
+        change = data.draw(
+            st.sampled_from(["lose", "join", "traffic", "pin", "evict", "bar", "chain", "forget"])
+        )
         workers, chains = dict(problem.workers), dict(problem.chains)
         names = sorted(chains) or [ChainId("gone")]
         if change == "lose" and workers:
@@ -177,6 +184,9 @@ def test_what_a_placer_remembers_does_not_show(problem, data):
             problem = replace(problem, wishes=Wishes((pin,)))
         elif change == "evict":
             problem = replace(problem, wishes=Wishes(evicted=frozenset({data.draw(st.sampled_from(names))})))
+        elif change == "bar" and workers:
+            bar = (data.draw(st.sampled_from(sorted(workers))), data.draw(st.sampled_from(names)))
+            problem = replace(problem, wishes=Wishes(barred=frozenset({bar})))
         elif change == "chain" and chains:
             del chains[data.draw(st.sampled_from(sorted(chains)))]
             problem = replace(problem, chains=chains)

@@ -1,0 +1,204 @@
+"""Verbs for an operator's wishes about placement in a cluster: pin, place, replicas, evict."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from blockserve.cli.connection import Connection, connects
+from blockserve.cli.options import JsonOption, NameArgument
+from blockserve.cli.output import add_row, make_table, print_json, say
+from blockserve.cli.server_verbs import CALL_TIMEOUT_S
+
+if TYPE_CHECKING:
+    from blockserve.common.wishes import WishStatus
+
+NO_CLUSTER = "UNIMPLEMENTED"
+"""The status with which a process that serves alone answers."""
+
+
+@connects
+def pin(
+    name: NameArgument,
+    off: Annotated[bool, typer.Option("--off", help="Pin it no longer.")] = False,
+    as_json: JsonOption = False,
+    *,
+    connection: Connection,
+) -> None:
+    """Keep a variant in memory though nobody calls it.
+
+    In a cluster it stays where it is held; where there is no room, what nobody pinned makes some. The wish
+    is kept in the zoo, over restarts, and follows the name to its newest version. Where one process serves
+    alone this is `blockzoo load --pin`, for as long as it runs.
+
+    \b
+    Examples:
+      blockzoo pin support-bot
+      blockzoo pin support-bot --off
+    """
+    from blockserve.common.errors import RemoteError
+
+    with connection.open() as client:
+        try:
+            status = client.wish(name, pinned=not off)
+        except RemoteError as error:
+            if error.code != NO_CLUSTER:
+                raise
+            client.load(name, pinned=not off)
+            _tell_alone(name, "is no longer pinned" if off else "is pinned", as_json)
+            return
+    _tell(status, as_json)
+
+
+@connects
+def place(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="The variant's name.")] = None,
+    workers: Annotated[
+        list[str] | None, typer.Argument(metavar="WORKER", help="Who is to hold it; each holds all of it.")
+    ] = None,
+    anywhere: Annotated[bool, typer.Option("--anywhere", help="Leave its place to placement.")] = False,
+    as_json: JsonOption = False,
+    *,
+    connection: Connection,
+) -> None:
+    """Say which workers of a cluster hold a variant; without arguments, list what is wished.
+
+    It moves there, and stays there though nobody calls it. While none of these workers lives, another one
+    holds it. `blockzoo status` lists the workers.
+
+    \b
+    Examples:
+      blockzoo place support-bot worker-1
+      blockzoo place support-bot worker-1 worker-2
+      blockzoo place support-bot --anywhere
+      blockzoo place
+    """
+    if anywhere if name is None else anywhere == bool(workers):
+        raise typer.BadParameter("name a variant and the workers that are to hold it, or --anywhere.")
+    with connection.open(timeout=CALL_TIMEOUT_S) as client, _needs_cluster():
+        if name is None:
+            _print_wishes(client.wishes(), as_json)
+            return
+        status = client.wish(name, workers=workers or [])
+    _tell(status, as_json)
+
+
+@connects
+def replicas(
+    name: NameArgument,
+    count: Annotated[
+        int,
+        typer.Argument(metavar="N", min=0, help="How many workers; 0 leaves that to its traffic."),
+    ],
+    as_json: JsonOption = False,
+    *,
+    connection: Connection,
+) -> None:
+    """Say how many workers of a cluster hold a variant, in place of what its traffic asks for.
+
+    \b
+    Examples:
+      blockzoo replicas support-bot 2
+      blockzoo replicas support-bot 0
+    """
+    with connection.open(timeout=CALL_TIMEOUT_S) as client, _needs_cluster():
+        status = client.wish(name, replicas=count)
+    _tell(status, as_json)
+
+
+@connects
+def evict(
+    name: NameArgument,
+    worker: Annotated[
+        str, typer.Option("--worker", metavar="WORKER", help="Only there; it stays away until placed there.")
+    ] = "",
+    as_json: JsonOption = False,
+    *,
+    connection: Connection,
+) -> None:
+    """Withdraw all that is wished about a variant and let every worker forget its blocks.
+
+    Running requests end first, and blocks that other variants use stay. Whoever calls it later has it loaded
+    again. Where one process serves alone this is `blockzoo unload`.
+
+    \b
+    Examples:
+      blockzoo evict support-bot
+      blockzoo evict support-bot --worker worker-2
+    """
+    from blockserve.common.errors import RemoteError
+
+    with connection.open() as client, _needs_cluster():
+        try:
+            status = client.evict(name, worker)
+        except RemoteError as error:
+            if error.code != NO_CLUSTER or worker:
+                raise
+            client.unload(name)
+            _tell_alone(name, "is unloaded", as_json)
+            return
+    _tell(status, as_json)
+
+
+VERBS = (pin, place, replicas, evict)
+
+
+@contextmanager
+def _needs_cluster() -> Iterator[None]:
+    """Say in a sentence that a process that serves alone has no workers to choose among."""
+    from blockserve.common.errors import RemoteError
+
+    try:
+        yield
+    except RemoteError as error:
+        if error.code != NO_CLUSTER:
+            raise
+        raise RemoteError(
+            "this server is one process, which has no workers to choose among",
+            hint="`blockzoo pin` and `blockzoo evict` say what it keeps loaded.",
+            code=error.code,
+        ) from error
+
+
+def _tell(status: WishStatus, as_json: bool) -> None:
+    if as_json:
+        print_json(dataclasses.asdict(status))
+    else:
+        say(f"{status.variant}: {_sentence(status)}.")
+
+
+def _tell_alone(name: str, what: str, as_json: bool) -> None:
+    if as_json:
+        print_json({"model": name})
+    else:
+        say(f"{name} {what}.")
+
+
+def _sentence(status: WishStatus) -> str:
+    parts = [
+        "pinned" if status.pinned else "",
+        f"{status.replicas} replicas" if status.replicas else "",
+        f"on {', '.join(status.workers)}" if status.workers else "",
+        f"not on {', '.join(status.avoid)}" if status.avoid else "",
+    ]
+    return ", ".join(part for part in parts if part) or "nothing is wished, its calls decide"
+
+
+def _print_wishes(wishes: list[WishStatus], as_json: bool) -> None:
+    from blockserve.cli.output import stdout
+
+    if as_json:
+        print_json({"wishes": [dataclasses.asdict(status) for status in wishes]})
+        return
+    if not wishes:
+        say("Nothing is wished; what is called decides.")
+        return
+    table = make_table("VARIANT", "WISHED", "PLACED ON", "SINCE")
+    for status in wishes:
+        placed = ", ".join(status.placed) or ("-" if status.chain else "not registered")
+        add_row(table, status.variant, _sentence(status), placed, status.since)
+    stdout().print(table)
