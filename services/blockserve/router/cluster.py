@@ -291,6 +291,8 @@ class ClusterEngine:
                     hint="Try again.",
                     chain=chain,
                 )
+            # Operators may have had demand forgotten meanwhile; this caller still waits.
+            await self._loader.load(chain, pinned=None)
             await self._wait_change(until)
 
     async def _wait_change(self, until: float) -> None:
