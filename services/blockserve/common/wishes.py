@@ -104,7 +104,8 @@ class WishKeeper:
                 workers=wish.workers if named is None else named,
                 avoid=tuple(name for name in wish.avoid if name not in (named or ())),
             )
-            return replace(changed, evicted=None) if changed.asks_to_hold else changed
+            # An eviction is an event: a later change must not look like another one.
+            return wish if changed == wish else replace(changed, evicted=None)
 
         return await self._change(variant, lambda _: change)
 
@@ -130,7 +131,7 @@ class WishKeeper:
 
         def bar(wish: PlacementWish) -> PlacementWish:
             others = tuple(one for one in wish.workers if one != name)
-            return replace(wish, workers=others, avoid=tuple(sorted({*wish.avoid, name})))
+            return replace(wish, workers=others, avoid=tuple(sorted({*wish.avoid, name})), evicted=None)
 
         return await self._change(variant, lambda _: bar)
 

@@ -189,6 +189,23 @@ def test_evict_withdraws_everything_and_is_over_when_routers_have_forgotten(rig:
     run(work)
 
 
+def test_a_change_after_an_eviction_does_not_evict_again(rig: Rig) -> None:
+    async def work() -> None:
+        rig.workers("a", "b")
+        feed = EvictionFeed(WishBook(rig.zoo.store))
+        await rig.keeper.evict("tuned")
+        assert feed() == [rig.chain("tuned")]
+        rig.clock.sleep(EVICT_SECONDS + 1)
+        await rig.keeper.evict("tuned", "a")
+        assert feed() == []
+        assert await rig.plan({"tuned": 3.0}) == {"a": set(), "b": {"tuned"}}
+        await rig.keeper.wish("tuned", pinned=False)
+        assert feed() == []
+        assert await rig.plan({"tuned": 3.0}) == {"a": set(), "b": {"tuned"}}
+
+    run(work)
+
+
 def test_evict_from_one_worker_keeps_it_away_until_it_is_placed_there(rig: Rig) -> None:
     async def work() -> None:
         rig.workers("a", "b")
