@@ -45,7 +45,7 @@ check)
     for file in "$fresh"/blockproto/v1/*; do
         [ -e "proto/${file#"$fresh"/}" ] || { echo "proto: ${file#"$fresh"/} is missing; run \`make proto\`" >&2; status=1; }
     done
-    PYTHONPATH=proto "$venv/bin/python" -W ignore -c 'import blockproto.v1.admin_pb2_grpc, blockproto.v1.inference_pb2_grpc, blockproto.v1.zoo_pb2_grpc'
+    PYTHONPATH=proto "$venv/bin/python" -W ignore -c 'import blockproto.v1.admin_pb2_grpc, blockproto.v1.inference_pb2_grpc, blockproto.v1.placement_pb2_grpc, blockproto.v1.zoo_pb2_grpc'
     exit $status
     ;;
 lint)

@@ -35,6 +35,39 @@ def test_a_chain_that_nobody_holds_is_told_at_once() -> None:
     assert run_teller(action, InProcessStore())[CHAIN] > 0
 
 
+def test_demand_for_what_was_evicted_is_forgotten_and_new_calls_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "TELL_SECONDS", 0.05)
+    store = InProcessStore()
+
+    async def work() -> None:
+        pending: list[ChainId] = []
+
+        def take() -> list[ChainId]:
+            taken = list(pending)
+            pending.clear()
+            return taken
+
+        teller = DemandTeller(store, "router", evicted=take)
+        teller.start()
+        try:
+            async with asyncio.timeout(10):
+                await teller.load(CHAIN)
+                while CHAIN not in await store.demand():
+                    await asyncio.sleep(0.01)
+                pending.append(CHAIN)
+                while CHAIN in await store.demand():
+                    await asyncio.sleep(0.01)
+                await teller.load(CHAIN)
+                while CHAIN not in await store.demand():
+                    await asyncio.sleep(0.01)
+        finally:
+            await teller.stop()
+
+    asyncio.run(work())
+
+
 def test_rates_are_requests_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TELL_SECONDS", 0.2)
 
