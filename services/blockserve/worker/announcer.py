@@ -81,6 +81,7 @@ class Announcer:
             kv_pages_total=report.kv_pages_total,
             block_bytes_used=report.block_bytes,
             kv_token_bytes=report.kv_token_bytes,
+            hop_seconds=self._hub.hop_seconds(),
         )
 
     async def _keep(self) -> None:

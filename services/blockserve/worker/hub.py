@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -105,6 +105,10 @@ class WorkerHub:
         """Requests begun here, and those of others that this worker executes a part of."""
         report = self.engine.report()
         return report.running_requests + report.waiting_requests
+
+    def hop_seconds(self) -> Mapping[WorkerId, float]:
+        """What one way to each worker takes that this one has a link to."""
+        return self._links.hop_seconds()
 
     # ---- blocks
 
