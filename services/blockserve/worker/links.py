@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 FROM_KEY, TO_KEY, WIRE_KEY = "blockzoo-from", "blockzoo-to", "blockzoo-wire"
 """Metadata of an exchange: who speaks, whom they believe to speak to, and in which version."""
 PROBE_SECONDS = 1.0
-"""How often the time of a hop is measured: as often as a lease is renewed, about, and nothing against tokens."""
+"""How often the time of a hop is measured: about as often as a lease is renewed."""
 PROBE_TIMEOUT_SECONDS = 5.0
 NEW_SHARE = 0.2
 """What the newest measurement counts in the moving mean."""
@@ -174,7 +174,7 @@ class _Link:
             await self._wake.wait()
 
     async def _probe(self, channel: grpc.aio.Channel) -> None:
-        """Measure the hop now and then; a call that fails measures nothing, the stream itself tells of a loss."""
+        """Measure the hop now and then; a failed call measures nothing, the stream itself tells of a loss."""
         stub, metadata = health_pb2_grpc.HealthStub(channel), self._links._credentials.metadata()
         while True:
             begun = time.perf_counter()
