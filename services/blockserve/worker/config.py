@@ -42,9 +42,9 @@ class EngineConfig:
             differ where two tokens are almost equally likely. On processors that do not multiply pairs of
             bfloat16, prompts with adapters take longer.
         inline_seconds: a worker of a cluster that computes with one thread (num_threads 1, or one core) runs
-            passes that should take no longer than this, in seconds, where news of them come, in its event
-            loop: giving them to another thread and back costs a hop of 0.2 ms and more. Its calls wait so long
-            for an answer. 0 never does that.
+            passes that should take no longer than this, in seconds, in its event loop, where the news are:
+            giving them to another thread and back adds to every hop. Its calls wait so long for an answer.
+            0 never does that.
         load_threads: blocks read, checked and laid out at the same time while a variant loads.
     """
 

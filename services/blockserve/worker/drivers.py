@@ -2,9 +2,9 @@
 
 Everything that changes an engine's state happens in one place at a time, between two passes: commands (new
 requests, cancellations, chains that come and go, what other workers say), then a pass. `ThreadDriver` has a
-thread for that, beside the event loop: long passes hold nobody up. `LoopDriver` does it in the event loop where
-the news arrive, and gives only long passes to a thread: handing a short one over and its results back, with the
-interpreter's lock changing hands each time, costs more than the pass (docs/log.md, 2026-11-27).
+thread for that, beside the event loop: long passes hold nobody up. `LoopDriver` does it in the event loop,
+where the news come, and gives only long passes to a thread: handing a short one over and its results back, with
+the interpreter's lock changing hands each time, costs more than the pass (docs/log.md, 2026-11-27).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Command = Callable[[], None]
 IDLE_SECONDS = 0.02
 """How long to wait for news, at most, while there are requests of which nothing can be computed now."""
 SETTLE_ROUNDS = 3
-"""Turns of the event loop between two passes: a message that has arrived takes as many to reach the engine."""
+"""Turns of the event loop between two passes: a message takes as many from the socket to the engine."""
 
 
 class Driver(Protocol):
