@@ -3,8 +3,8 @@
 Everything that changes an engine's state happens in one place at a time, between two passes: commands (new
 requests, cancellations, chains that come and go, what other workers say), then a pass. `ThreadDriver` has a
 thread for that, beside the event loop: long passes hold nobody up. `LoopDriver` does it in the event loop,
-where the news come, and gives only long passes to a thread: handing a short one over and its results back, with
-the interpreter's lock changing hands each time, costs more than the pass (docs/log.md, 2026-11-27).
+where the news come, and gives only long passes to a thread: handing a short one over and its results back,
+with the interpreter's lock changing hands each time, costs more than the pass (docs/log.md, 2026-11-27).
 """
 
 from __future__ import annotations
