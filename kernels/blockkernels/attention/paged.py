@@ -73,7 +73,7 @@ class PagedAttention:
         self._call = native.attention[pool_keys.dtype]
         self.num_tokens = sum(counts)
         tables = [np.ascontiguousarray(table, dtype=np.int64) for table in tables]
-        places = [table.ctypes.data for table in tables]
+        places = [_address(table) for table in tables]
         widths = [table.shape[1] for table in tables]
         self._requests = np.array([places, widths, lengths, counts], dtype=np.int64)  # [4, requests]
         self._keep = (pool_keys, pool_values, tables)  # what the addresses point into
@@ -81,7 +81,8 @@ class PagedAttention:
         self._scratch: dict[int, Tensor] = {}
         job = self._job = _Job()
         job.pool_keys, job.pool_values = pool_keys.data_ptr(), pool_values.data_ptr()
-        job.tables, job.table_strides, job.lengths, job.counts = (row.ctypes.data for row in self._requests)
+        first, row = _address(self._requests), self._requests.strides[0]
+        job.tables, job.table_strides, job.lengths, job.counts = (first + row * number for number in range(4))
         job.requests, job.page_tokens = len(counts), page_tokens
         job.kv_heads, job.head_dim = self._kv_heads, self._head_dim
         job.threads = torch.get_num_threads()
@@ -124,3 +125,9 @@ class PagedAttention:
             )
             self._scratch[heads] = torch.empty(size, dtype=torch.uint8)
         return self._scratch[heads]
+
+
+def _address(array: npt.NDArray[np.int64]) -> int:
+    """Where an array's numbers are; `array.ctypes` makes three objects to say it."""
+    address: int = array.__array_interface__["data"][0]
+    return address

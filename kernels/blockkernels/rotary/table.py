@@ -26,9 +26,18 @@ class RotaryTable:
 
         Shape: positions int64 [tokens]; results [tokens, 1, head_dim / 2].
         """
+        self._reach(end)
+        return self._cos[positions], self._sin[positions]
+
+    def run(self, first: int, end: int) -> tuple[Tensor, Tensor]:
+        """The same for positions first .. end - 1, as views."""
+        self._reach(end)
+        return self._cos[first:end], self._sin[first:end]
+
+    def _reach(self, end: int) -> None:
+        """Compute what is missing below `end`."""
         while self._cos.shape[0] < end:
             first = self._cos.shape[0]
             block = torch.arange(first, first + _BLOCK, device=self._freqs.device)
             cos, sin = rotary_table(block, self._freqs, self._dtype)
             self._cos, self._sin = torch.cat((self._cos, cos)), torch.cat((self._sin, sin))
-        return self._cos[positions], self._sin[positions]

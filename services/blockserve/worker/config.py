@@ -41,6 +41,10 @@ class EngineConfig:
             prefixes or on pre-emption (on one machine, with one number of threads; on the CPU). Off, they may
             differ where two tokens are almost equally likely. On processors that do not multiply pairs of
             bfloat16, prompts with adapters take longer.
+        inline_seconds: a worker of a cluster that computes with one thread (num_threads 1, or one core) runs
+            passes that should take no longer than this, in seconds, in its event loop, where the news are:
+            giving them to another thread and back adds to every hop. Its calls wait so long for an answer.
+            0 never does that.
         load_threads: blocks read, checked and laid out at the same time while a variant loads.
     """
 
@@ -57,6 +61,7 @@ class EngineConfig:
     prefix_sharing: PrefixSharing = "variant"
     block_bytes: int = 0
     deterministic: bool = False
+    inline_seconds: float = 0.02
     load_threads: int = 2
 
     def __post_init__(self) -> None:
@@ -77,5 +82,7 @@ class EngineConfig:
                 "max_tokens_per_pass must be at least max_running_requests: each decodes one token"
             )
         counts = (self.max_waiting_requests, self.num_threads, self.block_bytes, self.kv_reserve_tokens)
+        if self.inline_seconds < 0:
+            raise ValueError(f"inline_seconds cannot be negative, as {self.inline_seconds}")
         if min(counts) < 0 or self.load_threads < 1:
             raise ValueError("counts of threads, requests and bytes cannot be negative")

@@ -1,16 +1,14 @@
-"""The engine: a thread that runs passes, and the asyncio face of it.
+"""The engine: chains and requests, and the asyncio face of both.
 
-Everything that changes the engine's state happens in its own thread, between
-two passes: new requests, cancellations, chains that come and go, and what other
-workers say about requests they execute with this one. The event loop only puts
-commands into a queue and receives tokens, once per pass.
+Everything that changes the engine's state happens between two passes, run by its driver (`drivers`): new
+requests, cancellations, chains that come and go, and what other workers say about requests they execute with
+this one. The event loop only posts commands and receives tokens, once per pass.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
@@ -21,7 +19,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from blockkernels.native import library
 from blockserve.common.cluster import ChainSpan, WorkerId
 from blockserve.common.engine_api import (
     EngineReport,
@@ -31,41 +28,31 @@ from blockserve.common.engine_api import (
 )
 from blockserve.common.errors import (
     ChainNotLoadedError,
-    DeadlineExceededError,
-    EngineFailedError,
     KvCapacityError,
     PathBrokenError,
     QueueFullError,
     ServerStoppingError,
 )
-from blockserve.worker.blocks import BlockManager, BlockSource, LoadedChain, PreparedChain
+from blockserve.worker.blocks import BlockManager, BlockSource, PreparedChain
 from blockserve.worker.chains import LoadedChains
 from blockserve.worker.config import EngineConfig
 from blockserve.worker.cores import usable_cores
+from blockserve.worker.drivers import Driver, LoopDriver, ThreadDriver
 from blockserve.worker.exchange import Outlet, SpanExchange
 from blockserve.worker.executor import Executor
 from blockserve.worker.kv import KvPool, KvShape
 from blockserve.worker.kv_transfer import KvBlock, PrefixRef, export_blocks, from_bytes, import_blocks
 from blockserve.worker.memory import KvMemory
 from blockserve.worker.messages import SpanMsg
-from blockserve.worker.pace import Pace
-from blockserve.worker.request import Chunk, ChunkHidden, ChunkLogits, ChunkResult, Outcome, RunningRequest
-from blockserve.worker.sampler import collect_prompt, sample_next
+from blockserve.worker.passes import Passes, Sink
+from blockserve.worker.request import Outcome, RunningRequest
 from blockserve.worker.scheduler import Scheduler
 from blockzoo.errors import BlockzooError
 from blockzoo.manifest import ChainId
 
 _LOG = logging.getLogger(__name__)
 
-Sink = Callable[[Outcome], None]
-"""Takes a request's outcomes; called in the engine's thread."""
-
 T = TypeVar("T")
-Letter = tuple[Callable[[Outcome], None], Outcome]
-"""An outcome and who takes it, in an event loop's thread."""
-
-IDLE_SECONDS = 0.02
-"""How long to wait for news, at most, while there are requests of which nothing can be computed now."""
 
 
 class BlockEngine:
@@ -95,119 +82,45 @@ class BlockEngine:
             max_tokens=self.config.max_tokens_per_pass,
             can_send=lambda running: self._exchange is None or self._exchange.can_send(running),
         )
+        self._chains = LoadedChains(self._blocks, self.config.block_bytes, self._executor.use_segments)
+        self._passes = Passes(self._executor, self._scheduler, self._memory, self._chains)
         self._exchange: SpanExchange | None = None
         if outlet is not None:
-            self._exchange = SpanExchange(_Host(self), self._scheduler, self._memory, outlet)
-        self._chains = LoadedChains(self._blocks, self.config.block_bytes, self._executor.use_segments)
+            self._exchange = SpanExchange(self._passes, self._scheduler, self._memory, outlet)
+            self._passes.exchange = self._exchange
         # One chain at a time: two that share blocks would otherwise both read them.
         self._loading = asyncio.Lock()
-        self._sinks: dict[RunningRequest, Sink] = {}
-        self._commands: deque[Callable[[], None]] = deque()
-        self._arriving: deque[RunningRequest] = deque()  # submitted, not yet seen by the engine's thread
-        self._outbox: list[tuple[asyncio.AbstractEventLoop, Letter]] = []
-        self._wake = threading.Condition()
-        self._stopping = False
-        self._thread: threading.Thread | None = None
+        self._arriving: deque[RunningRequest] = deque()  # submitted, not yet seen by the driver
         self._arrivals = 0
-        self._passes = 0
-        self._pace = Pace()
-        self._last_progress = time.monotonic()
-        self._is_idle = False  # the thread waits for work; guarded by `_wake`
+        self._num_threads = self.config.num_threads or usable_cores()
+        self._driver: Driver = ThreadDriver(self._passes, self._num_threads)
 
-    # ---- the life of the thread
+    # ---- its life
 
-    def start(self) -> None:
-        """Start the engine's thread."""
-        self._thread = threading.Thread(target=self._run, name="block-engine", daemon=True)
-        self._thread.start()
+    def start(self, *, in_loop: bool = False) -> None:
+        """Begin to run passes.
+
+        Args:
+            in_loop: called in the event loop that everything comes from; short passes may run there
+                (`EngineConfig.inline_seconds`). Only an engine that computes with one thread does so, because
+                each thread that computes with others has a team of its own, and teams wait busily.
+        """
+        seconds = self.config.inline_seconds
+        if in_loop and seconds and self._num_threads == 1:
+            loop = asyncio.get_running_loop()
+            self._driver = LoopDriver(self._passes, self._num_threads, loop, inline_seconds=seconds)
+        self._driver.start()
 
     def stop(self) -> None:
-        """End the thread after its current pass; requests still in flight fail with ServerStoppingError."""
-        with self._wake:
-            self._stopping = True
-            self._wake.notify()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        """End after the current pass; requests still in flight fail with ServerStoppingError.
 
-    def _run(self) -> None:
-        try:
-            self._work()
-        except BaseException:
-            # Nobody must wait for a thread that has ended.
-            _LOG.critical("the engine's thread ended", exc_info=True)
-            with self._wake:
-                self._stopping = True
-            for running in list(self._sinks):
-                self._sinks[running](
-                    EngineFailedError("the engine's thread ended", hint="Restart the server.")
-                )
-            self._deliver()
-            raise
-
-    def _work(self) -> None:
-        library()  # the first use on a machine compiles it, while blocks are read in other threads
-        torch.set_num_threads(self.config.num_threads or usable_cores())
-        has_computed = False
-        while True:
-            if not has_computed:
-                self._deliver()
-            with self._wake:
-                while not (self._commands or has_computed or self._stopping):
-                    self._is_idle = not self._scheduler.has_work
-                    if not self._wake.wait(None if self._is_idle else IDLE_SECONDS):
-                        break
-                self._is_idle = False
-                commands = list(self._commands)
-                self._commands.clear()
-                stopping = self._stopping
-            for command in commands:
-                command()
-            if stopping:
-                break
-            has_computed = self._step()
-            self._last_progress = time.monotonic()
-        for running in list(self._sinks):
-            self._fail(
-                running,
-                ServerStoppingError("the server is stopping", hint="Send the request again elsewhere."),
-            )
-        self._deliver()
-
-    def _deliver(self) -> None:
-        """Wake each event loop once for all outcomes of a pass.
-
-        While there is work this happens just before the next pass computes: the event loops then have the
-        interpreter to themselves, instead of competing for its lock with the preparation of that pass.
+        With `start(in_loop=True)` to be called from another thread, while the loop runs.
         """
-        mail: dict[asyncio.AbstractEventLoop, list[Letter]] = {}
-        for loop, letter in self._outbox:
-            mail.setdefault(loop, []).append(letter)
-        self._outbox.clear()
-        for loop, letters in mail.items():
-            try:
-                loop.call_soon_threadsafe(_open_all, letters)
-            except RuntimeError:
-                # The loop was closed without closing its iterators; nobody can read these any more.
-                _LOG.warning("dropped %d outcomes for an event loop that is closed", len(letters))
+        self._driver.stop()
 
-    def _post(self, command: Callable[[], None]) -> None:
-        """Have the engine's thread run `command` before its next pass.
-
-        Raises:
-            ServerStoppingError: the engine does not run.
-        """
-        with self._wake:
-            if self._stopping or self._thread is None:
-                raise ServerStoppingError(
-                    "the engine is not running", hint="Send the request again elsewhere."
-                )
-            if self._is_idle:
-                # Having had nothing to do is not a lack of progress: the time to do this begins now.
-                self._is_idle = False
-                self._last_progress = time.monotonic()
-            self._commands.append(command)
-            self._wake.notify()
+    def _post(self, command: Callable[[], None], *, at_once: bool = False) -> None:
+        """Have the driver run `command` before its next pass (ServerStoppingError)."""
+        self._driver.post(command, at_once=at_once)
 
     def _call(self, action: Callable[[], None]) -> Future[None]:
         """Like `_post`, with a future for the action's end."""
@@ -302,8 +215,7 @@ class BlockEngine:
 
     def mail(self, loop: asyncio.AbstractEventLoop, take: Callable[[Outcome], None]) -> Sink:
         """A sink that has an event loop call `take`; the loop is woken once for all outcomes of a pass."""
-        outbox = self._outbox
-        return lambda outcome: outbox.append((loop, (take, outcome)))
+        return self._passes.mail(loop, take)
 
     def submit(self, request: EngineRequest, sink: Sink, probe: list[Tensor] | None = None) -> RunningRequest:
         """Queue a request; its outcomes go to `sink`, in the engine's thread.
@@ -335,14 +247,7 @@ class BlockEngine:
 
         def accept() -> None:
             self._arriving.remove(running)
-            # The chain may have been unloaded since; its memory then is still held by the request.
-            if not self._chains.acquire(chain):
-                sink(ChainNotLoadedError(f"chain {chain.id} was unloaded", hint="Send the request again."))
-                return
-            self._sinks[running] = sink
-            self._scheduler.add(running)
-            if self._exchange is not None and running.is_split:
-                self._exchange.begin(running)
+            self._passes.add(running, sink)
 
         self._arriving.append(running)
         try:
@@ -375,108 +280,13 @@ class BlockEngine:
         """Stop a request and free its pages before the next pass; one that has ended is left alone."""
 
         def drop() -> None:
-            if running in self._sinks:
-                self._release(running)
+            if running in self._passes.sinks:
+                self._passes.release(running)
 
         try:
             self._post(drop)
         except ServerStoppingError:
             _LOG.debug("request %s was dropped with the engine", running.request.request_id)
-
-    def _release(self, running: RunningRequest) -> None:
-        """Forget a request and free what it holds."""
-        del self._sinks[running]
-        self._scheduler.remove(running)
-        self._memory.release(running)
-        self._chains.release(running.chain)
-        if self._exchange is not None and running.is_split:
-            self._exchange.forget(running)
-
-    def _fail(self, running: RunningRequest, error: BlockzooError) -> None:
-        sink = self._sinks[running]
-        self._release(running)
-        sink(error)
-
-    # ---- one pass
-
-    def _step(self) -> bool:
-        """Run a pass; False when there was nothing to compute."""
-        self._drop_late()
-        chunks = self._scheduler.next_chunks()
-        if self._exchange is not None:
-            self._exchange.settle()
-            self._exchange.flush()
-        if not chunks:
-            return False
-        now = time.monotonic()
-        for chunk in chunks:
-            if chunk.running.scheduled is None:
-                chunk.running.scheduled = now
-        try:
-            # Where others compute on, they are told first: callers hear of tokens while those compute.
-            goes_on = all(chunk.running.is_split and not chunk.running.is_follower for chunk in chunks)
-            results = self._executor.run(chunks, before=None if goes_on else self._deliver)
-            outcomes = self._advance(chunks, results)
-            self._pace.note(chunks, time.monotonic() - now)
-        except Exception as error:  # noqa: BLE001
-            # A fault must not end the thread: the requests of this pass fail, the others go on.
-            _LOG.exception("pass %d failed", self._passes)
-            for chunk in chunks:
-                self._fail(chunk.running, EngineFailedError(f"the engine failed: {error!r}"))
-            return True
-        self._passes += 1
-        for running, outcome in outcomes:
-            if isinstance(outcome, BlockzooError):
-                self._fail(running, outcome)
-                continue
-            sink = self._sinks[running]
-            if outcome[-1].finish is not None:
-                self._release(running)
-            sink(outcome)
-        if self._exchange is not None:
-            self._exchange.flush()
-            if goes_on:
-                self._deliver()
-        return True
-
-    def _drop_late(self) -> None:
-        now = time.monotonic()
-        for running in list(self._sinks):
-            deadline = running.request.deadline
-            if deadline is not None and now >= deadline:
-                self._fail(
-                    running,
-                    DeadlineExceededError(
-                        f"the deadline passed after {len(running.output)} of at most "
-                        f"{running.request.max_tokens} tokens",
-                        hint="Allow more time or ask for fewer tokens.",
-                    ),
-                )
-
-    def _advance(
-        self, chunks: Sequence[Chunk], results: Sequence[ChunkResult]
-    ) -> list[tuple[RunningRequest, Outcome]]:
-        """Note what was computed, sample, and say what to tell each request."""
-        for chunk in chunks:
-            chunk.running.num_computed = chunk.end
-        if self._exchange is not None:
-            self._exchange.hand_on(result for result in results if isinstance(result, ChunkHidden))
-        told = [result for result in results if isinstance(result, ChunkLogits)]
-        for result in told:
-            if result.chunk.running.wants_prompt_logits:
-                collect_prompt(result)
-        sampling = [result for result in told if result.chunk.samples]
-        by_vocab: dict[int, list[ChunkLogits]] = {}
-        for result in sampling:
-            by_vocab.setdefault(result.rows.shape[1], []).append(result)
-        outcomes: list[tuple[RunningRequest, Outcome]] = []
-        for group in by_vocab.values():
-            outcomes.extend(sample_next(group))
-        failed = {running for running, outcome in outcomes if isinstance(outcome, BlockzooError)}
-        for chunk in chunks:
-            if chunk.running not in failed:
-                self._memory.note_computed(chunk.running)
-        return outcomes
 
     # ---- other workers
 
@@ -484,7 +294,7 @@ class BlockEngine:
         """Take what another worker says about requests that it executes with this one."""
         exchange = self._exchange
         assert exchange is not None
-        self._post(lambda: exchange.receive(sender, messages))
+        self._post(lambda: exchange.receive(sender, messages), at_once=True)
 
     def give_back(self, reason: PathBrokenError) -> None:
         """End what is executed here of requests that other workers began; those go on elsewhere."""
@@ -542,7 +352,7 @@ class BlockEngine:
             device=str(self._device),
             waiting_requests=len(self._scheduler.waiting) + len(self._arriving),
             running_requests=len(self._scheduler.running),
-            passes=self._passes,
+            passes=self._passes.num_passes,
             kv_pages_total=sum(pool.allocator.num_pages for pool in pools),
             kv_pages_used=sum(pool.num_used for pool in pools),
             kv_pages_cached=sum(pool.prefixes.num_evictable_pages for pool in pools),
@@ -552,7 +362,7 @@ class BlockEngine:
             chain_evictions=self._chains.num_evictions,
             kv_bytes_total=sum(pool.num_bytes for pool in pools),
             block_bytes=self._chains.num_bytes,
-            seconds_since_progress=time.monotonic() - self._last_progress,
+            seconds_since_progress=time.monotonic() - self._driver.last_progress,
             chains=self._chains.reports(),
             segments=tuple(
                 SegmentReport(
@@ -579,43 +389,6 @@ class BlockEngine:
             chain_unloads=self._chains.num_unloads,
             kv_token_bytes=max((shape.token_bytes for shape in list(self._pools)), default=0),
             queued_tokens=sum(one.num_tokens for one in (*self._scheduler.waiting, *self._arriving)),
-            step_seconds=self._pace.step_seconds,
-            prefill_tokens_per_second=self._pace.prefill_tokens_per_second,
+            step_seconds=self._passes.pace.step_seconds,
+            prefill_tokens_per_second=self._passes.pace.prefill_tokens_per_second,
         )
-
-
-class _Host:
-    """What the engine does for requests that other workers execute with it."""
-
-    def __init__(self, engine: BlockEngine) -> None:
-        self._engine = engine
-
-    def find(self, span: ChainSpan) -> LoadedChain | None:
-        """A run of a chain that is in memory and takes requests."""
-        chain = self._engine._chains.get(span)
-        return None if chain is None or chain.draining else chain
-
-    def accept(self, running: RunningRequest, sink: Sink) -> None:
-        """Take a started request's outcomes from now on."""
-        self._engine._chains.acquire(running.chain)
-        self._engine._sinks[running] = sink
-
-    def release(self, running: RunningRequest) -> None:
-        """Forget a request and free what it holds."""
-        self._engine._release(running)
-
-    def advance(self, running: RunningRequest, event: TokenEvent) -> None:
-        """Tell about a token of a request that was sampled elsewhere."""
-        sink = self._engine._sinks[running]
-        if event.finish is not None:
-            self._engine._release(running)
-        sink([event])
-
-    def fail(self, running: RunningRequest, error: BlockzooError) -> None:
-        """End a request with an error."""
-        self._engine._fail(running, error)
-
-
-def _open_all(letters: Sequence[Letter]) -> None:
-    for take, outcome in letters:
-        take(outcome)

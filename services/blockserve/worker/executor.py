@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -201,7 +203,7 @@ class Executor:
             results.extend(self._run_segment(self._segments.ordered[index], batch, visits[index]))
         for place, chunk in enumerate(batch.chunks):
             if not chunk.running.chain.is_tail:
-                results.append(ChunkHidden(chunk, batch.hidden[batch.rows([place])]))
+                results.append(ChunkHidden(chunk, batch.at(batch.rows([place]))))
         return results
 
     def _run_segment(self, segment: Segment, batch: _LaneBatch, places: Sequence[int]) -> list[ChunkLogits]:
@@ -210,7 +212,7 @@ class Executor:
         counters = self.counters[segment.id]
         rows = batch.rows(places)
         context = _SegmentContext(self, batch, places, rows)
-        hidden = batch.hidden[rows] if segment.first else None  # the embedding makes its own
+        hidden = batch.at(rows) if segment.first else None  # the embedding makes its own
         chain = chunks[0].running.chain
         offset = 0
         while offset < len(segment.blocks):
@@ -316,63 +318,88 @@ def _present(hidden: Tensor | None) -> Tensor:
     return hidden
 
 
-@dataclass(slots=True, init=False)
 class _LaneBatch:
     """The tokens of all requests of one lane in one pass, in path order.
 
+    What not every pass needs is made when it is first asked for: a decode step of a few layers takes not much
+    longer than making all of it.
+
     Attributes:
         chunks: in row order.
-        token_ids, positions: int64 [tokens].
-        slots: KV slot of each token at each layer, int64 [layers, tokens].
+        offsets: first row of each chunk, and the number of rows.
         hidden: hidden states between segments, [tokens, hidden]; at first what came from elsewhere.
         end: one past the largest position.
         first_layer: position of the chains' first layer that is here.
+        tables: cosine and sine of all rows for each set of rotary parameters that was asked for.
     """
-
-    chunks: Sequence[Chunk]
-    pool: KvPool
-    offsets: list[int]
-    token_ids: Tensor
-    positions: Tensor
-    slots: Tensor
-    hidden: Tensor
-    end: int
-    first_layer: int
-    tables: dict[RopeParameters, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __init__(self, chunks: Sequence[Chunk], pool: KvPool, device: torch.device) -> None:
         self.chunks = chunks
         self.pool = pool
-        self.offsets = [0, *np.cumsum([chunk.num_tokens for chunk in chunks]).tolist()]
-        ids = [token for chunk in chunks for token in chunk.running.tokens(chunk.start, chunk.end)]
-        positions = [position for chunk in chunks for position in range(chunk.start, chunk.end)]
+        self.offsets = list(accumulate((chunk.num_tokens for chunk in chunks), initial=0))
         self.end = max(chunk.end for chunk in chunks)
-        num_layers = max(chunk.running.chain.num_layers for chunk in chunks)
-        slots = np.zeros((num_layers, len(ids)), dtype=np.int64)
-        for chunk, row in zip(chunks, self.offsets, strict=False):
-            part = pool.slots(table_of(chunk), chunk.start, chunk.end)
-            slots[: part.shape[0], row : row + chunk.num_tokens] = part
-        lane = chunks[0].running.chain.lane
-        self.token_ids = torch.tensor(ids, device=device)
-        self.positions = torch.tensor(positions, device=device)
-        self.slots = torch.from_numpy(slots).to(device)
-        self.hidden = torch.empty(len(ids), lane.hidden_size, dtype=lane.kv_shape.dtype, device=device)
-        for chunk, row in zip(chunks, self.offsets, strict=False):
-            if chunk.hidden is not None:
-                self.hidden[row : row + chunk.num_tokens] = chunk.hidden
         self.first_layer = chunks[0].running.chain.first_layer
-        self.tables = {}
+        self.tables: dict[RopeParameters, tuple[Tensor, Tensor]] = {}
+        self._device = device
+        self.hidden = self._incoming()
+
+    @cached_property
+    def token_ids(self) -> Tensor:
+        """int64 [tokens]."""
+        ids = [token for chunk in self.chunks for token in chunk.running.tokens(chunk.start, chunk.end)]
+        return torch.tensor(ids, device=self._device)
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """KV slot of each token at each layer, int64 [layers, tokens]."""
+        num_layers = max(chunk.running.chain.num_layers for chunk in self.chunks)
+        slots = np.zeros((num_layers, self.offsets[-1]), dtype=np.int64)
+        for chunk, row in zip(self.chunks, self.offsets, strict=False):
+            part = self.pool.slots(table_of(chunk), chunk.start, chunk.end)
+            slots[: part.shape[0], row : row + chunk.num_tokens] = part
+        return torch.from_numpy(slots).to(self._device)
+
+    def angles(self, table: RotaryTable) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of all rows, each [tokens, 1, head_dim / 2]."""
+        if len(self.chunks) == 1:
+            return table.run(self.chunks[0].start, self.end)
+        positions = [position for chunk in self.chunks for position in range(chunk.start, chunk.end)]
+        return table.at(torch.tensor(positions, device=self._device), self.end)
 
     def rows(self, places: Sequence[int]) -> slice | Tensor:
         """Rows of the chunks at `places`: a range when they are neighbours, as path order makes them."""
         if places[-1] - places[0] == len(places) - 1:
             return slice(self.offsets[places[0]], self.offsets[places[-1] + 1])
         rows = [row for place in places for row in range(self.offsets[place], self.offsets[place + 1])]
-        return torch.tensor(rows, device=self.hidden.device)
+        return torch.tensor(rows, device=self._device)
+
+    def is_all(self, rows: slice | Tensor) -> bool:
+        """Whether `rows` are all rows."""
+        return isinstance(rows, slice) and rows.stop - rows.start == self.offsets[-1]
+
+    def at(self, rows: slice | Tensor) -> Tensor:
+        """Hidden states of some rows; a view where they are neighbours."""
+        return self.hidden if self.is_all(rows) else self.hidden[rows]
 
     def put(self, rows: slice | Tensor, hidden: Tensor) -> None:
         """Leave hidden states for the next segment."""
-        self.hidden[rows] = hidden
+        if self.is_all(rows):
+            self.hidden = hidden
+        else:
+            self.hidden[rows] = hidden
+
+    def _incoming(self) -> Tensor:
+        """Room for all hidden states, with a copy of those that came from elsewhere."""
+        came = [chunk.hidden for chunk in self.chunks if chunk.hidden is not None]
+        if len(came) == len(self.chunks):
+            return torch.cat(came).to(self._device) if len(came) > 1 else came[0].to(self._device, copy=True)
+        lane = self.chunks[0].running.chain.lane
+        size = (self.offsets[-1], lane.hidden_size)
+        hidden = torch.empty(size, dtype=lane.kv_shape.dtype, device=self._device)
+        for chunk, row in zip(self.chunks, self.offsets, strict=False):
+            if chunk.hidden is not None:
+                hidden[row : row + chunk.num_tokens] = chunk.hidden
+        return hidden
 
 
 def table_of(chunk: Chunk) -> KvTable:
@@ -393,7 +420,6 @@ class _SegmentContext:
         self._chunks = [batch.chunks[place] for place in places]
         self._rows = rows
         self._runs = _merge([(chunk.running.chain, chunk.num_tokens) for chunk in self._chunks])
-        self._slots = batch.slots[:, rows]
         self._tables: dict[RopeParameters, tuple[Tensor, Tensor]] = {}
         self._position = 0
         self._plan = executor.adapter_plan(self._runs)
@@ -413,9 +439,9 @@ class _SegmentContext:
             whole = self._batch.tables.get(rope)
             if whole is None:
                 table = self._executor.rotary_table(rope, self._batch.hidden.dtype)
-                whole = table.at(self._batch.positions, self._batch.end)
-                self._batch.tables[rope] = whole
-            self._tables[rope] = (whole[0][self._rows], whole[1][self._rows])
+                whole = self._batch.tables[rope] = self._batch.angles(table)
+            rows = self._rows
+            self._tables[rope] = whole if self._batch.is_all(rows) else (whole[0][rows], whole[1][rows])
         return self._tables[rope]
 
     def attend(
@@ -425,8 +451,9 @@ class _SegmentContext:
         pool, layer = self._batch.pool, self._position - self._batch.first_layer
         if can_attend_paged(pool.keys):
             return self._in_pages()(query, key, value, layer=layer, scale=scale, window=window)
-        pool.keys.index_copy_(0, self._slots[layer], key)
-        pool.values.index_copy_(0, self._slots[layer], value)
+        slots = self._batch.slots[layer, self._rows]
+        pool.keys.index_copy_(0, slots, key)
+        pool.values.index_copy_(0, slots, value)
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         row = 0
         for chunk in self._chunks:

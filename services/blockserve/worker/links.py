@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -53,13 +54,14 @@ class PeerLinks:
         self._credentials = credentials
         self._window_bytes = window_bytes
         self._loop = asyncio.get_running_loop()
+        self._loop_thread = threading.get_ident()
         self._links: dict[WorkerId, _Link] = {}
         self._in_flight: dict[WorkerId, int] = {}  # changed in the event loop, read by the engine's thread
         self._hops: dict[WorkerId, float] = {}
         self.on_lost: Callable[[WorkerId], None] = _ignore
         self.on_taken: Callable[[WorkerId, int], None] = lambda _sender, _count: None
 
-    # ---- called in the engine's thread
+    # ---- called by who drives the engine
 
     def send(self, step: PathStep, messages: Sequence[SpanMsg]) -> None:
         """Have messages delivered in order, or the worker be reported as lost."""
@@ -75,6 +77,9 @@ class PeerLinks:
         self._call(lambda: self.on_taken(sender, num_bytes))
 
     def _call(self, action: Callable[[], None]) -> None:
+        if threading.get_ident() == self._loop_thread:
+            action()
+            return
         try:
             self._loop.call_soon_threadsafe(action)
         except RuntimeError:

@@ -89,7 +89,7 @@ class WorkerServer:
         credentials = settings.peer_credentials()
         links = PeerLinks(record.id, credentials, settings.window_bytes)
         self._engine = await asyncio.to_thread(BlockEngine, zoo, settings.engine, outlet=links)
-        self._engine.start()
+        self._engine.start(in_loop=True)
         self.hub = WorkerHub(record, zoo, self._engine, links, credentials)
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(self.hub), self._server)
         self._health.add_to(self._server)

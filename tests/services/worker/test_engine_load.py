@@ -188,9 +188,9 @@ def test_an_engine_that_had_nothing_to_do_is_not_behind_with_its_first_request(t
     async def work(engine: BlockEngine) -> None:
         chain = tiny.chains["base"]
         await engine.load(chain)
-        while not engine._is_idle:
+        while not engine._driver._is_idle:
             await asyncio.sleep(0)
-        engine._last_progress -= 3600
+        engine._driver.last_progress -= 3600
         assert engine.report().seconds_since_progress > 3000
         with held(engine):
             task = start(engine, ask(chain))
