@@ -63,8 +63,13 @@ class Estimator(Protocol):
         """Read what estimating a chain takes (ManifestNotFoundError)."""
         ...
 
-    def estimate(self, request: EngineRequest) -> float | None:
-        """Expected seconds until a request is answered; None when no live workers hold its chain."""
+    def estimate(self, request: EngineRequest, *, idle: bool = False) -> float | None:
+        """Expected seconds until a request is answered; None when no live workers hold its chain.
+
+        Args:
+            request: what to answer.
+            idle: reckon as though the workers had nothing else to do.
+        """
         ...
 
 
@@ -96,6 +101,9 @@ class AdaptiveAssembly:
             return None
         await self._estimator.prepare(request.chain)
         exact = self._estimator.estimate(request)
+        unloaded = self._estimator.estimate(request, idle=True)
+        if unloaded is not None and not self._is_worth(exact, unloaded):
+            return None  # others may be faster, but not because anybody queues there
         best: tuple[float, Substitute] | None = None
         for one in self._candidates(request.chain, variant):
             try:

@@ -57,11 +57,11 @@ class ZooPathChooser:
             return False
         return True
 
-    def estimate(self, request: EngineRequest) -> float | None:
+    def estimate(self, request: EngineRequest, *, idle: bool = False) -> float | None:
         """Expected seconds until a request is answered; None when no live workers hold its chain."""
         try:
             size = self._size(request)
-            return assemble(self._index, request.chain, self._links[request.chain], size).seconds
+            return assemble(self._index, request.chain, self._links[request.chain], size, idle=idle).seconds
         except NoPathError:
             return None
 

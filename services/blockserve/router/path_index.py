@@ -29,31 +29,56 @@ from blockzoo.manifest import ChainId, Link
 
 
 class Assigned:
-    """What this router has sent to workers since each last reported another load."""
+    """What this router has sent to workers, beside what these report.
+
+    A report is up to a second old, and seen half a second after it was made. Which of our requests it has
+    counted is not known, but they are at most as many as were in flight at one time since the report before
+    it; what it says beyond that is other routers'. Of our own we know at any time.
+
+    Attributes:
+        requests: ours that have not ended.
+        link_tokens: sent since each worker last reported another load, tokens times links.
+    """
 
     def __init__(self) -> None:
         self.requests: dict[WorkerId, int] = {}
         self.link_tokens: dict[WorkerId, int] = {}
+        self._peak: dict[WorkerId, int] = {}
+        self._reported: dict[WorkerId, int] = {}
 
     def add(self, worker: WorkerId, run: Run, size: RequestSize) -> None:
         """Count a request in."""
         self.requests[worker] = self.requests.get(worker, 0) + 1
+        self._peak[worker] = max(self._peak.get(worker, 0), self.requests[worker])
         tokens = max(size.prompt_tokens - size.cached_tokens.get(worker, 0), 0) * len(run)
         self.link_tokens[worker] = self.link_tokens.get(worker, 0) + tokens
 
     def remove(self, worker: WorkerId, run: Run, size: RequestSize) -> None:
-        """A request has ended; nothing happens when a report has replaced it already."""
-        if worker in self.requests:
-            self.requests[worker] -= 1
+        """A request has ended; a report may have replaced the tokens that it had added."""
+        left = self.requests.pop(worker, 0) - 1
+        if left > 0:
+            self.requests[worker] = left
+        if worker in self.link_tokens:
             tokens = max(size.prompt_tokens - size.cached_tokens.get(worker, 0), 0) * len(run)
-            self.link_tokens[worker] = max(self.link_tokens[worker] - tokens, 0)
-            if not self.requests[worker]:
-                self.forget(worker)
+            self.link_tokens[worker] = max(self.link_tokens[worker] - tokens, 0) if left > 0 else 0
 
-    def forget(self, worker: WorkerId) -> None:
-        """The worker's own report counts them now, or the worker is gone."""
-        self.requests.pop(worker, None)
+    def crowd(self, worker: WorkerId, reported: float) -> float:
+        """Requests at a worker that reported so many."""
+        others = max(reported - self._reported.get(worker, 0), 0.0)
+        return others + self.requests.get(worker, 0)
+
+    def renew(self, worker: WorkerId) -> None:
+        """The worker has reported again, or is gone."""
         self.link_tokens.pop(worker, None)
+        self._reported[worker] = self._peak.pop(worker, 0)
+        if worker in self.requests:
+            self._peak[worker] = self.requests[worker]
+        elif not self._reported[worker]:
+            del self._reported[worker]
+
+    def workers(self) -> set[WorkerId]:
+        """Those about which anything is known here."""
+        return self.requests.keys() | self.link_tokens.keys() | self._peak.keys() | self._reported.keys()
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +118,9 @@ class PathIndex:
         """Take a newer view."""
         ready = {name: view.workers[name] for name in sorted(view.workers) if _usable(view.workers[name])}
         before, self._views = self._views, ready
-        for worker in before.keys() | set(self.assigned.requests):
+        for worker in self.assigned.workers():
             if worker not in ready or worker not in before or ready[worker].load != before[worker].load:
-                self.assigned.forget(worker)
+                self.assigned.renew(worker)
         if before.keys() != ready.keys() or any(
             ready[worker].segments != before[worker].segments for worker in ready
         ):

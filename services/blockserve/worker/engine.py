@@ -578,8 +578,11 @@ class BlockEngine:
             chain_loads=self._chains.num_loads,
             chain_unloads=self._chains.num_unloads,
             kv_token_bytes=max((shape.token_bytes for shape in list(self._pools)), default=0),
-            queued_tokens=sum(one.num_tokens for one in (*self._scheduler.waiting, *self._arriving)),
+            queued_tokens=sum(one.num_tokens for one in (*self._scheduler.waiting, *self._arriving))
+            + sum(left for one in list(self._scheduler.running) if (left := one.num_uncomputed) > 1),
             step_seconds=self._pace.step_seconds,
+            step_requests=self._pace.step_requests,
+            step_crowding=self._pace.step_crowding,
             prefill_tokens_per_second=self._pace.prefill_tokens_per_second,
         )
 

@@ -47,15 +47,17 @@ class FakeApprovals(Approvals):
 class FakeEstimator:
     """Seconds by chain; None for a chain without a path, nothing for one that is not in the zoo."""
 
-    def __init__(self, **seconds: float | None) -> None:
+    def __init__(self, *, unloaded: float = 0.01, **seconds: float | None) -> None:
         self.seconds = seconds
+        self.unloaded = unloaded
 
     async def prepare(self, chain: ChainId) -> None:
         if chain not in self.seconds:
             raise ManifestNotFoundError(f"no chain {chain}")
 
-    def estimate(self, request: EngineRequest) -> float | None:
-        return self.seconds[request.chain]
+    def estimate(self, request: EngineRequest, *, idle: bool = False) -> float | None:
+        seconds = self.seconds[request.chain]
+        return self.unloaded if idle and seconds is not None else seconds
 
 
 def choose(
@@ -82,6 +84,12 @@ def test_it_is_taken_when_absent_or_much_slower(
 ) -> None:
     chosen = choose(FakeApprovals(substitute()), FakeEstimator(exact=exact, other=other))
     assert (chosen is not None) == is_taken
+
+
+def test_a_faster_one_is_not_taken_while_nobody_queues_at_the_variants_own() -> None:
+    slow_but_idle = FakeEstimator(exact=10.0, other=1.0, unloaded=9.0)
+    assert choose(FakeApprovals(substitute()), slow_but_idle) is None
+    assert choose(FakeApprovals(substitute()), FakeEstimator(exact=10.0, other=1.0, unloaded=6.0)) is not None
 
 
 def test_the_fastest_of_several_is_taken() -> None:
