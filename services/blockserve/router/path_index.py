@@ -82,6 +82,21 @@ class Assigned:
 
 
 @dataclass(frozen=True, slots=True)
+class Parent:
+    """A chain that another one has links of.
+
+    Attributes:
+        chain: names it.
+        links: of it.
+        shift: position p of the other chain is compared with p + `shift` here.
+    """
+
+    chain: ChainId
+    links: tuple[Link, ...]
+    shift: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Candidates:
     """Who can run which part of a chain.
 
@@ -110,6 +125,7 @@ class PathIndex:
         self._most_chains = most_chains
         self._digests: OrderedDict[ChainId, dict[Run, SegmentDigest]] = OrderedDict()
         self._candidates: dict[ChainId, Candidates] = {}
+        self._parents: dict[ChainId, tuple[Parent, ...]] = {}
         self._views: dict[WorkerId, WorkerView] = {}
         self._take_residency()
         self.update(view)
@@ -144,6 +160,12 @@ class PathIndex:
         self._runs = sorted(runs)
         self._salts = np.array([_hash(worker) for worker in self.ids], dtype=np.uint64)
 
+    def splice(self, chain: ChainId, parents: tuple[Parent, ...]) -> None:
+        """Have a chain run where its links are held as parts of these chains, of whose runs it has some."""
+        if self._parents.get(chain) != parents:
+            self._parents[chain] = parents
+            self._candidates.pop(chain, None)
+
     def candidates(self, chain: ChainId, links: Sequence[Link]) -> Candidates:
         """Who can run what of a chain."""
         found = self._candidates.get(chain)
@@ -151,7 +173,8 @@ class PathIndex:
             found = self._candidates[chain] = self._find(chain, links)
         return found
 
-    def _find(self, chain: ChainId, links: Sequence[Link]) -> Candidates:
+    def _held(self, chain: ChainId, links: Sequence[Link]) -> list[tuple[Run, list[int]]]:
+        """Runs of a chain that are held as they are, with the numbers of their workers."""
         digests = self._digests.setdefault(chain, {})
         self._digests.move_to_end(chain)
         if len(self._digests) > self._most_chains:
@@ -164,6 +187,13 @@ class PathIndex:
                 digests[run] = segment_digest(links, run.first, run.end)
             if holders := self._holders.get(digests[run]):
                 held.append((run, holders))
+        return held
+
+    def _find(self, chain: ChainId, links: Sequence[Link]) -> Candidates:
+        held = self._held(chain, links)
+        for parent in self._parents.get(chain, ()):
+            for run, holders in self._held(parent.chain, parent.links):
+                held += [(part, holders) for part in _common(links, parent, run)]
         borders = _borders(held, len(links))
         workers = np.array(sorted({number for _, holders in held for number in holders}), dtype=np.int64)
         positions = np.zeros((len(links), len(workers)), dtype=bool)
@@ -174,6 +204,16 @@ class PathIndex:
         return Candidates(
             workers, tuple(borders), table, _mix(blocks[:, None] ^ self._salts[workers][None, :])
         )
+
+
+def _common(links: Sequence[Link], parent: Parent, run: Run) -> list[Run]:
+    """The runs of a chain that are what its parent has in a run, as positions of the chain."""
+    first = max(run.first - parent.shift, 0)
+    end = min(run.end - parent.shift, len(links))
+    equal = [place for place in range(first, end) if links[place] == parent.links[place + parent.shift]]
+    starts = [place for place in equal if place - 1 not in equal]
+    ends = [place + 1 for place in equal if place + 1 not in equal]
+    return [Run(*pair) for pair in zip(starts, ends, strict=True)]
 
 
 def _borders(held: Sequence[tuple[Run, object]], length: int) -> list[int]:

@@ -22,7 +22,7 @@ from blockserve.common.cluster import (
 )
 from blockserve.common.errors import NoPathError
 from blockserve.router.path_costs import CostModel, RequestSize
-from blockserve.router.path_index import PathIndex
+from blockserve.router.path_index import Parent, PathIndex
 from blockserve.router.paths import Path, assemble
 from blockzoo.manifest import BlockId, ChainId, Link
 
@@ -274,6 +274,51 @@ def test_variants_of_one_base_meet_until_there_is_a_crowd():
             index.assigned.add(span.worker, span.run, SIZE)
     assert sorted(index.assigned.requests) == ["a", "b", "c", "d"]
     assert max(index.assigned.requests.values()) - min(index.assigned.requests.values()) <= 4
+
+
+def spliced_index(own, other, first, end, *workers, shift=0):
+    """Links first to end - 1 of a chain are another's; what workers hold is of these two."""
+    chain = (*own[:first], *other[first + shift : end + shift], *own[end:])
+    index = PathIndex(view(*workers), EXACT)
+    name = ChainId("s" * 64)
+    index.splice(name, (Parent(ChainId("o" * 64), own), Parent(ChainId("t" * 64), other, shift)))
+    return index, name, chain
+
+
+def spans(path):
+    return [(span.worker, span.run) for span in path.spans]
+
+
+def test_parts_of_other_chains_serve_a_spliced_one():
+    own, other = links(8, "own"), links(8, "other")
+    whole = [worker("a", own, Run(0, 8)), worker("b", other, Run(0, 8))]
+    index, name, chain = spliced_index(own, other, 5, 8, *whole)
+    assert spans(assemble(index, name, chain, SIZE)) == [("a", Run(0, 5)), ("b", Run(5, 8))]
+    index.update(view(whole[0]))
+    with pytest.raises(NoPathError, match="positions 5 to 7"):
+        assemble(index, name, chain, SIZE)
+    segments = whole[0].segments | whole[1].segments
+    index.update(view(replace(whole[0], segments=segments)))
+    assert spans(assemble(index, name, chain, SIZE)) == [("a", Run(0, 8))]
+    assert spans(assemble(index, ChainId("o" * 64), own, SIZE)) == [("a", Run(0, 8))]
+
+
+def test_what_two_chains_share_is_held_by_whoever_has_either():
+    own = links(8)
+    other = tuple(Link(BlockId(f"other{n}")) if n in (1, 5) else link for n, link in enumerate(own))
+    index, name, chain = spliced_index(
+        own, other, 5, 6, worker("a", own, Run(0, 4)), worker("b", other, Run(2, 8))
+    )
+    ((first, head), (second, tail)) = spans(assemble(index, name, chain, SIZE))
+    assert (first, second) == ("a", "b")
+    assert 2 <= head.end == tail.first <= 4
+
+
+def test_a_run_may_stand_in_at_another_depth():
+    own = links(8)
+    index, name, chain = spliced_index(own, own, 2, 3, worker("a", own, Run(0, 8)), shift=3)
+    assert chain[2] == own[5] != own[2]
+    assert spans(assemble(index, name, chain, SIZE)) == [("a", Run(0, 8))]
 
 
 def test_a_neighbour_that_has_not_measured_is_no_slower_than_one_that_has():
