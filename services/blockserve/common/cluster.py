@@ -140,14 +140,14 @@ class LoadReport:
     running_requests: int = 0
     queued_tokens: int = 0
     step_seconds: float = 0.0
-    step_requests: float = 0.0
-    step_crowding: float = 0.0
     prefill_tokens_per_second: float = 0.0
     kv_pages_free: int = 0
     kv_pages_total: int = 0
     block_bytes_used: int = 0
     hop_seconds: Mapping[WorkerId, float] = field(default_factory=dict)
     kv_token_bytes: int = 0
+    step_requests: float = 0.0
+    step_crowding: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

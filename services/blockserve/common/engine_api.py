@@ -255,10 +255,10 @@ class EngineReport:
     chain_evictions: int = 0
     queued_tokens: int = 0
     step_seconds: float = 0.0
-    step_requests: float = 0.0
-    step_crowding: float = 0.0
     prefill_tokens_per_second: float = 0.0
     kv_token_bytes: int = 0
+    step_requests: float = 0.0
+    step_crowding: float = 0.0
 
 
 class Engine(Protocol):
