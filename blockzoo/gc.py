@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from blockzoo import layout
 from blockzoo.closure import Walker, ignore_problem
+from blockzoo.equivalence.spliced import needed_keys
 from blockzoo.errors import BlockzooError, ConflictError, CorruptionError, NotFoundError
 from blockzoo.leases import (
     SKEW_S,
@@ -64,7 +65,7 @@ def collect(
     dry_run: bool = False,
     on_object: Callable[[ObjectInfo], None] | None = None,
 ) -> GcReport:
-    """Delete everything that no version of any variant needs.
+    """Delete everything that no version of any variant and no approval in force needs.
 
     Args:
         store: the zoo.
@@ -137,7 +138,7 @@ def _own_up(store: ZooStore, key: str) -> None:
     walker = Walker(store, ignore_problem)
     for record in store.records():
         walker.add_record(record)
-    if key in walker.closure.objects():
+    if key in walker.closure.objects() or key in needed_keys(store):
         raise ConflictError(
             f"this gc was suspended in the middle of deleting {key}, which is needed again",
             hint="Register that checkpoint again, or run `blockzoo verify --repair FROM`.",
@@ -154,9 +155,10 @@ def _objects(store: ZooStore) -> Iterator[ObjectInfo]:
 
 
 def _needed_keys(store: ZooStore) -> set[str]:
-    """Return the keys that leases and refs protect, reading leases first.
+    """Return the keys that leases, refs and approvals protect, reading leases first.
 
-    A registration publishes its ref before it drops its lease, so in this order one of the two is seen.
+    A registration publishes its ref before it drops its lease, so in this order one of the two is seen; an
+    approval does the same with its decision.
     """
     leased = {digest for lease in active_leases(store.storage, store.clock) for digest in lease.digests}
     walker = _walk_roots(store)
@@ -164,7 +166,7 @@ def _needed_keys(store: ZooStore) -> set[str]:
     loose = Walker(store, ignore_problem)
     for digest in leased:
         _add_leased(store, loose, digest)
-    return {*walker.closure.objects(), *loose.closure.objects()}
+    return {*walker.closure.objects(), *loose.closure.objects(), *needed_keys(store)}
 
 
 def _walk_roots(store: ZooStore) -> Walker:

@@ -16,6 +16,7 @@ from blockzoo.canonical import canonical_json, digest_bytes, digest_json
 from blockzoo.closure import Walker, ignore_problem
 from blockzoo.equivalence.ledger import Ledger, decision_body
 from blockzoo.equivalence.records import RecordId
+from blockzoo.equivalence.spliced import missing_chains
 from blockzoo.errors import CorruptionError, CorruptManifestError, NotFoundError
 from blockzoo.leases import LeaseHolder
 from blockzoo.manifest import BlobId, VariantRecord
@@ -176,6 +177,9 @@ def _add_missing(store: ZooStore, found: dict[str, Problem]) -> None:
         key = layout.equivalence_key(record_id)
         if key not in found and store.storage.size(key) is None:
             found[key] = Problem(key, missing=True, message=f"{key} is missing, and was decided about")
+    for record_id, key in missing_chains(store).items():
+        message = f"{key} is missing; approving {record_id[:12]} again writes it"
+        found.setdefault(key, Problem(key, missing=True, message=message))
 
 
 def _add_missing_of(store: ZooStore, record: VariantRecord, ref: str, found: dict[str, Problem]) -> None:

@@ -80,6 +80,7 @@ class Approvals:
         self._record = lru_cache(_CACHED)(self._ledger.get)
         self._decision = lru_cache(_CACHED)(self._ledger.decision)
         self._by_chain: Mapping[ChainId, Substitutes] = {}
+        self._spliced: frozenset[ChainId] = frozenset()
         self.problems: Mapping[str, BlockzooError] = {}
         self.refresh()
 
@@ -107,6 +108,8 @@ class Approvals:
                 at = by_chain.setdefault(record.original.chain, {})
                 at.setdefault(record.original.positions, []).append(substitute)
         self._by_chain = {chain: _sorted(found) for chain, found in by_chain.items()}
+        results = {one.result for one in self.all()}
+        self._spliced = frozenset(chain for chain in results if not self._variants.has_chain(chain))
         self.problems = problems
 
     def substitutes(self, chain: ChainId, variant: str | None = None) -> Substitutes:
@@ -128,10 +131,18 @@ class Approvals:
         }
         return {positions: group for positions, group in allowed.items() if group}
 
+    def is_spliced(self, chain: ChainId) -> bool:
+        """Tell whether a chain may run and is no registered variant's."""
+        return chain in self._spliced
+
+    def all(self) -> list[Substitute]:
+        """Return what may stand in for anything."""
+        groups = (group for found in self._by_chain.values() for group in found.values())
+        return [one for group in groups for one in group]
+
     def in_force(self) -> frozenset[RecordId]:
         """Return the records whose approvals are in force."""
-        groups = (group for found in self._by_chain.values() for group in found.values())
-        return frozenset(one.record for group in groups for one in group)
+        return frozenset(one.record for one in self.all())
 
     def _in_force(self, record: EquivalenceRecord, decision: Decision) -> Substitute | None:
         variants = frozenset(

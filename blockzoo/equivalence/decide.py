@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from blockzoo.equivalence.ledger import Ledger
 from blockzoo.equivalence.records import Action, Decision, EquivalenceRecord, RecordId
+from blockzoo.equivalence.spliced import put_spliced
 from blockzoo.errors import (
     ConflictError,
     CorruptManifestError,
@@ -33,7 +34,7 @@ def approve(
     variants: Sequence[str] = (),
     force: bool = False,
 ) -> Decision:
-    """Allow the substitute of a record to stand in for its original.
+    """Allow the substitute of a record to stand in for its original, and store the chain that runs then.
 
     Args:
         ledger: of the zoo.
@@ -47,7 +48,8 @@ def approve(
         force: approve although the numbers are beyond the bounds.
 
     Raises:
-        EquivalenceNotFoundError, CorruptManifestError: the record is not there or damaged.
+        EquivalenceNotFoundError, CorruptManifestError: the record is not there or damaged, or the original's
+            chain.
         NotEquivalentError: the numbers are beyond the bounds, and nobody forces it.
         InvalidInputError: an argument is empty or no bound, a variant has another chain, or no registered
             variant has the substitute's chain any more.
@@ -85,13 +87,15 @@ def approve(
         min_agreement=min_agreement,
         forced=forced,
     )
-    # Trying again could bring back what somebody has revoked just now.
-    if not ledger.put_decision(decision):
-        raise ConflictError(
-            f"somebody else has just decided about {record_id}",
-            hint="Look with `blockzoo equivalence show`, then approve again if it is still right.",
-            record=record_id,
-        )
+    with ledger.store.registration(f"equivalence {record_id[:12]}") as registration:
+        put_spliced(registration, ledger.store, record)
+        # Trying again could bring back what somebody has revoked just now.
+        if not ledger.put_decision(decision):
+            raise ConflictError(
+                f"somebody else has just decided about {record_id}",
+                hint="Look with `blockzoo equivalence show`, then approve again if it is still right.",
+                record=record_id,
+            )
     return decision
 
 

@@ -6,7 +6,7 @@ import threading
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockzoo import layout
@@ -275,6 +275,7 @@ def test_a_decision_of_this_version_is_read_by_every_later_one(store, ledger):
     assert decision_body(ledger.decision(record, 7)) == body
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 2)), max_size=12))
 def test_the_last_decision_counts(steps):
     """Against a set that does the same."""

@@ -126,6 +126,9 @@ class LoadReport:
         waiting_requests, running_requests: spans of requests it has.
         queued_tokens: tokens that wait to be computed.
         step_seconds: time of one pass, a moving mean; 0 while nothing was measured.
+        step_requests: requests in these passes, the same mean; 0 when the worker does not say.
+        step_crowding: share of a lone request's pass by which each further one lengthens it; 0 while nothing
+            was measured.
         prefill_tokens_per_second: a moving mean; 0 while nothing was measured.
         kv_pages_free, kv_pages_total: of all pools.
         block_bytes_used: bytes of blocks in memory.
@@ -143,6 +146,8 @@ class LoadReport:
     block_bytes_used: int = 0
     hop_seconds: Mapping[WorkerId, float] = field(default_factory=dict)
     kv_token_bytes: int = 0
+    step_requests: float = 0.0
+    step_crowding: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -225,8 +225,11 @@ class EngineReport:
         prefix_hit_tokens: those of them found there.
         preemptions: how often a running request gave up its pages to an older one.
         chain_evictions: how often an idle chain was unloaded to make room for another.
-        queued_tokens: tokens of waiting requests.
+        queued_tokens: tokens of waiting requests, and of prompts that are being computed.
         step_seconds: time of a pass that only decodes, a moving mean; 0 while nothing was measured.
+        step_requests: requests in these passes, the same mean.
+        step_crowding: share of a lone request's pass by which each further one lengthens it; 0 while nothing
+            was measured.
         prefill_tokens_per_second: the same for prompts.
         kv_token_bytes: bytes of the keys and values of one token at one layer, of the widest chain.
     """
@@ -254,6 +257,8 @@ class EngineReport:
     step_seconds: float = 0.0
     prefill_tokens_per_second: float = 0.0
     kv_token_bytes: int = 0
+    step_requests: float = 0.0
+    step_crowding: float = 0.0
 
 
 class Engine(Protocol):

@@ -142,6 +142,8 @@ def _load(values: dict[str, Any]) -> LoadReport:
         running_requests=int(read("running_requests", 0)),
         queued_tokens=int(read("queued_tokens", 0)),
         step_seconds=float(read("step_seconds", 0.0)),
+        step_requests=float(read("step_requests", 0.0)),
+        step_crowding=float(read("step_crowding", 0.0)),
         prefill_tokens_per_second=float(read("prefill_tokens_per_second", 0.0)),
         kv_pages_free=int(read("kv_pages_free", 0)),
         kv_pages_total=int(read("kv_pages_total", 0)),

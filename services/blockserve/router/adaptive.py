@@ -4,8 +4,8 @@ BlockLLM's first claim (arXiv 2404.18322): chains are put together per request, 
 to be equivalent. Here only where an operator approved the measured pair for this variant, and the caller
 allows it for this call. What ran is named in the answer; who allows nothing always gets the exact chain.
 
-A substitute is taken only when it stands in for every difference of the two variants, so that the chain that
-runs is a variant's of the zoo: it was measured as a whole, and workers can read it.
+One substitute at a time: what two do together was not measured. Where it stands in for every difference of
+two variants, the other variant's chain runs; else one that is neither's, which `approve` stored in the zoo.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
 from blockserve.common.config import Section, setting
 from blockserve.common.engine_api import EngineRequest
 from blockserve.common.errors import ResumeError
-from blockzoo.equivalence import Approvals, Substitute
+from blockzoo.equivalence import Approvals, Positions, Substitute
 from blockzoo.errors import BlockzooError
 from blockzoo.manifest import ChainId
 
@@ -63,13 +64,38 @@ class Estimator(Protocol):
         """Read what estimating a chain takes (ManifestNotFoundError)."""
         ...
 
-    def estimate(self, request: EngineRequest) -> float | None:
-        """Expected seconds until a request is answered; None when no live workers hold its chain."""
+    async def prepare_spliced(
+        self, chain: ChainId, original: ChainId, substitute: ChainId, shift: int
+    ) -> None:
+        """Read what estimating a chain takes that has a run of a second in the place of one of a first.
+
+        Args:
+            chain: the chain that runs.
+            original: the first.
+            substitute: the second.
+            shift: how much further back the run is in the second.
+
+        Raises:
+            ManifestNotFoundError: one of them is not in the zoo.
+        """
+        ...
+
+    def estimate(self, request: EngineRequest, *, idle: bool = False) -> float | None:
+        """Expected seconds until a request is answered; None when no live workers hold its chain.
+
+        Args:
+            request: what to answer.
+            idle: reckon as though the workers had nothing else to do.
+        """
         ...
 
 
 class AdaptiveAssembly:
-    """Chooses between a variant's chain and its approved equivalents. One event loop."""
+    """Chooses between a variant's chain and its approved equivalents. One event loop.
+
+    Attributes:
+        on_substituted: told the variant's own chain when another one runs: it is still what is asked for.
+    """
 
     def __init__(self, approvals: Approvals, estimator: Estimator, config: AdaptiveConfig) -> None:
         """Join the parts.
@@ -84,6 +110,7 @@ class AdaptiveAssembly:
         self._config = config
         self._refreshed = time.monotonic()
         self._refreshing = asyncio.Lock()
+        self.on_substituted: Callable[[ChainId], None] = lambda _: None
 
     async def choose(self, request: EngineRequest, variant: str) -> Substitute | None:
         """What to run a request on instead of its chain; None for the chain itself.
@@ -96,29 +123,37 @@ class AdaptiveAssembly:
             return None
         await self._estimator.prepare(request.chain)
         exact = self._estimator.estimate(request)
+        unloaded = self._estimator.estimate(request, idle=True)
+        if unloaded is not None and not self._is_worth(exact, unloaded):
+            return None  # others may be faster, but not because anybody queues there
         best: tuple[float, Substitute] | None = None
-        for one in self._candidates(request.chain, variant):
+        for positions, one in self._candidates(request.chain, variant):
             try:
-                await self._estimator.prepare(one.result)
+                await self._prepare(request.chain, positions, one)
             except BlockzooError:
-                continue  # a chain that is nobody's: it would have to be put together first
+                continue  # its chain was deleted by a gc that does not know approvals
             seconds = self._estimator.estimate(replace(request, chain=one.result))
             if seconds is not None and self._is_worth(exact, seconds) and (best is None or seconds < best[0]):
                 best = seconds, one
         if best is None:
             return None
         await self._refresh()
-        return best[1] if best[1] in self._candidates(request.chain, variant) else None
+        if best[1] not in [one for _, one in self._candidates(request.chain, variant)]:
+            return None
+        self.on_substituted(request.chain)
+        return best[1]
 
     async def resume(self, request: EngineRequest, variant: str, chain: ChainId) -> Substitute:
         """What an answer began on that is to be taken up again.
 
         Raises:
             ResumeError: it is not approved (any more).
+            ManifestNotFoundError: its chain is not in the zoo.
         """
         await self._refresh()
-        for one in self._candidates(request.chain, variant):
+        for positions, one in self._candidates(request.chain, variant):
             if one.result == chain:
+                await self._prepare(request.chain, positions, one)
                 return one
         raise ResumeError(
             f"the answer began on chain {chain}, which may not stand in for {variant} now",
@@ -126,9 +161,16 @@ class AdaptiveAssembly:
             field="resume_chain",
         )
 
-    def _candidates(self, chain: ChainId, variant: str) -> list[Substitute]:
+    def _candidates(self, chain: ChainId, variant: str) -> list[tuple[Positions, Substitute]]:
         found = self._approvals.substitutes(chain, variant)
-        return [one for group in found.values() for one in group if one.result == one.chain]
+        return [(positions, one) for positions, group in found.items() for one in group]
+
+    async def _prepare(self, chain: ChainId, positions: Positions, one: Substitute) -> None:
+        if one.result == one.chain:
+            await self._estimator.prepare(one.result)
+        else:
+            shift = one.positions.first - positions.first
+            await self._estimator.prepare_spliced(one.result, chain, one.chain, shift)
 
     def _is_worth(self, exact: float | None, other: float) -> bool:
         if exact is None:

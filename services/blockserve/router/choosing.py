@@ -10,7 +10,7 @@ from blockserve.common.engine_api import EngineRequest
 from blockserve.common.errors import NoPathError
 from blockserve.router.locality import PrefixLocality
 from blockserve.router.path_costs import CostModel, RequestSize
-from blockserve.router.path_index import PathIndex
+from blockserve.router.path_index import Parent, PathIndex
 from blockserve.router.paths import Path, assemble
 from blockserve.router.resolve import ZooReader
 from blockzoo.manifest import ChainId, Link
@@ -46,6 +46,19 @@ class ZooPathChooser:
         if chain not in self._links:
             self._links[chain] = (await asyncio.to_thread(self._zoo.chain, chain)).links
 
+    async def prepare_spliced(
+        self, chain: ChainId, original: ChainId, substitute: ChainId, shift: int
+    ) -> None:
+        """Read a chain's links once, and those of the two chains that it is made of.
+
+        Workers hold runs of these; that they can run parts of the chain follows from comparing links.
+        """
+        for one in (chain, original, substitute):
+            await self.prepare(one)
+        links = self._links
+        parents = (Parent(original, links[original]), Parent(substitute, links[substitute], shift))
+        self._index.splice(chain, parents)
+
     def has_path(self, chain: ChainId) -> bool:
         """Whether live workers hold all of the chain."""
         links = self._links.get(chain)
@@ -57,11 +70,11 @@ class ZooPathChooser:
             return False
         return True
 
-    def estimate(self, request: EngineRequest) -> float | None:
+    def estimate(self, request: EngineRequest, *, idle: bool = False) -> float | None:
         """Expected seconds until a request is answered; None when no live workers hold its chain."""
         try:
             size = self._size(request)
-            return assemble(self._index, request.chain, self._links[request.chain], size).seconds
+            return assemble(self._index, request.chain, self._links[request.chain], size, idle=idle).seconds
         except NoPathError:
             return None
 

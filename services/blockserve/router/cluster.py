@@ -215,11 +215,11 @@ class ClusterEngine:
         lost: WorkerId | None = None
         for failures in range(self._failover.max_failures + 1):
             path = await self._path(request, excluded)
-            if before:
-                known = replace(request, output=tuple(told))
-                await self.kv.move(known, before, path, self._view, lost)
             attempt = replace(request, output=tuple(told), path=path, epoch=request.epoch + failures)
             try:
+                if before:
+                    known = replace(request, output=tuple(told))
+                    await self.kv.move(known, before, path, self._view, lost)
                 async with aclosing(self._stream(path[0]).run(attempt)) as batches:
                     async for events in batches:
                         fresh = events if events[0].index == len(told) else _fresh(events, len(told))

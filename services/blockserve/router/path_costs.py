@@ -1,7 +1,11 @@
 """What a request is expected to cost at each worker: the numbers that path assembly minimises.
 
 A worker that holds so many positions and needs `step_seconds` for a pass spends `step_seconds / positions`
-on a link. Where nothing was measured yet, the model's own numbers over the worker's speed stand in.
+on a link, more the more requests share the pass. What it measured among so many requests is brought down to a
+request alone, and up again to those it has now: so a worker that was crowded a minute ago and is idle now
+counts as idle, and one whose neighbours alone have measured counts as they would be, alone. A worker that has
+not measured is reckoned with the median of those that have, over its speed; the model's own numbers count
+where nobody has.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from blockserve.common.cluster import WorkerId, WorkerView
+from blockserve.common.cluster import LoadReport, WorkerId, WorkerView
 
 Floats = npt.NDArray[np.float64]
 
@@ -22,9 +26,9 @@ class CostModel:
     """Weights of an estimate; measured values come before these.
 
     Attributes:
-        link_seconds: of one link in one decode pass at a worker of speed 1 that has reported nothing.
-        prefill_link_seconds: of one prompt token in one link, at such a worker.
-        crowding: by how much of itself a pass grows with every request that its last measure did not see.
+        link_seconds: of one link in a decode pass of one request, speed 1, while no worker has measured.
+        prefill_link_seconds: of one prompt token in one link, in the same way.
+        crowding: by how much of itself such a pass grows with every further request, in the same way.
         hop_seconds: one way between two hosts.
         same_host_hop_seconds: one way inside a host.
         row_bytes: of the hidden state of one token.
@@ -69,32 +73,61 @@ class WorkerCosts:
     """Expected seconds at each worker, arrays of shape [workers].
 
     Attributes:
-        step: of one link in a decode pass, before crowding.
-        crowd: requests that `step` has not seen.
+        step: of one link in a decode pass of one request.
+        crowding: by how much of itself that grows with every further request.
+        crowd: requests that are there.
         prefill: of one token in one link.
         backlog: until the tokens that wait there are computed.
+        typical_step, typical_prefill: of a worker of speed 1, by the median of what was measured.
     """
 
     step: Floats
+    crowding: Floats
     crowd: Floats
     prefill: Floats
     backlog: Floats
+    typical_step: float
+    typical_prefill: float
 
 
 def worker_costs(views: Sequence[WorkerView], positions: Sequence[int], model: CostModel) -> WorkerCosts:
-    """The costs at each worker, from its load report or the model."""
-    step, crowd, prefill, backlog = [], [], [], []
-    for view, held in zip(views, positions, strict=True):
-        load, links = view.load, max(held, 1)
-        speed = view.record.speed if view.record.speed > 0 else 1.0
-        measured = load.step_seconds > 0
-        step.append(load.step_seconds / links if measured else model.link_seconds / speed)
-        crowd.append(load.waiting_requests + (0 if measured else load.running_requests))
-        rate = load.prefill_tokens_per_second * links
-        prefill.append(1 / rate if rate > 0 else model.prefill_link_seconds / speed)
-        full = load.kv_pages_total > 0 and load.kv_pages_free == 0
-        backlog.append(load.queued_tokens * prefill[-1] * links + (model.full_kv_seconds if full else 0.0))
-    return WorkerCosts(np.array(step), np.array(crowd, dtype=float), np.array(prefill), np.array(backlog))
+    """The costs at each worker, from its load report, the others', or the model."""
+    loads = [view.load for view in views]
+    speed = np.array([view.record.speed if view.record.speed > 0 else 1.0 for view in views])
+    links = np.maximum(np.array(positions, dtype=float), 1.0)
+    crowding, _ = _filled(_numbers(loads, "step_crowding"), np.ones(len(views)), model.crowding)
+    shared = np.array([_step_requests(load) for load in loads])
+    alone = _numbers(loads, "step_seconds") / links / (1 + crowding * (shared - 1))
+    step, typical_step = _filled(alone, speed, model.link_seconds)
+    rate = _numbers(loads, "prefill_tokens_per_second") * links
+    measured = np.divide(1.0, rate, out=np.zeros(len(views)), where=rate > 0)
+    prefill, typical_prefill = _filled(measured, speed, model.prefill_link_seconds)
+    full = np.array([load.kv_pages_total > 0 and load.kv_pages_free == 0 for load in loads], dtype=float)
+    return WorkerCosts(
+        step=step,
+        crowding=crowding,
+        crowd=_numbers(loads, "waiting_requests") + _numbers(loads, "running_requests"),
+        prefill=prefill,
+        backlog=_numbers(loads, "queued_tokens") * prefill * links + model.full_kv_seconds * full,
+        typical_step=typical_step,
+        typical_prefill=typical_prefill,
+    )
+
+
+def _filled(measured: Floats, speed: Floats, otherwise: float) -> tuple[Floats, float]:
+    """Zeros replaced by the median of the rest at speed 1, over the own speed; and that median."""
+    known = measured > 0
+    typical = float(np.median(measured[known] * speed[known])) if known.any() else otherwise
+    return np.where(known, measured, typical / speed), typical
+
+
+def _step_requests(load: LoadReport) -> float:
+    """Requests that the measured passes had; a worker that does not say had those that run there."""
+    return max(load.step_requests or load.running_requests, 1.0)
+
+
+def _numbers(loads: Sequence[LoadReport], name: str) -> Floats:
+    return np.array([getattr(load, name) for load in loads], dtype=float)
 
 
 def hop_latency(views: Sequence[WorkerView], model: CostModel) -> tuple[Floats, Floats]:

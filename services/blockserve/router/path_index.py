@@ -29,31 +29,71 @@ from blockzoo.manifest import ChainId, Link
 
 
 class Assigned:
-    """What this router has sent to workers since each last reported another load."""
+    """What this router has sent to workers, beside what these report.
+
+    A report is up to a second old, and seen half a second after it was made. Which of our requests it has
+    counted is not known, but they are at most as many as were in flight at one time since the report before
+    it; what it says beyond that is other routers'. Of our own we know at any time.
+
+    Attributes:
+        requests: ours that have not ended.
+        link_tokens: sent since each worker last reported another load, tokens times links.
+    """
 
     def __init__(self) -> None:
         self.requests: dict[WorkerId, int] = {}
         self.link_tokens: dict[WorkerId, int] = {}
+        self._peak: dict[WorkerId, int] = {}
+        self._reported: dict[WorkerId, int] = {}
 
     def add(self, worker: WorkerId, run: Run, size: RequestSize) -> None:
         """Count a request in."""
         self.requests[worker] = self.requests.get(worker, 0) + 1
+        self._peak[worker] = max(self._peak.get(worker, 0), self.requests[worker])
         tokens = max(size.prompt_tokens - size.cached_tokens.get(worker, 0), 0) * len(run)
         self.link_tokens[worker] = self.link_tokens.get(worker, 0) + tokens
 
     def remove(self, worker: WorkerId, run: Run, size: RequestSize) -> None:
-        """A request has ended; nothing happens when a report has replaced it already."""
-        if worker in self.requests:
-            self.requests[worker] -= 1
+        """A request has ended; a report may have replaced the tokens that it had added."""
+        left = self.requests.pop(worker, 0) - 1
+        if left > 0:
+            self.requests[worker] = left
+        if worker in self.link_tokens:
             tokens = max(size.prompt_tokens - size.cached_tokens.get(worker, 0), 0) * len(run)
-            self.link_tokens[worker] = max(self.link_tokens[worker] - tokens, 0)
-            if not self.requests[worker]:
-                self.forget(worker)
+            self.link_tokens[worker] = max(self.link_tokens[worker] - tokens, 0) if left > 0 else 0
 
-    def forget(self, worker: WorkerId) -> None:
-        """The worker's own report counts them now, or the worker is gone."""
-        self.requests.pop(worker, None)
+    def crowd(self, worker: WorkerId, reported: float) -> float:
+        """Requests at a worker that reported so many."""
+        others = max(reported - self._reported.get(worker, 0), 0.0)
+        return others + self.requests.get(worker, 0)
+
+    def renew(self, worker: WorkerId) -> None:
+        """The worker has reported again, or is gone."""
         self.link_tokens.pop(worker, None)
+        self._reported[worker] = self._peak.pop(worker, 0)
+        if worker in self.requests:
+            self._peak[worker] = self.requests[worker]
+        elif not self._reported[worker]:
+            del self._reported[worker]
+
+    def workers(self) -> set[WorkerId]:
+        """Those about which anything is known here."""
+        return self.requests.keys() | self.link_tokens.keys() | self._peak.keys() | self._reported.keys()
+
+
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """A chain that another one has links of.
+
+    Attributes:
+        chain: names it.
+        links: of it.
+        shift: position p of the other chain is compared with p + `shift` here.
+    """
+
+    chain: ChainId
+    links: tuple[Link, ...]
+    shift: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +125,7 @@ class PathIndex:
         self._most_chains = most_chains
         self._digests: OrderedDict[ChainId, dict[Run, SegmentDigest]] = OrderedDict()
         self._candidates: dict[ChainId, Candidates] = {}
+        self._parents: dict[ChainId, tuple[Parent, ...]] = {}
         self._views: dict[WorkerId, WorkerView] = {}
         self._take_residency()
         self.update(view)
@@ -93,9 +134,9 @@ class PathIndex:
         """Take a newer view."""
         ready = {name: view.workers[name] for name in sorted(view.workers) if _usable(view.workers[name])}
         before, self._views = self._views, ready
-        for worker in before.keys() | set(self.assigned.requests):
+        for worker in self.assigned.workers():
             if worker not in ready or worker not in before or ready[worker].load != before[worker].load:
-                self.assigned.forget(worker)
+                self.assigned.renew(worker)
         if before.keys() != ready.keys() or any(
             ready[worker].segments != before[worker].segments for worker in ready
         ):
@@ -119,6 +160,12 @@ class PathIndex:
         self._runs = sorted(runs)
         self._salts = np.array([_hash(worker) for worker in self.ids], dtype=np.uint64)
 
+    def splice(self, chain: ChainId, parents: tuple[Parent, ...]) -> None:
+        """Have a chain run where its links are held as parts of these chains, of whose runs it has some."""
+        if self._parents.get(chain) != parents:
+            self._parents[chain] = parents
+            self._candidates.pop(chain, None)
+
     def candidates(self, chain: ChainId, links: Sequence[Link]) -> Candidates:
         """Who can run what of a chain."""
         found = self._candidates.get(chain)
@@ -126,7 +173,8 @@ class PathIndex:
             found = self._candidates[chain] = self._find(chain, links)
         return found
 
-    def _find(self, chain: ChainId, links: Sequence[Link]) -> Candidates:
+    def _held(self, chain: ChainId, links: Sequence[Link]) -> list[tuple[Run, list[int]]]:
+        """Runs of a chain that are held as they are, with the numbers of their workers."""
         digests = self._digests.setdefault(chain, {})
         self._digests.move_to_end(chain)
         if len(self._digests) > self._most_chains:
@@ -139,6 +187,13 @@ class PathIndex:
                 digests[run] = segment_digest(links, run.first, run.end)
             if holders := self._holders.get(digests[run]):
                 held.append((run, holders))
+        return held
+
+    def _find(self, chain: ChainId, links: Sequence[Link]) -> Candidates:
+        held = self._held(chain, links)
+        for parent in self._parents.get(chain, ()):
+            for run, holders in self._held(parent.chain, parent.links):
+                held += [(part, holders) for part in _common(links, parent, run)]
         borders = _borders(held, len(links))
         workers = np.array(sorted({number for _, holders in held for number in holders}), dtype=np.int64)
         positions = np.zeros((len(links), len(workers)), dtype=bool)
@@ -149,6 +204,16 @@ class PathIndex:
         return Candidates(
             workers, tuple(borders), table, _mix(blocks[:, None] ^ self._salts[workers][None, :])
         )
+
+
+def _common(links: Sequence[Link], parent: Parent, run: Run) -> list[Run]:
+    """The runs of a chain that are what its parent has in a run, as positions of the chain."""
+    first = max(run.first - parent.shift, 0)
+    end = min(run.end - parent.shift, len(links))
+    equal = [place for place in range(first, end) if links[place] == parent.links[place + parent.shift]]
+    starts = [place for place in equal if place - 1 not in equal]
+    ends = [place + 1 for place in equal if place + 1 not in equal]
+    return [Run(*pair) for pair in zip(starts, ends, strict=True)]
 
 
 def _borders(held: Sequence[tuple[Run, object]], length: int) -> list[int]:

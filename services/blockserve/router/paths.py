@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from blockserve.common.cluster import Run, WorkerId
 from blockserve.common.errors import NoPathError
-from blockserve.router.path_costs import RequestSize
+from blockserve.router.path_costs import Floats, RequestSize
 from blockserve.router.path_index import Candidates, PathIndex
 from blockserve.router.path_program import PathCosts, cheapest
 from blockzoo.manifest import ChainId, Link
@@ -51,6 +51,8 @@ def assemble(
     links: Sequence[Link],
     size: RequestSize,
     exclude: Set[WorkerId] = frozenset(),
+    *,
+    idle: bool = False,
 ) -> Path:
     """The path with the least expected finish time.
 
@@ -60,6 +62,7 @@ def assemble(
         links: of the chain.
         size: of the request.
         exclude: workers that must not be used, for example because they have just failed.
+        idle: reckon as though no worker had anything else to do.
 
     Raises:
         NoPathError: the usable workers do not hold all positions, or only by visiting one twice.
@@ -74,7 +77,7 @@ def assemble(
         usable = held & (cached >= tokens)[None, :]
         if not usable.any(axis=1).all():
             continue
-        found = cheapest(_costs(index, candidates, usable, size, size.prompt_tokens - tokens))
+        found = cheapest(_costs(index, candidates, usable, size, size.prompt_tokens - tokens, idle=idle))
         if found is not None and (best is None or found[0] < best[0]):
             best = found
     if best is None:
@@ -116,17 +119,17 @@ def _costs(
     held: npt.NDArray[np.bool_],
     size: RequestSize,
     prefill_tokens: int,
+    *,
+    idle: bool,
 ) -> PathCosts:
     model, costs, workers = index.model, index.costs, candidates.workers
-    prefill, backlog, crowd = costs.prefill[workers], costs.backlog[workers], costs.crowd[workers]
-    if index.assigned.requests:
-        ids = [index.ids[number] for number in workers]
-        crowd = crowd + np.array([index.assigned.requests.get(worker, 0) for worker in ids])
-        backlog = backlog + prefill * np.array([index.assigned.link_tokens.get(worker, 0) for worker in ids])
-    link = size.output_tokens * costs.step[workers] * (1 + model.crowding * crowd) + prefill_tokens * prefill
+    prefill = costs.prefill[workers]
+    crowd, backlog = (np.zeros(len(workers)),) * 2 if idle else _busy(index, workers)
+    step = costs.step[workers] * (1 + costs.crowding[workers] * crowd)
+    link = size.output_tokens * step + prefill_tokens * prefill
     lengths = np.diff(candidates.borders)
     bare = candidates.borders[-1] * (
-        size.output_tokens * model.link_seconds + size.prompt_tokens * model.prefill_link_seconds
+        size.output_tokens * costs.typical_step + size.prompt_tokens * costs.typical_prefill
     )
     pairs = np.ix_(workers, workers)
     messages, rows = size.output_tokens + 1, size.output_tokens + prefill_tokens
@@ -136,6 +139,18 @@ def _costs(
         hop=messages * index.latency[pairs] + rows * index.row[pairs],
         back=size.output_tokens * model.hop_seconds,
     )
+
+
+def _busy(index: PathIndex, workers: npt.NDArray[np.int64]) -> tuple[Floats, Floats]:
+    """Requests at each of these workers, and seconds until what waits there is computed."""
+    costs, assigned = index.costs, index.assigned
+    crowd, backlog = costs.crowd[workers], costs.backlog[workers]
+    if not assigned.workers():
+        return crowd, backlog
+    ids = [index.ids[number] for number in workers]
+    crowd = np.array([assigned.crowd(worker, known) for worker, known in zip(ids, crowd, strict=True)])
+    tokens = np.array([assigned.link_tokens.get(worker, 0) for worker in ids], dtype=float)
+    return crowd, backlog + costs.prefill[workers] * tokens
 
 
 def _spans(index: PathIndex, candidates: Candidates, chosen: list[int]) -> tuple[PathSpan, ...]:

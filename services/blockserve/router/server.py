@@ -112,7 +112,10 @@ class RouterServer:
         self.engine = ClusterEngine(
             chooser, self._demand, settings.peer_credentials(), settings.failover, settings.kv
         )
-        self.engine.on_request = self._demand.note
+        demand = self._demand
+        # What is asked for is the variant's own chain. A spliced one is made of what is there for others.
+        adaptive.on_substituted = demand.note
+        self.engine.on_request = lambda chain: None if approvals.is_spliced(chain) else demand.note(chain)
         engine = self.engine
         keeper = WishKeeper(zoo, lambda: engine.view)
         self._router = Router(

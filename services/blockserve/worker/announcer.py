@@ -76,6 +76,8 @@ class Announcer:
             running_requests=report.running_requests,
             queued_tokens=report.queued_tokens,
             step_seconds=report.step_seconds,
+            step_requests=report.step_requests,
+            step_crowding=report.step_crowding,
             prefill_tokens_per_second=report.prefill_tokens_per_second,
             kv_pages_free=report.kv_pages_total - report.kv_pages_used,
             kv_pages_total=report.kv_pages_total,

@@ -348,6 +348,7 @@ class BlockEngine:
         counters = self._executor.counters
         segments = self._executor.segments.ordered
         pools = list(self._pools.values())
+        pace = self._passes.pace
         return EngineReport(
             device=str(self._device),
             waiting_requests=len(self._scheduler.waiting) + len(self._arriving),
@@ -388,7 +389,10 @@ class BlockEngine:
             chain_loads=self._chains.num_loads,
             chain_unloads=self._chains.num_unloads,
             kv_token_bytes=max((shape.token_bytes for shape in list(self._pools)), default=0),
-            queued_tokens=sum(one.num_tokens for one in (*self._scheduler.waiting, *self._arriving)),
-            step_seconds=self._passes.pace.step_seconds,
-            prefill_tokens_per_second=self._passes.pace.prefill_tokens_per_second,
+            queued_tokens=sum(one.num_tokens for one in (*self._scheduler.waiting, *self._arriving))
+            + sum(left for one in list(self._scheduler.running) if (left := one.num_uncomputed) > 1),
+            step_seconds=pace.step_seconds,
+            step_requests=pace.step_requests,
+            step_crowding=pace.step_crowding,
+            prefill_tokens_per_second=pace.prefill_tokens_per_second,
         )

@@ -34,6 +34,8 @@ loads = st.builds(
     LoadReport,
     *(counts, counts, counts, times, times, counts, counts, counts),
     hop_seconds=st.dictionaries(names, times, max_size=3),
+    step_requests=times,
+    step_crowding=times,
 )
 residencies = st.frozensets(st.builds(ResidentSegment, names, runs), max_size=5)
 assignments = st.lists(st.builds(Assignment, names, runs, st.booleans()), max_size=3).map(tuple)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 
@@ -15,7 +16,7 @@ from blockzoo.equivalence.records import Positions, RecordId
 from blockzoo.errors import ManifestNotFoundError
 from blockzoo.manifest import ChainId
 
-EXACT, OTHER, THIRD = ChainId("exact"), ChainId("other"), ChainId("third")
+EXACT, OTHER, THIRD, SPLICED = map(ChainId, ("exact", "other", "third", "spliced"))
 REF = "tuned@1"
 
 
@@ -47,15 +48,24 @@ class FakeApprovals(Approvals):
 class FakeEstimator:
     """Seconds by chain; None for a chain without a path, nothing for one that is not in the zoo."""
 
-    def __init__(self, **seconds: float | None) -> None:
+    def __init__(self, *, unloaded: float = 0.01, **seconds: float | None) -> None:
         self.seconds = seconds
+        self.unloaded = unloaded
+        self.spliced: list[tuple[ChainId, ChainId, ChainId, int]] = []
 
     async def prepare(self, chain: ChainId) -> None:
         if chain not in self.seconds:
             raise ManifestNotFoundError(f"no chain {chain}")
 
-    def estimate(self, request: EngineRequest) -> float | None:
-        return self.seconds[request.chain]
+    async def prepare_spliced(
+        self, chain: ChainId, original: ChainId, substitute: ChainId, shift: int
+    ) -> None:
+        await self.prepare(chain)
+        self.spliced.append((chain, original, substitute, shift))
+
+    def estimate(self, request: EngineRequest, *, idle: bool = False) -> float | None:
+        seconds = self.seconds[request.chain]
+        return self.unloaded if idle and seconds is not None else seconds
 
 
 def choose(
@@ -84,6 +94,12 @@ def test_it_is_taken_when_absent_or_much_slower(
     assert (chosen is not None) == is_taken
 
 
+def test_a_faster_one_is_not_taken_while_nobody_queues_at_the_variants_own() -> None:
+    slow_but_idle = FakeEstimator(exact=10.0, other=1.0, unloaded=9.0)
+    assert choose(FakeApprovals(substitute()), slow_but_idle) is None
+    assert choose(FakeApprovals(substitute()), FakeEstimator(exact=10.0, other=1.0, unloaded=6.0)) is not None
+
+
 def test_the_fastest_of_several_is_taken() -> None:
     chosen = choose(
         FakeApprovals(substitute(), substitute(THIRD)), FakeEstimator(exact=9.0, other=2.0, third=1.0)
@@ -98,10 +114,27 @@ def test_only_for_variants_that_the_approval_names_and_while_it_is_enabled() -> 
     assert choose(FakeApprovals(substitute()), estimator, enabled=False) is None
 
 
-def test_a_chain_that_nobody_registered_is_never_run() -> None:
-    spliced = substitute(OTHER, ChainId("spliced"))
+def test_a_spliced_chain_is_run_while_the_zoo_has_it() -> None:
+    spliced = substitute(OTHER, SPLICED)
+    estimator = FakeEstimator(exact=9.0, spliced=1.0)
+    assert choose(FakeApprovals(spliced), estimator) == spliced
+    assert estimator.spliced == [(SPLICED, EXACT, OTHER, 0)]
+    moved = replace(spliced, positions=Positions(5, 7))
+    assert choose(FakeApprovals(moved), estimator) == moved
+    assert estimator.spliced[-1] == (SPLICED, EXACT, OTHER, 3)
     assert choose(FakeApprovals(spliced), FakeEstimator(exact=9.0, other=1.0)) is None
     assert choose(FakeApprovals(substitute()), FakeEstimator(exact=9.0)) is None
+
+
+def test_what_is_asked_for_is_told_when_something_else_runs() -> None:
+    told: list[ChainId] = []
+    for exact in (9.0, 1.0):
+        assembly = AdaptiveAssembly(
+            FakeApprovals(substitute()), FakeEstimator(exact=exact, other=1.0), AdaptiveConfig()
+        )
+        assembly.on_substituted = told.append
+        asyncio.run(assembly.choose(EngineRequest("r", EXACT, (1,), SamplingParams(), 10), REF))
+    assert told == [EXACT]
 
 
 def test_a_revocation_counts_from_the_next_choice_on() -> None:
@@ -114,7 +147,7 @@ def test_a_revocation_counts_from_the_next_choice_on() -> None:
 def test_an_answer_is_resumed_on_what_it_began_with() -> None:
     request = EngineRequest("r", EXACT, (1,), SamplingParams(), 10)
     approvals = FakeApprovals(substitute())
-    assembly = AdaptiveAssembly(approvals, FakeEstimator(), AdaptiveConfig(refresh_seconds=0))
+    assembly = AdaptiveAssembly(approvals, FakeEstimator(other=1.0), AdaptiveConfig(refresh_seconds=0))
     assert asyncio.run(assembly.resume(request, REF, OTHER)).result == OTHER
     approvals.after_refresh = ()
     with pytest.raises(ResumeError):
