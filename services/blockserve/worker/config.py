@@ -41,6 +41,8 @@ class EngineConfig:
             prefixes or on pre-emption (on one machine, with one number of threads; on the CPU). Off, they may
             differ where two tokens are almost equally likely. On processors that do not multiply pairs of
             bfloat16, prompts with adapters take longer.
+        traced_spans: requests that have ended here of which it is remembered where their time went
+            (`blockzoo trace`); half a kilobyte each. Those that run are remembered anyway.
         load_threads: blocks read, checked and laid out at the same time while a variant loads.
     """
 
@@ -58,6 +60,7 @@ class EngineConfig:
     block_bytes: int = 0
     deterministic: bool = False
     load_threads: int = 2
+    traced_spans: int = 4096
 
     def __post_init__(self) -> None:
         """Refuse values no engine can run with."""
@@ -76,6 +79,12 @@ class EngineConfig:
             raise ValueError(
                 "max_tokens_per_pass must be at least max_running_requests: each decodes one token"
             )
-        counts = (self.max_waiting_requests, self.num_threads, self.block_bytes, self.kv_reserve_tokens)
+        counts = (
+            self.max_waiting_requests,
+            self.num_threads,
+            self.block_bytes,
+            self.kv_reserve_tokens,
+            self.traced_spans,
+        )
         if min(counts) < 0 or self.load_threads < 1:
             raise ValueError("counts of threads, requests and bytes cannot be negative")

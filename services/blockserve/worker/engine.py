@@ -38,6 +38,7 @@ from blockserve.common.errors import (
     QueueFullError,
     ServerStoppingError,
 )
+from blockserve.common.trace import PathTrace, SpanTrace, as_paths
 from blockserve.worker.blocks import BlockManager, BlockSource, LoadedChain, PreparedChain
 from blockserve.worker.chains import LoadedChains
 from blockserve.worker.config import EngineConfig
@@ -52,6 +53,7 @@ from blockserve.worker.pace import Pace
 from blockserve.worker.request import Chunk, ChunkHidden, ChunkLogits, ChunkResult, Outcome, RunningRequest
 from blockserve.worker.sampler import collect_prompt, sample_next
 from blockserve.worker.scheduler import Scheduler
+from blockserve.worker.span_traces import SpanTraces
 from blockzoo.errors import BlockzooError
 from blockzoo.manifest import ChainId
 
@@ -111,6 +113,7 @@ class BlockEngine:
         self._arrivals = 0
         self._passes = 0
         self._pace = Pace()
+        self._traces = SpanTraces(self.config.traced_spans)
         self._last_progress = time.monotonic()
         self._is_idle = False  # the thread waits for work; guarded by `_wake`
 
@@ -340,6 +343,7 @@ class BlockEngine:
                 sink(ChainNotLoadedError(f"chain {chain.id} was unloaded", hint="Send the request again."))
                 return
             self._sinks[running] = sink
+            self._traces.begin(running)
             self._scheduler.add(running)
             if self._exchange is not None and running.is_split:
                 self._exchange.begin(running)
@@ -386,6 +390,7 @@ class BlockEngine:
     def _release(self, running: RunningRequest) -> None:
         """Forget a request and free what it holds."""
         del self._sinks[running]
+        self._traces.end(running)
         self._scheduler.remove(running)
         self._memory.release(running)
         self._chains.release(running.chain)
@@ -417,7 +422,9 @@ class BlockEngine:
             goes_on = all(chunk.running.is_split and not chunk.running.is_follower for chunk in chunks)
             results = self._executor.run(chunks, before=None if goes_on else self._deliver)
             outcomes = self._advance(chunks, results)
-            self._pace.note(chunks, time.monotonic() - now)
+            done = time.monotonic()
+            self._pace.note(chunks, done - now)
+            self._traces.computed(chunks, now, done)
         except Exception as error:  # noqa: BLE001
             # A fault must not end the thread: the requests of this pass fail, the others go on.
             _LOG.exception("pass %d failed", self._passes)
@@ -533,6 +540,14 @@ class BlockEngine:
 
     # ---- looking in
 
+    async def span_traces(self, request_ids: Sequence[str]) -> list[SpanTrace]:
+        """Where the time of requests went that are executed here, or were lately."""
+        return await asyncio.wrap_future(self._ask(lambda: self._traces.of(request_ids)))
+
+    async def trace(self, request_ids: Sequence[str]) -> dict[str, tuple[PathTrace, ...]]:
+        """The same of requests that are executed here as a whole; see `TracesRequests`."""
+        return as_paths(await self.span_traces(request_ids))
+
     def report(self) -> EngineReport:
         """A snapshot for status and metrics; counters may be one pass apart."""
         counters = self._executor.counters
@@ -599,6 +614,7 @@ class _Host:
         """Take a started request's outcomes from now on."""
         self._engine._chains.acquire(running.chain)
         self._engine._sinks[running] = sink
+        self._engine._traces.begin(running)
 
     def release(self, running: RunningRequest) -> None:
         """Forget a request and free what it holds."""
