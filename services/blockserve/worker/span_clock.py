@@ -22,6 +22,10 @@ class State(enum.Enum):
     ENDED = enum.auto()
 
 
+READY, AWAY, IDLE = State.READY, State.AWAY, State.IDLE
+"""At hand where every pass looks at them."""
+
+
 class PhaseClock:
     """The sums behind `PhaseTimes`."""
 
@@ -98,13 +102,16 @@ class SpanClock:
             self._phase.round_trips += 1
             self.enter(State.READY, now)
 
-    def computed(self, tokens: int, *, is_prompt: bool, start: float, end: float, after: State) -> None:
-        """A pass from `start` to `end` computed some of its tokens; `after` is what it waits for then."""
+    def computed(self, tokens: int, is_prompt: bool, start: float, end: float, after: State) -> None:
+        """A pass from `start` to `end` computed some of its tokens; `after` is what it waits for then.
+
+        Called for every request of every pass.
+        """
         phase = self._prompt if is_prompt else self._decode
-        if self.state is State.READY:
+        if self.state is READY:
             phase.waited += start - self.since
         else:
-            self.enter(State.READY, start)
+            self.enter(READY, start)
         seconds = end - start
         phase.passes += 1
         phase.tokens += tokens

@@ -9,7 +9,7 @@ from blockserve.common.cluster import Run
 from blockserve.common.recent import Recent
 from blockserve.common.trace import SpanTrace
 from blockserve.worker.request import Chunk, RunningRequest
-from blockserve.worker.span_clock import SpanClock, State
+from blockserve.worker.span_clock import AWAY, IDLE, READY, SpanClock, State
 
 Key = tuple[str, int, int]
 """Request, epoch of its path, place of this worker on it."""
@@ -37,16 +37,16 @@ class SpanTraces:
     def computed(self, chunks: Sequence[Chunk], start: float, end: float) -> None:
         """A pass over these chunks has been made, and its tokens have been told to their requests."""
         for chunk in chunks:
-            running = chunk.running
+            running, first, last = chunk.running, chunk.start, chunk.end
+            request = running.request
+            after = READY
             if running.place:
-                after = State.READY if running.inputs else State.IDLE
-            elif running.is_split and chunk.end == running.num_tokens:
-                after = State.AWAY
-            else:
-                after = State.READY
-            tokens = chunk.end - chunk.start
-            is_prompt = tokens > 1 or chunk.start < len(running.request.prompt)
-            running.clock.computed(tokens, is_prompt=is_prompt, start=start, end=end, after=after)
+                if not running.inputs:
+                    after = IDLE
+            elif len(request.path) > 1 and last == running.num_tokens:
+                after = AWAY
+            is_prompt = last - first > 1 or first < len(request.prompt)
+            running.clock.computed(last - first, is_prompt, start, end, after)
             if is_prompt:
                 running.clock.cached = running.num_cached
 

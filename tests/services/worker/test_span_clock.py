@@ -10,9 +10,9 @@ from blockserve.worker.span_clock import SpanClock, State
 
 def test_a_request_that_one_process_executes() -> None:
     clock = SpanClock(10.0)
-    clock.computed(7, is_prompt=True, start=12.0, end=13.0, after=State.READY)
-    clock.computed(1, is_prompt=False, start=13.5, end=14.0, after=State.READY)
-    clock.computed(1, is_prompt=False, start=14.0, end=15.0, after=State.READY)
+    clock.computed(7, True, 12.0, 13.0, State.READY)
+    clock.computed(1, False, 13.5, 14.0, State.READY)
+    clock.computed(1, False, 14.0, 15.0, State.READY)
     running = clock.times(15.25)
     assert running.running
     clock.enter(State.ENDED, 15.5)
@@ -31,10 +31,10 @@ def test_the_head_of_a_path() -> None:
     clock.begin_again(1.5)
     clock.enter(State.OPENING, 2.0)
     clock.enter(State.READY, 3.0)
-    clock.computed(20, is_prompt=True, start=3.0, end=4.0, after=State.READY)
-    clock.computed(4, is_prompt=True, start=4.5, end=5.0, after=State.AWAY)
+    clock.computed(20, True, 3.0, 4.0, State.READY)
+    clock.computed(4, True, 4.5, 5.0, State.AWAY)
     clock.came_back(7.0)
-    clock.computed(1, is_prompt=False, start=7.25, end=7.5, after=State.AWAY)
+    clock.computed(1, False, 7.25, 7.5, State.AWAY)
     clock.came_back(8.0)
     clock.came_back(8.5)  # nothing is away
     clock.enter(State.ENDED, 8.0)
@@ -50,10 +50,10 @@ def test_a_follower_is_idle_until_something_comes() -> None:
     clock.enter(State.IDLE, 0.0)
     clock.arrived(5.0)
     clock.arrived(5.5)
-    clock.computed(8, is_prompt=True, start=6.0, end=7.0, after=State.READY)
-    clock.computed(8, is_prompt=True, start=7.0, end=8.0, after=State.IDLE)
+    clock.computed(8, True, 6.0, 7.0, State.READY)
+    clock.computed(8, True, 7.0, 8.0, State.IDLE)
     clock.arrived(10.0)
-    clock.computed(1, is_prompt=False, start=10.0, end=10.5, after=State.IDLE)
+    clock.computed(1, False, 10.0, 10.5, State.IDLE)
     clock.enter(State.ENDED, 20.0)
     times = clock.times(20.0)
     assert times.prompt == PhaseTimes(2, 16, 2.0, 1.0, 1.0)
@@ -78,7 +78,7 @@ def test_no_second_is_lost_at_a_head_worker_whatever_happens() -> None:
                 case _ if clock.state in (State.READY, State.QUEUED):
                     start, now = now, now + random_.random()
                     after = random_.choice((State.READY, State.AWAY))
-                    clock.computed(1, is_prompt=random_.random() < 0.5, start=start, end=now, after=after)
+                    clock.computed(1, random_.random() < 0.5, start, now, after)
                 case _:
                     clock.times(now)
         assert abs(clock.times(now + 1.0).seconds - (now + 1.0)) < 1e-9
