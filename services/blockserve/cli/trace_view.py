@@ -112,7 +112,7 @@ def _name(part: Part, choice: ChoiceTrace) -> str:
         return str(part.kind)
     path = next(path for path in choice.paths if path.epoch == part.epoch)
     known = [step.hop_seconds for step in path.steps if step.hop_seconds]
-    measured = f", {_ms(sum(known) / len(known))} each when idle" if known else ""
+    measured = f", {_ms(sum(known) / len(known))} each by probes" if known else ""
     return f"hops ({len(path.steps)} a token{measured})"
 
 

@@ -46,7 +46,7 @@ def test_a_chain_of_two_workers() -> None:
     assert "path 0: a -> b; opened 2 times" in lines
     assert "a 0-2 2 (6 cached) + 10 1000 ms 2000 ms 200 ms 1000 ms 250 ms 3250 ms 22%" in lines
     assert "b 3-5 8 + 10 1500 ms 500 ms 50.00 ms 1500 ms 3500 ms 5500 ms 37%" in lines
-    assert "hops (2 a token, 2.00 ms each when idle) 200 ms 2500 ms 17%" in lines
+    assert "hops (2 a token, 2.00 ms each by probes) 200 ms 2500 ms 17%" in lines
     assert lines[-1] == "total 15000 ms 100%"
     value = call_to_json(call(path(0, TAIL)))
     (choice,) = value["choices"]
