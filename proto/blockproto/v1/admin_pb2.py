@@ -22,41 +22,50 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from blockproto.v1 import trace_pb2 as blockproto_dot_v1_dot_trace__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x62lockproto/v1/admin.proto\x12\rblockproto.v1\"E\n\x12\x44rainWorkerRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\x12\x0e\n\x06resume\x18\x03 \x01(\x08\")\n\x13\x44rainWorkerResponse\x12\x12\n\ngiven_back\x18\x01 \x01(\r\"A\n\x10LoadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x06pinned\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\t\n\x07_pinned\":\n\x11LoadModelResponse\x12\x14\n\x0c\x63hain_digest\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\"#\n\x12UnloadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"+\n\x13UnloadModelResponse\x12\x14\n\x0c\x63hain_digest\x18\x01 \x01(\t\"\x12\n\x10GetStatusRequest\"\x89\x01\n\x0bLoadedChain\x12\x14\n\x0c\x63hain_digest\x18\x01 \x01(\t\x12\x0e\n\x06models\x18\x02 \x03(\t\x12\x18\n\x10running_requests\x18\x03 \x01(\r\x12\x15\n\rprivate_bytes\x18\x04 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x05 \x01(\x04\x12\x0e\n\x06pinned\x18\x06 \x01(\x08\"\xf1\x01\n\rSegmentStatus\x12\x12\n\nsegment_id\x18\x01 \x01(\t\x12\x16\n\x0e\x66irst_position\x18\x02 \x01(\r\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x12\n\nnum_chains\x18\x04 \x01(\r\x12\x15\n\rforward_calls\x18\x05 \x01(\x04\x12\x0e\n\x06tokens\x18\x06 \x01(\x04\x12\x11\n\tsequences\x18\x07 \x01(\x04\x12\x13\n\x0bmixed_calls\x18\x08 \x01(\x04\x12\x1f\n\x17largest_batch_sequences\x18\t \x01(\r\x12\x1c\n\x14largest_batch_chains\x18\n \x01(\r\"Q\n\x0bResidentRun\x12\x16\n\x0esegment_digest\x18\x01 \x01(\t\x12\x16\n\x0e\x66irst_position\x18\x02 \x01(\r\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\"\xcb\x02\n\x0cWorkerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0c\n\x04host\x18\x04 \x01(\t\x12\r\n\x05state\x18\x05 \x01(\t\x12\x18\n\x10waiting_requests\x18\x06 \x01(\r\x12\x18\n\x10running_requests\x18\x07 \x01(\r\x12\x15\n\rqueued_tokens\x18\x08 \x01(\x04\x12\x14\n\x0cstep_seconds\x18\t \x01(\x01\x12\x15\n\rkv_pages_free\x18\n \x01(\x04\x12\x16\n\x0ekv_pages_total\x18\x0b \x01(\x04\x12\x13\n\x0b\x62lock_bytes\x18\x0c \x01(\x04\x12\x19\n\x11\x62lock_bytes_limit\x18\r \x01(\x04\x12,\n\x08segments\x18\x0e \x03(\x0b\x32\x1a.blockproto.v1.ResidentRun\"k\n\rClusterStatus\x12,\n\x07workers\x18\x01 \x03(\x0b\x32\x1b.blockproto.v1.WorkerStatus\x12\x19\n\x11placement_version\x18\x02 \x01(\x04\x12\x11\n\tfailovers\x18\x03 \x01(\x04\"\x89\x04\n\x11GetStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x16\n\x0euptime_seconds\x18\x02 \x01(\x01\x12\x18\n\x10waiting_requests\x18\x03 \x01(\r\x12\x18\n\x10running_requests\x18\x04 \x01(\r\x12\x0e\n\x06passes\x18\x05 \x01(\x04\x12\x16\n\x0ekv_pages_total\x18\x06 \x01(\x04\x12\x15\n\rkv_pages_used\x18\x07 \x01(\x04\x12\x16\n\x0ekv_bytes_total\x18\x08 \x01(\x04\x12\x13\n\x0b\x62lock_bytes\x18\t \x01(\x04\x12*\n\x06\x63hains\x18\n \x03(\x0b\x32\x1a.blockproto.v1.LoadedChain\x12.\n\x08segments\x18\x0b \x03(\x0b\x32\x1c.blockproto.v1.SegmentStatus\x12\x0f\n\x07zoo_url\x18\x0c \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\r \x01(\t\x12\x17\n\x0fkv_pages_cached\x18\x0e \x01(\x04\x12\x1d\n\x15prefix_queried_tokens\x18\x0f \x01(\x04\x12\x19\n\x11prefix_hit_tokens\x18\x10 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x11 \x01(\x04\x12\x17\n\x0f\x63hain_evictions\x18\x12 \x01(\x04\x12-\n\x07\x63luster\x18\x13 \x01(\x0b\x32\x1c.blockproto.v1.ClusterStatus2\xda\x02\n\x0c\x41\x64minService\x12N\n\tLoadModel\x12\x1f.blockproto.v1.LoadModelRequest\x1a .blockproto.v1.LoadModelResponse\x12T\n\x0bUnloadModel\x12!.blockproto.v1.UnloadModelRequest\x1a\".blockproto.v1.UnloadModelResponse\x12N\n\tGetStatus\x12\x1f.blockproto.v1.GetStatusRequest\x1a .blockproto.v1.GetStatusResponse\x12T\n\x0b\x44rainWorker\x12!.blockproto.v1.DrainWorkerRequest\x1a\".blockproto.v1.DrainWorkerResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x62lockproto/v1/admin.proto\x12\rblockproto.v1\x1a\x19\x62lockproto/v1/trace.proto\")\n\x13TraceRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"?\n\x14TraceRequestResponse\x12\'\n\x05\x63\x61lls\x18\x01 \x03(\x0b\x32\x18.blockproto.v1.CallTrace\"E\n\x12\x44rainWorkerRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\x12\x0e\n\x06resume\x18\x03 \x01(\x08\")\n\x13\x44rainWorkerResponse\x12\x12\n\ngiven_back\x18\x01 \x01(\r\"A\n\x10LoadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x06pinned\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\t\n\x07_pinned\":\n\x11LoadModelResponse\x12\x14\n\x0c\x63hain_digest\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\"#\n\x12UnloadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"+\n\x13UnloadModelResponse\x12\x14\n\x0c\x63hain_digest\x18\x01 \x01(\t\"\x12\n\x10GetStatusRequest\"\x89\x01\n\x0bLoadedChain\x12\x14\n\x0c\x63hain_digest\x18\x01 \x01(\t\x12\x0e\n\x06models\x18\x02 \x03(\t\x12\x18\n\x10running_requests\x18\x03 \x01(\r\x12\x15\n\rprivate_bytes\x18\x04 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x05 \x01(\x04\x12\x0e\n\x06pinned\x18\x06 \x01(\x08\"\xf1\x01\n\rSegmentStatus\x12\x12\n\nsegment_id\x18\x01 \x01(\t\x12\x16\n\x0e\x66irst_position\x18\x02 \x01(\r\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x12\n\nnum_chains\x18\x04 \x01(\r\x12\x15\n\rforward_calls\x18\x05 \x01(\x04\x12\x0e\n\x06tokens\x18\x06 \x01(\x04\x12\x11\n\tsequences\x18\x07 \x01(\x04\x12\x13\n\x0bmixed_calls\x18\x08 \x01(\x04\x12\x1f\n\x17largest_batch_sequences\x18\t \x01(\r\x12\x1c\n\x14largest_batch_chains\x18\n \x01(\r\"Q\n\x0bResidentRun\x12\x16\n\x0esegment_digest\x18\x01 \x01(\t\x12\x16\n\x0e\x66irst_position\x18\x02 \x01(\r\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\"\xcb\x02\n\x0cWorkerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0c\n\x04host\x18\x04 \x01(\t\x12\r\n\x05state\x18\x05 \x01(\t\x12\x18\n\x10waiting_requests\x18\x06 \x01(\r\x12\x18\n\x10running_requests\x18\x07 \x01(\r\x12\x15\n\rqueued_tokens\x18\x08 \x01(\x04\x12\x14\n\x0cstep_seconds\x18\t \x01(\x01\x12\x15\n\rkv_pages_free\x18\n \x01(\x04\x12\x16\n\x0ekv_pages_total\x18\x0b \x01(\x04\x12\x13\n\x0b\x62lock_bytes\x18\x0c \x01(\x04\x12\x19\n\x11\x62lock_bytes_limit\x18\r \x01(\x04\x12,\n\x08segments\x18\x0e \x03(\x0b\x32\x1a.blockproto.v1.ResidentRun\"Z\n\x0bRunningStep\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x16\n\x0e\x66irst_position\x18\x03 \x01(\r\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\"J\n\x0bRunningPath\x12)\n\x05steps\x18\x01 \x03(\x0b\x32\x1a.blockproto.v1.RunningStep\x12\x10\n\x08requests\x18\x02 \x01(\r\"\x96\x01\n\rClusterStatus\x12,\n\x07workers\x18\x01 \x03(\x0b\x32\x1b.blockproto.v1.WorkerStatus\x12\x19\n\x11placement_version\x18\x02 \x01(\x04\x12\x11\n\tfailovers\x18\x03 \x01(\x04\x12)\n\x05paths\x18\x04 \x03(\x0b\x32\x1a.blockproto.v1.RunningPath\"\x89\x04\n\x11GetStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x16\n\x0euptime_seconds\x18\x02 \x01(\x01\x12\x18\n\x10waiting_requests\x18\x03 \x01(\r\x12\x18\n\x10running_requests\x18\x04 \x01(\r\x12\x0e\n\x06passes\x18\x05 \x01(\x04\x12\x16\n\x0ekv_pages_total\x18\x06 \x01(\x04\x12\x15\n\rkv_pages_used\x18\x07 \x01(\x04\x12\x16\n\x0ekv_bytes_total\x18\x08 \x01(\x04\x12\x13\n\x0b\x62lock_bytes\x18\t \x01(\x04\x12*\n\x06\x63hains\x18\n \x03(\x0b\x32\x1a.blockproto.v1.LoadedChain\x12.\n\x08segments\x18\x0b \x03(\x0b\x32\x1c.blockproto.v1.SegmentStatus\x12\x0f\n\x07zoo_url\x18\x0c \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\r \x01(\t\x12\x17\n\x0fkv_pages_cached\x18\x0e \x01(\x04\x12\x1d\n\x15prefix_queried_tokens\x18\x0f \x01(\x04\x12\x19\n\x11prefix_hit_tokens\x18\x10 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x11 \x01(\x04\x12\x17\n\x0f\x63hain_evictions\x18\x12 \x01(\x04\x12-\n\x07\x63luster\x18\x13 \x01(\x0b\x32\x1c.blockproto.v1.ClusterStatus2\xb3\x03\n\x0c\x41\x64minService\x12N\n\tLoadModel\x12\x1f.blockproto.v1.LoadModelRequest\x1a .blockproto.v1.LoadModelResponse\x12T\n\x0bUnloadModel\x12!.blockproto.v1.UnloadModelRequest\x1a\".blockproto.v1.UnloadModelResponse\x12N\n\tGetStatus\x12\x1f.blockproto.v1.GetStatusRequest\x1a .blockproto.v1.GetStatusResponse\x12T\n\x0b\x44rainWorker\x12!.blockproto.v1.DrainWorkerRequest\x1a\".blockproto.v1.DrainWorkerResponse\x12W\n\x0cTraceRequest\x12\".blockproto.v1.TraceRequestRequest\x1a#.blockproto.v1.TraceRequestResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'blockproto.v1.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DRAINWORKERREQUEST']._serialized_start=44
-  _globals['_DRAINWORKERREQUEST']._serialized_end=113
-  _globals['_DRAINWORKERRESPONSE']._serialized_start=115
-  _globals['_DRAINWORKERRESPONSE']._serialized_end=156
-  _globals['_LOADMODELREQUEST']._serialized_start=158
-  _globals['_LOADMODELREQUEST']._serialized_end=223
-  _globals['_LOADMODELRESPONSE']._serialized_start=225
-  _globals['_LOADMODELRESPONSE']._serialized_end=283
-  _globals['_UNLOADMODELREQUEST']._serialized_start=285
-  _globals['_UNLOADMODELREQUEST']._serialized_end=320
-  _globals['_UNLOADMODELRESPONSE']._serialized_start=322
-  _globals['_UNLOADMODELRESPONSE']._serialized_end=365
-  _globals['_GETSTATUSREQUEST']._serialized_start=367
-  _globals['_GETSTATUSREQUEST']._serialized_end=385
-  _globals['_LOADEDCHAIN']._serialized_start=388
-  _globals['_LOADEDCHAIN']._serialized_end=525
-  _globals['_SEGMENTSTATUS']._serialized_start=528
-  _globals['_SEGMENTSTATUS']._serialized_end=769
-  _globals['_RESIDENTRUN']._serialized_start=771
-  _globals['_RESIDENTRUN']._serialized_end=852
-  _globals['_WORKERSTATUS']._serialized_start=855
-  _globals['_WORKERSTATUS']._serialized_end=1186
-  _globals['_CLUSTERSTATUS']._serialized_start=1188
-  _globals['_CLUSTERSTATUS']._serialized_end=1295
-  _globals['_GETSTATUSRESPONSE']._serialized_start=1298
-  _globals['_GETSTATUSRESPONSE']._serialized_end=1819
-  _globals['_ADMINSERVICE']._serialized_start=1822
-  _globals['_ADMINSERVICE']._serialized_end=2168
+  _globals['_TRACEREQUESTREQUEST']._serialized_start=71
+  _globals['_TRACEREQUESTREQUEST']._serialized_end=112
+  _globals['_TRACEREQUESTRESPONSE']._serialized_start=114
+  _globals['_TRACEREQUESTRESPONSE']._serialized_end=177
+  _globals['_DRAINWORKERREQUEST']._serialized_start=179
+  _globals['_DRAINWORKERREQUEST']._serialized_end=248
+  _globals['_DRAINWORKERRESPONSE']._serialized_start=250
+  _globals['_DRAINWORKERRESPONSE']._serialized_end=291
+  _globals['_LOADMODELREQUEST']._serialized_start=293
+  _globals['_LOADMODELREQUEST']._serialized_end=358
+  _globals['_LOADMODELRESPONSE']._serialized_start=360
+  _globals['_LOADMODELRESPONSE']._serialized_end=418
+  _globals['_UNLOADMODELREQUEST']._serialized_start=420
+  _globals['_UNLOADMODELREQUEST']._serialized_end=455
+  _globals['_UNLOADMODELRESPONSE']._serialized_start=457
+  _globals['_UNLOADMODELRESPONSE']._serialized_end=500
+  _globals['_GETSTATUSREQUEST']._serialized_start=502
+  _globals['_GETSTATUSREQUEST']._serialized_end=520
+  _globals['_LOADEDCHAIN']._serialized_start=523
+  _globals['_LOADEDCHAIN']._serialized_end=660
+  _globals['_SEGMENTSTATUS']._serialized_start=663
+  _globals['_SEGMENTSTATUS']._serialized_end=904
+  _globals['_RESIDENTRUN']._serialized_start=906
+  _globals['_RESIDENTRUN']._serialized_end=987
+  _globals['_WORKERSTATUS']._serialized_start=990
+  _globals['_WORKERSTATUS']._serialized_end=1321
+  _globals['_RUNNINGSTEP']._serialized_start=1323
+  _globals['_RUNNINGSTEP']._serialized_end=1413
+  _globals['_RUNNINGPATH']._serialized_start=1415
+  _globals['_RUNNINGPATH']._serialized_end=1489
+  _globals['_CLUSTERSTATUS']._serialized_start=1492
+  _globals['_CLUSTERSTATUS']._serialized_end=1642
+  _globals['_GETSTATUSRESPONSE']._serialized_start=1645
+  _globals['_GETSTATUSRESPONSE']._serialized_end=2166
+  _globals['_ADMINSERVICE']._serialized_start=2169
+  _globals['_ADMINSERVICE']._serialized_end=2604
 # @@protoc_insertion_point(module_scope)

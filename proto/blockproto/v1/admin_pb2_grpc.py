@@ -55,6 +55,11 @@ class AdminServiceStub(object):
                 request_serializer=blockproto_dot_v1_dot_admin__pb2.DrainWorkerRequest.SerializeToString,
                 response_deserializer=blockproto_dot_v1_dot_admin__pb2.DrainWorkerResponse.FromString,
                 _registered_method=True)
+        self.TraceRequest = channel.unary_unary(
+                '/blockproto.v1.AdminService/TraceRequest',
+                request_serializer=blockproto_dot_v1_dot_admin__pb2.TraceRequestRequest.SerializeToString,
+                response_deserializer=blockproto_dot_v1_dot_admin__pb2.TraceRequestResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer(object):
@@ -90,6 +95,13 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def TraceRequest(self, request, context):
+        """Where the time of a request went that runs or has lately ended here.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -112,6 +124,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.DrainWorker,
                     request_deserializer=blockproto_dot_v1_dot_admin__pb2.DrainWorkerRequest.FromString,
                     response_serializer=blockproto_dot_v1_dot_admin__pb2.DrainWorkerResponse.SerializeToString,
+            ),
+            'TraceRequest': grpc.unary_unary_rpc_method_handler(
+                    servicer.TraceRequest,
+                    request_deserializer=blockproto_dot_v1_dot_admin__pb2.TraceRequestRequest.FromString,
+                    response_serializer=blockproto_dot_v1_dot_admin__pb2.TraceRequestResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -223,6 +240,33 @@ class AdminService(object):
             '/blockproto.v1.AdminService/DrainWorker',
             blockproto_dot_v1_dot_admin__pb2.DrainWorkerRequest.SerializeToString,
             blockproto_dot_v1_dot_admin__pb2.DrainWorkerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TraceRequest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/blockproto.v1.AdminService/TraceRequest',
+            blockproto_dot_v1_dot_admin__pb2.TraceRequestRequest.SerializeToString,
+            blockproto_dot_v1_dot_admin__pb2.TraceRequestResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,6 +43,8 @@ class AdminServiceStub:
     """Has a worker of the cluster take no new requests and give back those that
     do not end in time; they go on elsewhere.
     """
+    TraceRequest: _grpc.UnaryUnaryMultiCallable[_admin_pb2.TraceRequestRequest, _admin_pb2.TraceRequestResponse]
+    """Where the time of a request went that runs or has lately ended here."""
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -59,6 +61,8 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """Has a worker of the cluster take no new requests and give back those that
     do not end in time; they go on elsewhere.
     """
+    TraceRequest: _aio.UnaryUnaryMultiCallable[_admin_pb2.TraceRequestRequest, _admin_pb2.TraceRequestResponse]  # type: ignore[assignment]
+    """Where the time of a request went that runs or has lately ended here."""
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """Operates one server. Bound to the loopback interface unless configured."""
@@ -96,5 +100,13 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         """Has a worker of the cluster take no new requests and give back those that
         do not end in time; they go on elsewhere.
         """
+
+    @_abc_1.abstractmethod
+    def TraceRequest(
+        self,
+        request: _admin_pb2.TraceRequestRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.TraceRequestResponse, _abc.Awaitable[_admin_pb2.TraceRequestResponse]]:
+        """Where the time of a request went that runs or has lately ended here."""
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -76,6 +76,11 @@ class WorkerServiceStub(object):
                 request_serializer=blockproto_dot_v1_dot_worker__pb2.DescribeRequest.SerializeToString,
                 response_deserializer=blockproto_dot_v1_dot_worker__pb2.DescribeResponse.FromString,
                 _registered_method=True)
+        self.TraceSpans = channel.unary_unary(
+                '/blockproto.v1.WorkerService/TraceSpans',
+                request_serializer=blockproto_dot_v1_dot_worker__pb2.TraceSpansRequest.SerializeToString,
+                response_deserializer=blockproto_dot_v1_dot_worker__pb2.TraceSpansResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServiceServicer(object):
@@ -143,6 +148,14 @@ class WorkerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def TraceSpans(self, request, context):
+        """From a router: where the time of requests went that are executed here, or
+        were lately.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -185,6 +198,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.Describe,
                     request_deserializer=blockproto_dot_v1_dot_worker__pb2.DescribeRequest.FromString,
                     response_serializer=blockproto_dot_v1_dot_worker__pb2.DescribeResponse.SerializeToString,
+            ),
+            'TraceSpans': grpc.unary_unary_rpc_method_handler(
+                    servicer.TraceSpans,
+                    request_deserializer=blockproto_dot_v1_dot_worker__pb2.TraceSpansRequest.FromString,
+                    response_serializer=blockproto_dot_v1_dot_worker__pb2.TraceSpansResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -405,6 +423,33 @@ class WorkerService(object):
             '/blockproto.v1.WorkerService/Describe',
             blockproto_dot_v1_dot_worker__pb2.DescribeRequest.SerializeToString,
             blockproto_dot_v1_dot_worker__pb2.DescribeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TraceSpans(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/blockproto.v1.WorkerService/TraceSpans',
+            blockproto_dot_v1_dot_worker__pb2.TraceSpansRequest.SerializeToString,
+            blockproto_dot_v1_dot_worker__pb2.TraceSpansResponse.FromString,
             options,
             channel_credentials,
             insecure,

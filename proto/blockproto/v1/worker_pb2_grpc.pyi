@@ -59,6 +59,10 @@ class WorkerServiceStub:
     """
     Describe: _grpc.UnaryUnaryMultiCallable[_worker_pb2.DescribeRequest, _worker_pb2.DescribeResponse]
     """What the worker is and how busy it is."""
+    TraceSpans: _grpc.UnaryUnaryMultiCallable[_worker_pb2.TraceSpansRequest, _worker_pb2.TraceSpansResponse]
+    """From a router: where the time of requests went that are executed here, or
+    were lately.
+    """
 
 @_typing.type_check_only
 class WorkerServiceAsyncStub(WorkerServiceStub):
@@ -91,6 +95,10 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     """
     Describe: _aio.UnaryUnaryMultiCallable[_worker_pb2.DescribeRequest, _worker_pb2.DescribeResponse]  # type: ignore[assignment]
     """What the worker is and how busy it is."""
+    TraceSpans: _aio.UnaryUnaryMultiCallable[_worker_pb2.TraceSpansRequest, _worker_pb2.TraceSpansResponse]  # type: ignore[assignment]
+    """From a router: where the time of requests went that are executed here, or
+    were lately.
+    """
 
 class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
     """Executes runs of chains. Spoken between routers, workers and the controller
@@ -168,5 +176,15 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.DescribeResponse, _abc.Awaitable[_worker_pb2.DescribeResponse]]:
         """What the worker is and how busy it is."""
+
+    @_abc_1.abstractmethod
+    def TraceSpans(
+        self,
+        request: _worker_pb2.TraceSpansRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.TraceSpansResponse, _abc.Awaitable[_worker_pb2.TraceSpansResponse]]:
+        """From a router: where the time of requests went that are executed here, or
+        were lately.
+        """
 
 def add_WorkerServiceServicer_to_server(servicer: WorkerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -20,6 +20,7 @@ from blockserve.cli import (
     placement_verbs,
     serve,
     server_verbs,
+    trace_verbs,
 )
 from blockserve.cli.options import JsonOption
 from blockserve.cli.output import print_json, say
@@ -52,7 +53,10 @@ def build_app(arguments: Sequence[str]) -> typer.Typer:
         (ZOO_PANEL, (inspect_verbs.diff, change_verbs.export, change_verbs.rm, change_verbs.rollback)),
         (CARE_PANEL, (care_verbs.gc, care_verbs.verify, care_verbs.backup, care_verbs.restore)),
         (SERVER_PANEL, (_service(serve.SERVE, arguments),)),
-        (SERVER_PANEL, (server_verbs.status, server_verbs.load, server_verbs.unload, version)),
+        (
+            SERVER_PANEL,
+            (server_verbs.status, trace_verbs.trace, server_verbs.load, server_verbs.unload, version),
+        ),
         (CLUSTER_PANEL, (cluster_verbs.up, cluster_verbs.down, server_verbs.drain)),
         (CLUSTER_PANEL, placement_verbs.VERBS),
         (CLUSTER_PANEL, tuple(_service(one, arguments) for one in serve.CLUSTER)),

@@ -1,4 +1,4 @@
-"""What `blockzoo status` shows of a cluster: its workers, and who holds what."""
+"""What `blockzoo status` shows of a cluster: its workers, who holds what, and where requests run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def draw_cluster(report: ServerStatus, cluster: ClusterStatus) -> Group:
             f"placement version {cluster.placement_version}; {cluster.failovers} failovers",
         )
     )
-    return Group(Text(head), Text(), _workers(cluster), Text(), _segments(cluster))
+    return Group(Text(head), Text(), _workers(cluster), Text(), _segments(cluster), Text(), _paths(cluster))
 
 
 def _workers(cluster: ClusterStatus) -> Table:
@@ -62,6 +62,18 @@ def _segments(cluster: ClusterStatus) -> Table:
     table = make_table("SEGMENT", "POSITIONS", "REPLICAS", "WORKERS", numeric=("REPLICAS",))
     for run in sorted(holders, key=lambda run: (run.first_position, run.num_blocks, run.segment_digest)):
         add_row(table, short(run.segment_digest), _positions(run), len(holders[run]), ", ".join(holders[run]))
+    return table
+
+
+def _paths(cluster: ClusterStatus) -> Table:
+    """How many of this router's requests run along each path."""
+    table = make_table("PATH", "REQUESTS", numeric=("REQUESTS",))
+    for path in cluster.paths:
+        steps = (
+            f"{step.name} ({step.first_position}-{step.first_position + step.num_blocks - 1})"
+            for step in path.steps
+        )
+        add_row(table, " -> ".join(steps), path.requests)
     return table
 
 

@@ -146,6 +146,12 @@ def generate(
             "--logprobs", metavar="N", help="With --json: log-probabilities, and those of N alternatives."
         ),
     ] = None,
+    request_id: Annotated[
+        str | None,
+        typer.Option(
+            "--request-id", metavar="ID", help="Its name for logs and `blockzoo trace`; unset makes one up."
+        ),
+    ] = None,
     timeout: Annotated[
         float | None, typer.Option("--timeout", metavar="SECONDS", help="Give up after this long.")
     ] = None,
@@ -155,7 +161,8 @@ def generate(
 ) -> None:
     """Answer one prompt, streaming the text as it comes.
 
-    The text goes to standard output; on a terminal a line about tokens and speed follows on standard error.
+    The text goes to standard output; on a terminal a line about tokens, speed and the request's id follows on
+    standard error.
     Ctrl-C cancels the request. Several answers (--n) are printed whole, a line above each.
 
     \b
@@ -183,6 +190,7 @@ def generate(
         "stop_token_ids": stop_token_ids,
         "ignore_eos": ignore_eos or None,
         "logprobs": logprobs,
+        "request_id": request_id,
         "timeout": timeout,
     }
     given: Mapping[str, Any] = {name: value for name, value in options.items() if value is not None}
@@ -208,7 +216,7 @@ def generate(
                 sys.stdout.write("\n")
                 sys.stdout.flush()
                 if sys.stderr.isatty():
-                    note(describe_answer(info, chunk.finish))
+                    note(describe_answer(info, chunk.finish, chunk.request_id))
 
 
 def _print_choices(completions: Sequence[Completion], *, as_json: bool) -> None:
@@ -220,7 +228,7 @@ def _print_choices(completions: Sequence[Completion], *, as_json: bool) -> None:
         sys.stdout.write(f"--- {completion.choice + 1} of {len(completions)}\n{completion.text}\n")
     sys.stdout.flush()
     if sys.stderr.isatty():
-        note(describe_answer(completions[0].info, completions[0].finish))
+        note(describe_answer(completions[0].info, completions[0].finish, completions[0].request_id))
 
 
 def _parse_bias(given: Sequence[str] | None) -> dict[int, float] | None:
@@ -239,13 +247,14 @@ def _parse_bias(given: Sequence[str] | None) -> dict[int, float] | None:
     return biases
 
 
-def describe_answer(info: RequestInfo, finish: Finish) -> str:
-    """The line about an answer: who answered, how much, how soon."""
+def describe_answer(info: RequestInfo, finish: Finish, request_id: str = "") -> str:
+    """The line about an answer: who answered, how much, how soon, and what `blockzoo trace` takes."""
     usage = finish.usage
     label = f", {', '.join(info.approximations)}" if info.approximations else ""
+    name = f", request {request_id}" if request_id else ""
     return (
         f"[{info.ref}{label}: {usage.prompt_tokens} + {usage.completion_tokens} tokens, "
-        f"first after {format_seconds(finish.time_to_first_token)}, {finish.reason}, seed {info.seed}]"
+        f"first after {format_seconds(finish.time_to_first_token)}, {finish.reason}, seed {info.seed}{name}]"
     )
 
 

@@ -38,8 +38,9 @@ def status(
     """Show what a server or a cluster holds and does: chains, workers, segments, queues, KV pages.
 
     A segment is a run of base blocks that the same chains pass through. MIXED counts forward calls that
-    served more than one variant at once. A cluster's router shows its workers and how many of them hold each
-    segment instead. With --json and --watch each line is one JSON value.
+    served more than one variant at once. A cluster's router shows its workers, how many of them hold each
+    segment, and the paths of its running requests instead. With --json and --watch each line is one JSON
+    value.
 
     \b
     Examples:

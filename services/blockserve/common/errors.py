@@ -16,6 +16,7 @@
     │   └── WrongDigestError
     ├── NotFoundError
     │   ├── WorkerNotFoundError
+    │   ├── RequestNotFoundError
     │   └── PushNotFoundError
     ├── CapacityError                `retry_after` seconds
     │   ├── QueueFullError
@@ -117,6 +118,12 @@ class WorkerNotFoundError(NotFoundError):
     """No live worker has this name."""
 
     reason = "WORKER_NOT_FOUND"
+
+
+class RequestNotFoundError(NotFoundError):
+    """No request of this id runs here, or is remembered."""
+
+    reason = "REQUEST_NOT_FOUND"
 
 
 class PushNotFoundError(NotFoundError):

@@ -106,6 +106,7 @@ STATUS: Mapping[type[BlockzooError], grpc.StatusCode] = {
     serve_errors.PathBrokenError: _Code.UNAVAILABLE,
     serve_errors.WireError: _Code.FAILED_PRECONDITION,
     serve_errors.WorkerNotFoundError: _Code.NOT_FOUND,
+    serve_errors.RequestNotFoundError: _Code.NOT_FOUND,
     serve_errors.SpanError: _Code.INVALID_ARGUMENT,
     serve_errors.NoPathError: _Code.UNAVAILABLE,
     serve_errors.StateStoreError: _Code.UNAVAILABLE,

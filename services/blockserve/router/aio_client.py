@@ -40,6 +40,8 @@ from blockserve.router import convert
 from blockserve.router.calls import GenerateCall, Prompt, SamplingWishes, StoppingWishes
 from blockserve.router.chat import Conversation
 from blockserve.router.results import Chunk, Completion, ModelInfo, RequestInfo, ServerStatus, Tokenized
+from blockserve.router.trace import CallTrace
+from blockserve.router.trace_convert import call_from_message
 from blockzoo.errors import BlockzooError, InvalidInputError
 
 Message = Mapping[str, str]
@@ -222,6 +224,16 @@ class AsyncClient:
         """What the server holds and does."""
         request = admin_pb2.GetStatusRequest()
         return convert.status_from_message(await self._call(self._admin.GetStatus, request))
+
+    async def trace(self, request_id: str) -> tuple[CallTrace, ...]:
+        """Where the time of a request went; calls of this id, oldest first.
+
+        Raises:
+            RequestNotFoundError: the server does not remember it, or another one took it.
+        """
+        request = admin_pb2.TraceRequestRequest(request_id=request_id)
+        answer = await self._call(self._admin.TraceRequest, request)
+        return tuple(call_from_message(call) for call in answer.calls)
 
     async def load(self, ref: str, *, pinned: bool | None = None) -> float:
         """Bring a variant's blocks into the server's memory; the seconds it took.

@@ -22,6 +22,7 @@ from blockserve.common.channel import DEFAULT_TARGET, Credentials
 from blockserve.common.wishes import WishStatus
 from blockserve.router.aio_client import AsyncClient, AsyncGeneration, GenerateOptions, Message
 from blockserve.router.results import Chunk, Completion, ModelInfo, ServerStatus, Tokenized
+from blockserve.router.trace import CallTrace
 
 __all__ = ["AsyncClient", "Client", "Credentials", "Generation"]
 
@@ -157,6 +158,10 @@ class Client:
     def status(self) -> ServerStatus:
         """As `AsyncClient.status`."""
         return self._portal.run(self._client.status())
+
+    def trace(self, request_id: str) -> tuple[CallTrace, ...]:
+        """As `AsyncClient.trace`."""
+        return self._portal.run(self._client.trace(request_id))
 
     def load(self, ref: str, *, pinned: bool | None = None) -> float:
         """As `AsyncClient.load`."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
@@ -28,10 +29,13 @@ from blockserve.common.errors import (
     ServerStoppingError,
     WorkerNotFoundError,
 )
+from blockserve.common.trace import PathTrace
 from blockserve.router.cluster_report import summarise
+from blockserve.router.journeys import Journeys, NamedStep
 from blockserve.router.kv_moves import KvCosts, KvMover
 from blockserve.router.settings import FailoverConfig
 from blockserve.router.worker_stream import WorkerStream, answers, drain
+from blockserve.router.worker_traces import ask_workers
 from blockzoo.errors import BlockzooError
 from blockzoo.manifest import ChainId
 
@@ -95,6 +99,8 @@ class ClusterEngine:
         credentials: Credentials,
         failover: FailoverConfig | None = None,
         kv: KvCosts | None = None,
+        *,
+        traced_requests: int = 1024,
     ) -> None:
         """Join the parts; nothing is connected yet.
 
@@ -104,6 +110,7 @@ class ClusterEngine:
             credentials: how the router proves itself to workers.
             failover: how requests go on.
             kv: when keys and values follow them.
+            traced_requests: ended requests whose paths are remembered.
         """
         self._chooser = chooser
         self._loader = loader
@@ -114,6 +121,7 @@ class ClusterEngine:
         self._streams: dict[WorkerId, WorkerStream] = {}
         self._checks: dict[WorkerId, asyncio.Task[None]] = {}
         self._closing: set[asyncio.Task[None]] = set()
+        self._journeys = Journeys(traced_requests)
         self.num_failovers = 0
         self.kv = KvMover(credentials, kv)
         self.on_request: Callable[[ChainId], None] = lambda _: None
@@ -178,6 +186,18 @@ class ClusterEngine:
             raise WorkerNotFoundError(f"there is no worker {worker!r}", hint=f"Those that live: {names}.")
         return await drain(found[0].address, self._credentials, seconds, resume=resume)
 
+    # ---- looking in
+
+    def running_paths(self) -> Counter[tuple[NamedStep, ...]]:
+        """How many requests run along each path."""
+        return self._journeys.running()
+
+    async def trace(self, request_ids: Sequence[str]) -> dict[str, tuple[PathTrace, ...]]:
+        """Where the time of requests went; see `blockserve.common.trace.TracesRequests`."""
+        workers = self._journeys.workers(request_ids)
+        spans = await ask_workers(workers, request_ids, self._credentials)
+        return self._journeys.trace(request_ids, spans, self._view)
+
     # ---- Engine
 
     async def load(self, chain: ChainId, *, pinned: bool | None = None) -> None:
@@ -208,32 +228,38 @@ class ClusterEngine:
         """
         await self._chooser.prepare(request.chain)
         self.on_request(request.chain)
-        told = list(request.output)
         request = replace(request, arrival=request.arrival or time.time_ns())
+        told = list(request.output)
         excluded: set[WorkerId] = set()
         before: tuple[PathStep, ...] = ()
         lost: WorkerId | None = None
-        for failures in range(self._failover.max_failures + 1):
-            path = await self._path(request, excluded)
-            attempt = replace(request, output=tuple(told), path=path, epoch=request.epoch + failures)
-            try:
-                if before:
-                    known = replace(request, output=tuple(told))
-                    await self.kv.move(known, before, path, self._view, lost)
-                async with aclosing(self._stream(path[0]).run(attempt)) as batches:
-                    async for events in batches:
-                        fresh = events if events[0].index == len(told) else _fresh(events, len(told))
-                        told.extend(event.token_id for event in fresh)
-                        if fresh:
-                            yield fresh
-                        if events[-1].finish is not None:
-                            return
-            except RETRYABLE as error:
-                await self._note_failure(request, failures, error, excluded)
-                before = path
-                lost = None if error.metadata.get("cause") == "draining" else next(iter(excluded), None)
-            finally:
-                self._chooser.release(path, request)
+        with self._journeys.follow(request.request_id) as journey:
+            for failures in range(self._failover.max_failures + 1):
+                leg = journey.begin(request.epoch + failures)
+                path = await self._path(request, excluded)
+                leg.choose(path, self._view)
+                attempt = replace(request, output=tuple(told), path=path, epoch=request.epoch + failures)
+                try:
+                    moved = ""
+                    if before:
+                        moved = await self.kv.move(attempt, before, path, self._view, lost)
+                    leg.send(moved)
+                    async with aclosing(self._stream(path[0]).run(attempt)) as batches:
+                        async for events in batches:
+                            fresh = events if events[0].index == len(told) else _fresh(events, len(told))
+                            told.extend(event.token_id for event in fresh)
+                            if fresh:
+                                yield fresh
+                            if events[-1].finish is not None:
+                                return
+                except RETRYABLE as error:
+                    leg.finish(str(error))
+                    await self._note_failure(request, failures, error, excluded)
+                    before = path
+                    lost = None if error.metadata.get("cause") == "draining" else next(iter(excluded), None)
+                finally:
+                    leg.finish()
+                    self._chooser.release(path, request)
 
     def _stream(self, head: PathStep) -> WorkerStream:
         stream = self._streams.get(head.worker)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from blockserve.common.cluster import ClusterView, ResidentSegment, WorkerView
 from blockserve.common.engine_api import EngineReport
-from blockserve.router.results import ClusterStatus, ResidentRun, WorkerStatus
+from blockserve.router.journeys import NamedStep
+from blockserve.router.results import ClusterStatus, ResidentRun, RunningPath, RunningStep, WorkerStatus
 
 
 @runtime_checkable
@@ -23,14 +26,26 @@ class KnowsCluster(Protocol):
         """How often a request went on along another path."""
         ...
 
+    def running_paths(self) -> Counter[tuple[NamedStep, ...]]:
+        """How many requests run along each path."""
+        ...
+
 
 def describe(cluster: KnowsCluster) -> ClusterStatus:
     """What is known of every worker."""
     view = cluster.view
     workers = sorted(view.workers.values(), key=lambda worker: (worker.record.name, worker.record.id))
     return ClusterStatus(
-        tuple(_worker(worker) for worker in workers), view.placement.version, cluster.num_failovers
+        tuple(_worker(worker) for worker in workers),
+        view.placement.version,
+        cluster.num_failovers,
+        tuple(_path(steps, requests) for steps, requests in cluster.running_paths().most_common()),
     )
+
+
+def _path(steps: Sequence[NamedStep], requests: int) -> RunningPath:
+    named = (RunningStep(step.worker, name, step.run.first, len(step.run)) for step, name in steps)
+    return RunningPath(tuple(named), requests)
 
 
 def _worker(worker: WorkerView) -> WorkerStatus:

@@ -134,6 +134,13 @@ class RouterConfig(Section):
     cached_tokenizers: int = setting(
         16, "Tokenizers kept parsed.", reason="Tens of megabytes each; variants of one base share one.", ge=1
     )
+    traced_requests: int = setting(
+        1024,
+        "Ended requests of which it is remembered where their time went, for `blockzoo trace`.",
+        unit="requests",
+        reason="A few kilobytes each; those that run are remembered anyway.",
+        ge=0,
+    )
     page_size: int = setting(
         100, "Entries of one ListModels answer when the caller does not say.", reason="One screen.", ge=1
     )

@@ -26,6 +26,7 @@ from blockserve.router.results import (
     Usage,
     WorkerStatus,
 )
+from blockserve.router.trace_convert import running_path_from_message, running_path_to_message
 from blockzoo.errors import InvalidInputError
 
 MAX_REQUEST_ID_CHARS = 128
@@ -485,6 +486,7 @@ def status_from_message(message: admin_pb2.GetStatusResponse) -> ServerStatus:
 
 def _cluster_to_message(cluster: ClusterStatus) -> admin_pb2.ClusterStatus:
     return admin_pb2.ClusterStatus(
+        paths=[running_path_to_message(path) for path in cluster.paths],
         workers=[
             admin_pb2.WorkerStatus(
                 segments=[admin_pb2.ResidentRun(**_fields(run, _RUN_FIELDS)) for run in worker.segments],
@@ -498,6 +500,7 @@ def _cluster_to_message(cluster: ClusterStatus) -> admin_pb2.ClusterStatus:
 
 def _cluster_from_message(message: admin_pb2.ClusterStatus) -> ClusterStatus:
     return ClusterStatus(
+        paths=tuple(running_path_from_message(path) for path in message.paths),
         workers=tuple(
             WorkerStatus(
                 segments=tuple(ResidentRun(**_fields(run, _RUN_FIELDS)) for run in worker.segments),

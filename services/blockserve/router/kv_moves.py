@@ -163,7 +163,7 @@ class KvMover:
         after: Sequence[PathStep],
         view: ClusterView,
         lost: WorkerId | None,
-    ) -> None:
+    ) -> str:
         """Have a request's keys and values where it goes on, or leave them to be computed.
 
         Args:
@@ -172,6 +172,9 @@ class KvMover:
             after: the path it takes.
             view: the cluster.
             lost: a worker of the old path that cannot be asked.
+
+        Returns:
+            What was done and why; empty when there was nothing to decide.
         """
         moves, reason = plan_moves(before, after, view, lost)
         tokens = len(request.prompt) + len(request.output)
@@ -180,10 +183,12 @@ class KvMover:
                 reason = Reason.CHEAPER if await self._fetch_all(request, moves) else Reason.FAILED
             else:
                 reason = Reason.COMPUTING_IS_CHEAPER
-        if reason is not None:
-            what = "transfer" if reason is Reason.CHEAPER else "recompute"
-            self.decisions[what, reason] += 1
-            log.info("kv %s reason=%s id=%s tokens=%d", what, reason, request.request_id, tokens)
+        if reason is None:
+            return ""
+        what = "transfer" if reason is Reason.CHEAPER else "recompute"
+        self.decisions[what, reason] += 1
+        log.info("kv %s reason=%s id=%s tokens=%d", what, reason, request.request_id, tokens)
+        return f"{what}: {reason}"
 
     def _prefers_transfer(
         self, moves: Sequence[Move], after: Sequence[PathStep], tokens: int, view: ClusterView

@@ -203,6 +203,24 @@ class WorkerStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class RunningStep:
+    """One worker on a path, and the positions that it executes."""
+
+    worker_id: str
+    name: str
+    first_position: int
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunningPath:
+    """Workers that this many requests run along."""
+
+    steps: tuple[RunningStep, ...]
+    requests: int
+
+
+@dataclass(frozen=True, slots=True)
 class ClusterStatus:
     """What a router knows of its cluster.
 
@@ -210,11 +228,13 @@ class ClusterStatus:
         workers: those with a live lease, by name.
         placement_version: of the placement that the controller last wrote; 0 when there is none.
         failovers: how often this router's requests went on along another path.
+        paths: of this router's running requests, the busiest first.
     """
 
     workers: tuple[WorkerStatus, ...]
     placement_version: int
     failovers: int
+    paths: tuple[RunningPath, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,7 +110,13 @@ class RouterServer:
         adaptive = AdaptiveAssembly(approvals, chooser, settings.adaptive)
         self._fresh = asyncio.create_task(adaptive.keep_fresh(), name="approvals")
         self.engine = ClusterEngine(
-            chooser, self._demand, settings.peer_credentials(), settings.failover, settings.kv
+            chooser,
+            self._demand,
+            settings.peer_credentials(),
+            settings.failover,
+            settings.kv,
+            # Each answer to a call is a request of the engine.
+            traced_requests=settings.router.traced_requests * settings.router.max_choices,
         )
         demand = self._demand
         # What is asked for is the variant's own chain. A spliced one is made of what is there for others.

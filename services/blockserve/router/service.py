@@ -38,6 +38,8 @@ from blockserve.router.pacing import Pacer
 from blockserve.router.plan import Plan, check_call, check_conversation, plan
 from blockserve.router.resolve import DamagedVariant, ServedVariant, VariantCatalog, ZooReader
 from blockserve.router.results import Chunk, LoadedChain, ModelInfo, ServerStatus, Tokenized
+from blockserve.router.trace import CallTrace
+from blockserve.router.trace_book import CallTimes, ChoiceTimes, TraceBook
 from blockzoo.manifest import ChainId
 
 log = logging.getLogger(__name__)
@@ -100,6 +102,7 @@ class Router:
         self._version = version
         self._started = time.monotonic()
         self._numbers = itertools.count()
+        self._traces = TraceBook(self.config.traced_requests)
 
     async def close(self) -> None:
         """Let go of child processes and loads; requests have to be drained before."""
@@ -123,10 +126,10 @@ class Router:
         with self.metrics.request(arrival) as meter:
             try:
                 check_call(call, self.config)
-                with self.admission.admit(call.num_choices):
-                    resolved, answer = await self._prepare(call, arrival, deadline)
+                with self.admission.admit(call.num_choices), self._traces.follow(call, arrival) as times:
+                    resolved, answer = await self._prepare(call, arrival, deadline, times)
                     meter.resolve(resolved.variant.record.name, len(resolved.request.prompt))
-                    async with aclosing(self._logged(resolved, answer, arrival, meter)) as chunks:
+                    async with aclosing(self._logged(resolved, answer, arrival, meter, times)) as chunks:
                         async for chunk in chunks:
                             yield chunk
             except QueueFullError as error:
@@ -134,11 +137,13 @@ class Router:
                 raise
 
     async def _prepare(
-        self, call: GenerateCall, arrival: float, deadline: float | None
+        self, call: GenerateCall, arrival: float, deadline: float | None, times: CallTimes
     ) -> tuple[Plan, Choices]:
         """Everything that comes before the engine."""
         variant = await self._catalog.get(call.model)
+        times.resolve(variant.record.name, variant.record.version)
         prompt = await self._prompt_ids(variant, call)
+        times.tokenise(len(prompt))
         # Workers serve several routers, and callers may reuse their ids.
         engine_id = f"{call.request_id}#{self._instance}.{next(self._numbers)}"
         resolved = plan(call, variant, prompt, self.config, engine_id=engine_id, deadline=deadline)
@@ -191,12 +196,12 @@ class Router:
             self._pacer.note_served(time.monotonic() - answer.timing.scheduled)
 
     async def _logged(
-        self, resolved: Plan, answer: Choices, arrival: float, meter: RequestMeter
+        self, resolved: Plan, answer: Choices, arrival: float, meter: RequestMeter, times: CallTimes
     ) -> AsyncGenerator[Chunk, None]:
         """The answer's chunks, and one line in the log at its end."""
         outcome = ""
         try:
-            async with aclosing(self._run_all(answer, meter)) as chunks:
+            async with aclosing(self._run_all(answer, meter, times)) as chunks:
                 async for chunk in chunks:
                     yield chunk
         except Exception as error:
@@ -267,6 +272,10 @@ class Router:
             )
         return await self._operator.drain_worker(worker, seconds, resume=resume)
 
+    async def trace(self, request_id: str) -> tuple[CallTrace, ...]:
+        """Where the time of a request went (RequestNotFoundError); see `TraceBook.trace`."""
+        return await self._traces.trace(request_id, self._engine)
+
     def forget(self, name: str) -> None:
         """Let requests see at once what was changed about a name."""
         self._catalog.forget(name)
@@ -306,25 +315,31 @@ class Router:
             cluster=describe(self._engine) if isinstance(self._engine, KnowsCluster) else None,
         )
 
-    def _run_all(self, choices: Choices, meter: RequestMeter) -> AsyncGenerator[Chunk, None]:
+    def _run_all(
+        self, choices: Choices, meter: RequestMeter, times: CallTimes
+    ) -> AsyncGenerator[Chunk, None]:
         """The chunks of every choice."""
         streams = [
-            self._run(one, answer, meter.answer())
+            self._run(one, answer, meter.answer(), times.choice(one.request.request_id))
             for one, answer in zip(choices.plans, choices.answers, strict=True)
         ]
         return streams[0] if len(streams) == 1 else choices.merge(streams)
 
-    async def _run(self, resolved: Plan, answer: Answer, meter: AnswerMeter) -> AsyncGenerator[Chunk, None]:
+    async def _run(
+        self, resolved: Plan, answer: Answer, meter: AnswerMeter, times: ChoiceTimes
+    ) -> AsyncGenerator[Chunk, None]:
         """Load, stream and count; once more when the chain was unloaded between the first two."""
         chain, deadline = resolved.request.chain, resolved.request.deadline
         for attempt in (1, 2):
             if deadline is not None and time.monotonic() >= deadline:
                 raise DeadlineExceededError("the deadline passed before the request could start")
             await self._loader.ensure(chain)
+            times.begin()
             try:
                 async with aclosing(stream_answer(self._engine, resolved, answer)) as chunks:
                     async for chunk in chunks:
                         meter.advance(answer.num_tokens, answer.timing, answer.finish_reason)
+                        times.advance(answer.num_tokens, finished=answer.finished)
                         self._note_served(answer)
                         yield chunk
                 return

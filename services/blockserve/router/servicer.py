@@ -14,6 +14,7 @@ from typing import Any
 from blockproto.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 from blockserve.router import convert
 from blockserve.router.service import Router
+from blockserve.router.trace_convert import call_to_message
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
@@ -95,6 +96,14 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         del context
         given_back = await self._router.drain_worker(request.worker, request.seconds, resume=request.resume)
         return admin_pb2.DrainWorkerResponse(given_back=given_back)
+
+    async def TraceRequest(  # noqa: N802
+        self, request: admin_pb2.TraceRequestRequest, context: Any
+    ) -> admin_pb2.TraceRequestResponse:
+        """Where the time of a request went."""
+        del context
+        calls = await self._router.trace(request.request_id)
+        return admin_pb2.TraceRequestResponse(calls=[call_to_message(call) for call in calls])
 
     async def GetStatus(  # noqa: N802
         self, request: admin_pb2.GetStatusRequest, context: Any

@@ -45,6 +45,8 @@ class EngineConfig:
             passes that should take no longer than this, in seconds, in its event loop, where the news are:
             giving them to another thread and back adds to every hop. Its calls wait so long for an answer.
             0 never does that.
+        traced_spans: requests that have ended here of which it is remembered where their time went
+            (`blockzoo trace`); half a kilobyte each. Those that run are remembered anyway.
         load_threads: blocks read, checked and laid out at the same time while a variant loads.
     """
 
@@ -63,6 +65,7 @@ class EngineConfig:
     deterministic: bool = False
     inline_seconds: float = 0.02
     load_threads: int = 2
+    traced_spans: int = 4096
 
     def __post_init__(self) -> None:
         """Refuse values no engine can run with."""
@@ -81,7 +84,13 @@ class EngineConfig:
             raise ValueError(
                 "max_tokens_per_pass must be at least max_running_requests: each decodes one token"
             )
-        counts = (self.max_waiting_requests, self.num_threads, self.block_bytes, self.kv_reserve_tokens)
+        counts = (
+            self.max_waiting_requests,
+            self.num_threads,
+            self.block_bytes,
+            self.kv_reserve_tokens,
+            self.traced_spans,
+        )
         if self.inline_seconds < 0:
             raise ValueError(f"inline_seconds cannot be negative, as {self.inline_seconds}")
         if min(counts) < 0 or self.load_threads < 1:

@@ -33,6 +33,7 @@ from blockserve.common.errors import (
     QueueFullError,
     ServerStoppingError,
 )
+from blockserve.common.trace import PathTrace, SpanTrace, as_paths
 from blockserve.worker.blocks import BlockManager, BlockSource, PreparedChain
 from blockserve.worker.chains import LoadedChains
 from blockserve.worker.config import EngineConfig
@@ -47,6 +48,7 @@ from blockserve.worker.messages import SpanMsg
 from blockserve.worker.passes import Passes, Sink
 from blockserve.worker.request import Outcome, RunningRequest
 from blockserve.worker.scheduler import Scheduler
+from blockserve.worker.span_traces import SpanTraces
 from blockzoo.errors import BlockzooError
 from blockzoo.manifest import ChainId
 
@@ -83,7 +85,8 @@ class BlockEngine:
             can_send=lambda running: self._exchange is None or self._exchange.can_send(running),
         )
         self._chains = LoadedChains(self._blocks, self.config.block_bytes, self._executor.use_segments)
-        self._passes = Passes(self._executor, self._scheduler, self._memory, self._chains)
+        self._traces = SpanTraces(self.config.traced_spans)
+        self._passes = Passes(self._executor, self._scheduler, self._memory, self._chains, self._traces)
         self._exchange: SpanExchange | None = None
         if outlet is not None:
             self._exchange = SpanExchange(self._passes, self._scheduler, self._memory, outlet)
@@ -342,6 +345,14 @@ class BlockEngine:
         return await asyncio.wrap_future(self._ask(take))
 
     # ---- looking in
+
+    async def span_traces(self, request_ids: Sequence[str]) -> list[SpanTrace]:
+        """Where the time of requests went that are executed here, or were lately."""
+        return await asyncio.wrap_future(self._ask(lambda: self._traces.of(request_ids)))
+
+    async def trace(self, request_ids: Sequence[str]) -> dict[str, tuple[PathTrace, ...]]:
+        """The same of requests that are executed here as a whole; see `TracesRequests`."""
+        return as_paths(await self.span_traces(request_ids))
 
     def report(self) -> EngineReport:
         """A snapshot for status and metrics; counters may be one pass apart."""

@@ -34,6 +34,7 @@ from blockserve.worker.messages import (
 )
 from blockserve.worker.request import ChunkHidden, Outcome, RunningRequest, SpanInput
 from blockserve.worker.scheduler import Scheduler
+from blockserve.worker.span_clock import State
 from blockzoo.errors import BlockzooError
 
 _LOG = logging.getLogger(__name__)
@@ -149,6 +150,7 @@ class SpanExchange:
                 self._close(running)
         self._scheduler.preempted.clear()
         for running in self._scheduler.admitted:
+            running.clock.enter(State.OPENING, self._clock())
             path = running.request.path
             request = replace(running.request, output=tuple(running.output))
             self._post(path[1], OpenMsg(attempt_of(running), request, 1, running.num_computed))
@@ -281,6 +283,7 @@ class SpanExchange:
             return
         running.output.extend(message.token_ids[max(0, running.num_tokens - message.start) :])
         running.inputs.append(SpanInput(message.start, message.hidden))
+        running.clock.arrived(self._clock())
 
     def _rewind(self, running: RunningRequest, start: int) -> int:
         """Compute again from `start` on: others on the path had less in their prefix caches.
@@ -335,6 +338,7 @@ class SpanExchange:
         if running is None:
             return
         running.is_opening = False
+        running.clock.enter(State.READY, self._clock())
         if message.have < running.num_computed:
             running.num_cached = min(running.num_cached, message.have)
             if self._rewind(running, message.have) < 0:
@@ -346,6 +350,7 @@ class SpanExchange:
         if running is None or event.index != len(running.output):
             return
         running.output.append(event.token_id)
+        running.clock.came_back(self._clock())
         if event.index == 0:
             event = replace(event, cached_prompt_tokens=running.num_cached)
         self._host.advance(running, event)

@@ -24,6 +24,7 @@ from blockserve.worker.pace import Pace
 from blockserve.worker.request import Chunk, ChunkHidden, ChunkLogits, ChunkResult, Outcome, RunningRequest
 from blockserve.worker.sampler import collect_prompt, sample_next
 from blockserve.worker.scheduler import Scheduler
+from blockserve.worker.span_traces import SpanTraces
 from blockzoo.errors import BlockzooError
 
 _LOG = logging.getLogger(__name__)
@@ -60,9 +61,15 @@ class Passes:
     """
 
     def __init__(
-        self, executor: Executor, scheduler: Scheduler, memory: KvMemory, chains: LoadedChains
+        self,
+        executor: Executor,
+        scheduler: Scheduler,
+        memory: KvMemory,
+        chains: LoadedChains,
+        traces: SpanTraces,
     ) -> None:
         """Join the parts of an engine."""
+        self._traces = traces
         self._executor = executor
         self._scheduler = scheduler
         self._memory = memory
@@ -87,6 +94,7 @@ class Passes:
             sink(ChainNotLoadedError(error, hint="Send the request again."))
             return
         self.sinks[running] = sink
+        self._traces.begin(running)
         self._scheduler.add(running)
         if self.exchange is not None and running.is_split:
             self.exchange.begin(running)
@@ -94,6 +102,7 @@ class Passes:
     def release(self, running: RunningRequest) -> None:
         """Forget a request and free what it holds."""
         del self.sinks[running]
+        self._traces.end(running)
         self._scheduler.remove(running)
         self._memory.release(running)
         self._chains.release(running.chain)
@@ -122,6 +131,7 @@ class Passes:
         """Take a started request's outcomes from now on."""
         self._chains.acquire(running.chain)
         self.sinks[running] = sink
+        self._traces.begin(running)
 
     def advance(self, running: RunningRequest, event: TokenEvent) -> None:
         """Tell about a token of a request that was sampled elsewhere."""
@@ -160,7 +170,9 @@ class Passes:
         try:
             results = self._executor.run(work.chunks, before=before)
             work.outcomes = self._sample(work.chunks, results)
-            self.pace.note(work.chunks, time.monotonic() - began)
+            done = time.monotonic()
+            self.pace.note(work.chunks, done - began)
+            self._traces.computed(work.chunks, began, done)
         except Exception as error:  # noqa: BLE001
             _LOG.exception("pass %d failed", self.num_passes)
             failure = EngineFailedError(f"the engine failed: {error!r}")

@@ -14,6 +14,7 @@ from blockserve.worker.blocks import LoadedChain
 from blockserve.worker.edits import RequestEdits
 from blockserve.worker.kv import KvTable
 from blockserve.worker.prefix import TokensDigest
+from blockserve.worker.span_clock import SpanClock
 from blockzoo.errors import BlockzooError
 
 Outcome = Sequence[TokenEvent] | BlockzooError
@@ -64,6 +65,7 @@ class RunningRequest:
         not_before: `time.monotonic()` value before which pages are not asked for again.
         queued: `time.monotonic()` when it came.
         scheduled: the same when its first pass began.
+        clock: where its time goes.
     """
 
     request: EngineRequest
@@ -87,6 +89,11 @@ class RunningRequest:
     not_before: float = 0.0
     queued: float = field(default_factory=time.monotonic)
     scheduled: float | None = None
+    clock: SpanClock = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Its time begins."""
+        self.clock = SpanClock(self.queued)
 
     @property
     def timing(self) -> RequestTiming | None:

@@ -132,6 +132,7 @@ class Scheduler:
         self.running.remove(running)
         running.is_opening = False
         running.not_before = not_before
+        running.clock.begin_again(self._clock())
         self.add(running)
 
     def _ready(self) -> list[tuple[RunningRequest, int]]:

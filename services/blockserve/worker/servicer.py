@@ -19,6 +19,7 @@ from blockserve.common.engine_convert import (
     token_to_message,
 )
 from blockserve.common.errors import ServerStoppingError, WireError
+from blockserve.common.trace_convert import span_to_message
 from blockserve.worker.convert import from_frame, prefix_from_message
 from blockserve.worker.hub import WorkerHub
 from blockserve.worker.kv_client import checksum
@@ -176,6 +177,16 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                 )
                 for segment in report.segments
             ],
+        )
+
+    async def TraceSpans(  # noqa: N802 - the wire's name
+        self, request: worker_pb2.TraceSpansRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> worker_pb2.TraceSpansResponse:
+        """Where the time of requests went that are executed here, or were lately."""
+        del context
+        spans = await self._hub.engine.span_traces(request.request_ids)
+        return worker_pb2.TraceSpansResponse(
+            worker_id=self._hub.record().id, spans=[span_to_message(span) for span in spans]
         )
 
     def _check_peer(self, context: Any) -> WorkerId:

@@ -1,5 +1,6 @@
 import io
 import json
+import re
 import sys
 import threading
 
@@ -149,7 +150,7 @@ def test_a_line_about_the_answer_on_a_terminal(run, served, monkeypatch):
     err = run("generate", "tale", "once", "-m", 2, "--seed", 3).err
     assert "[tale@1: " in err
     assert "+ 2 tokens" in err
-    assert "seed 3]" in err
+    assert re.search(r"seed 3, request [0-9a-f]{32}\]", err)
 
 
 def test_failures_of_the_server_are_typed(run, served):

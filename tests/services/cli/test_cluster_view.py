@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from blockserve.cli import server_verbs
@@ -9,6 +10,7 @@ from blockserve.cli.output import stdout
 from blockserve.common.cluster import (
     ClusterView,
     LoadReport,
+    PathStep,
     Placement,
     ResidentSegment,
     Run,
@@ -19,6 +21,7 @@ from blockserve.common.cluster import (
     WorkerView,
 )
 from blockserve.router.cluster_report import KnowsCluster, describe
+from blockserve.router.journeys import NamedStep
 from blockserve.router.results import ServerStatus
 
 TRUNK = ResidentSegment(SegmentDigest("aa" * 16), Run(0, 4))
@@ -31,6 +34,11 @@ class Seen:
     def __init__(self, workers: Sequence[WorkerView]) -> None:
         self.view = ClusterView({worker.record.id: worker for worker in workers}, Placement(version=7))
         self.num_failovers = 3
+
+    def running_paths(self) -> Counter[tuple[NamedStep, ...]]:
+        first = PathStep(WorkerId("a.1"), "unix:/a", Run(0, 4)), "a"
+        second = PathStep(WorkerId("b.1"), "unix:/b", Run(4, 6)), "b"
+        return Counter({(second,): 1, (first, second): 5})
 
 
 def seen() -> Seen:
@@ -73,15 +81,20 @@ def test_tables_show_workers_and_replicas() -> None:
         console.print(server_verbs._draw(status()))
     lines = captured.get().splitlines()
     assert "placement version 7; 3 failovers" in lines[1]
-    (worker,) = [line.split() for line in lines if line.startswith("a ")]
+    (paths,) = [number for number, line in enumerate(lines) if line.startswith("PATH ")]
+    (worker,) = [line.split() for line in lines[:paths] if line.startswith("a ")]
     assert worker == ["a", "ready", "1", "2", "0.25", "s", "10", "of", "40", "5", "MB", "of", "9", "MB", "2",
                       "0-3,", "4-5", "unix:/a"]  # fmt: skip
-    (idle,) = [line.split() for line in lines if line.startswith("b ")]
+    (idle,) = [line.split() for line in lines[:paths] if line.startswith("b ")]
     assert idle == ["b", "draining", "0", "0", "-", "0", "of", "0", "0", "B", "1", "0-3", "unix:/b"]
     (trunk,) = [line.split() for line in lines if line.startswith("aaaa")]
     assert trunk == ["a" * 12, "0-3", "2", "a,", "b"]
     (head,) = [line.split() for line in lines if line.startswith("bbbb")]
     assert head == ["b" * 12, "4-5", "1", "a"]
+    assert [line.split() for line in lines[paths + 1 :]] == [
+        ["a", "(0-3)", "->", "b", "(4-5)", "5"],
+        ["b", "(4-5)", "1"],
+    ]
 
 
 def test_one_line_of_a_watched_cluster() -> None:

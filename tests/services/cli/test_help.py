@@ -10,7 +10,7 @@ from blockserve.cli.app import build_app, reflow
 
 VERBS = {
     "register", "ls", "show", "du", "diff", "export", "rm", "rollback", "gc", "verify", "backup", "restore",
-    "serve", "status", "load", "unload", "version", "generate", "chat",
+    "serve", "status", "trace", "load", "unload", "version", "generate", "chat",
     "up", "down", "drain", "pin", "place", "replicas", "evict", "worker", "router", "controller",
 }  # fmt: skip
 PROCESSES = {"serve", "worker", "router", "controller", "up"}

@@ -21,6 +21,8 @@ from blockserve.router.results import (
     ModelInfo,
     RequestInfo,
     ResidentRun,
+    RunningPath,
+    RunningStep,
     ServerStatus,
     Tokenized,
     Usage,
@@ -179,7 +181,8 @@ def test_models_tokens_and_status_survive_the_wire() -> None:
         segments=(ResidentRun("c0ffee", 0, 3), ResidentRun("dada", 3, 4)),
     )
     for workers in ((worker, worker), ()):
-        known = replace(status, cluster=ClusterStatus(workers, 6, 7))
+        paths = (RunningPath((RunningStep("w.1", "w", 0, 3), RunningStep("v.1", "v", 3, 4)), 5),)
+        known = replace(status, cluster=ClusterStatus(workers, 6, 7, paths))
         assert convert.status_from_message(convert.status_to_message(known)) == known
 
 

@@ -1,0 +1,55 @@
+"""The verb that looks into one request: trace."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from blockserve.cli.connection import Connection, connects
+from blockserve.cli.options import JsonOption
+from blockserve.cli.output import print_json
+
+CALL_TIMEOUT_S = 10.0
+"""Each worker of the path is given two seconds."""
+
+
+@connects
+def trace(
+    request: Annotated[
+        str,
+        typer.Argument(
+            metavar="REQUEST", help="Its id: what `blockzoo generate` tells, or a worker's log names."
+        ),
+    ],
+    as_json: JsonOption = False,
+    *,
+    connection: Connection,
+) -> None:
+    """Show where the time of one request went: at each worker of its path, and on the way between them.
+
+    The parts add up to the time from the call's arrival to its last token; what nobody measured is "other".
+    PROMPT and DECODE are whole passes, which a request shares with all others in the batch; WAITED is time
+    until a worker's next pass. Hops are the head worker's round trips less what the other workers needed. A
+    request that changed workers shows a path for each. A worker that is gone is unknown. Ask the router that
+    took the call: it remembers those that run and the last ones that ended (router.traced_requests).
+
+    Name a request with `blockzoo generate --request-id`, or take the id from its --json.
+
+    \b
+    Examples:
+      blockzoo trace invoice-1
+      blockzoo trace invoice-1 --json | jq '.calls[-1].choices[0].parts'
+    """
+    from blockserve.cli.output import stdout
+    from blockserve.cli.trace_view import call_to_json, draw_call
+
+    with connection.open(timeout=CALL_TIMEOUT_S) as client:
+        calls = client.trace(request)
+    if as_json:
+        print_json({"calls": [call_to_json(call) for call in calls]})
+        return
+    for number, call in enumerate(calls):
+        if number:
+            stdout().print()
+        stdout().print(draw_call(call))

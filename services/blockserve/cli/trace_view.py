@@ -1,0 +1,133 @@
+"""What `blockzoo trace` shows of a call: the paths of each answer, and parts of its time that add up."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from blockserve.cli.output import add_row, format_seconds, make_table
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.table import Table
+
+    from blockserve.common.trace import PathTrace, SpanTimes
+    from blockserve.router.trace import CallTrace, ChoiceTrace
+    from blockserve.router.trace_parts import Part
+
+NUMERIC = ("TOKENS", "PROMPT", "DECODE", "PER TOKEN", "LONGEST", "WAITED", "TIME", "SHARE")
+
+
+def draw_call(call: CallTrace) -> Group:
+    """A call for people."""
+    from rich.console import Group
+    from rich.text import Text
+
+    parts: list[Text | Table] = [Text(_headline(call))]
+    for choice in call.choices:
+        parts += [Text(), Text(_choice_line(choice, len(call.choices)))]
+        for path in choice.paths:
+            parts.append(Text(_path_line(path)))
+        parts.append(_table(choice))
+    return Group(*parts)
+
+
+def call_to_json(call: CallTrace) -> dict[str, Any]:
+    """A call as documented in docs/compatibility.md: with the parts of each answer's time."""
+    value = dataclasses.asdict(call)
+    for shown, choice in zip(value["choices"], call.choices, strict=True):
+        shown["parts"] = _parts_to_json(choice)
+    return value
+
+
+def _parts_to_json(choice: ChoiceTrace) -> list[dict[str, Any]]:
+    from blockserve.router.trace_parts import parts_of
+
+    return [
+        {
+            "kind": str(part.kind),
+            "epoch": part.epoch,
+            "worker": None if part.step is None else part.step.name,
+            "seconds": part.seconds,
+            "per_token": part.per_token,
+        }
+        for part in parts_of(choice)
+    ]
+
+
+def _headline(call: CallTrace) -> str:
+    model = f"{call.model}@{call.version}" if call.version else call.model
+    tokens = sum(choice.tokens for choice in call.choices)
+    return (
+        f"request {call.request_id}  {model}, {call.prompt_tokens} + {tokens} tokens, {call.outcome}, "
+        f"{_ms(call.seconds)}; it came {format_seconds(call.age)} ago\n"
+        f"variant found in {_ms(call.resolving)}, prompt tokenised in {_ms(call.tokenising)}"
+    )
+
+
+def _choice_line(choice: ChoiceTrace, count: int) -> str:
+    name = f"answer {choice.choice + 1} of {count}: " if count > 1 else ""
+    first = "no token yet" if choice.first_token is None else f"first token after {_ms(choice.first_token)}"
+    return f"{name}{first}, {choice.tokens} tokens after {_ms(choice.seconds)}"
+
+
+def _path_line(path: PathTrace) -> str:
+    names = " -> ".join(step.name or "this process" for step in path.steps) or "being chosen"
+    opened = path.steps[0].times.attempts if path.steps and path.steps[0].times else 1
+    told = [f"path {path.epoch}: {names}"]
+    told += [f"opened {opened} times"] if opened > 1 else []
+    told += [f"keys and values: {path.moved}"] if path.moved else []
+    told += [f"left: {path.ended}"] if path.ended else []
+    return "; ".join(told)
+
+
+def _table(choice: ChoiceTrace) -> Table:
+    from blockserve.router.trace_parts import parts_of
+
+    several = len(choice.paths) > 1
+    table = make_table("PART", "POSITIONS", *NUMERIC, numeric=NUMERIC)
+    for part in parts_of(choice):
+        add_row(table, *_cells(part, choice, several))
+    add_row(table, "total", "", *[""] * 6, _ms(choice.seconds), "100%")
+    return table
+
+
+def _cells(part: Part, choice: ChoiceTrace, several: bool) -> list[str]:
+    path = f"path {part.epoch}: " if several and part.epoch is not None else ""
+    share = f"{part.seconds / choice.seconds:.0%}" if choice.seconds else ""
+    time = [_ms(part.seconds), share]
+    if part.step is None:
+        per_token = _ms(part.per_token) if part.per_token else ""
+        return [f"{path}{_name(part, choice)}", "", "", "", "", per_token, "", "", *time]
+    run, times = part.step.run, part.step.times
+    row = [f"{path}{part.step.name or 'this process'}", f"{run.first}-{run.end - 1}"]
+    if times is None:
+        return [*row, "unknown", "", "", "", "", "", "", ""]
+    return [*row, *_measured(times), *time]
+
+
+def _name(part: Part, choice: ChoiceTrace) -> str:
+    """What a part is called; hops with what small calls measure of one of them."""
+    if part.kind != "hops":
+        return str(part.kind)
+    path = next(path for path in choice.paths if path.epoch == part.epoch)
+    known = [step.hop_seconds for step in path.steps if step.hop_seconds]
+    measured = f", {_ms(sum(known) / len(known))} each by probes" if known else ""
+    return f"hops ({len(path.steps)} a token{measured})"
+
+
+def _measured(times: SpanTimes) -> list[str]:
+    prompt, decode = times.prompt, times.decode
+    cached = f" ({times.cached} cached)" if times.cached else ""
+    return [
+        f"{prompt.tokens}{cached} + {decode.tokens}",
+        _ms(prompt.seconds),
+        _ms(decode.seconds),
+        _ms(decode.seconds_per_token) if decode.tokens else "-",
+        _ms(max(prompt.longest, decode.longest)),
+        _ms(prompt.waited + decode.waited),
+    ]
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:.2f} ms" if seconds < 0.1 else f"{1000 * seconds:.0f} ms"
