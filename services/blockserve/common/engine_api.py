@@ -229,6 +229,7 @@ class EngineReport:
         step_seconds: time of a pass that only decodes, a moving mean; 0 while nothing was measured.
         prefill_tokens_per_second: the same for prompts.
         kv_token_bytes: bytes of the keys and values of one token at one layer, of the widest chain.
+        requests_begun_elsewhere: those of other workers that this engine executes a part of.
     """
 
     device: str
@@ -254,6 +255,7 @@ class EngineReport:
     step_seconds: float = 0.0
     prefill_tokens_per_second: float = 0.0
     kv_token_bytes: int = 0
+    requests_begun_elsewhere: int = 0
 
 
 class Engine(Protocol):

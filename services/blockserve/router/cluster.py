@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
@@ -85,6 +86,7 @@ class ClusterEngine:
     Attributes:
         num_failovers: how often a request went on along another path.
         kv: what became of keys and values then.
+        path_lengths: how many paths of so many workers requests were given.
         on_request: told the chain of every request.
     """
 
@@ -115,6 +117,7 @@ class ClusterEngine:
         self._checks: dict[WorkerId, asyncio.Task[None]] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self.num_failovers = 0
+        self.path_lengths: Counter[int] = Counter()
         self.kv = KvMover(credentials, kv)
         self.on_request: Callable[[ChainId], None] = lambda _: None
 
@@ -215,6 +218,7 @@ class ClusterEngine:
         lost: WorkerId | None = None
         for failures in range(self._failover.max_failures + 1):
             path = await self._path(request, excluded)
+            self.path_lengths[len(path)] += 1
             if before:
                 known = replace(request, output=tuple(told))
                 await self.kv.move(known, before, path, self._view, lost)

@@ -541,6 +541,7 @@ class BlockEngine:
         return EngineReport(
             device=str(self._device),
             waiting_requests=len(self._scheduler.waiting) + len(self._arriving),
+            requests_begun_elsewhere=0 if self._exchange is None else self._exchange.num_followers,
             running_requests=len(self._scheduler.running),
             passes=self._passes,
             kv_pages_total=sum(pool.allocator.num_pages for pool in pools),
