@@ -30,7 +30,8 @@ from blockserve.common.errors import (
     WorkerNotFoundError,
 )
 from blockserve.router.cluster_report import summarise
-from blockserve.router.kv_moves import KvCosts, KvMover
+from blockserve.router.kv_moves import KvMover
+from blockserve.router.kv_plan import KvCosts
 from blockserve.router.settings import FailoverConfig
 from blockserve.router.worker_stream import WorkerStream, answers, drain
 from blockzoo.errors import BlockzooError

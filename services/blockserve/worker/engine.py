@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from blockkernels.native import library
-from blockserve.common.cluster import ChainSpan, WorkerId
+from blockserve.common.cluster import ChainSpan, Run, WorkerId
 from blockserve.common.engine_api import (
     EngineReport,
     EngineRequest,
@@ -498,14 +498,16 @@ class BlockEngine:
         assert exchange is not None
         self._post(lambda: exchange.peer_lost(worker))
 
-    async def export_kv(self, prefix: PrefixRef, first: int, count: int) -> list[KvBlock]:
-        """Copies of cached pages of a prefix, from page `first` on; none when its run is not in memory."""
+    async def export_kv(
+        self, prefix: PrefixRef, first: int, count: int, layers: Run | None = None
+    ) -> list[KvBlock]:
+        """See `export_blocks`; none when the prefix's run is not in memory."""
 
         def export() -> list[KvBlock]:
             chain = self._chains.get(prefix.span)
             if chain is None:
                 return []
-            return export_blocks(chain, self._pools[chain.lane.kv_shape], prefix, first, count)
+            return export_blocks(chain, self._pools[chain.lane.kv_shape], prefix, first, count, layers)
 
         return await asyncio.wrap_future(self._ask(export))
 

@@ -13,7 +13,7 @@ from blockserve.common.state_memory import InProcessStore
 from blockserve.router.choosing import ZooPathChooser
 from blockserve.router.cluster import ClusterEngine
 from blockserve.router.demand import DemandTeller
-from blockserve.router.kv_moves import Reason
+from blockserve.router.kv_plan import Reason
 from blockserve.router.metrics import RouterMetrics, count_sizes
 from blockserve.router.settings import RouterSettings
 from support.edge import FakeZoo, async_test

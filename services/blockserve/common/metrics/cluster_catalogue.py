@@ -38,7 +38,7 @@ KV_BANDWIDTH = Metric(
     "blockzoo_kv_transfer_bytes_per_second",
     "gauge",
     (),
-    "Speed of transfers of keys and values between workers, a moving mean; 0 before the first.",
+    "Speed at which one worker sends keys and values to another, a moving mean; 0 before the first.",
 )
 PATH_WORKERS = Metric(
     "blockzoo_path_workers",
