@@ -243,11 +243,22 @@ async def _busy(rig: Cluster, one: str, other: str, harm: Callable[[Any], None])
                     return name
 
 
+async def _has_full_pages(rig: Cluster, name: str) -> None:
+    """Wait until a request at a worker has more than a page: with less there is nothing to transfer."""
+    async with asyncio.timeout(PATIENCE):
+        while True:
+            said = await rig.describe(name)
+            # Each half has the embedding or the head beside its layers.
+            num_layers = max(span.end - span.first - 1 for span in said.spans)
+            if said.running_requests and said.kv_pages_used > said.running_requests * num_layers:
+                return
+
+
 async def _drain(rig: Cluster) -> None:
     """Two workers give their requests back, then take some again."""
     async with rig.client() as client:
         for name in ("a", "b"):
-            await _busy(rig, name, name, lambda _: None)
+            await _has_full_pages(rig, name)
             await client.drain_worker(name, 0.0)
             assert not (await rig.describe(name)).running_requests
             await asyncio.sleep(0.3)
