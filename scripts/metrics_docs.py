@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from blockserve.common.metrics.catalogue import CATALOGUE, Metric
+from blockserve.common.metrics.cluster_catalogue import CONTROLLER, PATH_BOUNDS, ROUTER, WORKER
 from blockserve.worker.batch_sizes import BOUNDS
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "metrics.md"
@@ -32,8 +33,24 @@ def render() -> str:
             *_table(own),
             "",
             f"Buckets of the batch sizes: {_borders(BOUNDS)}.",
+            "",
+            "### Of the processes of a cluster",
+            "",
+            *_cluster_table(),
+            "",
+            f"Buckets of path lengths: {_borders(PATH_BOUNDS)}.",
         ]
     )
+
+
+def _cluster_table() -> list[str]:
+    processes = {"router": ROUTER, "worker": WORKER, "controller": CONTROLLER}
+    rows = [
+        f"| `{metric.name}` | {', '.join(name for name, shown in processes.items() if metric in shown)} "
+        f"| {metric.kind} | {', '.join(metric.labels) or '-'} | {metric.meaning} |"
+        for metric in dict.fromkeys((*ROUTER, *WORKER, *CONTROLLER))
+    ]
+    return ["| name | of | type | labels | meaning |", "|---|---|---|---|---|", *rows]
 
 
 def _table(metrics: list[Metric]) -> list[str]:

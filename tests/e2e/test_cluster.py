@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from blockserve.common.cluster import WorkerState
 from blockserve.common.errors import WorkerNotFoundError
 from blockserve.router.aio_client import AsyncClient
 from blockzoo.equivalence import Ledger, approve, evaluate
@@ -242,11 +243,22 @@ async def _busy(rig: Cluster, one: str, other: str, harm: Callable[[Any], None])
                     return name
 
 
+async def _has_full_pages(rig: Cluster, name: str) -> None:
+    """Wait until a request at a worker has more than a page: with less there is nothing to transfer."""
+    async with asyncio.timeout(PATIENCE):
+        while True:
+            said = await rig.describe(name)
+            # Each half has the embedding or the head beside its layers.
+            num_layers = max(span.end - span.first - 1 for span in said.spans)
+            if said.running_requests and said.kv_pages_used > said.running_requests * num_layers:
+                return
+
+
 async def _drain(rig: Cluster) -> None:
     """Two workers give their requests back, then take some again."""
     async with rig.client() as client:
         for name in ("a", "b"):
-            await _busy(rig, name, name, lambda _: None)
+            await _has_full_pages(rig, name)
             await client.drain_worker(name, 0.0)
             assert not (await rig.describe(name)).running_requests
             await asyncio.sleep(0.3)
@@ -307,6 +319,41 @@ def test_no_token_is_lost_or_repeated(zoo: Zoo, tmp_path: Path, harm: Harm) -> N
                 assert [one.text for one in disturbed] == [one.text for one in undisturbed]
 
     run(work())
+
+
+def test_pages_follow_to_workers_that_are_cut_at_another_layer(zoo: Zoo, tmp_path: Path) -> None:
+    """One copy is cut before position 3, the other before 2: who drains, the other copy takes over."""
+
+    async def work() -> None:
+        cuts = {"a": (0, 3), "b": (3, 0), "c": (0, 2), "d": (2, 0)}
+        async with cluster(zoo, tmp_path, cuts, **SETTINGS, BLOCKZOO_KV_CHOICE="transfer") as rig:
+            await load_all(rig, cuts)
+            async with rig.client() as client:
+                for model, options in WISHES:
+                    undisturbed = await Transcript().follow(client, model, **options)
+                    disturbed = Transcript()
+                    answer = asyncio.create_task(disturbed.follow(client, model, **options))
+                    await disturbed.reaches(NUM_TOKENS // 3)
+                    drained = await _busy(rig, "a", "c", lambda _: None)
+                    await client.drain_worker(drained, 0.0)
+                    await answer
+                    assert disturbed.tokens == undisturbed.tokens
+                    assert disturbed.text == undisturbed.text
+                    await client.drain_worker(drained, 0.0, resume=True)
+                    await _known_as_ready(rig, drained)
+            await rig.until_clean()
+            lines = [line for line in rig.log("router0").splitlines() if " kv " in line]
+            assert len(lines) == len(WISHES)
+            assert all("kv transfer reason=cheaper" in line for line in lines), lines
+
+    run(work())
+
+
+async def _known_as_ready(rig: Cluster, name: str) -> None:
+    """Wait until the shared state says that a worker takes requests."""
+    async with asyncio.timeout(PATIENCE):
+        while (view := await rig.worker_view(name)) is None or view.record.state is not WorkerState.READY:
+            await asyncio.sleep(0.02)
 
 
 def test_the_controller_places_what_is_asked_for(made: Made, zoo: Zoo, tmp_path: Path) -> None:

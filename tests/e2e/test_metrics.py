@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from pathlib import Path
-from urllib.request import urlopen
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from blockserve.embedded.config import ServeConfig
 from blockserve.embedded.server import EmbeddedServer
@@ -17,6 +14,7 @@ from blockserve.worker.config import EngineConfig
 from blockzoo.errors import VariantNotFoundError
 from blockzoo.zoo import Zoo
 from support.edge import async_test
+from support.scrape import scrape
 from support.variants import VariantFactory
 
 ENGINE = EngineConfig(
@@ -37,35 +35,6 @@ def zoo(tmp_path: Path) -> Zoo:
     return zoo
 
 
-class Scraped:
-    """One scrape, parsed by Prometheus' own rules."""
-
-    def __init__(self, text: str) -> None:
-        families = text_string_to_metric_families(text)
-        self.samples = [sample for family in families for sample in family.samples]
-
-    def by(self, name: str, label: str) -> dict[str, float]:
-        """Values of a metric by one of its labels, added up over the others (and never over buckets)."""
-        found: Counter[str] = Counter()
-        for sample in self.samples:
-            if sample.name == name:
-                found[sample.labels[label]] += sample.value
-        return dict(found)
-
-    def one(self, name: str) -> float:
-        """The value of a metric with one series."""
-        (value,) = [sample.value for sample in self.samples if sample.name == name]
-        return value
-
-
-async def scrape(server: EmbeddedServer) -> Scraped:
-    def read() -> str:
-        with urlopen(f"http://{server.metrics.address}/metrics", timeout=30) as response:
-            return response.read().decode()
-
-    return Scraped(await asyncio.to_thread(read))
-
-
 @async_test
 async def test_counts_are_those_of_the_answers(zoo: Zoo) -> None:
     config = ServeConfig.load(
@@ -83,20 +52,20 @@ async def test_counts_are_those_of_the_answers(zoo: Zoo) -> None:
             )
             for name, prompt, tokens in asks
         ]
-        during = [await scrape(server)]
+        during = [await scrape(server.metrics.address)]
         while not all(task.done() for task in tasks):
-            during.append(await scrape(server))
+            during.append(await scrape(server.metrics.address))
         answers = [await task for task in tasks]
         with pytest.raises(VariantNotFoundError):
             await client.generate("nobody", "x").result()
         chunks = aiter(client.generate("tuned", "x", max_tokens=400, ignore_eos=True))
         await anext(chunks)
-        streaming = await scrape(server)
+        streaming = await scrape(server.metrics.address)
         await chunks.aclose()
         while (await client.status()).kv_pages_used:
             await asyncio.sleep(0.001)
         await client.unload("tuned")
-        after = await scrape(server)
+        after = await scrape(server.metrics.address)
         status = await client.status()
     await server.stop()
 

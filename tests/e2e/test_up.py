@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
@@ -80,12 +82,18 @@ def workers(address: str) -> ClusterStatus:
     return cluster
 
 
+def metrics(folder: Path, name: str) -> str:
+    (address,) = re.findall(r"metrics address=(\S+)", (folder / f"{name}.log").read_text())
+    with urlopen(address, timeout=PATIENCE) as response:
+        return response.read().decode()
+
+
 def nothing_is_left(cluster: ClusterRecord) -> bool:
     return not any(is_alive(one.identity) for one in cluster.processes)
 
 
 def test_a_detached_cluster_answers_heals_and_is_ended_by_down(folder: Path) -> None:
-    started = blockzoo(*UP, "--detach")
+    started = blockzoo(*UP, "--detach", "--metrics-listen", "127.0.0.1:0")
     assert started.returncode == 0, started.stderr
     cluster = known(folder)
     assert cluster.address in started.stderr
@@ -96,6 +104,10 @@ def test_a_detached_cluster_answers_heals_and_is_ended_by_down(folder: Path) -> 
     assert set(modes.values()) == {0o600}
 
     first = {model: answer(cluster.address, model) for model in ("base", "tuned")}
+    shown = {name: metrics(folder, name) for name in ("router", "controller", "worker-1", "worker-2")}
+    assert "blockzoo_path_workers_count 2.0" in shown["router"]
+    assert "blockzoo_controller_leading 1.0" in shown["controller"]
+    assert all("blockzoo_lease_known 1.0" in shown[name] for name in ("worker-1", "worker-2"))
     assert first["base"] != first["tuned"]
     status = blockzoo("status", "--server", cluster.address, "--json")
     shown = json.loads(status.stdout)["cluster"]

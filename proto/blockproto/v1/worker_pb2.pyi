@@ -895,24 +895,76 @@ class PullKvRequest(_message.Message):
     PREFIX_FIELD_NUMBER: _builtins.int
     SOURCE_WORKER_ID_FIELD_NUMBER: _builtins.int
     SOURCE_ADDRESS_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
     source_worker_id: _builtins.str
+    """A worker that executed the same run, or empty where `parts` are set: a
+    receiver that does not know those can fetch nothing then.
+    """
     source_address: _builtins.str
     @_builtins.property
-    def prefix(self) -> Global___PrefixRef: ...
+    def prefix(self) -> Global___PrefixRef:
+        """At the run that the receiver will execute."""
+
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvPart]:
+        """From whom to fetch which layers where the run was executed in other parts.
+        In order and without gaps, they are all layers of the run.
+        """
+
     def __init__(
         self,
         *,
         prefix: Global___PrefixRef | None = ...,
         source_worker_id: _builtins.str = ...,
         source_address: _builtins.str = ...,
+        parts: _abc.Iterable[Global___KvPart] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prefix", b"prefix"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["prefix", b"prefix", "source_address", b"source_address", "source_worker_id", b"source_worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parts", b"parts", "prefix", b"prefix", "source_address", b"source_address", "source_worker_id", b"source_worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PullKvRequest: _TypeAlias = PullKvRequest  # noqa: Y015
+
+@_typing.final
+class KvPart(_message.Message):
+    """Consecutive layers of a run, and who has their keys and values."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    SOURCE_WORKER_ID_FIELD_NUMBER: _builtins.int
+    SOURCE_ADDRESS_FIELD_NUMBER: _builtins.int
+    SOURCE_FIRST_FIELD_NUMBER: _builtins.int
+    SOURCE_END_FIELD_NUMBER: _builtins.int
+    first: _builtins.int
+    """Positions of the chain, all of them layers."""
+    end: _builtins.int
+    source_worker_id: _builtins.str
+    """The receiver itself when it has them."""
+    source_address: _builtins.str
+    source_first: _builtins.int
+    """The run that the source executed."""
+    source_end: _builtins.int
+    def __init__(
+        self,
+        *,
+        first: _builtins.int = ...,
+        end: _builtins.int = ...,
+        source_worker_id: _builtins.str = ...,
+        source_address: _builtins.str = ...,
+        source_first: _builtins.int = ...,
+        source_end: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "first", b"first", "source_address", b"source_address", "source_end", b"source_end", "source_first", b"source_first", "source_worker_id", b"source_worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvPart: _TypeAlias = KvPart  # noqa: Y015
 
 @_typing.final
 class PullKvResponse(_message.Message):
@@ -947,8 +999,16 @@ class ExportKvRequest(_message.Message):
 
     PREFIX_FIELD_NUMBER: _builtins.int
     KV_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    PART_FIRST_FIELD_NUMBER: _builtins.int
+    PART_END_FIELD_NUMBER: _builtins.int
     kv_fingerprint: _builtins.str
     """Of the receiver's pages; others are refused."""
+    part_first: _builtins.int
+    """Only the layers first to end - 1 of the chain; end 0 means all of the run.
+    A sender that does not know these fields sends all, which the receiver
+    sees by the number of bytes.
+    """
+    part_end: _builtins.int
     @_builtins.property
     def prefix(self) -> Global___PrefixRef: ...
     def __init__(
@@ -956,10 +1016,12 @@ class ExportKvRequest(_message.Message):
         *,
         prefix: Global___PrefixRef | None = ...,
         kv_fingerprint: _builtins.str = ...,
+        part_first: _builtins.int = ...,
+        part_end: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prefix", b"prefix"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_fingerprint", b"kv_fingerprint", "prefix", b"prefix"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_fingerprint", b"kv_fingerprint", "part_end", b"part_end", "part_first", b"part_first", "prefix", b"prefix"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -967,7 +1029,7 @@ Global___ExportKvRequest: _TypeAlias = ExportKvRequest  # noqa: Y015
 
 @_typing.final
 class ExportKvResponse(_message.Message):
-    """One page of tokens at every layer of the run."""
+    """One page of tokens at every layer that was asked for."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,7 +17,9 @@ from blockserve.cli.progress import progress
 if TYPE_CHECKING:
     from blockserve.local.cluster import LocalCluster
     from blockserve.local.layout import Layout
+    from blockserve.local.plan import ClusterPlan
     from blockserve.local.record import ClusterRecord
+    from blockserve.router.settings import RouterSettings
     from blockzoo.progress import Progress
 
 FolderOption = Annotated[
@@ -39,6 +42,15 @@ def up(
     listen: Annotated[
         str, typer.Option("--listen", metavar="ADDRESS", help="Where clients call: host:port, or unix:/path.")
     ] = DEFAULT_SERVER,
+    metrics_listen: Annotated[
+        str | None,
+        typer.Option(
+            "--metrics-listen",
+            metavar="HOST:PORT",
+            help="Show metrics: the router's at this port, the controller's at the next one, the workers' at "
+            "those that follow; with port 0 each at a free port that its log names. Default: off.",
+        ),
+    ] = None,
     folder: FolderOption = None,
     detach: Annotated[
         bool,
@@ -55,6 +67,7 @@ def up(
     Examples:
       blockzoo up --workers 3
       blockzoo up --workers 2 --zoo ./zoo --listen 127.0.0.1:7460 --dir ./cluster
+      blockzoo up --metrics-listen 127.0.0.1:7451
       blockzoo up --detach
     """
     from blockserve.local.layout import Layout, default_folder
@@ -62,11 +75,12 @@ def up(
     layout = Layout((folder or default_folder()).expanduser().absolute())
     layout.prepare()
     zoo = _absolute(zoo)
-    _check(zoo, listen)
+    wish = _Wish(workers, zoo, listen, metrics_listen)
+    _check(layout, wish)
     if detach:
-        _detach(layout, workers, zoo, listen)
+        _detach(layout, wish)
     else:
-        _run(layout, workers, zoo, listen)
+        _run(layout, wish)
 
 
 def down(folder: FolderOption = None, as_json: JsonOption = False) -> None:
@@ -102,13 +116,44 @@ def _absolute(zoo: str) -> str:
     return zoo if "://" in zoo or zoo.startswith("memory:") else str(Path(zoo).expanduser().absolute())
 
 
-def _check(zoo: str, listen: str) -> None:
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    """What `up` was asked for."""
+
+    workers: int
+    zoo: str
+    listen: str
+    metrics_listen: str | None
+
+    def settings(self) -> RouterSettings:
+        """The router's, and what they say of all processes (ConfigurationError)."""
+        from blockserve.router.settings import RouterSettings
+
+        return RouterSettings.load(listen=self.listen, metrics_listen=self.metrics_listen)
+
+    def plan(self, layout: Layout) -> ClusterPlan:
+        """The processes (ConfigurationError)."""
+        from blockserve.local.plan import make_plan
+        from blockserve.local.share import usable_memory
+        from blockserve.worker.cores import usable_cores
+
+        return make_plan(
+            layout,
+            zoo=self.zoo,
+            listen=self.listen,
+            num_workers=self.workers,
+            cores=usable_cores(),
+            memory_bytes=usable_memory(),
+            metrics_listen=self.settings().metrics_listen,
+        )
+
+
+def _check(layout: Layout, wish: _Wish) -> None:
     """Find what is wrong before anything is started (ZooNotFoundError, ConfigurationError)."""
-    from blockserve.router.settings import RouterSettings
     from blockzoo.zoo import Zoo
 
-    Zoo.open(zoo)
-    RouterSettings.load(listen=listen)
+    Zoo.open(wish.zoo)
+    wish.plan(layout)
 
 
 class _Told:
@@ -135,46 +180,41 @@ class _Told:
         self._reporter = None
 
 
-def _run(layout: Layout, workers: int, zoo: str, listen: str) -> None:
+def _run(layout: Layout, wish: _Wish) -> None:
     import asyncio
 
     from blockserve.common.run import serve
     from blockserve.local.cluster import LocalCluster
-    from blockserve.local.plan import make_plan
-    from blockserve.local.share import usable_memory
-    from blockserve.router.settings import RouterSettings
-    from blockserve.worker.cores import usable_cores
 
-    shares = {"cores": usable_cores(), "memory_bytes": usable_memory()}
-    plan = make_plan(layout, zoo=zoo, listen=listen, num_workers=workers, **shares)
     with progress(unit="processes") as reporter:
         told = _Told(reporter)
-        reporter.start("Starting the cluster", workers + 3)
-        drain = RouterSettings.load(listen=listen).drain_seconds
-        cluster = LocalCluster(plan, layout, told, drain_seconds=drain)
+        reporter.start("Starting the cluster", wish.workers + 3)
+        drain = wish.settings().drain_seconds
+        cluster = LocalCluster(wish.plan(layout), layout, told, drain_seconds=drain)
 
         def announce(started: LocalCluster) -> None:
             told.all_ready()
-            _announce(started.address, workers, zoo, layout, "Ctrl-C stops.")
+            _announce(started.address, wish, layout, "Ctrl-C stops.")
 
         asyncio.run(serve(cluster, announce))
 
 
-def _detach(layout: Layout, workers: int, zoo: str, listen: str) -> None:
+def _detach(layout: Layout, wish: _Wish) -> None:
     from blockserve.local.detached import start_detached
     from blockserve.local.layout import default_folder
 
-    words = ["--workers", str(workers), "--zoo", zoo, "--listen", listen, "--dir", str(layout.folder)]
+    words = ["--workers", str(wish.workers), "--zoo", wish.zoo, "--listen", wish.listen]
+    words += ["--dir", str(layout.folder), "--metrics-listen", wish.settings().metrics_listen]
     with progress(unit="processes") as reporter:
-        reporter.start("Starting the cluster", workers + 3)
+        reporter.start("Starting the cluster", wish.workers + 3)
         record: ClusterRecord = start_detached(
             [sys.executable, "-m", "blockserve.cli", "up", *words], layout, lambda: reporter.advance(1)
         )
     place = "" if layout.folder == default_folder() else f" --dir {layout.folder}"
-    _announce(record.address, workers, zoo, layout, f"blockzoo down{place} ends it.")
+    _announce(record.address, wish, layout, f"blockzoo down{place} ends it.")
 
 
-def _announce(address: str, workers: int, zoo: str, layout: Layout, stop: str) -> None:
+def _announce(address: str, wish: _Wish, layout: Layout, stop: str) -> None:
     server = "" if address == DEFAULT_SERVER else f" --server {address}"
-    note(f"Serving {zoo} on {address} with {workers} workers; logs in {layout.folder}.")
+    note(f"Serving {wish.zoo} on {address} with {wish.workers} workers; logs in {layout.folder}.")
     note(f"Try: blockzoo status{server}; {stop}")

@@ -51,6 +51,11 @@ class Run:
         """Whether all of the other lies inside."""
         return self.first <= other.first and other.end <= self.end
 
+    def overlap(self, other: Run) -> Run | None:
+        """The positions of both; None when there are none."""
+        first, end = max(self.first, other.first), min(self.end, other.end)
+        return Run(first, end) if first < end else None
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class ChainSpan:

@@ -9,11 +9,11 @@ from pydantic import Field
 from blockserve.common.channel import Credentials
 from blockserve.common.config import setting
 from blockserve.common.listen import read_token
-from blockserve.common.server_settings import ServerSettings
+from blockserve.common.metrics_settings import MetricsSettings
 from blockserve.common.state_config import StateConfig
 
 
-class ClusterSettings(ServerSettings):
+class ClusterSettings(MetricsSettings):
     """Settings of a worker, router or controller."""
 
     zoo: str = setting(

@@ -232,6 +232,7 @@ class EngineReport:
             was measured.
         prefill_tokens_per_second: the same for prompts.
         kv_token_bytes: bytes of the keys and values of one token at one layer, of the widest chain.
+        requests_begun_elsewhere: those of other workers that this engine executes a part of.
     """
 
     device: str
@@ -259,6 +260,7 @@ class EngineReport:
     kv_token_bytes: int = 0
     step_requests: float = 0.0
     step_crowding: float = 0.0
+    requests_begun_elsewhere: int = 0
 
 
 class Engine(Protocol):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
@@ -24,6 +25,7 @@ from blockserve.controller.placement_words import (
     PlacementProblem,
     WorkerCapacity,
 )
+from blockserve.controller.planning_counts import PlanningCounts
 from blockserve.controller.wished import WishedChain, make_room, to_wishes
 from blockzoo.errors import BlockzooError
 from blockzoo.manifest import BlockId, ChainId, ChainManifest
@@ -43,6 +45,8 @@ class Planner:
         left_out: chains that the last placement had no room for, and why.
         refused_pins: of the last placement.
         view: the cluster as last seen, whether or not this controller leads.
+        seen: `time.monotonic()` value of when that was; 0 before.
+        counts: what was decided while this controller led.
     """
 
     def __init__(
@@ -79,6 +83,9 @@ class Planner:
         self.left_out: Mapping[ChainId, str] = {}
         self.refused_pins: tuple[Pin, ...] = ()
         self.view = ClusterView()
+        self.seen = 0.0
+        self.counts = PlanningCounts()
+        self._moved_bytes = 0  # of the last plan
 
     @property
     def leads(self) -> bool:
@@ -105,6 +112,7 @@ class Planner:
                 await self._store.wait_change(self._look_seconds)
             except StaleLeaderError as error:
                 log.info("no longer the leader: %s", error)
+                self.counts.refused_writes += 1
                 self._token = None
             except StateStoreError as error:
                 log.warning("the shared state cannot be reached; the placement stays: %s", error)
@@ -120,11 +128,13 @@ class Planner:
             log.info("leading token=%d", token)
         self._token = token
         self.view = view = await self._store.view()
+        self.seen = time.monotonic()
         if token is None:
             return
         placement = await self.plan(view, await self._store.demand())
         if placement.workers != view.placement.workers:
             stored = await self._store.place(placement, token)
+            self.counts.note_placed(view.placement, stored, self._moved_bytes)
             log.info("placed version=%d workers=%d", stored.version, len(stored.workers))
 
     async def plan(self, view: ClusterView, demand: Mapping[ChainId, float]) -> Placement:
@@ -156,7 +166,10 @@ class Planner:
             ),
         )
         pinned = {one.chain for one in wished if one.wish.pinned}
+        started = time.monotonic()
         plan = await asyncio.to_thread(self._place, problem, pinned)
+        self.counts.seconds = time.monotonic() - started
+        self._moved_bytes = plan.report.moved_bytes
         self._tell(plan)
         return Placement(view.placement.version, plan.workers)
 

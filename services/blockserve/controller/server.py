@@ -26,6 +26,7 @@ from blockserve.common.status import ErrorInterceptor
 from blockserve.common.wish_servicer import SERVICE as PLACEMENT_SERVICE
 from blockserve.common.wish_servicer import PlacementServicer
 from blockserve.common.wishes import WishKeeper
+from blockserve.controller.metrics import ControllerMetrics
 from blockserve.controller.planner import Planner
 from blockserve.controller.servicer import ZooServicer
 from blockserve.controller.settings import ControllerSettings
@@ -43,12 +44,14 @@ class ControllerServer:
 
     Attributes:
         address: where others reach it; known after `start`.
+        metrics: what is counted, and where it is shown.
     """
 
     def __init__(self, settings: ControllerSettings) -> None:
         """Make a controller; nothing is opened yet."""
         self.settings = settings
         self.address = settings.listen
+        self.metrics = ControllerMetrics(settings)
         self._health = HealthReporter(SERVICES)
         self._is_bound = self._is_started = False
         self._server: grpc.aio.Server | None = None
@@ -78,6 +81,7 @@ class ControllerServer:
         self._server = grpc.aio.server(interceptors=interceptors, options=server_options(settings))
         self.address = bind(self._server, settings)
         self._is_bound = True
+        self.metrics.listen()
         zoo = await asyncio.to_thread(lambda: Zoo.open(settings.zoo, create=settings.create_zoo))
         limits = settings.controller.within_messages(settings.max_message_bytes)
         self._servicer = ZooServicer(zoo, limits, on_change=lambda name: log.info("changed name=%s", name))
@@ -91,6 +95,7 @@ class ControllerServer:
             look_seconds=settings.look_seconds,
             replicas=settings.replicas,
         )
+        self.metrics.watch(planner)
         keeper = WishKeeper(zoo, lambda: planner.view)
         placement_pb2_grpc.add_PlacementServiceServicer_to_server(PlacementServicer(keeper), self._server)
         self._health.add_to(self._server)
@@ -118,6 +123,7 @@ class ControllerServer:
             await self._servicer.close()
         if self._store is not None:
             await self._store.close()
+        await asyncio.to_thread(self.metrics.close)
         self._server = self._servicer = self._store = self._planner = None
         log.info("stopped")
 

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Self
+from pydantic import Field
 
-from pydantic import Field, model_validator
-
-from blockserve.common.channel import is_local
 from blockserve.common.config import setting
-from blockserve.common.server_settings import ServerSettings, is_host_and_port
+from blockserve.common.metrics_settings import METRICS_LISTEN_MEANING, MetricsSettings
 from blockserve.controller.config import ControllerConfig
 from blockserve.router.config import RouterConfig
 from blockserve.worker.config import EngineConfig
 
 ALL = "all"
 """In `preload`: every variant of the zoo."""
-OFF = "off"
-"""As `metrics_listen`: no metrics endpoint."""
 
 
-class ServeConfig(ServerSettings):
+class ServeConfig(MetricsSettings):
     """Settings of `blockzoo serve`."""
 
     zoo: str = setting(
@@ -58,40 +53,11 @@ class ServeConfig(ServerSettings):
     )
     metrics_listen: str = setting(
         "127.0.0.1:7451",
-        f"Where Prometheus reads metrics over HTTP: `host:port` (port 0 picks a free one), or `{OFF}`.",
+        METRICS_LISTEN_MEANING,
         reason="Only this machine reaches it. If the port is taken and nobody chose it, a free one is used.",
-    )
-    metrics_public: bool = setting(
-        False,
-        "Let `metrics_listen` be an address others can reach; metrics are plain HTTP without a credential.",
-        reason="Metrics tell the names of variants and how much each is used.",
-    )
-    metrics_model_name: str = setting(
-        "blockzoo",
-        "The label `model_name` of metrics that are about the engine and no single variant.",
-        reason="vLLM's metrics all have the label; scalers read these without looking at it.",
-        min_length=1,
-    )
-    metrics_max_labels: int = setting(
-        1000,
-        "Most variants, and segments, with time series of their own; the others share the label `other`.",
-        reason="Each costs a hundred series; a scrape of a thousand takes a core about a second.",
-        ge=0,
     )
     router: RouterConfig = Field(default_factory=RouterConfig, description="Limits on requests.")
     controller: ControllerConfig = Field(
         default_factory=ControllerConfig, description="Registering over the network."
     )
     engine: EngineConfig = Field(default_factory=EngineConfig, description="Memory, batching, device.")
-
-    @model_validator(mode="after")
-    def _check_metrics(self) -> Self:
-        if self.metrics_listen == OFF:
-            return self
-        if not is_host_and_port(self.metrics_listen):
-            raise ValueError(f"metrics_listen: {self.metrics_listen!r} is neither host:port nor {OFF}")
-        if not (is_local(self.metrics_listen) or self.metrics_public):
-            raise ValueError(
-                f"{self.metrics_listen} can be reached from other machines: say metrics_public if metrics may"
-            )
-        return self

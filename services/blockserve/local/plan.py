@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from blockserve.common.errors import ConfigurationError
+from blockserve.common.metrics_settings import OFF
 from blockserve.local.layout import Layout
 
 STATE = "state"
@@ -18,6 +20,8 @@ KV_SHARE = 0.2
 """Of the memory, at most, for KV pages of all workers."""
 MAX_KV_BYTES = 1 << 30
 """For one worker: what a server alone takes by default."""
+MAX_PORT = 65535
+"""Of TCP."""
 _OF_ANOTHER_STATE = ("URL", "PASSWORD_FILE", "SENTINEL_PASSWORD_FILE", "CA_FILE", "CERT_FILE", "KEY_FILE")
 _OF_THE_ROUTER = ("TLS_CERT", "TLS_KEY", "TLS_CLIENT_CA")
 
@@ -79,7 +83,14 @@ class ClusterPlan:
 
 
 def make_plan(
-    layout: Layout, *, zoo: str, listen: str, num_workers: int, cores: int, memory_bytes: int
+    layout: Layout,
+    *,
+    zoo: str,
+    listen: str,
+    num_workers: int,
+    cores: int,
+    memory_bytes: int,
+    metrics_listen: str = OFF,
 ) -> ClusterPlan:
     """Share a machine among workers.
 
@@ -90,6 +101,10 @@ def make_plan(
         num_workers: how many workers, at least 1.
         cores: of the machine.
         memory_bytes: of the machine.
+        metrics_listen: where the router shows its metrics; see `metrics_addresses`.
+
+    Raises:
+        ConfigurationError: there are not so many ports.
     """
     share = {
         "BLOCKZOO_ENGINE_NUM_THREADS": str(max(1, cores // num_workers)),
@@ -97,10 +112,16 @@ def make_plan(
         "BLOCKZOO_ENGINE_KV_CACHE_BYTES": str(min(MAX_KV_BYTES, int(memory_bytes * KV_SHARE) // num_workers)),
     }
 
-    def fixed(name: str) -> dict[str, str]:
-        return {"BLOCKZOO_ZOO": zoo, "BLOCKZOO_LISTEN": f"unix:{layout.socket(name)}"}
-
     names = [f"worker-{number}" for number in range(1, num_workers + 1)]
+    metrics = metrics_addresses(metrics_listen, (ROUTER, CONTROLLER, *names))
+
+    def fixed(name: str) -> dict[str, str]:
+        return {
+            "BLOCKZOO_ZOO": zoo,
+            "BLOCKZOO_LISTEN": f"unix:{layout.socket(name)}",
+            "BLOCKZOO_METRICS_LISTEN": metrics[name],
+        }
+
     return ClusterPlan(
         zoo,
         ProcessSpec(STATE, STATE),
@@ -108,6 +129,28 @@ def make_plan(
         ProcessSpec(ROUTER, ROUTER, {**fixed(ROUTER), "BLOCKZOO_LISTEN": listen}),
         tuple(ProcessSpec(name, WORKER, {**fixed(name), "BLOCKZOO_NAME": name}, share) for name in names),
     )
+
+
+def metrics_addresses(listen: str, names: Sequence[str]) -> dict[str, str]:
+    """Where each process shows its metrics: the first at `listen`, each further one a port higher.
+
+    Args:
+        listen: `host:port`, of which port 0 gives every process a free one, or `OFF`.
+        names: of the processes.
+
+    Raises:
+        ConfigurationError: there are not so many ports.
+    """
+    host, _, port = listen.rpartition(":")
+    if listen == OFF or int(port) == 0:
+        return dict.fromkeys(names, listen)
+    if int(port) + len(names) - 1 > MAX_PORT:
+        raise ConfigurationError(
+            f"{len(names)} processes have no ports from {port} on for their metrics",
+            hint="Choose a lower port with --metrics-listen, or 0 for free ones.",
+            listen=listen,
+        )
+    return {name: f"{host}:{int(port) + place}" for place, name in enumerate(names)}
 
 
 def next_delay(previous: float, ran_seconds: float) -> float:

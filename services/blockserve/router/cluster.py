@@ -32,7 +32,8 @@ from blockserve.common.errors import (
 from blockserve.common.trace import PathTrace
 from blockserve.router.cluster_report import summarise
 from blockserve.router.journeys import Journeys, NamedStep
-from blockserve.router.kv_moves import KvCosts, KvMover
+from blockserve.router.kv_moves import KvMover
+from blockserve.router.kv_plan import KvCosts
 from blockserve.router.settings import FailoverConfig
 from blockserve.router.worker_stream import WorkerStream, answers, drain
 from blockserve.router.worker_traces import ask_workers
@@ -89,6 +90,7 @@ class ClusterEngine:
     Attributes:
         num_failovers: how often a request went on along another path.
         kv: what became of keys and values then.
+        path_lengths: how many paths of so many workers requests were given.
         on_request: told the chain of every request.
     """
 
@@ -123,6 +125,7 @@ class ClusterEngine:
         self._closing: set[asyncio.Task[None]] = set()
         self._journeys = Journeys(traced_requests)
         self.num_failovers = 0
+        self.path_lengths: Counter[int] = Counter()
         self.kv = KvMover(credentials, kv)
         self.on_request: Callable[[ChainId], None] = lambda _: None
 
@@ -238,6 +241,7 @@ class ClusterEngine:
                 leg = journey.begin(request.epoch + failures)
                 path = await self._path(request, excluded)
                 leg.choose(path, self._view)
+                self.path_lengths[len(path)] += 1
                 attempt = replace(request, output=tuple(told), path=path, epoch=request.epoch + failures)
                 try:
                     moved = ""

@@ -1,28 +1,26 @@
 """Transfer or recompute: what becomes of a request's keys and values when it changes workers.
 
 The worker that has them is preferred as long as it takes requests. When a request leaves it, the pages it
-left in the prefix cache can be sent to who executes the same run next, or prompt and answer are computed
-again. What is expected to be over first is done. A middle worker cannot compute from tokens alone, so
+left in the prefix cache can be sent to who executes its layers next (`kv_plan`), or prompt and answer are
+computed again. What is expected to be over first is done. A middle worker cannot compute from tokens alone:
 computing again is done along the whole path, and a transfer pays only when all of the path has the keys.
 """
 
 from __future__ import annotations
 
 import asyncio
-import enum
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from itertools import groupby
 
 import grpc
 
 from blockproto.v1 import worker_pb2, worker_pb2_grpc
 from blockserve.common.channel import Credentials, open_channel
 from blockserve.common.cluster import ClusterView, PathStep, WorkerId
-from blockserve.common.config import Section, setting
 from blockserve.common.engine_api import EngineRequest
+from blockserve.router.kv_plan import KvCosts, Move, Reason, estimate, plan_moves
 
 log = logging.getLogger(__name__)
 
@@ -30,123 +28,12 @@ MAX_TRANSFER_SECONDS = 30.0
 """A transfer that takes longer is given up."""
 
 
-class Reason(enum.StrEnum):
-    """Why a request's keys and values were transferred or not."""
-
-    CHEAPER = "cheaper"
-    COMPUTING_IS_CHEAPER = "computing_is_cheaper"
-    OWNER_LOST = "owner_lost"
-    OTHER_RUNS = "other_runs"
-    OTHER_LAYOUT = "other_layout"
-    FAILED = "failed"
-
-
-class KvCosts(Section):
-    """When keys and values follow a request to another worker."""
-
-    choice: Literal["auto", "transfer", "recompute"] = setting(
-        "auto",
-        "Fetch keys and values where that is possible, compute them again, or what is expected to be faster.",
-        reason="Both ways give the same answer; the other values are for measuring and for broken networks.",
-    )
-    bytes_per_second: float = setting(
-        500e6,
-        "Speed of a transfer between two workers, until one was measured.",
-        unit="bytes per second",
-        reason="Half of what one machine's loopback gives through gRPC.",
-        gt=0,
-    )
-    transfer_seconds: float = setting(
-        0.01,
-        "What any transfer takes beside its bytes.",
-        unit="seconds",
-        reason="A connection, and a pause between two passes at either end.",
-        ge=0,
-    )
-    prefill_tokens_per_second: float = setting(
-        1000.0,
-        "Speed of prompts along a path, until a worker has measured its own.",
-        unit="tokens per second",
-        reason="A small model on a few cores.",
-        gt=0,
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Move:
-    """Keys and values to fetch: from one worker to the one that executes the same run next."""
-
-    source: PathStep
-    target: PathStep
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """Expected seconds of both ways.
-
-    Attributes:
-        transfer: all moves at the same time.
-        recompute: prompt and answer through the path.
-    """
-
-    transfer: float
-    recompute: float
-
-
-def plan_moves(
-    before: Sequence[PathStep], after: Sequence[PathStep], view: ClusterView, lost: WorkerId | None
-) -> tuple[list[Move], Reason | None]:
-    """What would have to be fetched, and why that is impossible where it is."""
-    moves: list[Move] = []
-    for step in after:
-        source = next((one for one in before if one.run == step.run), None)
-        if source is None:
-            return [], Reason.OTHER_RUNS
-        if source.worker == step.worker:
-            continue
-        if source.worker == lost or source.worker not in view.workers:
-            return [], Reason.OWNER_LOST
-        layouts = {view.workers[one].record.kv_fingerprint for one in (source.worker, step.worker)}
-        if len(layouts) > 1:
-            return [], Reason.OTHER_LAYOUT
-        moves.append(Move(source, step))
-    return moves, None
-
-
-def estimate(
-    moves: Sequence[Move],
-    after: Sequence[PathStep],
-    tokens: int,
-    view: ClusterView,
-    costs: KvCosts,
-    bytes_per_second: float,
-) -> Estimate:
-    """Expected seconds of fetching and of computing `tokens` tokens.
-
-    Args:
-        moves: what would be fetched.
-        after: the new path.
-        tokens: prompt and answer so far.
-        view: what workers measured.
-        costs: what stands in where nothing was measured.
-        bytes_per_second: measured by transfers so far; 0 for never.
-    """
-    rate = bytes_per_second or costs.bytes_per_second
-    sizes = [
-        tokens * len(move.target.run) * view.workers[move.source.worker].load.kv_token_bytes for move in moves
-    ]
-    speeds = [view.workers[step.worker].load.prefill_tokens_per_second for step in after]
-    # Spans compute chunk after chunk at the same time; the slowest decides, and one chunk passes through all.
-    slowest = min((speed for speed in speeds if speed), default=costs.prefill_tokens_per_second)
-    return Estimate(costs.transfer_seconds + sum(sizes) / rate, tokens / slowest)
-
-
 class KvMover:
     """Decides and fetches for one router. One event loop.
 
     Attributes:
         decisions: how often each was taken, by ("transfer" or "recompute", reason).
-        bytes_per_second: a moving mean over transfers; 0 before the first.
+        bytes_per_second: of one source, a moving mean over transfers; 0 before the first.
     """
 
     def __init__(self, credentials: Credentials, costs: KvCosts | None = None) -> None:
@@ -199,32 +86,57 @@ class KvMover:
         return expected.transfer < expected.recompute
 
     async def _fetch_all(self, request: EngineRequest, moves: Sequence[Move]) -> bool:
-        done = await asyncio.gather(*(self._fetch(request, move) for move in moves))
+        by_target = [list(group) for _, group in groupby(moves, lambda move: move.target)]
+        done = await asyncio.gather(*(self._fetch(request, group) for group in by_target))
         return all(done)
 
-    async def _fetch(self, request: EngineRequest, move: Move) -> bool:
-        run = move.target.run
-        message = worker_pb2.PullKvRequest(
-            prefix=worker_pb2.PrefixRef(
-                chain_digest=request.chain,
-                first=run.first,
-                end=run.end,
-                cache_salt=request.cache_salt,
-                tokens=(*request.prompt, *request.output),
-            ),
-            source_worker_id=move.source.worker,
-            source_address=move.source.address,
-        )
-        async with open_channel(move.target.address, self._credentials) as channel:
+    async def _fetch(self, request: EngineRequest, moves: Sequence[Move]) -> bool:
+        """Have one worker fetch what it needs."""
+        target = moves[0].target
+        async with open_channel(target.address, self._credentials) as channel:
             try:
                 pulled = await worker_pb2_grpc.WorkerServiceStub(channel).PullKv(
-                    message, timeout=MAX_TRANSFER_SECONDS, metadata=self._credentials.metadata()
+                    pull_message(request, moves),
+                    timeout=MAX_TRANSFER_SECONDS,
+                    metadata=self._credentials.metadata(),
                 )
             except grpc.aio.AioRpcError as error:
                 log.warning("kv transfer failed id=%s: %s", request.request_id, error.details())
                 return False
         if pulled.bytes:
-            rate = pulled.bytes / max(pulled.seconds, 1e-6)
+            num_sources = len({move.source.worker for move in moves if not move.is_local})
+            rate = pulled.bytes / max(pulled.seconds, 1e-6) / num_sources
             known = self.bytes_per_second
             self.bytes_per_second = rate if not known else known + 0.2 * (rate - known)
         return bool(pulled.tokens)
+
+
+def pull_message(request: EngineRequest, moves: Sequence[Move]) -> worker_pb2.PullKvRequest:
+    """What a worker is asked to fetch.
+
+    A run that one worker executed as it was is asked for as ever. For other parts no source stands in the
+    fields that an older worker reads: it fails, and what it lacks is computed.
+    """
+    target = moves[0].target
+    message = worker_pb2.PullKvRequest(
+        prefix=worker_pb2.PrefixRef(
+            chain_digest=request.chain,
+            first=target.run.first,
+            end=target.run.end,
+            cache_salt=request.cache_salt,
+            tokens=(*request.prompt, *request.output),
+        )
+    )
+    if len(moves) == 1 and moves[0].source.run == target.run:
+        message.source_worker_id, message.source_address = moves[0].source.worker, moves[0].source.address
+        return message
+    for move in moves:
+        message.parts.add(
+            first=move.layers.first,
+            end=move.layers.end,
+            source_worker_id=move.source.worker,
+            source_address=move.source.address,
+            source_first=move.source.run.first,
+            source_end=move.source.run.end,
+        )
+    return message

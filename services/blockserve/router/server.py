@@ -31,6 +31,7 @@ from blockserve.router.chat import ChatRenderer
 from blockserve.router.choosing import ZooPathChooser
 from blockserve.router.cluster import ClusterEngine
 from blockserve.router.demand import DemandTeller
+from blockserve.router.metrics import RouterMetrics
 from blockserve.router.service import Router, chat_limits
 from blockserve.router.servicer import AdminServicer, InferenceServicer
 from blockserve.router.settings import RouterSettings
@@ -56,6 +57,7 @@ class RouterServer:
     Attributes:
         address: where clients reach it; known after `start`.
         engine: the cluster behind it; known after `start`.
+        metrics: what is counted, and where it is shown.
     """
 
     def __init__(self, settings: RouterSettings, *, store: StateStore | None = None) -> None:
@@ -67,6 +69,7 @@ class RouterServer:
         """
         self.settings = settings
         self.address = settings.listen
+        self.metrics = RouterMetrics(settings)
         self._store = store
         self._health = HealthReporter(SERVICES)
         self._is_bound = False
@@ -100,6 +103,7 @@ class RouterServer:
         self._server = grpc.aio.server(interceptors=interceptors, options=server_options(settings))
         self.address = bind(self._server, settings)
         self._is_bound = True
+        self.metrics.listen()
         zoo = await asyncio.to_thread(Zoo.open, settings.zoo)
         self._renderer = ChatRenderer(chat_limits(settings.router))
         self._store = self._store or open_store(settings.state)
@@ -130,6 +134,7 @@ class RouterServer:
             settings.router,
             version=version("blockzoo"),
             renderer=self._renderer,
+            metrics=self.metrics.requests,
             adaptive=adaptive,
             operator=self.engine,
             wishes=keeper,
@@ -144,8 +149,9 @@ class RouterServer:
             enable_reflection(self._server, SERVICES)
         await self._health.set(NOT_SERVING)
         await self._server.start()
-        self._watch = ClusterWatch(self._store, self.engine.update)
-        self._watch.start()
+        self._watch = watch = ClusterWatch(self._store, self.engine.update)
+        self.metrics.watch(self.engine, lambda: watch.seen)
+        watch.start()
         self._demand.start()
         await self._health.set(SERVING)
         log.info("ready address=%s zoo=%s version=%s", self.address, zoo.url, version("blockzoo"))
@@ -179,6 +185,7 @@ class RouterServer:
             await self._renderer.close()
         if self._store is not None:
             await self._store.close()
+        await asyncio.to_thread(self.metrics.close)
         self._server = self._router = self._renderer = self._watch = self._demand = self._store = None
         log.info("stopped")
 

@@ -8,7 +8,7 @@ from blockserve.common.cluster_settings import ClusterSettings
 from blockserve.common.config import Section, setting
 from blockserve.router.adaptive import AdaptiveConfig
 from blockserve.router.config import RouterConfig
-from blockserve.router.kv_moves import KvCosts
+from blockserve.router.kv_plan import KvCosts
 
 
 class FailoverConfig(Section):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -21,7 +22,11 @@ log = logging.getLogger(__name__)
 
 
 class Announcer:
-    """Keeps a worker's lease. One event loop."""
+    """Keeps a worker's lease. One event loop.
+
+    Attributes:
+        told_at: `time.monotonic()` value of when the shared state last took the lease; 0 before.
+    """
 
     def __init__(
         self,
@@ -47,6 +52,7 @@ class Announcer:
         self._lease_seconds = lease_seconds
         self._renew_seconds = renew_seconds
         self._told: tuple[object, ...] = ()
+        self.told_at = 0.0
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -54,6 +60,11 @@ class Announcer:
         """Make the worker known, and keep it known."""
         await self._tell()
         self._task = asyncio.create_task(self._keep(), name="announcer")
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the shared state took the lease when it was last told."""
+        return bool(self._told)
 
     def hurry(self) -> None:
         """Something changed that others should know at once."""
@@ -101,6 +112,7 @@ class Announcer:
             if self._told == (record, segments) and await self._store.renew(
                 record.id, self.load(), lease_seconds=lease
             ):
+                self.told_at = time.monotonic()
                 return
             await self._store.announce(Announcement(record, self.load(), segments), lease_seconds=lease)
         except StateStoreError as error:
@@ -109,3 +121,4 @@ class Announcer:
             self._told = ()
             return
         self._told = (record, segments)
+        self.told_at = time.monotonic()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from blockproto.v1 import worker_pb2
-from blockserve.common.cluster import ChainSpan, Run
+from blockserve.common.cluster import ChainSpan, PathStep, Run, WorkerId
 from blockserve.common.engine_convert import (
     error_from_message,
     error_to_message,
@@ -23,7 +23,7 @@ from blockserve.common.engine_convert import (
     token_to_message,
 )
 from blockserve.common.errors import WireError
-from blockserve.worker.kv_transfer import PrefixRef
+from blockserve.worker.kv_transfer import KvPart, PrefixRef
 from blockserve.worker.messages import (
     AttemptId,
     BusyMsg,
@@ -69,6 +69,39 @@ def prefix_from_message(message: worker_pb2.PrefixRef) -> PrefixRef:
     """The beginning of a request at a run of a chain."""
     span = ChainSpan(ChainId(message.chain_digest), Run(message.first, message.end))
     return PrefixRef(span, message.cache_salt, tuple(message.tokens))
+
+
+def prefix_to_message(prefix: PrefixRef) -> worker_pb2.PrefixRef:
+    """The inverse of `prefix_from_message`."""
+    run = prefix.span.run
+    return worker_pb2.PrefixRef(
+        chain_digest=prefix.span.chain,
+        first=run.first,
+        end=run.end,
+        cache_salt=prefix.salt,
+        tokens=prefix.tokens,
+    )
+
+
+def parts_from_message(message: worker_pb2.PullKvRequest) -> tuple[KvPart, ...]:
+    """From whom to fetch which layers; without parts all of the run from one worker (WireError)."""
+    if not message.parts:
+        run = Run(message.prefix.first, message.prefix.end)
+        return (KvPart(PathStep(WorkerId(message.source_worker_id), message.source_address, run)),)
+    try:
+        return tuple(
+            KvPart(
+                PathStep(
+                    WorkerId(part.source_worker_id),
+                    part.source_address,
+                    Run(part.source_first, part.source_end),
+                ),
+                Run(part.first, part.end),
+            )
+            for part in message.parts
+        )
+    except ValueError as error:
+        raise WireError(f"a part of a transfer cannot be read: {error}") from error
 
 
 def hidden_bytes(messages: Iterable[SpanMsg]) -> int:

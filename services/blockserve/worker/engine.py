@@ -19,7 +19,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from blockserve.common.cluster import ChainSpan, WorkerId
+from blockserve.common.cluster import ChainSpan, Run, WorkerId
 from blockserve.common.engine_api import (
     EngineReport,
     EngineRequest,
@@ -311,14 +311,16 @@ class BlockEngine:
         assert exchange is not None
         self._post(lambda: exchange.peer_lost(worker))
 
-    async def export_kv(self, prefix: PrefixRef, first: int, count: int) -> list[KvBlock]:
-        """Copies of cached pages of a prefix, from page `first` on; none when its run is not in memory."""
+    async def export_kv(
+        self, prefix: PrefixRef, first: int, count: int, layers: Run | None = None
+    ) -> list[KvBlock]:
+        """See `export_blocks`; none when the prefix's run is not in memory."""
 
         def export() -> list[KvBlock]:
             chain = self._chains.get(prefix.span)
             if chain is None:
                 return []
-            return export_blocks(chain, self._pools[chain.lane.kv_shape], prefix, first, count)
+            return export_blocks(chain, self._pools[chain.lane.kv_shape], prefix, first, count, layers)
 
         return await asyncio.wrap_future(self._ask(export))
 
@@ -363,6 +365,7 @@ class BlockEngine:
         return EngineReport(
             device=str(self._device),
             waiting_requests=len(self._scheduler.waiting) + len(self._arriving),
+            requests_begun_elsewhere=0 if self._exchange is None else self._exchange.num_followers,
             running_requests=len(self._scheduler.running),
             passes=self._passes.num_passes,
             kv_pages_total=sum(pool.allocator.num_pages for pool in pools),

@@ -12,15 +12,13 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Se
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from blockproto.v1 import worker_pb2
 from blockserve.common.channel import Credentials
 from blockserve.common.cluster import ChainSpan, Run, WorkerId, WorkerRecord, WorkerState
 from blockserve.common.engine_api import EngineRequest
 from blockserve.common.errors import PathBrokenError, ServerStoppingError, WireError
-from blockserve.worker.convert import prefix_from_message
 from blockserve.worker.engine import BlockEngine
 from blockserve.worker.kv_client import Pulled, pull
-from blockserve.worker.kv_transfer import KvBlock, PrefixRef
+from blockserve.worker.kv_transfer import KvBlock, KvPart, PrefixRef
 from blockserve.worker.links import PeerLinks
 from blockserve.worker.messages import CloseMsg, FailMsg, OpenMsg, SpanMsg
 from blockserve.worker.sessions import RouterSession
@@ -220,28 +218,33 @@ class WorkerHub:
 
     # ---- keys and values
 
-    async def pull_kv(self, message: worker_pb2.PrefixRef, source: str) -> Pulled:
-        """Fetch a request's keys and values from another worker; see `kv_client.pull`."""
-        prefix = prefix_from_message(message)
+    async def pull_kv(self, prefix: PrefixRef, parts: Sequence[KvPart]) -> Pulled:
+        """Fetch a request's keys and values from who has them; see `kv_client.pull`."""
         if not self.engine.is_span_loaded(prefix.span):
             await self.load(prefix.span)
         return await pull(
             self.engine,
             prefix,
-            message,
-            source=source,
+            parts,
+            me=self._record.id,
             fingerprint=self._record.kv_fingerprint,
             credentials=self._credentials,
         )
 
-    async def export_kv(self, prefix: PrefixRef, fingerprint: str) -> AsyncGenerator[KvBlock, None]:
-        """A request's cached pages, in order (WireError: the other's have another layout)."""
+    async def export_kv(
+        self, prefix: PrefixRef, fingerprint: str, layers: Run | None
+    ) -> AsyncGenerator[KvBlock, None]:
+        """A request's cached pages at some layers (None: at all of the run), in order.
+
+        Raises:
+            WireError: the other's pages have another layout, or the run lacks some of the layers.
+        """
         if fingerprint != self._record.kv_fingerprint:
             raise WireError(f"KV layout {fingerprint!r} is not {self._record.kv_fingerprint!r}")
         self._exports += 1
         try:
             first = 0
-            while blocks := await self.engine.export_kv(prefix, first, EXPORT_PAGES):
+            while blocks := await self.engine.export_kv(prefix, first, EXPORT_PAGES, layers):
                 for block in blocks:
                     yield block
                 first += len(blocks)

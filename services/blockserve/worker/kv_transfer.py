@@ -1,9 +1,9 @@
 """Keys and values from one worker's prefix cache into another's.
 
-A request that leaves a worker has left its full pages in that worker's prefix cache. Who executes the same
-run of the chain next can have them sent instead of having them computed again: it imports them into its own
-prefix cache, where the request then finds them. What does not arrive is computed, so a transfer that fails
-costs time and nothing else.
+A request that leaves a worker has left its full pages in that worker's prefix cache. Who executes those
+layers of the chain next can have them sent instead of having them computed again: it imports them into its
+own prefix cache, where the request then finds them. Where the run was executed in other parts, each part
+comes from who executed it. What does not arrive is computed, so a transfer that fails costs only time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blockserve.common.cluster import ChainSpan
+from blockserve.common.cluster import ChainSpan, PathStep, Run
 from blockserve.common.errors import WireError
 from blockserve.worker.blocks import LoadedChain
 from blockserve.worker.kv import KvPool
@@ -37,9 +37,22 @@ class PrefixRef:
     tokens: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class KvPart:
+    """Keys and values to fetch from one worker.
+
+    Attributes:
+        source: who has them, and the run that it executed.
+        layers: positions of the layers, all of them in that run; None for every layer of the run.
+    """
+
+    source: PathStep
+    layers: Run | None = None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class KvBlock:
-    """One page of tokens at every layer of a run.
+    """One page of tokens at every layer of a run, or of a part of it.
 
     Attributes:
         place: which page of the prefix, from 0.
@@ -52,13 +65,30 @@ class KvBlock:
 
 
 def export_blocks(
-    chain: LoadedChain, pool: KvPool, prefix: PrefixRef, first: int, count: int
+    chain: LoadedChain, pool: KvPool, prefix: PrefixRef, first: int, count: int, layers: Run | None = None
 ) -> list[KvBlock]:
-    """Copies of the cached pages first .. first + count - 1 of a prefix; fewer where the cache has fewer."""
+    """Copies of the cached pages first .. first + count - 1 of a prefix; fewer where the cache has fewer.
+
+    Args:
+        chain: the run that was executed here.
+        pool: where its pages are.
+        prefix: which tokens.
+        first: page.
+        count: of pages.
+        layers: positions of the layers to copy; None for every layer.
+
+    Raises:
+        WireError: the run lacks some of these layers.
+    """
+    rows = _rows(chain, layers)
     digests = _digests(prefix, pool.page_tokens)
     found = pool.prefixes.match(chain.layer_digests, digests[: first + count])[first:]
     return [
-        KvBlock(first + place, _read(pool, pool.keys, block.pages), _read(pool, pool.values, block.pages))
+        KvBlock(
+            first + place,
+            _read(pool, pool.keys, block.pages[rows]),
+            _read(pool, pool.values, block.pages[rows]),
+        )
         for place, block in enumerate(found)
     ]
 
@@ -107,6 +137,16 @@ def from_bytes(data: bytes, chain: LoadedChain, page_tokens: int) -> Tensor:
     if len(data) != expected:
         raise WireError(f"{len(data)} bytes of keys or values are not {expected}")
     return torch.frombuffer(data, dtype=shape.dtype).view(sizes)
+
+
+def _rows(chain: LoadedChain, layers: Run | None) -> slice:
+    """Where layers stand among those of a run."""
+    if layers is None:
+        return slice(None)
+    start = layers.first - chain.first_layer
+    if start < 0 or start + len(layers) > chain.num_layers:
+        raise WireError(f"positions {layers.first} to {layers.end - 1} are not all layers of the run")
+    return slice(start, start + len(layers))
 
 
 def _digests(prefix: PrefixRef, page_tokens: int) -> Sequence[TokensDigest]:

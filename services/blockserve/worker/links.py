@@ -58,6 +58,7 @@ class PeerLinks:
         self._links: dict[WorkerId, _Link] = {}
         self._in_flight: dict[WorkerId, int] = {}  # changed in the event loop, read by the engine's thread
         self._hops: dict[WorkerId, float] = {}
+        self._pauses: dict[WorkerId, int] = {}  # changed in the engine's thread
         self.on_lost: Callable[[WorkerId], None] = _ignore
         self.on_taken: Callable[[WorkerId, int], None] = lambda _sender, _count: None
 
@@ -70,7 +71,10 @@ class PeerLinks:
 
     def has_room(self, step: PathStep) -> bool:
         """Whether less than a window of what was sent still waits at the worker."""
-        return self._in_flight.get(step.worker, 0) < self._window_bytes
+        if self._in_flight.get(step.worker, 0) < self._window_bytes:
+            return True
+        self._pauses[step.worker] = self._pauses.get(step.worker, 0) + 1
+        return False
 
     def taken(self, sender: WorkerId, num_bytes: int) -> None:
         """Tell a worker that this much of what it sent waits no longer."""
@@ -84,6 +88,16 @@ class PeerLinks:
             self._loop.call_soon_threadsafe(action)
         except RuntimeError:
             log.debug("message dropped: the event loop is closed")
+
+    # ---- called in any thread
+
+    def in_flight_bytes(self) -> Mapping[WorkerId, int]:
+        """Hidden states that were sent to each worker with a link and wait there."""
+        return dict(self._in_flight)
+
+    def window_pauses(self) -> Mapping[WorkerId, int]:
+        """How often `has_room` said no of each worker with a link."""
+        return dict(self._pauses)
 
     # ---- called in the event loop
 
@@ -121,6 +135,7 @@ class PeerLinks:
             return
         del self._links[link.step.worker]
         self._in_flight.pop(link.step.worker, None)
+        self._pauses.pop(link.step.worker, None)
         self._hops.pop(link.step.worker, None)
         log.warning("worker lost worker=%s address=%s: %s", link.step.worker, link.step.address, reason)
         self.on_lost(link.step.worker)

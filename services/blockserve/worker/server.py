@@ -22,6 +22,7 @@ from blockserve.worker.announcer import Announcer
 from blockserve.worker.engine import BlockEngine
 from blockserve.worker.hub import WorkerHub
 from blockserve.worker.links import PeerLinks
+from blockserve.worker.metrics import WorkerMetrics
 from blockserve.worker.reconciler import Reconciler
 from blockserve.worker.servicer import WorkerServicer
 from blockserve.worker.settings import WorkerSettings
@@ -44,12 +45,14 @@ class WorkerServer:
     Attributes:
         address: where others reach it; known after `start`.
         hub: the worker behind the server; known after `start`.
+        metrics: what is counted, and where it is shown.
     """
 
     def __init__(self, settings: WorkerSettings) -> None:
         """Make a worker; nothing is opened yet."""
         self.settings = settings
         self.address = settings.listen
+        self.metrics = WorkerMetrics(settings)
         self._store: StateStore | None = None
         self._health = HealthReporter(SERVICES)
         self._is_bound = False
@@ -84,6 +87,7 @@ class WorkerServer:
         bound = bind(self._server, settings)
         self._is_bound = True
         self.address = settings.advertise or bound
+        self.metrics.listen()
         zoo = await asyncio.to_thread(Zoo.open, settings.zoo)
         record = self._record()
         credentials = settings.peer_credentials()
@@ -106,6 +110,7 @@ class WorkerServer:
             renew_seconds=settings.state.renew_seconds,
         )
         self.hub.on_change = self._announcer.hurry
+        self.metrics.watch(self._engine.report, links, self._announcer)
         await self._announcer.start()
         self._second_store = open_store(settings.state)
         self._reconciler = Reconciler(self.hub, self._second_store, lambda chain: self._manifest(zoo, chain))
@@ -147,6 +152,7 @@ class WorkerServer:
         for store in (self._store, self._second_store):
             if store is not None:
                 await store.close()
+        await asyncio.to_thread(self.metrics.close)
         self._server = self._engine = self._announcer = self._store = None
         self._reconciler = self._second_store = None
         log.info("stopped")

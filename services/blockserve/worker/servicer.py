@@ -20,7 +20,7 @@ from blockserve.common.engine_convert import (
 )
 from blockserve.common.errors import ServerStoppingError, WireError
 from blockserve.common.trace_convert import span_to_message
-from blockserve.worker.convert import from_frame, prefix_from_message
+from blockserve.worker.convert import from_frame, parts_from_message, prefix_from_message
 from blockserve.worker.hub import WorkerHub
 from blockserve.worker.kv_client import checksum
 from blockserve.worker.kv_transfer import to_bytes
@@ -106,9 +106,10 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     async def PullKv(  # noqa: N802 - the wire's name
         self, request: worker_pb2.PullKvRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> worker_pb2.PullKvResponse:
-        """Fetch a request's keys and values from another worker."""
+        """Fetch a request's keys and values from other workers."""
         del context
-        pulled = await self._hub.pull_kv(request.prefix, request.source_address)
+        prefix = prefix_from_message(request.prefix)
+        pulled = await self._hub.pull_kv(prefix, parts_from_message(request))
         tokens = pulled.pages * self._hub.engine.config.kv_page_tokens
         return worker_pb2.PullKvResponse(tokens=tokens, bytes=pulled.num_bytes, seconds=pulled.seconds)
 
@@ -118,7 +119,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         """Send a request's cached keys and values, page by page."""
         del context
         prefix = prefix_from_message(request.prefix)
-        async with aclosing(self._hub.export_kv(prefix, request.kv_fingerprint)) as blocks:
+        layers = Run(request.part_first, request.part_end) if request.part_end else None
+        async with aclosing(self._hub.export_kv(prefix, request.kv_fingerprint, layers)) as blocks:
             async for block in blocks:
                 keys, values = to_bytes(block.keys), to_bytes(block.values)
                 yield worker_pb2.ExportKvResponse(

@@ -34,6 +34,7 @@ from blockserve.common.metrics import (
     VariantCollector,
 )
 from blockserve.common.metrics.catalogue import CATALOGUE
+from blockserve.common.metrics.cluster_catalogue import CONTROLLER, ROUTER, WORKER
 from blockserve.common.metrics.labels import OTHER, BoundedLabels
 from blockserve.common.metrics.variants import LISTING_SECONDS
 from blockzoo.errors import StorageError
@@ -394,7 +395,7 @@ def test_the_document_is_up_to_date() -> None:
     assert mark
     assert made == f"\n{script.render()}\n"
     # What people wrote names only metrics that there are.
-    names = {metric.name for metric in CATALOGUE}
+    names = {metric.name for metric in (*CATALOGUE, *ROUTER, *WORKER, *CONTROLLER)}
     for name in re.findall(r"(?:vllm:|blockzoo_)\w+", written.replace("blockzoo.", "")):
         assert (
             name in names or name.removesuffix("_sum").removesuffix("_count").removesuffix("_bucket") in names

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from blockserve.common.errors import ConfigurationError
 from blockserve.local.layout import Layout
 from blockserve.local.plan import ClusterPlan, make_plan, next_delay
 
 
-def plan(num_workers: int, *, cores: int = 8, memory_bytes: int = 20 << 30) -> ClusterPlan:
+def plan(
+    num_workers: int, *, cores: int = 8, memory_bytes: int = 20 << 30, metrics_listen: str = "off"
+) -> ClusterPlan:
     return make_plan(
         Layout(Path("/run/x")),
         zoo="/zoo",
@@ -18,6 +21,7 @@ def plan(num_workers: int, *, cores: int = 8, memory_bytes: int = 20 << 30) -> C
         num_workers=num_workers,
         cores=cores,
         memory_bytes=memory_bytes,
+        metrics_listen=metrics_listen,
     )
 
 
@@ -65,6 +69,32 @@ def test_what_people_set_wins_over_shares_but_not_over_what_holds_the_cluster_to
     assert not {"BLOCKZOO_STATE_PASSWORD_FILE", "BLOCKZOO_TLS_CERT"} & set(worker)
     router = made.router.environment(inherited, "unix:///state")
     assert (router["BLOCKZOO_LISTEN"], router["BLOCKZOO_TLS_CERT"]) == ("127.0.0.1:1", "/cert")
+
+
+@pytest.mark.parametrize(
+    ("listen", "ports"),
+    [
+        ("127.0.0.1:7451", [f"127.0.0.1:{port}" for port in (7451, 7452, 7453, 7454)]),
+        ("[::1]:65532", [f"[::1]:{port}" for port in (65532, 65533, 65534, 65535)]),
+        ("127.0.0.1:0", ["127.0.0.1:0"] * 4),
+        ("off", ["off"] * 4),
+    ],
+)
+def test_metrics_are_shown_where_asked_and_no_two_processes_want_one_port(
+    listen: str, ports: list[str]
+) -> None:
+    made = plan(2, metrics_listen=listen)
+    inherited = {"BLOCKZOO_METRICS_LISTEN": "127.0.0.1:7451"}  # for all of them: it would clash
+    found = [
+        one.environment(inherited, "")["BLOCKZOO_METRICS_LISTEN"]
+        for one in (made.router, made.controller, *made.workers)
+    ]
+    assert found == ports
+
+
+def test_too_few_ports_for_metrics_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="no ports from 65533"):
+        plan(2, metrics_listen="127.0.0.1:65533")
 
 
 def test_the_router_ends_first_and_the_state_last() -> None:

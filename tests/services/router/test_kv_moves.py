@@ -1,67 +1,37 @@
-"""Transfer or recompute: when fetching is possible, and which is expected to be over first."""
+"""What a worker is asked to fetch, in a form that an older one can only fail at."""
 
-import pytest
+from blockserve.common.cluster import PathStep, Run, WorkerId
+from blockserve.common.engine_api import EngineRequest, SamplingParams
+from blockserve.router.kv_moves import pull_message
+from blockserve.router.kv_plan import Move
+from blockzoo.manifest import ChainId
 
-from blockserve.common.cluster import (
-    ClusterView,
-    LoadReport,
-    PathStep,
-    Run,
-    WorkerId,
-    WorkerRecord,
-    WorkerView,
-)
-from blockserve.router.kv_moves import KvCosts, Move, Reason, estimate, plan_moves
+REQUEST = EngineRequest("r", ChainId("c"), (1, 2), SamplingParams(), 5, cache_salt="s", output=(3,))
 
 
-def _view(**layouts: str) -> ClusterView:
-    load = LoadReport(prefill_tokens_per_second=1000.0, kv_token_bytes=1000)
-    return ClusterView(
-        {
-            WorkerId(name): WorkerView(
-                WorkerRecord(WorkerId(name), name, f"{name}:1", kv_fingerprint=layout), load
-            )
-            for name, layout in layouts.items()
-        }
-    )
+def _step(name: str, first: int, end: int) -> PathStep:
+    return PathStep(WorkerId(name), f"unix:/{name}", Run(first, end))
 
 
-def _path(**runs: tuple[int, int]) -> tuple[PathStep, ...]:
-    return tuple(PathStep(WorkerId(name), f"{name}:1", Run(*run)) for name, run in runs.items())
+def test_the_same_run_is_asked_for_as_older_workers_know_it() -> None:
+    message = pull_message(REQUEST, [Move(_step("a", 2, 6), _step("b", 2, 6), Run(2, 5))])
+    assert (message.source_worker_id, message.source_address) == ("a", "unix:/a")
+    assert not message.parts
+    prefix = message.prefix
+    assert (prefix.chain_digest, prefix.first, prefix.end, prefix.cache_salt) == ("c", 2, 6, "s")
+    assert list(prefix.tokens) == [1, 2, 3]
 
 
-VIEW = _view(a="v1", b="v1", c="v1", d="v2")
-OLD = _path(a=(0, 4), b=(4, 9))
-
-
-@pytest.mark.parametrize(
-    ("new", "lost", "moves", "reason"),
-    [
-        (_path(a=(0, 4), c=(4, 9)), None, [Move(OLD[1], _path(c=(4, 9))[0])], None),
-        (_path(a=(0, 4), c=(4, 9)), "b", [], Reason.OWNER_LOST),
-        (_path(gone=(0, 4), c=(4, 9)), "a", [], Reason.OWNER_LOST),
-        (_path(a=(0, 5), c=(5, 9)), None, [], Reason.OTHER_RUNS),
-        (_path(c=(0, 9)), None, [], Reason.OTHER_RUNS),
-        (_path(a=(0, 4), d=(4, 9)), None, [], Reason.OTHER_LAYOUT),
-        (OLD, None, [], None),
-    ],
-)
-def test_what_can_be_fetched(
-    new: tuple[PathStep, ...], lost: str | None, moves: list[Move], reason: Reason | None
-) -> None:
-    assert plan_moves(OLD, new, VIEW, WorkerId(lost) if lost else None) == (moves, reason)
-
-
-def test_an_owner_without_a_lease_is_not_asked() -> None:
-    without = ClusterView({name: one for name, one in VIEW.workers.items() if name != "b"})
-    assert plan_moves(OLD, _path(a=(0, 4), c=(4, 9)), without, None) == ([], Reason.OWNER_LOST)
-
-
-def test_the_estimates_are_bytes_over_bandwidth_and_tokens_over_speed() -> None:
-    new = _path(a=(0, 4), c=(4, 9))
-    moves, _ = plan_moves(OLD, new, VIEW, None)
-    costs = KvCosts(bytes_per_second=1e6, transfer_seconds=0.5)
-    found = estimate(moves, new, 200, VIEW, costs, 0.0)
-    assert found.transfer == pytest.approx(0.5 + 200 * 5 * 1000 / 1e6)
-    assert found.recompute == pytest.approx(0.2)
-    assert estimate(moves, new, 200, VIEW, costs, 1e9).transfer == pytest.approx(0.501)
+def test_other_parts_name_no_source_that_an_older_worker_would_ask() -> None:
+    target = _step("c", 0, 6)
+    moves = [Move(_step("a", 0, 2), target, Run(1, 2)), Move(_step("c", 2, 6), target, Run(2, 5))]
+    message = pull_message(REQUEST, moves)
+    assert (message.source_worker_id, message.source_address) == ("", "")
+    assert (message.prefix.first, message.prefix.end) == (0, 6)
+    found = [
+        (one.source_worker_id, one.source_address, one.source_first, one.source_end, one.first, one.end)
+        for one in message.parts
+    ]
+    assert found == [("a", "unix:/a", 0, 2, 1, 2), ("c", "unix:/c", 2, 6, 2, 5)]
+    # One part of a longer run is a part too.
+    assert pull_message(REQUEST, [Move(_step("a", 0, 9), _step("b", 0, 4), Run(1, 4))]).parts

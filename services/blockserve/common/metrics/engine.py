@@ -93,11 +93,11 @@ class EngineCollector(Collector):
             (catalogue.SEGMENT_BATCH_CHAINS, [(one.segment_id, one.chains) for one in report.batches]),
         )
         for info, histograms in sizes:
-            merged: dict[str, SizeHistogram] = {}
+            merged: dict[tuple[str, ...], SizeHistogram] = {}
             for segment, histogram in histograms:
-                shown = labels[segment]
+                shown = (labels[segment],)
                 merged[shown] = merged[shown] + histogram if shown in merged else histogram
-            yield _histograms(info, merged)
+            yield histogram_family(info, merged)
 
 
 def family(info: Metric, values: Values) -> Family:
@@ -109,10 +109,11 @@ def family(info: Metric, values: Values) -> Family:
     return made
 
 
-def _histograms(info: Metric, values: Mapping[str, SizeHistogram]) -> Family:
+def histogram_family(info: Metric, values: Mapping[tuple[str, ...], SizeHistogram]) -> Family:
+    """A histogram with these values, by label values."""
     made = HistogramMetricFamily(info.name, info.meaning, labels=info.labels)
-    for label, histogram in values.items():
-        made.add_metric([label], _buckets(histogram), histogram.total)
+    for labels, histogram in values.items():
+        made.add_metric(labels, _buckets(histogram), histogram.total)
     return made
 
 
