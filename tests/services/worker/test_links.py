@@ -50,7 +50,8 @@ class SlowWorker(worker_pb2_grpc.WorkerServiceServicer):
 
 @asynccontextmanager
 async def joined(folder: Path) -> AsyncIterator[tuple[PeerLinks, SlowWorker, PathStep]]:
-    worker, server = SlowWorker(), grpc.aio.server()
+    limit = ("grpc.max_receive_message_length", 16 << 20)  # the default of `max_message_bytes`
+    worker, server = SlowWorker(), grpc.aio.server(options=[limit])
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(worker, server)
     address = f"unix:{folder}/slow.sock"
     server.add_insecure_port(address)
@@ -66,6 +67,17 @@ async def joined(folder: Path) -> AsyncIterator[tuple[PeerLinks, SlowWorker, Pat
 def chunk(start: int) -> ChunkMsg:
     hidden = torch.zeros(CHUNK // (4 * 64), 64)  # [tokens, hidden], CHUNK bytes
     return ChunkMsg(AttemptId("r", 0, 1), 1, start, tuple(range(len(hidden))), hidden)
+
+
+@async_test
+async def test_a_pass_larger_than_a_message_arrives(tmp_path: Path) -> None:
+    async with joined(tmp_path) as (links, worker, step):
+        links.on_lost = lambda _: worker.starts.append(-1)
+        hidden = torch.zeros(5000, 1024)  # 20 MB
+        large = ChunkMsg(AttemptId("r", 0, 1), 1, 0, tuple(range(5000)), hidden)
+        await asyncio.to_thread(links.send, step, [large, chunk(7777)])
+        await until(lambda: 7777 in worker.starts or -1 in worker.starts)
+        assert worker.starts == [*range(0, 5000, 1024), 7777]
 
 
 async def push_while_room(links: PeerLinks, step: PathStep, first: int, most: int = 100) -> int:
