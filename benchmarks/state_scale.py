@@ -2,7 +2,7 @@
 
     python benchmarks/state_scale.py [--workers 1000] [--held 100] [--server PROGRAM]
 
-Prints one JSON object: milliseconds of single takes, and the bytes the server sent for a view.
+Prints one JSON object: milliseconds of single takes, and the bytes that the server sent and received.
 """
 
 from __future__ import annotations
@@ -44,11 +44,17 @@ async def measure(server: RedisChild, num_workers: int, num_held: int) -> dict[s
     results: dict[str, Any] = {"workers": num_workers, "held": num_held, "server": server.program.name}
 
     async def take(name: str, call: Awaitable[Any], times: int = 1) -> Any:
-        sent, start = beside.info("stats")["total_net_output_bytes"], time.perf_counter()
+        before, start = beside.info("stats"), time.perf_counter()
         value = await call
         results[f"{name}_ms"] = round((time.perf_counter() - start) * 1e3 / times, 2)
-        results[f"{name}_sent_bytes"] = (beside.info("stats")["total_net_output_bytes"] - sent) // times
+        after = beside.info("stats")
+        for word, figure in (("sent", "total_net_output_bytes"), ("received", "total_net_input_bytes")):
+            results[f"{name}_{word}_bytes"] = (after[figure] - before[figure]) // times
         return value
+
+    async def wanted_by_each() -> None:
+        for worker in ids:
+            await store.wanted(worker)
 
     async def announce_all() -> None:
         for number, worker in enumerate(ids):
@@ -71,10 +77,15 @@ async def measure(server: RedisChild, num_workers: int, num_held: int) -> dict[s
     token = await store.lead("bench", lease_seconds=LEASE_SECONDS)
     assert token is not None
     wanted = dict.fromkeys(ids, runs)
+    reader = open_store(StateConfig(url=server.url, timeout_seconds=30))
+    await reader.view()
     await take("place", store.place(Placement(0, wanted), token))
-    await take("view_with_placement", store.view())
-    await store.place(Placement(0, {**wanted, ids[0]: runs[:-1]}), token)
-    await take("view_with_one_changed", store.view())
+    await take("view_with_placement", reader.view())
+    await take("first_wanted", wanted_by_each(), num_workers)
+    await take("place_one_changed", store.place(Placement(0, {**wanted, ids[0]: runs[:-1]}), token))
+    await take("view_with_one_changed", reader.view())
+    await take("wanted_with_one_changed", wanted_by_each(), num_workers)
+    await reader.close()
     assert len((await store.view()).workers) == num_workers
     await store.close()
     beside.close()

@@ -106,7 +106,7 @@ def unload(model: RefArgument, as_json: JsonOption = False, *, connection: Conne
 
 @connects
 def drain(
-    worker: Annotated[str, typer.Argument(help="Its name; `blockzoo status` lists them.")],
+    worker: Annotated[str, typer.Argument(metavar="WORKER", help="Its name; `blockzoo status` lists them.")],
     seconds: Annotated[
         float, typer.Option("--seconds", min=0, help="How long running requests may go on there.")
     ] = 20.0,

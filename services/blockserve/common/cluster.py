@@ -191,6 +191,18 @@ class Placement:
     version: int = 0
     workers: Mapping[WorkerId, tuple[Assignment, ...]] = field(default_factory=dict)
 
+    def of(self, worker: WorkerId) -> Placement:
+        """What it says of one worker."""
+        named = {worker: self.workers[worker]} if worker in self.workers else {}
+        return Placement(self.version, named)
+
+    def changes(self, before: Placement) -> dict[WorkerId, tuple[Assignment, ...] | None]:
+        """What it says otherwise than an earlier one, by worker; None for a worker it no longer names."""
+        changed: dict[WorkerId, tuple[Assignment, ...] | None] = {
+            worker: held for worker, held in self.workers.items() if before.workers.get(worker) != held
+        }
+        return changed | dict.fromkeys(before.workers.keys() - self.workers.keys())
+
 
 @dataclass(frozen=True, slots=True)
 class ClusterView:

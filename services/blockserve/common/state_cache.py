@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from blockserve.common import state_codec as codec
 from blockserve.common.cluster import (
+    Assignment,
     ClusterView,
     LoadReport,
     Placement,
@@ -30,8 +31,7 @@ class ViewCache:
         epoch: names one life of the store's content; another one after a flush.
         change: number of the last change that the view has.
         position: of the stream of changes, where waiting goes on; None before the first view.
-        placement: the last one read.
-        assigned: its parts as they came, by worker.
+        placement: the last one read or written.
         workers: by id; None for an announcement that could not be read.
     """
 
@@ -39,7 +39,6 @@ class ViewCache:
     change: str = "0"
     position: str | None = None
     placement: Placement = field(default_factory=Placement)
-    assigned: dict[WorkerId, str] = field(default_factory=dict)
     workers: dict[WorkerId, tuple[WorkerRecord, frozenset[ResidentSegment]] | None] = field(
         default_factory=dict
     )
@@ -50,9 +49,10 @@ class ViewCache:
         Raises:
             StateStoreError: the placement cannot be read.
         """
-        epoch, change, position, live, busy, news, version, wanted = reply
+        epoch, change, position, live, busy, news, version, wanted, whole = reply
         if int(version) != self.placement.version:
-            self._replace_placement(int(version), dict(zip(wanted[::2], wanted[1::2], strict=True)))
+            told = dict(zip(wanted[::2], wanted[1::2], strict=True))
+            self.placement = _placement(int(version), {} if whole else self.placement.workers, told)
         if epoch != self.epoch:
             self.workers.clear()
         for worker, record, segments in news:
@@ -67,15 +67,14 @@ class ViewCache:
                 views[worker] = WorkerView(said[0], _load(worker, load), said[1])
         return ClusterView(views, self.placement)
 
-    def _replace_placement(self, version: int, texts: dict[WorkerId, str]) -> None:
-        """Decode what is different for a worker: of a large placement little changes at once."""
-        wanted = {
-            worker: self.placement.workers[worker]
-            if text == self.assigned.get(worker)
-            else codec.decode_assignments(text)
-            for worker, text in texts.items()
-        }
-        self.placement, self.assigned = Placement(version, wanted), texts
+
+def _placement(
+    version: int, before: Mapping[WorkerId, tuple[Assignment, ...]], told: Mapping[WorkerId, str | None]
+) -> Placement:
+    """A placement from what it was and what is told of it since; None for a worker it no longer names."""
+    workers = {worker: held for worker, held in before.items() if worker not in told}
+    read = {worker: codec.decode_assignments(text) for worker, text in told.items() if text is not None}
+    return Placement(version, workers | read)
 
 
 def _announced(

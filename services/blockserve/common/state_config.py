@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
 from pydantic import model_validator
 
 from blockserve.common.config import Section, setting
-from blockserve.common.errors import ConfigurationError
+from blockserve.common.errors import ConfigurationError, StateStoreError
 from blockserve.common.state_memory import InProcessStore
 from blockserve.common.state_store import StateStore
 from blockserve.common.state_url import FORMS, Kind, StateUrl, parse_url
+
+log = logging.getLogger(__name__)
 
 
 class StateConfig(Section):
@@ -94,6 +98,18 @@ class StateConfig(Section):
         return self
 
 
+async def refuse_unfit(store: StateStore) -> None:
+    """Ask a store once, so that a process does not start on a server that can never hold the shared state.
+
+    One that does not answer may do so later.
+
+    Raises:
+        ConfigurationError: it is Redis Cluster.
+    """
+    with suppress(StateStoreError):
+        await store.demand()
+
+
 def open_store(config: StateConfig) -> StateStore:
     """The store that the settings name; it connects with its first call.
 
@@ -101,6 +117,9 @@ def open_store(config: StateConfig) -> StateStore:
         ConfigurationError: a file cannot be read, or the library for Redis is not installed.
     """
     if config.place.kind is Kind.MEMORY:
+        log.warning(
+            "the shared state is inside this process, where no other finds it; state.url names a server"
+        )
         return InProcessStore()
     try:
         from blockserve.common.state_connection import connect

@@ -106,6 +106,11 @@ class InProcessStore:
         self._seen = shared.change
         return ClusterView(dict(shared.workers), shared.placement)
 
+    async def wanted(self, worker: WorkerId) -> Placement:
+        """The placement as far as it names one worker."""
+        self._seen = self._shared.change
+        return self._shared.placement.of(worker)
+
     async def wait_change(self, timeout: float) -> None:
         """Return once something but load differs from this store's last view, or after `timeout` seconds."""
         shared = self._shared

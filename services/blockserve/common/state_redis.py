@@ -21,25 +21,28 @@ log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 0.1
 """Between two attempts of `wait_change` to reach a server that is gone."""
+_STALE, _OTHER_BASE = 0, 2
+"""Answers of `state_scripts.PLACE` that have stored nothing."""
 
 
 class RedisStore:
     """A `StateStore` on a server; see the protocol for what the methods promise.
 
-    Every method is one round trip and one step. `view` brings only what was announced since the last one,
-    besides the loads. Open one store for each component: `wait_change` goes by this store's last view.
+    Every method is one round trip and one step. Besides the loads, `view` brings only what was announced and
+    placed since the last one. Open one store for each component: `wait_change` goes by its last reading.
     """
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._cache = ViewCache()
-        self._viewing = asyncio.Lock()
+        self._using_cache = asyncio.Lock()
         # By worker: names the announcement that the server is to have.
         self._stamps: dict[WorkerId, str] = {}
         # A store that was flushed must not go behind what we have seen of it.
         self._newest_token = 0
         self._newest_version = 0
         self._told_demand: frozenset[ChainId] = frozenset()
+        self._wanted: dict[WorkerId, Placement] = {}
 
     async def announce(self, announcement: Announcement, *, lease_seconds: float) -> None:
         """Take or renew a lease and replace what is said about the worker."""
@@ -68,7 +71,7 @@ class RedisStore:
 
     async def view(self) -> ClusterView:
         """The workers with a live lease, and the placement; version 0 after the store was lost."""
-        async with self._viewing:
+        async with self._using_cache:
             cache = self._cache
             known = (cache.epoch, cache.change, cache.placement.version)
             reply = await self._connection.run(scripts.VIEW, _fresh_epoch(), *known)
@@ -76,8 +79,20 @@ class RedisStore:
         self._newest_version = max(self._newest_version, view.placement.version)
         return view
 
+    async def wanted(self, worker: WorkerId) -> Placement:
+        """The placement as far as it names one worker; its runs travel when they are others."""
+        async with self._using_cache:
+            known = self._wanted.get(worker, Placement())
+            position, version, same, text = await self._connection.run(scripts.WANTED, worker, known.version)
+            runs = known.workers if same else {}
+            if text is not None:
+                runs = {worker: codec.decode_assignments(text)}
+            self._wanted[worker] = wanted = Placement(int(version), runs)
+            self._cache.position = position
+        return wanted
+
     async def wait_change(self, timeout: float) -> None:
-        """Return once something but load differs from this store's last view, or after `timeout` seconds.
+        """Return once something but load differs from this store's last reading, or after `timeout` seconds.
 
         Never raises StateStoreError: while the server cannot be reached it waits and tries again, and it
         returns early when the server is back with something else. So a loop of `view` and `wait_change`
@@ -114,20 +129,31 @@ class RedisStore:
 
     async def place(self, placement: Placement, token: FencingToken) -> Placement:
         """Replace the placement; StaleLeaderError when the token is not the newest, or the store was lost."""
-        known = max(self._newest_version, placement.version)
-        wanted = [
+        async with self._using_cache:
+            before = self._cache.placement
+            done, value = await self._write(placement, token, before)
+            if done == _OTHER_BASE:
+                done, value = await self._write(placement, token, Placement())
+            if done == _STALE:
+                raise StaleLeaderError(
+                    f"the write of leader {token} is refused: {value or 'nobody'} leads now",
+                    hint="Stop acting as the leader until `lead` gives a new token.",
+                )
+            self._newest_version = int(value)
+            self._cache.placement = stored = Placement(int(value), dict(placement.workers))
+        return stored
+
+    async def _write(self, placement: Placement, token: FencingToken, base: Placement) -> tuple[int, str]:
+        """Send a placement as its difference to `base`; all of it when that is of version 0."""
+        told = [
             text
-            for worker, assignments in placement.workers.items()
-            for text in (worker, codec.encode_assignments(assignments))
+            for worker, held in placement.changes(base).items()
+            for text in (worker, "" if held is None else codec.encode_assignments(held))
         ]
-        done, value = await self._connection.run(scripts.PLACE, _fresh_epoch(), str(token), known, *wanted)
-        if not done:
-            raise StaleLeaderError(
-                f"the write of leader {token} is refused: {value or 'nobody'} leads now",
-                hint="Stop acting as the leader until `lead` gives a new token.",
-            )
-        self._newest_version = int(value)
-        return Placement(int(value), placement.workers)
+        known = max(self._newest_version, placement.version)
+        to = (str(base.version), len(base.workers)) if base.version else ("", "")
+        done, value = await self._connection.run(scripts.PLACE, _fresh_epoch(), str(token), known, *to, *told)
+        return int(done), str(value)
 
     async def tell_demand(self, router: str, demand: Mapping[ChainId, float], *, ttl_seconds: float) -> None:
         """Replace what a router's callers ask for, in requests/s."""

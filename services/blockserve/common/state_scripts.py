@@ -12,14 +12,16 @@ KEYS = tuple(
     PREFIX + name
     for name in (
         *("leases", "records", "residency", "loads", "stamps", "revisions", "meta", "changes"),
-        *("placement", "assignments", "leader", "token", "demand"),
+        *("placement", "assignments", "leader", "token", "demand", "placed"),
     )
 )
 CHANGES = PREFIX + "changes"
+HISTORY = 64
+"""Placements back to which a reader is told what has changed since; one that is further behind reads all."""
 
 _COMMON = """
 local leases, records, residency, loads, stamps, revisions, meta, changes = unpack(KEYS, 1, 8)
-local placement, assignments, leader, token_key, demand = unpack(KEYS, 9, 13)
+local placement, assignments, leader, token_key, demand, placed = unpack(KEYS, 9, 14)
 local call = redis.call
 local clock = call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
@@ -65,6 +67,18 @@ local function sweep(epoch)
   local dead = call('ZRANGEBYSCORE', leases, '-inf', now)
   for _, worker in ipairs(dead) do forget(worker) end
   if #dead > 0 then changed(epoch) end
+end
+
+-- The versions since which `placed` knows what has changed, oldest first. None when it is not about this
+-- version: it was lost, or a release that does not keep it has placed.
+local function history(version)
+  if tonumber(call('ZSCORE', placed, '') or -1) ~= tonumber(version) then return '' end
+  return call('HGET', placement, 'versions') or ''
+end
+
+-- By name, not by order: a replica that took over may lack a version that a reader has seen.
+local function follows(version, known)
+  return string.find(' ' .. history(version) .. ' ', ' ' .. known .. ' ', 1, true) ~= nil
 end
 """
 
@@ -121,13 +135,39 @@ local live = call('ZRANGE', leases, 0, -1)
 local busy = {}
 for i, worker in ipairs(live) do busy[i] = call('HGET', loads, worker) or '{}' end
 local version = call('HGET', placement, 'version') or '0'
-local wanted = version ~= ARGV[4] and call('HGETALL', assignments) or {}
-return {epoch, change, call('HGET', meta, 'at') or '0-0', live, busy, news, version, wanted}
+local known, wanted, whole = ARGV[4], {}, 0
+if version ~= known and follows(version, known) then
+  for _, worker in ipairs(call('ZRANGEBYSCORE', placed, '(' .. known, '+inf')) do
+    if worker ~= '' then
+      wanted[#wanted + 1] = worker
+      wanted[#wanted + 1] = call('HGET', assignments, worker)
+    end
+  end
+elseif version ~= known then
+  wanted, whole = call('HGETALL', assignments), 1
+end
+return {epoch, change, call('HGET', meta, 'at') or '0-0', live, busy, news, version, wanted, whole}
 """
 )
 """Arguments: a fresh epoch, the epoch, change and placement version the caller has. Returns, in one step:
 epoch, change, stream position, live workers, their loads, [worker, record, segments] of those announced
-since, the placement's version, and when it differs from the caller's: worker, assignments, worker, ..."""
+since, the placement's version, worker, assignments, worker, ... as far as they differ from those of the
+caller's version (nil: no longer named), and 1 when these are all workers, whatever the caller has."""
+
+WANTED = (
+    _COMMON
+    + """
+local worker, known = ARGV[1], ARGV[2]
+local at = call('HGET', meta, 'at') or '0-0'
+local version = call('HGET', placement, 'version') or '0'
+local score = call('ZSCORE', placed, worker)
+local same = version == known
+  or follows(version, known) and tonumber(score or 0) <= tonumber(known)
+return {at, version, same and 1 or 0, not same and call('HGET', assignments, worker)}
+"""
+)
+"""Arguments: worker, the placement version the caller has. Returns the stream position, the placement's
+version, 1 when it says of the worker what the caller's says, otherwise its assignments (nil: not named)."""
 
 DEMAND_TOLD = (
     _COMMON
@@ -188,18 +228,43 @@ RESIGN = _COMMON + "if call('GET', leader) == ARGV[1] then call('DEL', leader) e
 
 PLACE = (
     _COMMON
+    + f"local most = {HISTORY}"
     + """
-local epoch, token, known = unpack(ARGV, 1, 3)
+local epoch, token, known, base, count = unpack(ARGV, 1, 5)
 local current = call('GET', token_key)
 if current ~= token then return {0, current or ''} end
-local stored = tonumber(call('HGET', placement, 'version')) or 0
-local version = after(math.max(stored, tonumber(known)))
-call('HSET', placement, 'version', version, 'token', token)
-call('DEL', assignments)
-for i = 4, #ARGV, 2 do call('HSET', assignments, ARGV[i], ARGV[i + 1]) end
+local stored = call('HGET', placement, 'version') or '0'
+if base ~= '' and (stored ~= base or call('HLEN', assignments) ~= tonumber(count)) then return {2, stored} end
+local version = after(math.max(tonumber(stored) or 0, tonumber(known)))
+local versions = {}
+if base == '' then
+  call('DEL', assignments, placed)
+else
+  for one in string.gmatch(history(stored), '%S+') do versions[#versions + 1] = one end
+  if #versions == 0 then
+    call('DEL', placed)
+    versions = {stored}
+  end
+end
+versions[#versions + 1] = version
+while #versions > most do table.remove(versions, 1) end
+for i = 6, #ARGV, 2 do
+  if ARGV[i + 1] == '' then
+    call('HDEL', assignments, ARGV[i])
+  else
+    call('HSET', assignments, ARGV[i], ARGV[i + 1])
+  end
+  call('ZADD', placed, version, ARGV[i])
+end
+-- Nobody asks what had changed by the oldest version: who has an older one reads all.
+call('ZREMRANGEBYSCORE', placed, '-inf', versions[1])
+call('ZADD', placed, version, '')
+call('HSET', placement, 'version', version, 'token', token, 'versions', table.concat(versions, ' '))
 changed(epoch)
 return {1, version}
 """
 )
-"""Arguments: epoch, token, the largest version the caller knows, then worker, assignments, worker, ...
-Returns [1, version], or [0, the current token] for a writer that leads no more."""
+"""Arguments: epoch, token, the largest version the caller knows, the version that what follows is the
+difference to and how many workers that one names ('' twice: what follows is all), then worker, assignments,
+worker, ... ('': no longer named). Returns [1, version], [0, the current token] for a writer that leads no
+more, or [2, version] when what is stored is not what the difference is to: all has to be sent."""

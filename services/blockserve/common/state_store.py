@@ -53,8 +53,15 @@ class StateStore(Protocol):
         """The workers with a live lease, what they hold, and the placement."""
         ...
 
+    async def wanted(self, worker: WorkerId) -> Placement:
+        """The placement as far as it names one worker: for who need not see the rest."""
+        ...
+
     async def wait_change(self, timeout: float) -> None:
-        """Return soon after anything but load changed, at the latest after `timeout` seconds."""
+        """Return soon after anything but load changed, at the latest after `timeout` seconds.
+
+        Changes are those since this store's last `view` or `wanted`.
+        """
         ...
 
     async def lead(self, holder: str, *, lease_seconds: float) -> FencingToken | None:
@@ -67,6 +74,8 @@ class StateStore(Protocol):
 
     async def place(self, placement: Placement, token: FencingToken) -> Placement:
         """Replace the placement; the one stored has the next version.
+
+        What travels is the difference to the placement seen last, if that is still the stored one.
 
         Raises:
             StaleLeaderError: another leader has been chosen since the token was given.

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from blockserve.common.cluster import ClusterView, Placement, WorkerState
-from blockserve.common.errors import StaleLeaderError, StateStoreError
+from blockserve.common.errors import ConfigurationError, StaleLeaderError, StateStoreError
 from blockserve.common.state_store import FencingToken, StateStore
 from blockserve.common.tasks import end
 from blockserve.common.wishes import EVICT_SECONDS, chain_of
@@ -102,20 +102,24 @@ class Planner:
             await end(self._task)
             try:
                 await self._store.resign(self._name)
-            except StateStoreError as error:
+            except (StateStoreError, ConfigurationError) as error:
                 log.warning("leadership runs out by itself: %s", error)
 
     async def _run(self) -> None:
+        failed = False
         while True:
             try:
                 await self._turn()
+                failed = False
                 await self._store.wait_change(self._look_seconds)
             except StaleLeaderError as error:
                 log.info("no longer the leader: %s", error)
                 self.counts.refused_writes += 1
                 self._token = None
-            except StateStoreError as error:
-                log.warning("the shared state cannot be reached; the placement stays: %s", error)
+            except (StateStoreError, ConfigurationError) as error:
+                if not failed:
+                    log.warning("the shared state cannot be reached; the placement stays: %s", error)
+                failed = True
                 self._token = None
                 await asyncio.sleep(self._look_seconds)
             except BlockzooError:

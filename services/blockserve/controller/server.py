@@ -20,7 +20,7 @@ from blockserve.common.listen import (
     remove_socket,
     server_options,
 )
-from blockserve.common.state_config import open_store
+from blockserve.common.state_config import open_store, refuse_unfit
 from blockserve.common.state_store import StateStore
 from blockserve.common.status import ErrorInterceptor
 from blockserve.common.wish_servicer import SERVICE as PLACEMENT_SERVICE
@@ -87,6 +87,7 @@ class ControllerServer:
         self._servicer = ZooServicer(zoo, limits, on_change=lambda name: log.info("changed name=%s", name))
         zoo_pb2_grpc.add_ZooServiceServicer_to_server(self._servicer, self._server)
         self._store = open_store(settings.state)
+        await refuse_unfit(self._store)
         self._planner = planner = Planner(
             zoo,
             self._store,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from blockserve.common.cluster_settings import ClusterSettings
 from blockserve.common.config import setting
@@ -38,3 +40,9 @@ class ControllerSettings(ClusterSettings):
     controller: ControllerConfig = Field(
         default_factory=ControllerConfig, description="Registering over the network."
     )
+
+    @model_validator(mode="after")
+    def _leads_on(self) -> Self:
+        if 2 * self.look_seconds > self.state.lease_seconds:
+            raise ValueError("state.lease_seconds has to be at least twice look_seconds, which renews it")
+        return self

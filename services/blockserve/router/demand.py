@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
 
-from blockserve.common.errors import StateStoreError
+from blockserve.common.errors import ConfigurationError, StateStoreError
 from blockserve.common.state_store import StateStore
 from blockserve.common.tasks import end
 from blockzoo.manifest import ChainId
@@ -79,7 +79,7 @@ class DemandTeller:
             known.pop(chain, None)
 
     async def _run(self) -> None:
-        told = time.monotonic()
+        told, failed = time.monotonic(), False
         while True:
             with suppress(TimeoutError):
                 async with asyncio.timeout(TELL_SECONDS):
@@ -90,10 +90,17 @@ class DemandTeller:
             now = time.monotonic()
             self._update(max(now - told, 1e-3))
             told = now
-            try:
-                await self._store.tell_demand(self._router, self._rates, ttl_seconds=5 * TELL_SECONDS)
-            except StateStoreError as error:
+            failed = await self._tell(failed)
+
+    async def _tell(self, failed: bool) -> bool:
+        """Tell; says whether that failed, and logs it when it did not the last time."""
+        try:
+            await self._store.tell_demand(self._router, self._rates, ttl_seconds=5 * TELL_SECONDS)
+        except (StateStoreError, ConfigurationError) as error:
+            if not failed:
                 log.warning("demand cannot be told: %s", error)
+            return True
+        return False
 
     def _update(self, seconds: float) -> None:
         """Fold the counts of an interval into the rates; requests/s."""

@@ -19,7 +19,7 @@ from blockserve.common.listen import (
     remove_socket,
     server_options,
 )
-from blockserve.common.state_config import open_store
+from blockserve.common.state_config import open_store, refuse_unfit
 from blockserve.common.state_store import StateStore
 from blockserve.common.status import ErrorInterceptor
 from blockserve.common.tasks import end
@@ -107,6 +107,7 @@ class RouterServer:
         zoo = await asyncio.to_thread(Zoo.open, settings.zoo)
         self._renderer = ChatRenderer(chat_limits(settings.router))
         self._store = self._store or open_store(settings.state)
+        await refuse_unfit(self._store)
         feed = EvictionFeed(WishBook(zoo.store))
         self._demand = DemandTeller(self._store, f"router-{secrets.token_hex(4)}", evicted=feed)
         chooser = ZooPathChooser(zoo)

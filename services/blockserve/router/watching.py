@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 
 from blockserve.common.cluster import ClusterView
-from blockserve.common.errors import StateStoreError
+from blockserve.common.errors import ConfigurationError, StateStoreError
 from blockserve.common.state_store import StateStore
 from blockserve.common.tasks import end
 
@@ -62,7 +62,7 @@ class ClusterWatch:
                 self.seen = time.monotonic()
                 self._on_view(view)
                 await self._store.wait_change(LOOK_SECONDS)
-            except StateStoreError as error:
+            except (StateStoreError, ConfigurationError) as error:
                 if not failed:
                     log.warning("the shared state cannot be reached; going on from the last view: %s", error)
                 failed = True

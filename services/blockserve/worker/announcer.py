@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from blockserve.common.cluster import LoadReport, ResidentSegment
-from blockserve.common.errors import StateStoreError
+from blockserve.common.errors import ConfigurationError, StateStoreError
 from blockserve.common.state_store import Announcement, StateStore
 from blockserve.common.tasks import end
 from blockserve.worker.hub import WorkerHub
@@ -76,7 +76,7 @@ class Announcer:
             await end(self._task)
             try:
                 await self._store.withdraw(self._hub.record().id)
-            except StateStoreError as error:
+            except (StateStoreError, ConfigurationError) as error:
                 log.warning("the lease runs out by itself: %s", error)
 
     def load(self) -> LoadReport:
@@ -115,7 +115,7 @@ class Announcer:
                 self.told_at = time.monotonic()
                 return
             await self._store.announce(Announcement(record, self.load(), segments), lease_seconds=lease)
-        except StateStoreError as error:
+        except (StateStoreError, ConfigurationError) as error:
             if self._told:
                 log.warning("the shared state cannot be reached; requests go on: %s", error)
             self._told = ()

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import grpc
@@ -21,6 +22,7 @@ from blockproto.v1 import worker_pb2, worker_pb2_grpc
 from blockserve.common.channel import Credentials, open_channel
 from blockserve.common.cluster import WIRE_VERSION, PathStep, WorkerId
 from blockserve.worker.convert import hidden_bytes, to_frame
+from blockserve.worker.frames import frames
 from blockserve.worker.messages import SpanMsg
 
 log = logging.getLogger(__name__)
@@ -66,8 +68,8 @@ class PeerLinks:
 
     def send(self, step: PathStep, messages: Sequence[SpanMsg]) -> None:
         """Have messages delivered in order, or the worker be reported as lost."""
-        frame, size = to_frame(messages), hidden_bytes(messages)
-        self._call(lambda: self._push(step, frame, size))
+        for part in frames(messages):
+            self._call(partial(self._push, step, to_frame(part), hidden_bytes(part)))
 
     def has_room(self, step: PathStep) -> bool:
         """Whether less than a window of what was sent still waits at the worker."""

@@ -60,8 +60,7 @@ class Reconciler:
     async def _follow(self) -> None:
         while True:
             try:
-                view = await self._store.view()
-                await self.reconcile(view.placement)
+                await self.reconcile(await self._store.wanted(self._hub.record().id))
                 await self._store.wait_change(LOOK_SECONDS)
             except StateStoreError:
                 await asyncio.sleep(LOOK_SECONDS)

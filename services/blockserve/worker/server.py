@@ -15,7 +15,7 @@ from blockserve.common.cluster import ResidentSegment, WorkerId, WorkerRecord, s
 from blockserve.common.health import NOT_SERVING, HealthReporter
 from blockserve.common.listen import TokenInterceptor, bind, enable_reflection, read_token, server_options
 from blockserve.common.listen import remove_socket as remove_socket_file
-from blockserve.common.state_config import open_store
+from blockserve.common.state_config import open_store, refuse_unfit
 from blockserve.common.state_store import StateStore
 from blockserve.common.status import ErrorInterceptor
 from blockserve.worker.announcer import Announcer
@@ -102,6 +102,7 @@ class WorkerServer:
         await self._health.set(NOT_SERVING)
         await self._server.start()
         self._store = open_store(settings.state)
+        await refuse_unfit(self._store)
         self._announcer = Announcer(
             self.hub,
             self._store,

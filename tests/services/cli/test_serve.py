@@ -173,6 +173,13 @@ def test_a_wrong_state_is_a_mistake_of_the_command_line(run, cluster_started):
     assert not cluster_started
 
 
+def test_a_leader_that_looks_less_often_than_its_lease_lasts_is_none(run, cluster_started):
+    outcome = run("controller", "--look-seconds", "2", "--state-lease-seconds", "3")
+    assert outcome.code == 2
+    assert "lease_seconds has to be at least twice look_seconds" in outcome.err
+    assert not cluster_started
+
+
 def test_no_zoo_to_serve(run, tmp_path):
     outcome = run("serve", "--zoo", tmp_path / "nowhere", "--listen", "127.0.0.1:0")
     assert outcome.code == 3

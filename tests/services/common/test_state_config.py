@@ -117,6 +117,11 @@ def test_the_default_is_in_process() -> None:
     assert isinstance(open_store(StateConfig()), InProcessStore)
 
 
+def test_a_state_that_nobody_else_finds_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    open_store(StateConfig())
+    assert "no other finds it" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["password_file", "ca_file"])
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigurationError, match="nowhere"):

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from blockserve.common.cluster import (
     Assignment,
@@ -20,6 +23,7 @@ from blockserve.common.cluster import (
     WorkerState,
 )
 from blockserve.common.errors import StaleLeaderError
+from blockserve.common.state_scripts import HISTORY
 from blockserve.common.state_store import Announcement, FencingToken, StateStore
 from blockzoo.manifest import ChainId
 from support.state_servers import (
@@ -244,6 +248,57 @@ async def test_the_placement_is_the_leaders(backend: Backend) -> None:
 
 
 @with_backend
+async def test_a_worker_reads_what_it_is_to_hold(backend: Backend) -> None:
+    store, worker = backend.open(), backend.open()
+    w1, w2 = WorkerId("w1"), WorkerId("w2")
+    assert await worker.wanted(w1) == Placement()
+    token = await leader(store)
+    placed = await store.place(placement(), token)
+    assert await worker.wanted(w1) == Placement(placed.version, {w1: placed.workers[w1]})
+    assert await worker.wanted(w2) == Placement(placed.version, {w2: ()})
+    # Changed for another one, then for it, then it is no longer named.
+    second = await store.place(Placement(0, {**placed.workers, w2: placed.workers[w1]}), token)
+    assert await worker.wanted(w1) == Placement(second.version, {w1: placed.workers[w1]})
+    third = await store.place(Placement(0, {w1: (), w2: ()}), token)
+    assert await worker.wanted(w1) == Placement(third.version, {w1: ()})
+    last = await store.place(Placement(0, {w2: ()}), token)
+    assert await worker.wanted(w1) == Placement(last.version)
+    assert await worker.wanted(w2) == Placement(last.version, {w2: ()})
+
+
+@with_backend
+async def test_waiting_goes_on_from_what_a_worker_has_read(backend: Backend) -> None:
+    store, worker = backend.open(), backend.open()
+    token = await leader(store)
+    await worker.wanted(WorkerId("w1"))
+    await store.place(placement(), token)
+    assert not await lasts(worker.wait_change(LONG), LONG)
+    await worker.wanted(WorkerId("w1"))
+    assert await lasts(worker.wait_change(0.1), 0.1)
+
+
+@with_backend
+async def test_a_reader_far_behind_reads_all(backend: Backend) -> None:
+    store, behind, near = backend.open(), backend.open(), backend.open()
+    w1, w2 = WorkerId("w1"), WorkerId("w2")
+    token = await leader(store)
+    first = await store.place(placement(), token)
+    for reader in (behind, near):
+        assert (await reader.view()).placement == first
+        assert await reader.wanted(w1) == first.of(w1)
+    placed = await store.place(Placement(0, {w2: first.workers[w1]}), token)
+    for number in range(2 * HISTORY):
+        runs = (Assignment(ChainId("e" * 64), Run(number, number + 1)),)
+        placed = await store.place(Placement(0, {w2: first.workers[w1], WorkerId("w3"): runs}), token)
+        if number % 10 == 0:
+            assert (await near.view()).placement == placed
+            assert await near.wanted(w1) == Placement(placed.version)
+    assert (await behind.view()).placement == placed == (await near.view()).placement
+    assert await behind.wanted(w1) == Placement(placed.version)
+    assert await behind.wanted(w2) == placed.of(w2)
+
+
+@with_backend
 async def test_a_version_grows_beyond_what_the_writer_has_seen(backend: Backend) -> None:
     store = backend.open()
     far = 1 << 50
@@ -345,6 +400,58 @@ async def test_waiting_can_be_cancelled(backend: Backend) -> None:
     await asyncio.gather(waiting, return_exceptions=True)
     assert waiting.cancelled()
     assert (await waiter.view()).workers == {}
+
+
+_WORKERS = st.sampled_from(["w1", "w2", "w3", "w4"]).map(WorkerId)
+_RUNS = st.sampled_from(
+    [
+        (),
+        (Assignment(ChainId("c" * 64), Run(0, 4)),),
+        (Assignment(ChainId("d" * 64), Run(1, 2), pinned=True),),
+    ]
+)
+_PLACE = st.tuples(st.just("place"), st.integers(0, 1), st.dictionaries(_WORKERS, _RUNS))
+_READ = st.tuples(st.just("view"), st.integers(0, 2))
+_WANTED = st.tuples(st.just("wanted"), st.integers(0, 2), _WORKERS)
+_LOSE = st.just(("lose",))
+_STALE = st.tuples(st.just("stale"), st.integers(0, 1))
+
+
+@settings(max_examples=25, deadline=None)
+@given(steps=st.lists(st.one_of(_PLACE, _PLACE, _READ, _READ, _WANTED, _LOSE, _STALE), max_size=30))
+def test_what_changed_adds_up_to_the_whole(running: Backend, steps: list[tuple[Any, ...]]) -> None:
+    """Writers that take turns, readers at their own pace, a store that loses everything now and then."""
+
+    @with_backend
+    async def run(backend: Backend) -> None:
+        writers = [backend.open(), backend.open()]
+        readers = [backend.open() for _ in range(3)]
+        tokens = [FencingToken(0), FencingToken(0)]
+        now, newest = Placement(), 0
+        for kind, *rest in steps:
+            if kind == "lose" and isinstance(backend, ServerBackend):
+                backend.flush()
+                now = Placement()
+            elif kind == "place":
+                number, workers = rest
+                await writers[1 - number].resign(f"c{1 - number}")
+                tokens[number] = await leader(writers[number], f"c{number}")
+                now = await writers[number].place(Placement(now.version, workers), tokens[number])
+                assert (now.workers, now.version > newest) == (workers, True)
+                newest = now.version
+            elif kind == "stale" and tokens[rest[0]] < max(tokens):
+                with pytest.raises(StaleLeaderError):
+                    await writers[rest[0]].place(Placement(), tokens[rest[0]])
+            elif kind == "view":
+                assert (await readers[rest[0]].view()).placement == now
+            elif kind == "wanted":
+                assert await readers[rest[0]].wanted(rest[1]) == now.of(rest[1])
+        for reader in (*readers, *writers, backend.open()):
+            assert (await reader.view()).placement == now
+
+    if isinstance(running, ServerBackend):
+        running.flush()
+    run(MemoryBackend() if isinstance(running, MemoryBackend) else running)
 
 
 async def lasts(awaitable: object, seconds: float) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,9 @@ from blockserve.common.cluster import (
 )
 from blockserve.common.errors import ConfigurationError, StaleLeaderError, StateStoreError
 from blockserve.common.redis_child import RedisChild
-from blockserve.common.state_store import Announcement, StateStore
+from blockserve.common.state_store import Announcement, FencingToken, StateStore
 from blockzoo.manifest import ChainId
+from support.earlier_state import before_changes
 from support.edge import async_test
 from support.state_servers import (
     REDIS,
@@ -39,6 +41,8 @@ from support.state_servers import (
 )
 
 LONG = 60.0
+PATIENCE = 10.0
+"""For a call of a test that is not about time, on a busy machine."""
 WORKER = WorkerId("w1")
 SEGMENT = ResidentSegment(SegmentDigest("5" * 32), Run(0, 4))
 SAID = Announcement(WorkerRecord(WORKER, "w", "unix:/run/w"), LoadReport(running_requests=1), [SEGMENT])
@@ -242,21 +246,129 @@ async def test_an_abandoned_cluster_leaves_nothing_for_long(backend: ServerBacke
     await store.announce(SAID, lease_seconds=LONG)
     await store.place(WANTED, await store.lead("a", lease_seconds=LONG))
     kept = {key for key in backend.command("KEYS", "*") if backend.command("TTL", key) == -1}
-    assert kept == {"bz:1:placement", "bz:1:assignments", "bz:1:token"}
+    assert kept == {"bz:1:placement", "bz:1:assignments", "bz:1:placed", "bz:1:token"}
+
+
+def runs(number: int) -> tuple[Assignment, ...]:
+    return (Assignment(ChainId("d" * 64), Run(number, number + 1)),)
+
+
+def cluster(changed: int = 0) -> Placement:
+    """A placement of many workers; `changed` is what it says of one of them."""
+    workers = {WorkerId(f"many-{number}"): runs(1) * 100 for number in range(50)}
+    return Placement(0, {**workers, WORKER: runs(changed)})
+
+
+async def leads(store: StateStore, holder: str = "a") -> FencingToken:
+    token = await store.lead(holder, lease_seconds=LONG)
+    assert token is not None
+    return token
 
 
 @with_backend
-async def test_a_placement_that_changes_in_part_is_read_whole(backend: ServerBackend) -> None:
-    store, reader = backend.open(), backend.open()
-    token = await store.lead("a", lease_seconds=LONG)
-    assert token is not None
-    one, two = WANTED.workers[WORKER], (Assignment(ChainId("d" * 64), Run(4, 6)),)
-    for workers in ({"w1": one, "w2": two}, {"w1": one, "w2": one, "w3": ()}, {"w2": one}, {}, {"w1": two}):
-        placed = await store.place(
-            Placement(0, {WorkerId(name): held for name, held in workers.items()}), token
-        )
-        assert (await reader.view()).placement == placed
-        assert (await backend.open().view()).placement == placed
+async def test_only_what_changed_of_a_placement_travels(backend: ServerBackend) -> None:
+    backend.timeout = PATIENCE
+    leader, reader, one, other = (backend.open() for _ in range(4))
+    token = await leads(leader)
+    whole = await traffic(backend, leader.place(cluster(1), token))
+    assert whole.received > 100_000
+    assert (await traffic(backend, reader.view())).sent > 100_000
+    for store, worker in ((one, WORKER), (other, WorkerId("many-1"))):
+        await store.wanted(worker)
+    part = await traffic(backend, leader.place(cluster(2), token))
+    assert (part.received < 2_000, part.calls) == (True, 1)
+    for reading in (reader.view(), leader.view(), one.wanted(WORKER), other.wanted(WorkerId("many-1"))):
+        read = await traffic(backend, reading)
+        assert (read.sent < 1_000, read.received < 1_000, read.calls) == (True, True, 1)
+    assert (await reader.view()).placement.workers == cluster(2).workers
+    assert (await one.wanted(WORKER)).workers == {WORKER: runs(2)}
+    assert (await other.wanted(WorkerId("many-1"))).workers == {"many-1": runs(1) * 100}
+    # A new leader has seen the placement, and writes the difference to it.
+    await leader.resign("a")
+    newer = await leads(reader, "b")
+    assert (await traffic(backend, reader.place(cluster(3), newer))).received < 2_000
+    with pytest.raises(StaleLeaderError):
+        await leader.place(cluster(4), token)
+    assert (await backend.open().view()).placement.workers == cluster(3).workers
+
+
+@with_backend
+async def test_a_release_that_knows_nothing_of_changes_shares_a_store(backend: ServerBackend) -> None:
+    """It writes and reads placements whole, and leaves what it does not know as it is."""
+    new, old, reader, old_reader = backend.open(), backend.open(), backend.open(), backend.open()
+    old, old_reader = before_changes(old), before_changes(old_reader)
+    names = ("new", "new", "old", "old", "new", "old", "new", "new")
+    for number, name in enumerate(names):
+        writer = new if name == "new" else old
+        await writer.resign("new" if name == "old" else "old")
+        token = await leads(writer, name)
+        wanted = {WorkerId(f"one-{number}"): runs(1), WorkerId("kept"): runs(9), WORKER: runs(number)}
+        placed = await writer.place(Placement(0, wanted), token)
+        for one in (reader, old_reader, backend.open(), *((new, old) if number % 3 else ())):
+            assert (await one.view()).placement == placed, number
+        assert await reader.wanted(WORKER) == placed.of(WORKER)
+        assert await reader.wanted(WorkerId(f"one-{number - 1}")) == Placement(placed.version)
+
+
+@with_backend
+async def test_changes_that_a_replica_lacks_are_not_taken_for_known(backend: ServerBackend) -> None:
+    """What takes over may be behind what leader and readers have seen; it must not add to that."""
+    leader, reader, worker = backend.open(), backend.open(), backend.open()
+    token = await leads(leader)
+    await leader.place(cluster(1), token)
+    for key in backend.command("KEYS", "*"):
+        backend.command("COPY", key, key, "DB", "1")
+    lost = await leader.place(Placement(0, {WORKER: runs(7), WorkerId("many-1"): runs(7)}), token)
+    assert (await reader.view()).placement == lost
+    assert await worker.wanted(WorkerId("many-1")) == lost.of(WorkerId("many-1"))
+    backend.command("SWAPDB", "0", "1")
+    # One that has not seen the lost one places the difference to what is there; then the one that has.
+    other = backend.open()
+    assert (await other.view()).placement.workers == cluster(1).workers
+    placed = await other.place(cluster(2), token)
+    assert (await reader.view()).placement == placed
+    assert await worker.wanted(WorkerId("many-1")) == placed.of(WorkerId("many-1"))
+    placed = await leader.place(cluster(3), token)
+    for one in (reader, other, leader, backend.open()):
+        assert (await one.view()).placement == placed
+
+
+@with_backend
+async def test_a_lost_part_of_the_placement_comes_back_with_the_next(backend: ServerBackend) -> None:
+    """A server that runs out of memory may drop any key."""
+    leader, reader = backend.open(), backend.open()
+    token = await leads(leader)
+    for key in ("placed", "assignments", "placement"):
+        await leader.place(cluster(1), token)
+        assert (await reader.view()).placement.workers == cluster(1).workers
+        backend.command("DEL", f"bz:1:{key}")
+        placed = await leader.place(cluster(2), token)
+        for one in (reader, leader, backend.open()):
+            assert (await one.view()).placement == placed, key
+            assert await one.wanted(WorkerId("many-1")) == placed.of(WorkerId("many-1")), key
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a call cost: bytes from and to the server, and scripts run."""
+
+    sent: int
+    received: int
+    calls: int
+
+
+async def traffic(backend: ServerBackend, call: Awaitable[object]) -> Traffic:
+    def figures() -> tuple[int, int, int]:
+        network, calls = backend.command("INFO", "stats"), backend.command("INFO", "commandstats")
+        sent, received = network["total_net_output_bytes"], network["total_net_input_bytes"]
+        return sent, received, calls.get("cmdstat_evalsha", {"calls": 0})["calls"]
+
+    start = figures()
+    before = figures()  # what asking costs
+    await call
+    after = figures()
+    takes = zip(start, before, after, strict=True)
+    return Traffic(*(now - then - (then - first) for first, then, now in takes))
 
 
 @with_backend
@@ -267,22 +379,11 @@ async def test_a_view_is_one_call_and_brings_only_news(backend: ServerBackend) -
     token = await store.lead("a", lease_seconds=LONG)
     await store.place(Placement(0, {WORKER: WANTED.workers[WORKER] * 200}), token)
 
-    async def sent() -> tuple[int, int]:
-        def figures() -> tuple[int, int]:
-            network, calls = backend.command("INFO", "stats"), backend.command("INFO", "commandstats")
-            return network["total_net_output_bytes"], calls["cmdstat_evalsha"]["calls"]
-
-        before = figures()
-        own = figures()[0] - before[0]
-        await store.view()
-        after = figures()
-        return after[0] - before[0] - 2 * own, after[1] - before[1]
-
-    full, _ = await sent()
-    again, calls = await sent()
-    assert calls == 1
-    assert full > 20_000
-    assert again < 2_000
+    first = await traffic(backend, store.view())
+    again = await traffic(backend, store.view())
+    assert again.calls == 1
+    assert first.sent > 20_000
+    assert again.sent < 2_000
 
 
 @async_test
@@ -341,7 +442,7 @@ async def test_over_tls(program: Path, tmp_path: Path) -> None:
     port = free_port()
     files = {"tls-cert-file": "server.pem", "tls-key-file": "server.key", "tls-ca-cert-file": "ca.pem"}
     lines = [f"tls-port {port}", *(f"{name} {tmp_path / file}" for name, file in files.items())]
-    backend = ServerBackend(program, settings=lines if own_tls else ())
+    backend = ServerBackend(program, PATIENCE, settings=lines if own_tls else ())
     try:
         async with tls_in_front(backend.server.port, tmp_path) as front:
             url = f"rediss://:{backend.server.password}@127.0.0.1:{port if own_tls else front}"

@@ -1,9 +1,11 @@
 """Demand: what is asked for first is told at once, rates follow the requests, and what nobody wants fades."""
 
 import asyncio
+from collections.abc import Mapping
 
 import pytest
 
+from blockserve.common.errors import StateStoreError
 from blockserve.common.state_memory import InProcessStore
 from blockserve.router import demand as module
 from blockserve.router.demand import DemandTeller
@@ -95,3 +97,40 @@ def test_what_nobody_asks_for_any_more_is_told_no_more(monkeypatch: pytest.Monke
         await teller.stop()
 
     asyncio.run(work())
+
+
+def test_a_server_that_is_away_is_logged_once_for_each_time(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "TELL_SECONDS", 0.001)
+    store = AwayStore()
+
+    async def calls(count: int) -> None:
+        reached = store.calls + count
+        while store.calls < reached:
+            await asyncio.sleep(0.001)
+
+    async def work() -> None:
+        teller = DemandTeller(store, "router")
+        teller.start()
+        try:
+            async with asyncio.timeout(10):
+                for store.is_away in (True, False, True):
+                    await calls(5)
+        finally:
+            await teller.stop()
+
+    asyncio.run(work())
+    assert caplog.text.count("demand cannot be told") == 2
+
+
+class AwayStore(InProcessStore):
+    """Can be cut off."""
+
+    is_away, calls = False, 0
+
+    async def tell_demand(self, router: str, demand: Mapping[ChainId, float], *, ttl_seconds: float) -> None:
+        self.calls += 1
+        if self.is_away:
+            raise StateStoreError("it is away")
+        await super().tell_demand(router, demand, ttl_seconds=ttl_seconds)

@@ -1,0 +1,128 @@
+"""Links to other workers over real gRPC: what may wait there is bounded, and a loss is told once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import torch
+
+from blockproto.v1 import worker_pb2, worker_pb2_grpc
+from blockserve.common.channel import Credentials
+from blockserve.common.cluster import PathStep, Run, WorkerId
+from blockserve.worker.convert import from_frame
+from blockserve.worker.links import PeerLinks
+from blockserve.worker.messages import AttemptId, ChunkMsg
+from support.edge import async_test
+
+WINDOW = 1 << 16
+CHUNK = 1 << 14
+PEER = WorkerId("slow")
+
+
+@dataclass
+class SlowWorker(worker_pb2_grpc.WorkerServiceServicer):
+    """Takes messages, and says that it has dealt with some when the test says so."""
+
+    starts: list[int] = field(default_factory=list)
+    takes: asyncio.Queue[int] = field(default_factory=asyncio.Queue)
+
+    async def Exchange(
+        self, request_iterator: AsyncIterator[worker_pb2.ExchangeRequest], context: Any
+    ) -> AsyncIterator[worker_pb2.ExchangeResponse]:
+        async def read() -> None:
+            async for frame in request_iterator:
+                self.starts += [one.start for one in from_frame(frame) if isinstance(one, ChunkMsg)]
+
+        reading = asyncio.create_task(read())
+        try:
+            while (num_bytes := await self.takes.get()) >= 0:
+                yield worker_pb2.ExchangeResponse(taken_bytes=num_bytes)
+        finally:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+
+
+@asynccontextmanager
+async def joined(folder: Path) -> AsyncIterator[tuple[PeerLinks, SlowWorker, PathStep]]:
+    limit = ("grpc.max_receive_message_length", 16 << 20)  # the default of `max_message_bytes`
+    worker, server = SlowWorker(), grpc.aio.server(options=[limit])
+    worker_pb2_grpc.add_WorkerServiceServicer_to_server(worker, server)
+    address = f"unix:{folder}/slow.sock"
+    server.add_insecure_port(address)
+    await server.start()
+    links = PeerLinks(WorkerId("me"), Credentials(), WINDOW)
+    try:
+        yield links, worker, PathStep(PEER, address, Run(2, 4))
+    finally:
+        await links.close()
+        await server.stop(0)
+
+
+def chunk(start: int) -> ChunkMsg:
+    hidden = torch.zeros(CHUNK // (4 * 64), 64)  # [tokens, hidden], CHUNK bytes
+    return ChunkMsg(AttemptId("r", 0, 1), 1, start, tuple(range(len(hidden))), hidden)
+
+
+@async_test
+async def test_a_pass_larger_than_a_message_arrives(tmp_path: Path) -> None:
+    async with joined(tmp_path) as (links, worker, step):
+        links.on_lost = lambda _: worker.starts.append(-1)
+        hidden = torch.zeros(5000, 1024)  # 20 MB
+        large = ChunkMsg(AttemptId("r", 0, 1), 1, 0, tuple(range(5000)), hidden)
+        await asyncio.to_thread(links.send, step, [large, chunk(7777)])
+        await until(lambda: 7777 in worker.starts or -1 in worker.starts)
+        assert worker.starts == [*range(0, 5000, 1024), 7777]
+
+
+async def push_while_room(links: PeerLinks, step: PathStep, first: int, most: int = 100) -> int:
+    """As the engine does: a pass, whose messages go out, as long as there is room; says how many went."""
+    for sent in range(most):
+        if not links.has_room(step):
+            return sent
+        await asyncio.to_thread(links.send, step, [chunk(first + sent)])
+        await asyncio.sleep(0)
+    raise AssertionError("a worker that takes nothing was sent everything")
+
+
+async def until(is_so: Any) -> None:
+    while not is_so():
+        await asyncio.sleep(0.001)
+
+
+@async_test
+async def test_what_waits_at_a_slow_worker_is_bounded(tmp_path: Path) -> None:
+    async with joined(tmp_path) as (links, worker, step):
+        sent = await push_while_room(links, step, 0)
+        assert sent * CHUNK == WINDOW
+        # Having arrived is not having been computed on.
+        await until(lambda: len(worker.starts) == sent)
+        assert not links.has_room(step)
+        for _ in range(5):
+            worker.takes.put_nowait(2 * CHUNK)
+            await until(lambda: links.has_room(step))
+            sent += (more := await push_while_room(links, step, sent))
+            assert more == 2
+        await until(lambda: len(worker.starts) == sent)
+        assert worker.starts == list(range(sent))
+
+
+@async_test
+async def test_a_loss_is_told_once_and_begins_anew(tmp_path: Path) -> None:
+    lost: list[WorkerId] = []
+    async with joined(tmp_path) as (links, worker, step):
+        links.on_lost = lost.append
+        await push_while_room(links, step, 0)
+        await until(lambda: worker.starts)
+        worker.takes.put_nowait(-1)  # ends the stream
+        await until(lambda: lost)
+        assert links.has_room(step)
+        worker.starts.clear()
+        await push_while_room(links, step, 0)
+        await until(lambda: len(worker.starts) == WINDOW // CHUNK)
+        assert lost == [PEER]
