@@ -35,12 +35,14 @@ class Process:
     log: Path
     popen: subprocess.Popen[bytes] | None = None
     address: str = ""
+    prefix: tuple[str, ...] = ()
+    """What stands before the command; it has to become the command, process id and all."""
 
     async def start(self) -> Self:
         """Start it and wait until it is ready."""
         with self.log.open("ab") as log:
             self.popen = subprocess.Popen(
-                [sys.executable, "-m", self.module],
+                [*self.prefix, sys.executable, "-m", self.module],
                 env={**os.environ, **self.environment},
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -124,18 +126,22 @@ class Cluster:
 
     def client(self, router: int = 0) -> AsyncClient:
         """A client of a router."""
-        return AsyncClient(self.routers[router].address, resume_attempts=20)
+        return AsyncClient(self.reach(self.routers[router]), resume_attempts=20)
+
+    def reach(self, process: Process) -> str:
+        """The address at which this process reaches another."""
+        return process.address
 
     async def load(self, name: str, model: str, first: int = 0, end: int = 0) -> None:
         """Have a worker read a run of a variant's chain; `end` 0 is the chain's end."""
         chain = self.zoo.resolve(model).chain
         request = worker_pb2.LoadSpanRequest(chain_digest=chain, first=first, end=end)
-        async with grpc.aio.insecure_channel(self.workers[name].address) as channel:
+        async with grpc.aio.insecure_channel(self.reach(self.workers[name])) as channel:
             await worker_pb2_grpc.WorkerServiceStub(channel).LoadSpan(request, timeout=PATIENCE)
 
     async def describe(self, name: str) -> worker_pb2.DescribeResponse:
         """What a worker says of itself."""
-        async with grpc.aio.insecure_channel(self.workers[name].address) as channel:
+        async with grpc.aio.insecure_channel(self.reach(self.workers[name])) as channel:
             stub = worker_pb2_grpc.WorkerServiceStub(channel)
             return await stub.Describe(worker_pb2.DescribeRequest(), timeout=PATIENCE)
 
