@@ -37,12 +37,14 @@ class Process:
     address: str = ""
     prefix: tuple[str, ...] = ()
     """What stands before the command; it has to become the command, process id and all."""
+    launcher: tuple[str, ...] = ("-m",)
+    """What stands between `python` and the module."""
 
     async def start(self) -> Self:
         """Start it and wait until it is ready."""
         with self.log.open("ab") as log:
             self.popen = subprocess.Popen(
-                [*self.prefix, sys.executable, "-m", self.module],
+                [*self.prefix, sys.executable, *self.launcher, self.module],
                 env={**os.environ, **self.environment},
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -85,6 +87,8 @@ class Cluster:
     routers: list[Process] = field(default_factory=list)
     controllers: list[Process] = field(default_factory=list)
     settings: dict[str, str] = field(default_factory=dict)
+    launchers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Of processes, by name, that are not run as they are; see `support.neighbour`."""
 
     def __post_init__(self) -> None:
         self.store = self.state.open()
@@ -118,7 +122,9 @@ class Cluster:
             "OMP_NUM_THREADS": "1",
         }
         log = self.folder / f"{name}.log"
-        return Process(f"blockserve.{service}", {**common, **self.settings, **settings}, log)
+        environment = {**common, **self.settings, **settings}
+        launcher = self.launchers.get(name, ("-m",))
+        return Process(f"blockserve.{service}", environment, log, launcher=launcher)
 
     def log(self, name: str) -> str:
         """What a process has logged."""
