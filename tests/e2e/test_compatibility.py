@@ -116,6 +116,21 @@ def test_each_wire_version_is_served_by_its_own_workers(zoo: Zoo, tmp_path: Path
     run(work())
 
 
+def test_controllers_place_on_the_workers_of_each_wire_version(zoo: Zoo, tmp_path: Path) -> None:
+    """Nothing is loaded by hand, and no chain is split between workers that cannot be on one path."""
+
+    async def work() -> None:
+        async with cluster(zoo, tmp_path, ["a"], **SETTINGS) as rig:
+            rig.launchers |= {"old": OLDER, "router1": OLDER}
+            await asyncio.gather(rig.start_worker("old"), rig.start_router(), rig.start_controller())
+            async with rig.client(0) as current, rig.client(1) as older:
+                assert await ask(older) == await ask(current)
+            assert await computed(rig, "old") == await computed(rig, "a") > 0
+            await rig.until_clean()
+
+    run(work())
+
+
 async def refusal(rig: Cluster, name: str, wire: int, frame: bytes) -> Exception:
     """What a worker says to another's frame."""
     said = await rig.describe(name)
