@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
@@ -15,6 +15,7 @@ from support.chaos import (
     HALVES,
     HEADS,
     SETTINGS,
+    TAILS,
     ChaosCluster,
     Harm,
     HarmFunction,
@@ -154,6 +155,19 @@ async def _part_tail(rig: ChaosCluster, harm: Harm) -> None:
         await asyncio.sleep(harm.seconds)
 
 
+async def _part_head(rig: ChaosCluster, harm: Harm) -> None:
+    """A head worker loses every tail worker, each of which is well: all its requests go on without it."""
+    name, tail = await _linked(rig, TAILS)
+    before, moved = _losses(rig, name, tail), _moved(rig)
+    with ExitStack() as cuts:
+        for other in TAILS:
+            cuts.enter_context(switch_of(rig).apart(name, other))
+        while _losses(rig, name, tail) == before or _moved(rig) == moved:
+            await asyncio.sleep(0.02)
+        while (await rig.describe(name)).running_requests:
+            await asyncio.sleep(0.02)
+
+
 async def _linked(rig: ChaosCluster, tails: Sequence[str]) -> tuple[str, str]:
     """A head worker that runs requests, and a tail worker that it sends hidden states to."""
     while True:
@@ -176,6 +190,7 @@ PACKETS: Mapping[str, HarmFunction] = {
     "unplug tail": _unplug,
     "part router and state": _part_router_and_state,
     "part tail": _part_tail,
+    "part head": _part_head,
 }
 """Harms by name."""
 
