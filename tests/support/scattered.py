@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from blockserve.common.redis_child import find_server_program
+from blockserve.router.aio_client import AsyncClient
 from blockzoo.zoo import Zoo
 from support.chaos import (
     HALVES,
@@ -22,7 +23,7 @@ from support.chaos import (
     until_announced,
     worker_of,
 )
-from support.cluster import Process
+from support.cluster import PATIENCE, Process
 from support.namespaces import Switch, WayIn
 from support.state_servers import ServerBackend
 
@@ -131,6 +132,21 @@ async def _unplug(rig: ChaosCluster, harm: Harm) -> None:
             await asyncio.sleep(0.02)
         await asyncio.sleep(harm.seconds / 4)
     await until_announced(rig)
+    await _until_asked(rig, name)
+
+
+async def _until_asked(rig: ChaosCluster, name: str) -> None:
+    """Ask until a worker takes requests again."""
+
+    async def ask(client: AsyncClient) -> None:
+        while True:
+            await client.generate(rig.models[0], "who is there", max_tokens=16, timeout=PATIENCE).result()
+
+    async with rig.client() as client, asyncio.TaskGroup() as group:
+        asking = [group.create_task(ask(client)) for _ in range(8)]
+        await rig.busy((name,))
+        for task in asking:
+            task.cancel()
 
 
 async def _part_router_and_state(rig: ChaosCluster, harm: Harm) -> None:
