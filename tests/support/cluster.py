@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from support.state_servers import ServerBackend
 
 PATIENCE = 60.0
 """Seconds to wait for anything; a machine that is busy with other work needs long."""
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass
@@ -48,6 +50,7 @@ class Process:
                 env={**os.environ, **self.environment},
                 stdout=subprocess.PIPE,
                 stderr=log,
+                preexec_fn=_end_with_us,
             )
         stdout = self.popen.stdout
         assert stdout is not None
@@ -74,6 +77,11 @@ class Process:
         assert self.popen is not None
         async with asyncio.timeout(PATIENCE):
             return await asyncio.to_thread(self.popen.wait)
+
+
+def _end_with_us() -> None:
+    """In the child, before it is the program: the kernel kills it when we are gone, also after `kill -9`."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 @dataclass
