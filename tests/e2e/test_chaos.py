@@ -20,6 +20,7 @@ from blockzoo.zoo import Zoo
 from support.chaos import FEW, KINDS, WITHOUT_CONTROLLERS, ChaosCluster, chaos_cluster, make_script
 from support.chaos_requests import make_wishes
 from support.chaos_run import compare
+from support.namespaces import require_namespaces
 from support.scattered import PACKETS, scattered_cluster
 from support.variants import VariantFactory
 
@@ -33,6 +34,12 @@ needs_bf16 = pytest.mark.skipif(
     executor.library() is None or not can_pack(torch.bfloat16, torch.device("cpu")),
     reason="this machine has no compiler, or no bfloat16 products",
 )
+
+
+@pytest.fixture
+def namespaces() -> None:
+    """Skips the test where there are none."""
+    require_namespaces()
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +110,7 @@ def test_nobody_notices_where_controllers_place(zoo: Zoo, tmp_path: Path, seed: 
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_nobody_notices_lost_packets(zoo: Zoo, tmp_path: Path, seed: int) -> None:
+def test_nobody_notices_lost_packets(namespaces: None, zoo: Zoo, tmp_path: Path, seed: int) -> None:
     """Two replicas of each half, each on a machine of its own whose packets vanish."""
     run(scattered, zoo, tmp_path, seed, 60, PACKETS, FP32)
 

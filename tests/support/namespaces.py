@@ -101,8 +101,7 @@ class Switch:
     """
 
     def __init__(self, names: Sequence[str]) -> None:
-        """Connect machines of these names; the test is skipped where that cannot be done."""
-        require_namespaces()
+        """Connect machines of these names; see `require_namespaces`."""
         self.machines: dict[str, Machine] = {}
         self._hub = Machine("switch", f"{_SUBNET}.1")
         try:

@@ -81,7 +81,7 @@ class ScatteredCluster(ChaosCluster):
 async def scattered_cluster(
     zoo: Zoo, folder: Path, models: tuple[str, ...], **settings: str
 ) -> AsyncIterator[ScatteredCluster]:
-    """A running cluster that holds the variants; skips the test where namespaces cannot be made."""
+    """A running cluster that holds the variants, where namespaces can be made (`require_namespaces`)."""
     with _switch() as switch:
         state = _state_server(switch, folder)
         try:
