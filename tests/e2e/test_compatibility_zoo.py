@@ -175,7 +175,9 @@ async def test_a_cluster_serves_a_zoo_that_it_must_not_change(
 def test_blocks_of_unknown_kinds_are_listed_and_never_run(zoo: Zoo, tmp_path: Path, model: str) -> None:
     """Where controllers place: nobody loads the variant, its caller is told, and the others are served."""
     advance(tmp_path / "zoo")
-    assert "hypernetwork" in blockzoo(tmp_path / "zoo", "show", model).stdout
+    assert blockzoo(tmp_path / "zoo", "backup", str(tmp_path / "copy")).returncode == 0
+    for place in ("zoo", "copy"):
+        assert "hypernetwork" in blockzoo(tmp_path / place, "show", model).stdout
 
     async def work(rig: Cluster) -> None:
         await rig.start_controller(BLOCKZOO_LOOK_SECONDS="0.3")
