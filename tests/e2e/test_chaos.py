@@ -116,6 +116,7 @@ def test_nobody_notices_lost_packets(namespaces: None, zoo: Zoo, tmp_path: Path,
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_nobody_notices_any_harm_where_controllers_place(zoo: Zoo, tmp_path: Path, seed: int) -> None:
     run(local(is_placed=True), zoo, tmp_path, seed, 200, KINDS, FP32)
@@ -129,7 +130,7 @@ def test_nobody_notices_in_bf16(zoo: Zoo, tmp_path: Path, seed: int) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("settings", [FP32, pytest.param(BF16, marks=needs_bf16)], ids=["fp32", "bf16"])
 def test_nobody_notices_for_long(zoo: Zoo, tmp_path: Path, seed: int, settings: Settings) -> None:
