@@ -55,6 +55,11 @@ class ChaosCluster(Cluster):
     is_placed: bool = False
     wires: dict[str, CuttableWire] = field(default_factory=dict)
 
+    @property
+    def kinds(self) -> Mapping[str, HarmFunction]:
+        """What can happen here, by name."""
+        return KINDS
+
     async def start(self) -> None:
         """Start every process and have every variant held."""
         controllers = ("controller0", "controller1") if self.is_placed else ()
@@ -125,7 +130,7 @@ class Harm:
     """One entry of the script.
 
     Attributes:
-        kind: one of KINDS.
+        kind: one of the cluster's `kinds`.
         names: processes to hurt, the preferred one first.
         seconds: how long it lasts, for those that last.
         cut: how wires are cut.
@@ -140,7 +145,7 @@ class Harm:
         """Do harm while answers are on their way, and return when all that was ended runs again."""
         await crowd.until_running()
         async with asyncio.timeout(PATIENCE):
-            await KINDS[self.kind](rig, self)
+            await rig.kinds[self.kind](rig, self)
 
 
 def make_script(seed: int, kinds: Collection[str], rounds: int = 1) -> list[Harm]:
@@ -175,10 +180,10 @@ async def _kill_worker(rig: ChaosCluster, harm: Harm) -> None:
 async def _stop_worker(rig: ChaosCluster, harm: Harm) -> None:
     name = await rig.busy(_names(rig, harm))
     with _stopped(rig.workers[name]):
-        while await _worker_view(rig, name) is not None:
+        while await worker_of(rig, name) is not None:
             await asyncio.sleep(0.02)
         await asyncio.sleep(harm.seconds / 4)
-    await _until_announced(rig)
+    await until_announced(rig)
 
 
 async def _drain(rig: ChaosCluster, harm: Harm) -> None:
@@ -220,14 +225,14 @@ async def _kill_state(rig: ChaosCluster, harm: Harm) -> None:
     await asyncio.sleep(harm.seconds)
     await asyncio.to_thread(rig.state.restart)
     assert rig.state.server.pid != before
-    await _until_announced(rig)
+    await until_announced(rig)
 
 
 async def _flush_state(rig: ChaosCluster, harm: Harm) -> None:
     for _ in range(3):
         await asyncio.to_thread(rig.state.flush)
         await asyncio.sleep(harm.seconds / 5)
-    await _until_announced(rig)
+    await until_announced(rig)
 
 
 async def _pause_state(rig: ChaosCluster, harm: Harm) -> None:
@@ -235,7 +240,7 @@ async def _pause_state(rig: ChaosCluster, harm: Harm) -> None:
         while _scheduler_state(rig.state.server.pid) != "T":
             await asyncio.sleep(0.001)
         await asyncio.sleep(harm.seconds)
-    await _until_announced(rig)
+    await until_announced(rig)
 
 
 async def _cut_state(rig: ChaosCluster, harm: Harm) -> None:
@@ -249,10 +254,11 @@ async def _cut_state(rig: ChaosCluster, harm: Harm) -> None:
         await asyncio.sleep(harm.seconds)
         while any(wire.num_stopped == count for wire, count in zip(wires, before, strict=True)):
             await asyncio.sleep(0.02)
-    await _until_announced(rig)
+    await until_announced(rig)
 
 
-KINDS: Mapping[str, Callable[[ChaosCluster, Harm], Awaitable[None]]] = {
+HarmFunction = Callable[[ChaosCluster, Harm], Awaitable[None]]
+KINDS: Mapping[str, HarmFunction] = {
     "kill head": _kill_worker,
     "kill tail": _kill_worker,
     "stop head": _stop_worker,
@@ -276,17 +282,17 @@ async def _restart_worker(rig: ChaosCluster, process: Process) -> None:
     """Start a worker again and wait until it is known and holds what it held."""
     await rig.start_again(process)
     await rig.hold(process.environment["BLOCKZOO_NAME"])
-    await _until_announced(rig)
+    await until_announced(rig)
 
 
-async def _until_announced(rig: ChaosCluster) -> None:
+async def until_announced(rig: ChaosCluster) -> None:
     """Wait until the state has every worker again."""
     for name in HALVES:
-        while await _worker_view(rig, name) is None:
+        while await worker_of(rig, name) is None:
             await asyncio.sleep(0.02)
 
 
-async def _worker_view(rig: ChaosCluster, name: str) -> WorkerView | None:
+async def worker_of(rig: ChaosCluster, name: str) -> WorkerView | None:
     """What the state says of a worker's present life; a state server that was just harmed says nothing."""
     try:
         views = (await rig.view()).workers.values()

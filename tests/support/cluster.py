@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from support.state_servers import ServerBackend
 
 PATIENCE = 60.0
 """Seconds to wait for anything; a machine that is busy with other work needs long."""
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass
@@ -35,15 +37,20 @@ class Process:
     log: Path
     popen: subprocess.Popen[bytes] | None = None
     address: str = ""
+    prefix: tuple[str, ...] = ()
+    """What stands before the command; it has to become the command, process id and all."""
+    launcher: tuple[str, ...] = ("-m",)
+    """What stands between `python` and the module."""
 
     async def start(self) -> Self:
         """Start it and wait until it is ready."""
         with self.log.open("ab") as log:
             self.popen = subprocess.Popen(
-                [sys.executable, "-m", self.module],
+                [*self.prefix, sys.executable, *self.launcher, self.module],
                 env={**os.environ, **self.environment},
                 stdout=subprocess.PIPE,
                 stderr=log,
+                preexec_fn=_end_with_us,
             )
         stdout = self.popen.stdout
         assert stdout is not None
@@ -72,6 +79,11 @@ class Process:
             return await asyncio.to_thread(self.popen.wait)
 
 
+def _end_with_us() -> None:
+    """In the child, before it is the program: the kernel kills it when we are gone, also after `kill -9`."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
 @dataclass
 class Cluster:
     """Workers by name and routers by number, over one zoo and one state server."""
@@ -83,6 +95,8 @@ class Cluster:
     routers: list[Process] = field(default_factory=list)
     controllers: list[Process] = field(default_factory=list)
     settings: dict[str, str] = field(default_factory=dict)
+    launchers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Of processes, by name, that are not run as they are; see `support.neighbour`."""
 
     def __post_init__(self) -> None:
         self.store = self.state.open()
@@ -116,7 +130,9 @@ class Cluster:
             "OMP_NUM_THREADS": "1",
         }
         log = self.folder / f"{name}.log"
-        return Process(f"blockserve.{service}", {**common, **self.settings, **settings}, log)
+        environment = {**common, **self.settings, **settings}
+        launcher = self.launchers.get(name, ("-m",))
+        return Process(f"blockserve.{service}", environment, log, launcher=launcher)
 
     def log(self, name: str) -> str:
         """What a process has logged."""
@@ -124,18 +140,22 @@ class Cluster:
 
     def client(self, router: int = 0) -> AsyncClient:
         """A client of a router."""
-        return AsyncClient(self.routers[router].address, resume_attempts=20)
+        return AsyncClient(self.reach(self.routers[router]), resume_attempts=20)
+
+    def reach(self, process: Process) -> str:
+        """The address at which this process reaches another."""
+        return process.address
 
     async def load(self, name: str, model: str, first: int = 0, end: int = 0) -> None:
         """Have a worker read a run of a variant's chain; `end` 0 is the chain's end."""
         chain = self.zoo.resolve(model).chain
         request = worker_pb2.LoadSpanRequest(chain_digest=chain, first=first, end=end)
-        async with grpc.aio.insecure_channel(self.workers[name].address) as channel:
+        async with grpc.aio.insecure_channel(self.reach(self.workers[name])) as channel:
             await worker_pb2_grpc.WorkerServiceStub(channel).LoadSpan(request, timeout=PATIENCE)
 
     async def describe(self, name: str) -> worker_pb2.DescribeResponse:
         """What a worker says of itself."""
-        async with grpc.aio.insecure_channel(self.workers[name].address) as channel:
+        async with grpc.aio.insecure_channel(self.reach(self.workers[name])) as channel:
             stub = worker_pb2_grpc.WorkerServiceStub(channel)
             return await stub.Describe(worker_pb2.DescribeRequest(), timeout=PATIENCE)
 

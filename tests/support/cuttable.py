@@ -75,7 +75,7 @@ class CuttableWire:
             if self._cut is Cut.REFUSED:
                 self.num_stopped += 1
                 return
-            there, back = await asyncio.open_connection("127.0.0.1", self._target())
+            there, back = await self._connect()
             self._writers.add(back)
             try:
                 await asyncio.gather(self._copy(reader, back), self._copy(there, writer))
@@ -88,6 +88,9 @@ class CuttableWire:
         finally:
             self._writers.discard(writer)
             writer.close()
+
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await asyncio.open_connection("127.0.0.1", self._target())
 
     async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(OSError):

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-from blockserve.common.cluster import ClusterView, Placement, WorkerState
+from blockserve.common.cluster import ClusterView, Placement, WorkerId, WorkerRecord, WorkerState, WorkerView
 from blockserve.common.errors import ConfigurationError, StaleLeaderError, StateStoreError
 from blockserve.common.state_store import FencingToken, StateStore
 from blockserve.common.tasks import end
@@ -78,7 +78,8 @@ class Planner:
         self._sizes: dict[BlockId, int] = {}
         self._token: FencingToken | None = None
         self._task: asyncio.Task[None] | None = None
-        self._placer = Placer(PlacementConfig(headroom=HEADROOM, least_replicas=replicas))
+        self._config = PlacementConfig(headroom=HEADROOM, least_replicas=replicas)
+        self._placers: dict[int, Placer] = {}  # by wire version; each knows what it has placed
         self._wishes = WishBook(zoo.store)
         self.left_out: Mapping[ChainId, str] = {}
         self.refused_pins: tuple[Pin, ...] = ()
@@ -142,61 +143,64 @@ class Planner:
             log.info("placed version=%d workers=%d", stored.version, len(stored.workers))
 
     async def plan(self, view: ClusterView, demand: Mapping[ChainId, float]) -> Placement:
-        """The placement for what is asked for and wished, on the workers that take requests."""
-        workers = {
-            name: WorkerCapacity(one.record.block_bytes, one.record.speed, one.record.host)
-            for name, one in view.workers.items()
-            if one.record.state is WorkerState.READY
-        }
-        if not workers:
-            return Placement(view.placement.version)
+        """The placement for what is asked for and wished, on the workers that take requests.
+
+        Workers of each wire version get one of their own: no path joins two versions, and demand does not say
+        of which version the routers are that tell of it.
+        """
         wished, evicted = await self._read_wishes()
         asked = (*demand, *(one.chain for one in wished if one.wish.asks_to_hold))
         wanted = [chain for chain in dict.fromkeys(asked) if await self._know(chain)]
-        names = {worker: view.workers[worker].record.name for worker in workers}
-        problem = PlacementProblem(
-            chains={chain: self._manifests[chain].links for chain in wanted},
-            block_bytes=self._sizes,
-            workers=workers,
-            traffic={chain: demand.get(chain, 0.0) for chain in wanted},
-            present=view.placement.workers,
-            wishes=to_wishes(
-                wished,
-                names,
-                view.placement.workers,
-                called=demand,
-                least_replicas=self._placer.config.least_replicas,
-                evicted=evicted,
-            ),
-        )
         pinned = {one.chain for one in wished if one.wish.pinned}
         started = time.monotonic()
-        plan = await asyncio.to_thread(self._place, problem, pinned)
+        plans: list[PlacementPlan] = []
+        groups = _by_wire_version(view)
+        self._placers = {version: self._placers.get(version) or Placer(self._config) for version in groups}
+        for version, workers in groups.items():
+            problem = PlacementProblem(
+                chains={chain: self._manifests[chain].links for chain in wanted},
+                block_bytes=self._sizes,
+                workers={worker: _capacity(one.record) for worker, one in workers.items()},
+                traffic={chain: demand.get(chain, 0.0) for chain in wanted},
+                present=view.placement.workers,
+                wishes=to_wishes(
+                    wished,
+                    {worker: one.record.name for worker, one in workers.items()},
+                    view.placement.workers,
+                    called=demand,
+                    least_replicas=self._config.least_replicas,
+                    evicted=evicted,
+                ),
+            )
+            plans.append(await asyncio.to_thread(self._place, self._placers[version], problem, pinned))
         self.counts.seconds = time.monotonic() - started
-        self._moved_bytes = plan.report.moved_bytes
-        self._tell(plan)
-        return Placement(view.placement.version, plan.workers)
+        self._moved_bytes = sum(plan.report.moved_bytes for plan in plans)
+        self._tell(plans)
+        together = {worker: runs for plan in plans for worker, runs in plan.workers.items()}
+        return Placement(view.placement.version, together)
 
-    def _place(self, problem: PlacementProblem, pinned: Collection[ChainId]) -> PlacementPlan:
+    def _place(self, placer: Placer, problem: PlacementProblem, pinned: Collection[ChainId]) -> PlacementPlan:
         """Place; where a pinned chain found no room, once more with a home made for it."""
-        plan = self._placer.place(problem)
+        plan = placer.place(problem)
         homeless = sorted(plan.report.left_out.keys() & set(pinned))
         if not homeless:
             return plan
         pinned_chains = {*homeless, *(pin.chain for pin in problem.wishes.pins)}
         sizes = {chain: self._bytes(chain) for chain in pinned_chains}
         wishes = make_room(problem.wishes, homeless, problem.workers, sizes)
-        return self._placer.place(replace(problem, wishes=wishes))
+        return placer.place(replace(problem, wishes=wishes))
 
-    def _tell(self, plan: PlacementPlan) -> None:
+    def _tell(self, plans: Sequence[PlacementPlan]) -> None:
         """Log what could not be done, once."""
-        if plan.report.left_out != self.left_out:
-            self.left_out = plan.report.left_out
-            for chain, why in self.left_out.items():
+        left_out = {chain: why for plan in plans for chain, why in plan.report.left_out.items()}
+        refused = tuple(pin for plan in plans for pin in plan.report.refused_pins)
+        if left_out != self.left_out:
+            self.left_out = left_out
+            for chain, why in left_out.items():
                 log.warning("no room chain=%s: %s", chain[:12], why)
-        if plan.report.refused_pins != self.refused_pins:
-            self.refused_pins = plan.report.refused_pins
-            for pin in self.refused_pins:
+        if refused != self.refused_pins:
+            self.refused_pins = refused
+            for pin in refused:
                 log.warning("no room for a wish worker=%s chain=%s", pin.worker, pin.chain[:12])
 
     async def _read_wishes(self) -> tuple[list[WishedChain], set[ChainId]]:
@@ -236,3 +240,16 @@ class Planner:
                     tensors = self._zoo.block(block).tensors.values()
                     self._sizes[block] = sum(tensor.num_bytes for tensor in tensors)
         self._manifests[chain] = manifest
+
+
+def _by_wire_version(view: ClusterView) -> dict[int, dict[WorkerId, WorkerView]]:
+    """The workers that take requests: those that can be on one path together, by their wire version."""
+    found: dict[int, dict[WorkerId, WorkerView]] = {}
+    for worker, one in view.workers.items():
+        if one.record.state is WorkerState.READY:
+            found.setdefault(one.record.wire_version, {})[worker] = one
+    return found
+
+
+def _capacity(record: WorkerRecord) -> WorkerCapacity:
+    return WorkerCapacity(record.block_bytes, record.speed, record.host)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
 
 from blockserve.common.cluster import ClusterView, PathStep, WorkerId
 from blockserve.common.engine_api import EngineRequest
@@ -17,19 +18,30 @@ from blockzoo.manifest import ChainId, Link
 
 EXPECTED_OUTPUT_TOKENS = 256
 """Most output tokens to reckon with: few answers are as long as they may be."""
+PARTED_SECONDS = 30.0
+"""How long workers that lost each other are kept apart: to find that they still are takes a request 10 s."""
 _NO_PROMPT = RequestSize(prompt_tokens=1, output_tokens=1)
 
 
 class ZooPathChooser:
     """See `blockserve.router.cluster.PathChooser`. One event loop."""
 
-    def __init__(self, zoo: ZooReader, model: CostModel | None = None) -> None:
+    def __init__(
+        self,
+        zoo: ZooReader,
+        model: CostModel | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """Begin without a view of the cluster.
 
         Args:
             zoo: where chains are looked up.
             model: weights of the estimates.
+            clock: seconds, from whenever.
         """
+        self._clock = clock
+        self._parted: dict[tuple[WorkerId, WorkerId], float] = {}  # until when
         self._zoo = zoo
         self._view = ClusterView()
         self._index = PathIndex(self._view, model)
@@ -39,7 +51,14 @@ class ZooPathChooser:
     def update(self, view: ClusterView) -> None:
         """The cluster has changed."""
         self._view = view
-        self._index.update(view)
+        now = self._clock()
+        self._parted = {pair: until for pair, until in self._parted.items() if until > now}
+        self._index.update(view, self._parted)
+
+    def note_parted(self, one: WorkerId, other: WorkerId) -> None:
+        """A worker cannot reach another: paths avoid this hop for a while, and take it where they must."""
+        self._parted[one, other] = self._clock() + PARTED_SECONDS
+        self.update(self._view)
 
     async def prepare(self, chain: ChainId) -> None:
         """Read a chain's links once."""

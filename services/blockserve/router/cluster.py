@@ -71,6 +71,10 @@ class PathChooser(Protocol):
         """A request that was given this path has ended, or left it."""
         ...
 
+    def note_parted(self, one: WorkerId, other: WorkerId) -> None:
+        """A worker cannot reach another, which may be well all the same."""
+        ...
+
 
 class Loader(Protocol):
     """Has chains brought into workers' memory."""
@@ -305,6 +309,8 @@ class ClusterEngine:
         excluded.clear()
         if worker:
             excluded.add(worker)
+        if worker and (witness := str(error.metadata.get("seen_by", ""))):
+            self._chooser.note_parted(WorkerId(witness), worker)
         if failures:
             await asyncio.sleep(self._failover.backoff_seconds * 2 ** (failures - 1))
 

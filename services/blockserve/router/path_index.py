@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +26,9 @@ from blockserve.common.cluster import (
 )
 from blockserve.router.path_costs import CostModel, Floats, RequestSize, hop_latency, worker_costs
 from blockzoo.manifest import ChainId, Link
+
+PARTED_HOP_SECONDS = 10.0
+"""A hop between workers that cannot reach each other: what it takes to find that out."""
 
 
 class Assigned:
@@ -130,8 +133,13 @@ class PathIndex:
         self._take_residency()
         self.update(view)
 
-    def update(self, view: ClusterView) -> None:
-        """Take a newer view."""
+    def update(self, view: ClusterView, parted: Collection[tuple[WorkerId, WorkerId]] = ()) -> None:
+        """Take a newer view.
+
+        Args:
+            view: the cluster.
+            parted: workers that cannot reach each other.
+        """
         ready = {name: view.workers[name] for name in sorted(view.workers) if _usable(view.workers[name])}
         before, self._views = self._views, ready
         for worker in self.assigned.workers():
@@ -144,6 +152,11 @@ class PathIndex:
         views = list(ready.values())
         self.costs = worker_costs(views, self._positions, self.model)
         self.latency, self.row = hop_latency(views, self.model) if views else (np.zeros((0, 0)),) * 2
+        numbers = {worker: number for number, worker in enumerate(ready)}
+        for one, other in parted:
+            if one in numbers and other in numbers:
+                pair = [numbers[one], numbers[other]]
+                self.latency[pair, pair[::-1]] = PARTED_HOP_SECONDS
 
     def _take_residency(self) -> None:
         self._candidates.clear()

@@ -210,6 +210,7 @@ class SpanExchange:
                         f"worker {worker} on the request's path cannot be reached",
                         hint="The request goes on over other workers.",
                         worker=worker,
+                        seen_by=running.request.path[running.place].worker,
                     ),
                 )
 

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from blockserve.common.cluster import ClusterView, Placement, WorkerId, WorkerRecord, WorkerView
+from blockserve.common.cluster import (
+    WIRE_VERSION,
+    ClusterView,
+    Placement,
+    WorkerId,
+    WorkerRecord,
+    WorkerView,
+)
 from blockserve.common.errors import WorkerNotFoundError
 from blockserve.common.state_memory import InProcessStore
 from blockserve.common.wishes import EVICT_SECONDS, EvictionFeed, WishKeeper
@@ -96,6 +104,24 @@ def run(work: Callable[[], Awaitable[None]]) -> None:
             await work()
 
     asyncio.run(bounded())
+
+
+def test_workers_of_each_wire_version_hold_all_of_what_is_asked_for(rig: Rig) -> None:
+    """No path joins two versions, so a variant that lay on both would be served by nobody."""
+
+    async def work() -> None:
+        room = 3 * max(rig.size("base"), rig.size("tuned"))
+        rig.workers("a", "b", "old", room=room)
+        old = rig.view.workers[WorkerId("old.1")]
+        older = replace(old, record=replace(old.record, wire_version=WIRE_VERSION - 1))
+        rig.view = ClusterView({**rig.view.workers, WorkerId("old.1"): older}, rig.view.placement)
+        await rig.keeper.wish("tuned", workers=("a",))
+        held = await rig.plan({"base": 1.0})
+        assert held["old"] == {"base", "tuned"}
+        assert held["a"] | held["b"] == {"base", "tuned"}
+        assert "tuned" in held["a"]
+
+    run(work)
 
 
 def test_a_pinned_variant_is_held_without_demand_and_stays_where_it_is(rig: Rig) -> None:
