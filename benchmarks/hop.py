@@ -4,16 +4,20 @@ One request decodes over a chain of two workers and at one worker that holds all
 makes two hops: its hidden state forward, the sampled token back. The echo carries a frame of the same bytes,
 in the same run, between processes on the same cores. Nothing else is on the way: the program speaks to the
 head worker as a router does.
+
+The row hop-working has the same hops over another echo, both of whose ends read 16 MiB before they send: what
+bare gRPC takes between processes that compute, as workers do. The bar is about the idle one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import struct
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leave
 
 import torch
 from cluster import LocalCluster, Transport, local_cluster, make_zoo, prompts, row, tiny_model, two_cores
-from echo import METHOD
+from echo import METHOD, work
 from harness import Row, check
 from program import Bar, Program, Say, Scale
 from served import MODEL
@@ -75,11 +79,13 @@ async def _case(
         length = len(cluster.zoo.chain(cluster.zoo.resolve("base").chain).links)
         cut = length // 2
         echo = cluster.process("echo", "echo", {near}, {})
+        working = cluster.process("echo", "working-echo", {near}, {"echo_works": "1"})
         await asyncio.gather(
             cluster.start_worker("alone", {near}),
             cluster.start_worker("head", {near}),
             cluster.start_worker("tail", {far}),
             echo.start(),
+            working.start(),
         )
         alone = (await cluster.load("alone", "base", Run(0, length)),)
         chain = (
@@ -90,8 +96,11 @@ async def _case(
             (await _decode(cluster, alone, 30, 0))[1] == (await _decode(cluster, chain, 30, 0))[1],
             "two workers answer otherwise than one",
         )
-        added, halves = [], []
-        async with _echoing(echo.address, frame()) as round_trip:
+        added, halves, working_halves = [], [], []
+        async with (
+            _echoing(echo.address, frame()) as round_trip,
+            _echoing(working.address, frame(), works=True) as working_round_trip,
+        ):
             # Each sample is one of all three in turns, so that what drifts drifts for all.
             for number in range(2 * scale.runs):
                 one = (await _decode(cluster, alone, tokens, number + 1))[0]
@@ -99,25 +108,21 @@ async def _case(
                 half = median([await round_trip() for _ in range(tokens)]) / 2
                 added.append((two - one) / HOPS)
                 halves.append(half)
+                working_halves.append(median([await working_round_trip() for _ in range(tokens)]) / 2)
                 say(
                     f"{name}: token {one * 1e6:.0f} us at one worker, {two * 1e6:.0f} us over two; "
-                    f"hop {added[-1] * 1e6:.0f} us, half an echo {half * 1e6:.0f} us"
+                    f"hop {added[-1] * 1e6:.0f} us, half an echo {half * 1e6:.0f} us, "
+                    f"between processes that compute {working_halves[-1] * 1e6:.0f} us"
                 )
     check(min(added) > 0, "the chain of two is not slower than one worker: the machine was disturbed")
     case = (
         f"{model.name}, batch 1, {tokens} tokens, {transport}, each worker on one core: (median time of a "
         f"token over two workers - at one) / {HOPS} hops; the echo is of a frame of {len(frame())} bytes"
     )
+    idle, busy = "half the round trip of a bare grpc.aio echo", "the same between processes that compute"
     return [
-        row(
-            "hop",
-            name,
-            case,
-            "s",
-            added,
-            peer=halves,
-            peer_name="half the round trip of a bare grpc.aio echo",
-        )
+        row("hop", name, case, "s", added, peer=halves, peer_name=idle),
+        row("hop", f"{name}-working", case, "s", added, peer=working_halves, peer_name=busy),
     ]
 
 
@@ -149,15 +154,22 @@ async def _decode(
 
 
 @asynccontextmanager
-async def _echoing(address: str, data: bytes) -> AsyncIterator[Callable[[], object]]:
+async def _echoing(
+    address: str, data: bytes, *, works: bool = False
+) -> AsyncIterator[Callable[[], Awaitable[float]]]:
+    """Gives a function that makes a round trip; its seconds, without those that both ends compute."""
     async with open_channel(address, Credentials()) as channel:
         call = channel.stream_stream(METHOD)()
 
         async def round_trip() -> float:
+            if works:
+                work()
             started = time.perf_counter()
             await call.write(data)
-            check(await call.read() == data, "the echo is not what was sent")
-            return time.perf_counter() - started
+            answer = await call.read()
+            seconds = time.perf_counter() - started
+            check(answer[-len(data) :] == data, "the echo is not what was sent")
+            return seconds - (struct.unpack("<d", answer[:8])[0] if works else 0.0)
 
         for _ in range(50):
             await round_trip()

@@ -22,7 +22,7 @@ from blockproto.v1 import worker_pb2, worker_pb2_grpc
 from blockserve.common.channel import Credentials, open_channel
 from blockserve.common.cluster import WIRE_VERSION, PathStep, WorkerId
 from blockserve.worker.convert import hidden_bytes, to_frame
-from blockserve.worker.frames import frames
+from blockserve.worker.frames import FRAME_BYTES, frames
 from blockserve.worker.messages import SpanMsg
 
 log = logging.getLogger(__name__)
@@ -68,6 +68,10 @@ class PeerLinks:
 
     def send(self, step: PathStep, messages: Sequence[SpanMsg]) -> None:
         """Have messages delivered in order, or the worker be reported as lost."""
+        size = hidden_bytes(messages)
+        if size <= FRAME_BYTES:  # nearly always
+            self._call(partial(self._push, step, to_frame(messages), size))
+            return
         for part in frames(messages):
             self._call(partial(self._push, step, to_frame(part), hidden_bytes(part)))
 
