@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +25,6 @@ from support.state_servers import ServerBackend
 
 PATIENCE = 60.0
 """Seconds to wait for anything; a machine that is busy with other work needs long."""
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass
@@ -46,11 +45,10 @@ class Process:
         """Start it and wait until it is ready."""
         with self.log.open("ab") as log:
             self.popen = subprocess.Popen(
-                [*self.prefix, sys.executable, *self.launcher, self.module],
+                [*self.prefix, *_ending_with_us(), sys.executable, *self.launcher, self.module],
                 env={**os.environ, **self.environment},
                 stdout=subprocess.PIPE,
                 stderr=log,
-                preexec_fn=_end_with_us,
             )
         stdout = self.popen.stdout
         assert stdout is not None
@@ -79,9 +77,13 @@ class Process:
             return await asyncio.to_thread(self.popen.wait)
 
 
-def _end_with_us() -> None:
-    """In the child, before it is the program: the kernel kills it when we are gone, also after `kill -9`."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+def _ending_with_us() -> list[str]:
+    """What stands before a command so that the kernel ends it when we are gone, also after `kill -9`.
+
+    Not `preexec_fn`: gRPC has threads and fork handlers here, and Python code before exec would meet both.
+    """
+    setpriv = shutil.which("setpriv")
+    return [setpriv, "--pdeathsig", "KILL"] if setpriv else []
 
 
 @dataclass

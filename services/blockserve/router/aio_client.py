@@ -36,7 +36,7 @@ from blockserve.common.errors import DeadlineExceededError, RemoteError, Unavail
 from blockserve.common.rpc_errors import from_rpc_error
 from blockserve.common.wish_servicer import from_message
 from blockserve.common.wishes import WishStatus
-from blockserve.router import convert
+from blockserve.router import convert, status_convert
 from blockserve.router.calls import GenerateCall, Prompt, SamplingWishes, StoppingWishes
 from blockserve.router.chat import Conversation
 from blockserve.router.results import Chunk, Completion, ModelInfo, RequestInfo, ServerStatus, Tokenized
@@ -223,7 +223,7 @@ class AsyncClient:
     async def status(self) -> ServerStatus:
         """What the server holds and does."""
         request = admin_pb2.GetStatusRequest()
-        return convert.status_from_message(await self._call(self._admin.GetStatus, request))
+        return status_convert.status_from_message(await self._call(self._admin.GetStatus, request))
 
     async def trace(self, request_id: str) -> tuple[CallTrace, ...]:
         """Where the time of a request went; calls of this id, oldest first.

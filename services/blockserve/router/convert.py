@@ -8,25 +8,19 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from blockproto.v1 import admin_pb2, inference_pb2
-from blockserve.common.engine_api import FinishReason, PositionLogprobs, SegmentReport
+from blockproto.v1 import inference_pb2
+from blockserve.common.engine_api import FinishReason, PositionLogprobs
 from blockserve.common.errors import PromptError
 from blockserve.router.calls import GenerateCall, Prompt, SamplingWishes, StoppingWishes
 from blockserve.router.chat import Conversation
 from blockserve.router.results import (
     Chunk,
-    ClusterStatus,
     Finish,
-    LoadedChain,
     ModelInfo,
     RequestInfo,
-    ResidentRun,
-    ServerStatus,
     Tokenized,
     Usage,
-    WorkerStatus,
 )
-from blockserve.router.trace_convert import running_path_from_message, running_path_to_message
 from blockzoo.errors import InvalidInputError
 
 MAX_REQUEST_ID_CHARS = 128
@@ -398,120 +392,14 @@ _MODEL_FIELDS = (
 
 def model_to_message(model: ModelInfo) -> inference_pb2.Model:
     """A variant for the wire."""
-    return inference_pb2.Model(provenance=dict(model.provenance), **_fields(model, _MODEL_FIELDS))
+    return inference_pb2.Model(provenance=dict(model.provenance), **fields_of(model, _MODEL_FIELDS))
 
 
 def model_from_message(message: inference_pb2.Model) -> ModelInfo:
     """The inverse of `model_to_message`."""
-    return ModelInfo(provenance=dict(message.provenance), **_fields(message, _MODEL_FIELDS))
+    return ModelInfo(provenance=dict(message.provenance), **fields_of(message, _MODEL_FIELDS))
 
 
-_STATUS_FIELDS = (
-    "version",
-    "uptime_seconds",
-    "zoo_url",
-    "device",
-    "waiting_requests",
-    "running_requests",
-    "passes",
-    "kv_pages_total",
-    "kv_pages_used",
-    "kv_bytes_total",
-    "block_bytes",
-    "kv_pages_cached",
-    "prefix_queried_tokens",
-    "prefix_hit_tokens",
-    "preemptions",
-    "chain_evictions",
-)
-_CHAIN_FIELDS = ("chain_digest", "running_requests", "private_bytes", "total_bytes", "pinned")
-_CLUSTER_FIELDS = ("placement_version", "failovers")
-_RUN_FIELDS = ("segment_digest", "first_position", "num_blocks")
-_WORKER_FIELDS = (
-    "worker_id",
-    "name",
-    "address",
-    "host",
-    "state",
-    "waiting_requests",
-    "running_requests",
-    "queued_tokens",
-    "step_seconds",
-    "kv_pages_free",
-    "kv_pages_total",
-    "block_bytes",
-    "block_bytes_limit",
-)
-_SEGMENT_FIELDS = (
-    "segment_id",
-    "first_position",
-    "num_blocks",
-    "num_chains",
-    "forward_calls",
-    "tokens",
-    "sequences",
-    "mixed_calls",
-    "largest_batch_sequences",
-    "largest_batch_chains",
-)
-
-
-def status_to_message(status: ServerStatus) -> admin_pb2.GetStatusResponse:
-    """A server's status for the wire."""
-    return admin_pb2.GetStatusResponse(
-        chains=[
-            admin_pb2.LoadedChain(models=chain.models, **_fields(chain, _CHAIN_FIELDS))
-            for chain in status.chains
-        ],
-        segments=[
-            admin_pb2.SegmentStatus(**_fields(segment, _SEGMENT_FIELDS)) for segment in status.segments
-        ],
-        cluster=None if status.cluster is None else _cluster_to_message(status.cluster),
-        **_fields(status, _STATUS_FIELDS),
-    )
-
-
-def status_from_message(message: admin_pb2.GetStatusResponse) -> ServerStatus:
-    """The inverse of `status_to_message`."""
-    return ServerStatus(
-        chains=tuple(
-            LoadedChain(models=tuple(chain.models), **_fields(chain, _CHAIN_FIELDS))
-            for chain in message.chains
-        ),
-        segments=tuple(SegmentReport(**_fields(segment, _SEGMENT_FIELDS)) for segment in message.segments),
-        cluster=_cluster_from_message(message.cluster) if message.HasField("cluster") else None,
-        **_fields(message, _STATUS_FIELDS),
-    )
-
-
-def _cluster_to_message(cluster: ClusterStatus) -> admin_pb2.ClusterStatus:
-    return admin_pb2.ClusterStatus(
-        paths=[running_path_to_message(path) for path in cluster.paths],
-        workers=[
-            admin_pb2.WorkerStatus(
-                segments=[admin_pb2.ResidentRun(**_fields(run, _RUN_FIELDS)) for run in worker.segments],
-                **_fields(worker, _WORKER_FIELDS),
-            )
-            for worker in cluster.workers
-        ],
-        **_fields(cluster, _CLUSTER_FIELDS),
-    )
-
-
-def _cluster_from_message(message: admin_pb2.ClusterStatus) -> ClusterStatus:
-    return ClusterStatus(
-        paths=tuple(running_path_from_message(path) for path in message.paths),
-        workers=tuple(
-            WorkerStatus(
-                segments=tuple(ResidentRun(**_fields(run, _RUN_FIELDS)) for run in worker.segments),
-                **_fields(worker, _WORKER_FIELDS),
-            )
-            for worker in message.workers
-        ),
-        **_fields(message, _CLUSTER_FIELDS),
-    )
-
-
-def _fields(source: Any, names: Sequence[str]) -> dict[str, Any]:
-    """Fields that message and value name alike."""
+def fields_of(source: Any, names: Sequence[str]) -> dict[str, Any]:
+    """Fields that message and value name alike, by name."""
     return {name: getattr(source, name) for name in names}

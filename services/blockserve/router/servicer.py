@@ -12,7 +12,7 @@ from contextlib import aclosing
 from typing import Any
 
 from blockproto.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
-from blockserve.router import convert
+from blockserve.router import convert, status_convert
 from blockserve.router.service import Router
 from blockserve.router.trace_convert import call_to_message
 
@@ -110,4 +110,4 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     ) -> admin_pb2.GetStatusResponse:
         """What the server holds and does."""
         del request, context
-        return convert.status_to_message(await self._router.status())
+        return status_convert.status_to_message(await self._router.status())

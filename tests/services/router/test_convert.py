@@ -10,7 +10,7 @@ import pytest
 from blockproto.v1 import inference_pb2
 from blockserve.common.engine_api import FinishReason, PositionLogprobs, SegmentReport
 from blockserve.common.errors import PromptError
-from blockserve.router import convert
+from blockserve.router import convert, status_convert
 from blockserve.router.calls import GenerateCall, Prompt, SamplingWishes, StoppingWishes
 from blockserve.router.chat import Conversation
 from blockserve.router.results import (
@@ -175,7 +175,7 @@ def test_models_tokens_and_status_survive_the_wire() -> None:
     segment = SegmentReport("s", 1, 2, 3, 4, 5, 6, 7, 8, 9)
     counts = (1, 2, 3, 4, 5, 2**41, 2**42)
     status = ServerStatus("1.0", 5.5, "memory:", "cpu", *counts, (chain,), (segment,), 6, 7, 8, 9, 10)
-    assert convert.status_from_message(convert.status_to_message(status)) == status
+    assert status_convert.status_from_message(status_convert.status_to_message(status)) == status
     worker = WorkerStatus(
         *("w.1", "w", "unix:/w", "here", "draining", 1, 2, 3, 0.5, 4, 5, 2**41, 2**42),
         segments=(ResidentRun("c0ffee", 0, 3), ResidentRun("dada", 3, 4)),
@@ -183,7 +183,7 @@ def test_models_tokens_and_status_survive_the_wire() -> None:
     for workers in ((worker, worker), ()):
         paths = (RunningPath((RunningStep("w.1", "w", 0, 3), RunningStep("v.1", "v", 3, 4)), 5),)
         known = replace(status, cluster=ClusterStatus(workers, 6, 7, paths))
-        assert convert.status_from_message(convert.status_to_message(known)) == known
+        assert status_convert.status_from_message(status_convert.status_to_message(known)) == known
 
 
 def test_page_tokens_are_opaque_and_checked() -> None:
