@@ -13,7 +13,7 @@ from blockserve.common.redis_child import find_server_program
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 ROWS = {
-    "hop": {"hop", "hop-encode", "hop-loop-wake", "hop-decode", "hop-engine-wake"},
+    "hop": {"hop", "hop-working", "hop-encode", "hop-loop-wake", "hop-decode", "hop-engine-wake"},
     "split": {"split-2", "split-2-serve"},
     "shared_trunk": {"shared-trunk"},
     "adapt_p95": {"adapt-p95", "adapt-p95-kl"},
