@@ -35,7 +35,7 @@ from blockserve.router.aio_client import AsyncClient
 from blockzoo.zoo import Zoo
 
 LORAS, TUNED = 8, 8
-CLIENTS, REQUESTS, PROMPT_TOKENS, OUTPUT_TOKENS = 8, 64, 64, 64
+CLIENTS, REQUESTS, PROMPT_TOKENS, OUTPUT_TOKENS = 8, 32, 64, 64
 ZIPF = 1.0
 """Exponent: the variant of rank r is asked for in proportion to 1 / r."""
 CHECKPOINTS_IN_MEMORY = 4
