@@ -37,6 +37,8 @@ class EngineConfig:
             differ in the head only, but a tenant can find out by timing what another one sent).
         block_bytes: most bytes of blocks in memory; 0 for no bound of our own. A variant that does not
             fit makes those leave that nobody has used for longest, are not in use and not pinned.
+        room_seconds: how long a variant that does not fit waits for requests on others to end, in seconds, before
+            its callers are refused. Longer waits are better spent by callers, who may give up.
         deterministic: bfloat16 answers do not depend, in any bit, on what else is in the batch, on cached
             prefixes or on pre-emption (on one machine, with one number of threads; on the CPU). Off, they may
             differ where two tokens are almost equally likely. On processors that do not multiply pairs of
@@ -62,6 +64,7 @@ class EngineConfig:
     kv_reserve_tokens: int = 512
     prefix_sharing: PrefixSharing = "variant"
     block_bytes: int = 0
+    room_seconds: float = 10.0
     deterministic: bool = False
     inline_seconds: float = 0.02
     load_threads: int = 2
@@ -91,7 +94,8 @@ class EngineConfig:
             self.kv_reserve_tokens,
             self.traced_spans,
         )
-        if self.inline_seconds < 0:
-            raise ValueError(f"inline_seconds cannot be negative, as {self.inline_seconds}")
+        for name in ("inline_seconds", "room_seconds"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} cannot be negative, as {getattr(self, name)}")
         if min(counts) < 0 or self.load_threads < 1:
             raise ValueError("counts of threads, requests and bytes cannot be negative")

@@ -29,6 +29,7 @@ from blockserve.common.engine_api import (
 from blockserve.common.errors import (
     ChainNotLoadedError,
     KvCapacityError,
+    MemoryBudgetError,
     PathBrokenError,
     QueueFullError,
     ServerStoppingError,
@@ -55,6 +56,9 @@ from blockzoo.manifest import ChainId
 _LOG = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+ROOM_POLL_SECONDS = 0.1
+"""How often it is looked whether requests that were in the way of a load have ended."""
 
 
 class BlockEngine:
@@ -149,11 +153,21 @@ class BlockEngine:
     # ---- chains
 
     async def load(self, chain: ChainId, *, pinned: bool | None = None) -> None:
-        """Read a chain's blocks into memory; see `Engine.load`."""
-        await self.load_span(await self._whole(chain), pinned=pinned)
+        """Read a chain's blocks into memory; see `Engine.load`.
+
+        Where requests are in the way, those have `room_seconds` to end; meanwhile other chains can be loaded.
+        """
+        span, until = await self._whole(chain), time.monotonic() + self.config.room_seconds
+        while True:
+            try:
+                return await self.load_span(span, pinned=pinned)
+            except MemoryBudgetError as error:
+                if not error.retry_after or time.monotonic() >= until:
+                    raise
+            await asyncio.sleep(ROOM_POLL_SECONDS)
 
     async def load_span(self, span: ChainSpan, *, pinned: bool | None = None) -> None:
-        """Read a run of a chain's blocks into memory; otherwise as `load` (SpanError)."""
+        """Read a run of a chain's blocks into memory, or fail at once; otherwise as `load` (SpanError)."""
         async with self._loading:
             while not self._chains.is_loaded(span):
                 if self.config.block_bytes:

@@ -87,8 +87,8 @@ def sizes(tiny: TinyZoo) -> dict[str, int]:
 
 
 @contextmanager
-def serving(tiny: TinyZoo, block_bytes: int) -> Iterator[BlockEngine]:
-    engine = BlockEngine(tiny.zoo, replace(SMALL, block_bytes=block_bytes))
+def serving(tiny: TinyZoo, block_bytes: int, room_seconds: float = 0.0) -> Iterator[BlockEngine]:
+    engine = BlockEngine(tiny.zoo, replace(SMALL, block_bytes=block_bytes, room_seconds=room_seconds))
     engine.start()
     try:
         yield engine
@@ -168,6 +168,30 @@ def test_busy_chains_stay(tiny: TinyZoo) -> None:
 
     with serving(tiny, max(size["base"], size["qwen"])) as engine:
         asyncio.run(work(engine))
+
+
+def test_a_load_waits_for_requests_that_are_in_the_way(tiny: TinyZoo) -> None:
+    size = sizes(tiny)
+
+    async def work(engine: BlockEngine) -> None:
+        base, other = tiny.chains["base"], tiny.chains["qwen"]
+        await engine.load(base)
+        stream = engine.generate(ask(base, 400))
+        await anext(stream)
+        loading = asyncio.create_task(engine.load(other))
+        await asyncio.sleep(0)
+        assert len([event async for batch in stream for event in batch]) == 399  # undisturbed
+        await loading
+        assert len(await use(engine, other)) == 4
+
+    with serving(tiny, max(size["base"], size["qwen"]), room_seconds=60.0) as engine:
+        asyncio.run(work(engine))
+    with (
+        serving(tiny, size["base"] // 2, room_seconds=60.0) as engine,
+        pytest.raises(MemoryBudgetError) as caught,
+    ):
+        asyncio.run(engine.load(tiny.chains["base"]))  # no wait makes it fit
+    assert caught.value.retry_after == 0
 
 
 def test_nobody_goes_for_a_chain_that_cannot_be_loaded(tiny: TinyZoo) -> None:
