@@ -37,8 +37,8 @@ class EngineConfig:
             differ in the head only, but a tenant can find out by timing what another one sent).
         block_bytes: most bytes of blocks in memory; 0 for no bound of our own. A variant that does not
             fit makes those leave that nobody has used for longest, are not in use and not pinned.
-        room_seconds: how long a variant that does not fit waits for requests on others to end, in seconds, before
-            its callers are refused. Longer waits are better spent by callers, who may give up.
+        room_seconds: how long a variant that does not fit waits for requests on others to end, in seconds,
+            before its callers are refused. Longer waits are better spent by callers, who may give up.
         deterministic: bfloat16 answers do not depend, in any bit, on what else is in the batch, on cached
             prefixes or on pre-emption (on one machine, with one number of threads; on the CPU). Off, they may
             differ where two tokens are almost equally likely. On processors that do not multiply pairs of
