@@ -21,6 +21,8 @@ ROWS = {
     "router_rps": {f"router-rps{way}{what}" for way in ("", "-passes", "-at-once") for what in ("", "-cpu")},
 }
 """Rows of each program's result when it runs with --quick."""
+SLOW = {"split", "shared_trunk", "adapt_p95", "failover_gap"}
+"""They take a quarter of a minute each, even so."""
 pytestmark = pytest.mark.skipif(find_server_program() is None, reason="the extra `cluster` brings a server")
 
 
@@ -36,7 +38,9 @@ def program(monkeypatch):
             del sys.modules[name]
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] if name in SLOW else []) for name in ROWS]
+)
 def test_a_quick_run_says_whether_the_bar_is_reached(name):
     command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--quick"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=300, check=False)

@@ -109,6 +109,7 @@ def test_nobody_notices_where_controllers_place(zoo: Zoo, tmp_path: Path, seed: 
     run(local(is_placed=True), zoo, tmp_path, seed, 50, FEW, FP32)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", SEEDS)
 def test_nobody_notices_lost_packets(namespaces: None, zoo: Zoo, tmp_path: Path, seed: int) -> None:
     """Two replicas of each half, each on a machine of its own whose packets vanish."""
