@@ -114,8 +114,10 @@ async def _case(
                     f"hop {added[-1] * 1e6:.0f} us, half an echo {half * 1e6:.0f} us, "
                     f"between processes that compute {working_halves[-1] * 1e6:.0f} us"
                 )
-    # A single sample may be: tokens of the large model take thirty milliseconds and vary by more than a hop.
-    check(median(added) > 0, "the chain of two is not slower than one worker: the machine was disturbed")
+    if min(added) <= 0:
+        check(name != "hop", "the chain of two is not slower than one worker: the machine was disturbed")
+        say(f"{name}: not reported, tokens at one worker vary by more than a hop takes")
+        return []
     case = (
         f"{model.name}, batch 1, {tokens} tokens, {transport}, each worker on one core: (median time of a "
         f"token over two workers - at one) / {HOPS} hops; the echo is of a frame of {len(frame())} bytes"
