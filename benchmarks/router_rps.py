@@ -2,7 +2,8 @@
 
 The worker (fake_worker.py) and the load (this program) share the other core. The bar is about answers whose
 tokens come in messages of their own; beside it stand passes, as real workers send them, and whole answers
-in one message.
+in one message. The peer of every row is a bare relay (relay.py) on the same core, in turns: what grpc.aio
+itself takes to pass on such messages, on the machine as it is in that minute.
 """
 
 from __future__ import annotations
@@ -39,47 +40,52 @@ async def measure(scale: Scale, say: Say) -> list[Row]:
     zoo = make_zoo("rps-zoo", {"base": base_model(quick=scale.quick)})
     os.sched_setaffinity(0, {other})
     seconds = 0.3 if scale.quick else SECONDS
-    rates: dict[str, list[float]] = {name: [] for name in KINDS}
-    costs: dict[str, list[float]] = {name: [] for name in KINDS}
+    rates: dict[str, list[tuple[float, float]]] = {name: [] for name in KINDS}
+    costs: dict[str, list[tuple[float, float]]] = {name: [] for name in KINDS}
     async with local_cluster(zoo) as cluster:
         worker = cluster.process("fake_worker", "fake", {other}, {})
         await worker.start()
         router = await cluster.start_router({router_core})
+        relay = cluster.process("relay", "relay", {router_core}, {"worker": worker.address})
+        await relay.start()
         await cluster.until(lambda view: len(view.workers) == 1)
-        async with open_channel(router.address, Credentials()) as channel:
-            stub = inference_pb2_grpc.InferenceServiceStub(channel)
-            for kind, _ in KINDS.values():
-                await _load(stub, kind, min(seconds, WARM_SECONDS), router)
-            for number in range(scale.runs):
-                for name, (kind, _) in KINDS.items():
-                    rate, busy = await _load(stub, kind, seconds, router)
-                    rates[name].append(rate)
-                    costs[name].append(busy / rate)
-                    say(
-                        f"run {number + 1}: {name} {rate:.0f} requests/s, router busy {100 * busy:.0f} %, "
-                        f"{1000 * busy / rate:.2f} ms a request"
-                    )
+        for kind, _ in KINDS.values():
+            for process in (router, relay):
+                await _load(process, kind, min(seconds, WARM_SECONDS))
+        for number in range(scale.runs):
+            for name, (kind, _) in KINDS.items():
+                rate, busy = await _load(router, kind, seconds)
+                bare_rate, bare_busy = await _load(relay, kind, seconds)
+                rates[name].append((rate, bare_rate))
+                costs[name].append((busy / rate, bare_busy / bare_rate))
+                say(
+                    f"run {number + 1}: {name} {rate:.0f} requests/s, {1000 * busy / rate:.2f} ms a request; "
+                    f"bare relay {bare_rate:.0f}, {1000 * bare_busy / bare_rate:.2f} ms"
+                )
     model = "a tiny model without a tokenizer" if scale.quick else MODEL.name
     rows = []
     for name, (_, how) in KINDS.items():
         case = f"{IN_FLIGHT} streams of {TOKENS} tokens in flight, {model}, {how}; router on one core"
-        rows.append(row("router_rps", name, case, "requests/s", rates[name]))
-        rows.append(
-            row(
-                "router_rps",
-                f"{name}-cpu",
-                f"{case}: the router's processor time a request",
-                "s",
-                costs[name],
-            )
-        )
+        rows.append(_row(name, case, "requests/s", rates[name]))
+        rows.append(_row(f"{name}-cpu", f"{case}: the process's time on it a request", "s", costs[name]))
     return rows
 
 
-async def _load(
-    stub: inference_pb2_grpc.InferenceServiceStub, kind: int, seconds: float, router: Process
+def _row(name: str, case: str, unit: str, pairs: list[tuple[float, float]]) -> Row:
+    ours, bare = map(list, zip(*pairs, strict=True))
+    peer = "a bare grpc.aio relay of the same messages"
+    return row("router_rps", name, case, unit, ours, peer=bare, peer_name=peer)
+
+
+async def _load(process: Process, kind: int, seconds: float) -> tuple[float, float]:
+    """Requests/s through the process, and the share of a core that it used."""
+    async with open_channel(process.address, Credentials()) as channel:
+        return await _load_through(inference_pb2_grpc.InferenceServiceStub(channel), kind, seconds, process)
+
+
+async def _load_through(
+    stub: inference_pb2_grpc.InferenceServiceStub, kind: int, seconds: float, process: Process
 ) -> tuple[float, float]:
-    """Requests/s, and the share of a core that the router used."""
     until = time.perf_counter() + seconds
     message = inference_pb2.GenerateRequest(
         model="base",
@@ -99,10 +105,10 @@ async def _load(
             check(count == TOKENS, f"{count} tokens instead of {TOKENS}")
             ended += 1
 
-    started, before = time.perf_counter(), router.cpu_seconds()
+    started, before = time.perf_counter(), process.cpu_seconds()
     await asyncio.gather(*(caller() for _ in range(IN_FLIGHT)))
     taken = time.perf_counter() - started
-    return ended / taken, (router.cpu_seconds() - before) / taken
+    return ended / taken, (process.cpu_seconds() - before) / taken
 
 
 PROGRAM = Program(

@@ -47,6 +47,7 @@ class ZooPathChooser:
         self._index = PathIndex(self._view, model)
         self._locality = PrefixLocality()
         self._links: dict[ChainId, tuple[Link, ...]] = {}
+        self._has_path: dict[ChainId, bool] = {}  # in this view
 
     def update(self, view: ClusterView) -> None:
         """The cluster has changed."""
@@ -54,6 +55,7 @@ class ZooPathChooser:
         now = self._clock()
         self._parted = {pair: until for pair, until in self._parted.items() if until > now}
         self._index.update(view, self._parted)
+        self._has_path.clear()
 
     def note_parted(self, one: WorkerId, other: WorkerId) -> None:
         """A worker cannot reach another: paths avoid this hop for a while, and take it where they must."""
@@ -77,12 +79,19 @@ class ZooPathChooser:
         links = self._links
         parents = (Parent(original, links[original]), Parent(substitute, links[substitute], shift))
         self._index.splice(chain, parents)
+        self._has_path.pop(chain, None)
 
     def has_path(self, chain: ChainId) -> bool:
         """Whether live workers hold all of the chain."""
         links = self._links.get(chain)
         if links is None:
             return False
+        found = self._has_path.get(chain)
+        if found is None:
+            found = self._has_path[chain] = self._can_assemble(chain, links)
+        return found
+
+    def _can_assemble(self, chain: ChainId, links: tuple[Link, ...]) -> bool:
         try:
             assemble(self._index, chain, links, _NO_PROMPT)
         except NoPathError:

@@ -62,6 +62,8 @@ def _cheapest(costs: PathCosts) -> tuple[float, list[int]] | None:
     alone = costs.start[0] + costs.run.sum(axis=0)
     single = int(alone.argmin())
     best = (float(alone[single]), [single] * len(costs.run)) if alone[single] < np.inf else None
+    if len(costs.run) == 1:
+        return best  # nowhere to change workers
     remembered: list[int] = []
     run = costs.run
     while True:

@@ -131,12 +131,16 @@ def _costs(
     bare = candidates.borders[-1] * (
         size.output_tokens * costs.typical_step + size.prompt_tokens * costs.typical_prefill
     )
-    pairs = np.ix_(workers, workers)
     messages, rows = size.output_tokens + 1, size.output_tokens + prefill_tokens
+    if len(lengths) == 1:  # nowhere to change workers
+        hop = np.zeros((len(workers), len(workers)))
+    else:
+        pairs = np.ix_(workers, workers)
+        hop = messages * index.latency[pairs] + rows * index.row[pairs]
     return PathCosts(
         start=backlog[None, :] + model.meeting_share * bare * candidates.liking,
         run=np.where(held, lengths[:, None] * link[None, :], np.inf),
-        hop=messages * index.latency[pairs] + rows * index.row[pairs],
+        hop=hop,
         back=size.output_tokens * model.hop_seconds,
     )
 

@@ -130,6 +130,8 @@ class VariantCatalog:
             VariantNotFoundError: no such variant; the hint has near names.
             InvalidNameError: not a name.
         """
+        if (known := self._known(ref)) is not None:
+            return known
         return await asyncio.to_thread(self.get_blocking, ref)
 
     async def tokenizer(self, variant: ServedVariant) -> VariantTokenizer | None:
@@ -138,7 +140,11 @@ class VariantCatalog:
         Raises:
             PromptError: its tokenizer.json cannot be used.
         """
-        return await asyncio.to_thread(self.tokenizer_blocking, variant)
+        blob = variant.tokenizer_blob
+        if blob is None:
+            return None
+        # Handing work to a thread costs a request more than most other steps before the engine.
+        return self._tokenizers.ready(blob) or await asyncio.to_thread(self.tokenizer_blocking, variant)
 
     async def encode(self, variant: ServedVariant, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         """Token ids of a text by the variant's tokenizer.
@@ -204,12 +210,31 @@ class VariantCatalog:
     def _by_name(self) -> list[VariantRecord]:
         return sorted(self._zoo.variants(), key=lambda record: record.name)
 
-    def _record(self, ref: str) -> VariantRecord:
-        now = self._clock()
+    def _known(self, ref: str) -> ServedVariant | None:
+        """What a name means, where that was looked up lately and nothing has to be read."""
+        record = self._fresh_record(ref)
+        if record is None:
+            return None
+        return self._served_already((record.name, record.version, record.chain))
+
+    def _served_already(self, key: tuple[str, int, ChainId]) -> ServedVariant | None:
+        with self._lock:
+            known = self._served.get(key)
+            if known is not None:
+                self._served.move_to_end(key)
+            return known
+
+    def _fresh_record(self, ref: str) -> VariantRecord | None:
         with self._lock:
             seen = self._current.get(ref)
-        if seen is not None and now - seen[0] < self._config.refresh_seconds:
-            return seen[1]
+        if seen is None or self._clock() - seen[0] >= self._config.refresh_seconds:
+            return None
+        return seen[1]
+
+    def _record(self, ref: str) -> VariantRecord:
+        if (fresh := self._fresh_record(ref)) is not None:
+            return fresh
+        now = self._clock()
         record = self._zoo.resolve(ref)
         if self._config.refresh_seconds > 0:
             with self._lock:
@@ -220,10 +245,8 @@ class VariantCatalog:
 
     def _served_variant(self, record: VariantRecord) -> ServedVariant:
         key = (record.name, record.version, record.chain)
-        with self._lock:
-            if (known := self._served.get(key)) is not None:
-                self._served.move_to_end(key)
-                return known
+        if (known := self._served_already(key)) is not None:
+            return known
         served = self._describe(record)
         with self._lock:
             self._served[key] = served

@@ -78,6 +78,15 @@ class TokenizerCache:
         self._lock = threading.Lock()
         self._entries: OrderedDict[BlobId, Future[VariantTokenizer]] = OrderedDict()
 
+    def ready(self, blob: BlobId) -> VariantTokenizer | None:
+        """The tokenizer of `blob` if it has been parsed; never blocks."""
+        with self._lock:
+            future = self._entries.get(blob)
+            if future is None or not future.done() or future.exception() is not None:
+                return None
+            self._entries.move_to_end(blob)
+            return future.result()
+
     def get(self, blob: BlobId, read: Callable[[], bytes]) -> VariantTokenizer:
         """The tokenizer of `blob`, parsed from `read()` on first use. Blocks.
 

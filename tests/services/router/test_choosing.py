@@ -89,3 +89,15 @@ def test_who_has_no_other_way_is_tried_all_the_same(rig: Rig) -> None:
     rig.chooser.note_parted(WorkerId("a"), WorkerId("gone"))
     assert rig.choose() == ("a", "b")
     assert rig.chooser.has_path(rig.chain)
+
+
+def test_whether_there_is_a_path_follows_the_view(rig: Rig) -> None:
+    assert not rig.chooser.has_path(rig.chain)
+    rig.view(head=HEAD, tail=TAIL)
+    assert rig.chooser.has_path(rig.chain)
+    assert rig.chooser.has_path(rig.chain)
+    rig.view(head=HEAD)
+    assert not rig.chooser.has_path(rig.chain)
+    rig.view(all=Run(0, 5))
+    assert rig.chooser.has_path(rig.chain)
+    assert rig.choose() == ("all",)

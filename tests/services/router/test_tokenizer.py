@@ -112,3 +112,17 @@ def compare(folder: Path) -> None:
         for special in (True, False):
             expected = theirs(text, add_special_tokens=special)["input_ids"]
             assert list(ours.encode(text, add_special_tokens=special)) == expected
+
+
+def test_one_that_has_been_parsed_is_had_without_blocking() -> None:
+    cache, blob = TokenizerCache(4), BlobId("b" * 64)
+    assert cache.ready(blob) is None
+    made = cache.get(blob, tokenizer_json)
+    assert cache.ready(blob) is made
+
+
+def test_one_that_cannot_be_parsed_is_never_ready() -> None:
+    cache, blob = TokenizerCache(4), BlobId("b" * 64)
+    with pytest.raises(PromptError):
+        cache.get(blob, lambda: b"{}")
+    assert cache.ready(blob) is None
