@@ -8,6 +8,7 @@ VENV ?= .venv
 TORCH_INDEX ?=
 MODEL ?=
 ARGS ?=
+JOBS ?= 2
 BIN := $(VENV)/bin
 export PYTHON VENV TORCH_INDEX
 # A folder named kernels/ or services/ in the current directory must never win over a package of that name.
@@ -31,6 +32,7 @@ help: ## This text
 	@echo '  TORCH_INDEX=URL  an extra package index for the torch wheel, for example the one with CPU wheels'
 	@echo '  PYTHON=PATH      the Python to use, 3.11 or newer (now: $(PYTHON))'
 	@echo '  VENV=PATH        where the environment goes (now: $(VENV))'
+	@echo '  JOBS=N           test: processes that share the tests (now: $(JOBS)); 0 for one after another'
 	@echo '  ARGS=...         test, test-long: more arguments for pytest, for example ARGS="-k gc -x"; bench-peers: its own'
 
 .PHONY: venv
@@ -56,7 +58,7 @@ demo-cluster: demo-venv $(if $(MODEL),,model) ## Three workers, twelve variants,
 .PHONY: test
 test: venv model ## Every test that is not long, under 15 minutes on two cores
 	@echo 'Running the tests that are not marked long; the others are `make test-long`.'
-	@$(BIN)/pytest -m 'not long' $(ARGS)
+	@$(BIN)/pytest -m 'not long' -n $(JOBS) --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 .PHONY: test-long
 test-long: venv model ## The tests marked long

@@ -44,8 +44,27 @@ def smollm2() -> Path:
     return path
 
 
+CLUSTERS = ("tests/e2e/", "tests/scripts/test_demo_cluster.py", "tests/test_bench_cluster.py")
+"""They start clusters of processes, which take both cores and time each other: one such test at a time."""
+LONG_FILES = ("tests/oracle/", "tests/kernels/", "tests/services/worker/")
+
+
+@pytest.hookimpl(tryfirst=True)  # before the groups are read
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped where there is no CUDA device."""
+    """Tests marked `gpu` are skipped where there is no CUDA device; who may run beside whom.
+
+    With `-n 2 --dist loadgroup` one process takes the clusters and then helps the other one, which takes file
+    after file: what a file prepares is prepared once. What takes longest comes first.
+    """
+    _skip_gpu(items)
+    for item in items:
+        name = item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group("clusters" if name.startswith(CLUSTERS) else name))
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG_FILES))  # stable
+    items.sort(key=lambda item: not item.nodeid.startswith(CLUSTERS))
+
+
+def _skip_gpu(items: list[pytest.Item]) -> None:
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return

@@ -21,6 +21,7 @@ from blockzoo.zoo import Zoo
 from support.cluster import PATIENCE, Cluster, cluster
 from support.models import CONTEXT_LENGTH, checkpoint_tensors, edit_checkpoint, tune_layers
 from support.oracle import Oracle
+from support.scrape import scrape_logged
 from support.variants import VariantFactory
 
 PROMPT = "Every tenant sends requests"
@@ -108,6 +109,12 @@ async def until_substituted(client: AsyncClient) -> Completion:
     return answer
 
 
+async def substituted(rig: Cluster) -> float:
+    """Requests that an equivalent answered, as the router's metrics count them."""
+    scraped = await scrape_logged(rig.log("router0"))
+    return scraped.by("blockzoo_substituted_requests_total", "model_name").get("tuned", 0.0)
+
+
 def run(work: Coroutine[Any, Any, None]) -> None:
     """Run a test in an event loop of its own, with a bound below that of the whole test."""
     asyncio.run(asyncio.wait_for(work, 250))
@@ -121,7 +128,8 @@ def test_a_spliced_chain_runs_on_parts_of_two_variants(made: Made, zoo: Zoo, tmp
     assert expected != made.greedy(made.tuned, 24)
 
     async def work() -> None:
-        async with cluster(zoo, tmp_path, ["a", "b"], **SETTINGS) as rig, rig.client() as client:
+        settings = {**SETTINGS, "BLOCKZOO_METRICS_LISTEN": "127.0.0.1:0"}
+        async with cluster(zoo, tmp_path, ["a", "b"], **settings) as rig, rig.client() as client:
             await asyncio.gather(rig.load("a", "tuned", 0, 3), rig.load("b", "base"))
             before = [(await rig.describe(name)).block_bytes for name in "ab"]
             answer = await until_answered(client, allow_equivalents=True)
@@ -129,13 +137,16 @@ def test_a_spliced_chain_runs_on_parts_of_two_variants(made: Made, zoo: Zoo, tmp
             assert answer.info.chain_digest == record.result
             assert answer.info.approximations[0].startswith(f"equivalent:{record.id} mean_kl=")
             assert [(await rig.describe(name)).block_bytes for name in "ab"] == before
+            counted = await substituted(rig)
             again = await ask(client, allow_equivalents=True)  # and from the prefix cache of that chain
             assert again.token_ids == expected
+            assert await substituted(rig) == counted + 1
             with pytest.raises(BlockzooError):  # who allows nothing gets nothing else
                 await ask(client, timeout=2.0)
             revoke(Ledger(zoo.store), record.id, **WHO)
             with pytest.raises(BlockzooError):
                 await ask(client, timeout=2.0, allow_equivalents=True)
+            assert await substituted(rig) == counted + 1
             await rig.until_clean()
 
     run(work())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 from blockserve.router.aio_client import AsyncClient
 from blockzoo.zoo import Zoo
 from support.cluster import PATIENCE, Cluster, cluster
-from support.scrape import Scraped, scrape
+from support.scrape import Scraped, scrape_logged
 from support.variants import VariantFactory
 
 NUM_TOKENS = 300
@@ -38,8 +37,7 @@ def zoo(tmp_path: Path) -> Zoo:
 
 async def read(rig: Cluster, name: str) -> Scraped:
     """The metrics of the process that logs under this name."""
-    found = re.findall(r"metrics address=http://(\S+)/metrics", rig.log(name))
-    return await scrape(found[-1])
+    return await scrape_logged(rig.log(name))
 
 
 async def until(rig: Cluster, name: str, holds: Callable[[Scraped], bool]) -> Scraped:

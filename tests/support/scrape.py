@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import Counter
 from urllib.request import urlopen
 
@@ -40,3 +41,8 @@ async def scrape(address: str | None) -> Scraped:
             return response.read().decode()
 
     return Scraped(await asyncio.to_thread(read))
+
+
+async def scrape_logged(log: str) -> Scraped:
+    """Read the endpoint that a process has named in its log, the last time it started."""
+    return await scrape(re.findall(r"metrics address=http://(\S+)/metrics", log)[-1])

@@ -67,7 +67,7 @@ class KvMover:
         tokens = len(request.prompt) + len(request.output)
         if reason is None and moves:
             if self._prefers_transfer(moves, after, tokens, view):
-                reason = Reason.CHEAPER if await self._fetch_all(request, moves) else Reason.FAILED
+                reason = await self._fetch_all(request, moves)
             else:
                 reason = Reason.COMPUTING_IS_CHEAPER
         if reason is None:
@@ -85,13 +85,15 @@ class KvMover:
         expected = estimate(moves, after, tokens, view, self._costs, self.bytes_per_second)
         return expected.transfer < expected.recompute
 
-    async def _fetch_all(self, request: EngineRequest, moves: Sequence[Move]) -> bool:
+    async def _fetch_all(self, request: EngineRequest, moves: Sequence[Move]) -> Reason:
         by_target = [list(group) for _, group in groupby(moves, lambda move: move.target)]
-        done = await asyncio.gather(*(self._fetch(request, group) for group in by_target))
-        return all(done)
+        tokens = await asyncio.gather(*(self._fetch(request, group) for group in by_target))
+        if None in tokens:
+            return Reason.FAILED
+        return Reason.CHEAPER if all(tokens) else Reason.NOTHING_CACHED
 
-    async def _fetch(self, request: EngineRequest, moves: Sequence[Move]) -> bool:
-        """Have one worker fetch what it needs."""
+    async def _fetch(self, request: EngineRequest, moves: Sequence[Move]) -> int | None:
+        """Have one worker fetch what it needs: how many leading tokens it has then; None for a failure."""
         target = moves[0].target
         async with open_channel(target.address, self._credentials) as channel:
             try:
@@ -102,13 +104,13 @@ class KvMover:
                 )
             except grpc.aio.AioRpcError as error:
                 log.warning("kv transfer failed id=%s: %s", request.request_id, error.details())
-                return False
+                return None
         if pulled.bytes:
             num_sources = len({move.source.worker for move in moves if not move.is_local})
             rate = pulled.bytes / max(pulled.seconds, 1e-6) / num_sources
             known = self.bytes_per_second
             self.bytes_per_second = rate if not known else known + 0.2 * (rate - known)
-        return bool(pulled.tokens)
+        return pulled.tokens
 
 
 def pull_message(request: EngineRequest, moves: Sequence[Move]) -> worker_pb2.PullKvRequest:

@@ -24,6 +24,7 @@ class Reason(enum.StrEnum):
     OWNER_LOST = "owner_lost"
     OTHER_RUNS = "other_runs"
     OTHER_LAYOUT = "other_layout"
+    NOTHING_CACHED = "nothing_cached"
     FAILED = "failed"
 
 
