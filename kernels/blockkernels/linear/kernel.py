@@ -44,12 +44,12 @@ class _Job(ctypes.Structure):
 class PackedLinear:
     """y = x @ weight.T + bias with the weight reordered once.
 
-    The plain weight is not kept: on the CPU a layer exists in memory once, in
-    the order the matrix product reads it. Our C kernel computes bfloat16 where the processor multiplies
-    pairs of it (AVX512-BF16), with its matrix unit where it has one (AMX); oneDNN computes the rest. A row's result does not depend on how
-    many rows are computed with it, with one exception: oneDNN may sum a single row
-    in another order. An `exact` layer therefore computes at least two (held by
-    tests/kernels/test_linear.py). Where packing does not apply, the plain weight is used as it is.
+    The plain weight is not kept: on the CPU a layer exists in memory once, in the order the matrix product
+    reads it. Our C kernel computes bfloat16 where the processor multiplies pairs of it (AVX512-BF16), with
+    its matrix unit where it has one (AMX); oneDNN computes the rest. A row's result does not depend on how
+    many rows are computed with it, with one exception: oneDNN may sum a single row in another order. An
+    `exact` layer therefore computes at least two (held by tests/kernels/test_linear.py). Where packing does
+    not apply, the plain weight is used as it is.
 
     Attributes:
         in_features, out_features: sizes.
