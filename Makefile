@@ -58,7 +58,7 @@ demo-cluster: demo-venv $(if $(MODEL),,model) ## Three workers, twelve variants,
 .PHONY: test
 test: venv model ## Every test that is not long, under 15 minutes on two cores
 	@echo 'Running the tests that are not marked long; the others are `make test-long`.'
-	@$(BIN)/pytest -m 'not long' -n $(JOBS) --dist loadgroup --no-loadscope-reorder $(ARGS)
+	@$(BIN)/pytest -m 'not long' -n $(JOBS) --dist loadscope --no-loadscope-reorder $(ARGS)
 
 .PHONY: test-long
 test-long: venv model ## The tests marked long

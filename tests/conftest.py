@@ -7,6 +7,7 @@ import signal
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +22,9 @@ sys.modules["support"] = _support
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported anywhere
 # Most models here are tiny; on a busy machine threads that wait for each other cost ten times the work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Two teams of threads that wait busily for each other on the same cores would slow each other tenfold.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # Started in the background of a script. Programs under test would inherit it and never see Ctrl-C.
@@ -46,22 +50,30 @@ def smollm2() -> Path:
 
 CLUSTERS = ("tests/e2e/", "tests/scripts/test_demo_cluster.py", "tests/test_bench_cluster.py")
 """They start clusters of processes, which take both cores and time each other: one such test at a time."""
-LONG_FILES = ("tests/oracle/", "tests/kernels/", "tests/services/worker/")
+LONG_FILES = ("tests/oracle/", "tests/services/worker/", "tests/kernels/")
 
 
-@pytest.hookimpl(tryfirst=True)  # before the groups are read
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped where there is no CUDA device; who may run beside whom.
-
-    With `-n 2 --dist loadgroup` one process takes the clusters and then helps the other one, which takes file
-    after file: what a file prepares is prepared once. What takes longest comes first.
-    """
+    """Tests marked `gpu` are skipped where there is no CUDA device; what takes longest comes first."""
     _skip_gpu(items)
-    for item in items:
-        name = item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group("clusters" if name.startswith(CLUSTERS) else name))
-    items.sort(key=lambda item: not item.nodeid.startswith(LONG_FILES))  # stable
-    items.sort(key=lambda item: not item.nodeid.startswith(CLUSTERS))
+    order = (*CLUSTERS, *LONG_FILES)
+    items.sort(key=lambda item: [not item.nodeid.startswith(place) for place in order])  # stable
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `-n 2` one process takes the clusters and then helps the other one, which takes file after file.
+
+    What a file prepares is prepared once.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            name = nodeid.partition("::")[0]
+            return "clusters" if name.startswith(CLUSTERS) else name
+
+    return ByFile(config, log)
 
 
 def _skip_gpu(items: list[pytest.Item]) -> None:
