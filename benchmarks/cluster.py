@@ -212,13 +212,17 @@ def _environment(settings: dict[str, str]) -> dict[str, str]:
     return {f"BLOCKZOO_{name.upper()}": value for name, value in settings.items()}
 
 
-def halves(chain: ChainManifest) -> tuple[Run, Run]:
+def halves(chain: ChainManifest, *, sampled: float = 1.0) -> tuple[Run, Run]:
     """A chain cut where both workers have about as much to compute: the head block weighs a few layers.
 
     The embedding is a look-up; the head block is a matrix product with the whole vocabulary.
+
+    Args:
+        chain: what to cut.
+        sampled: share of all tokens that the head computes; of a prompt it computes the last one only.
     """
     layers = len(chain.links) - 2
-    cut = 1 + (layers + min(_head_layers(chain), layers // 2)) // 2
+    cut = 1 + int(layers + sampled * min(_head_layers(chain), layers // 2)) // 2
     return Run(0, cut), Run(cut, len(chain.links))
 
 

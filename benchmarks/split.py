@@ -48,7 +48,7 @@ async def measure(scale: Scale, say: Say) -> list[Row]:
             whole.start_worker("whole", both),
             whole.start_router(both),
         )
-        first, second = halves(chain)
+        first, second = halves(chain, sampled=output_tokens / (prompt_tokens + output_tokens))
         await split.load("first", "base", first)
         await split.load("second", "base", second)
         await whole.load("whole", "base", Run(0, len(chain.links)))

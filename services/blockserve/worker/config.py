@@ -66,7 +66,7 @@ class EngineConfig:
     block_bytes: int = 0
     room_seconds: float = 10.0
     deterministic: bool = False
-    inline_seconds: float = 0.02
+    inline_seconds: float = 0.003
     load_threads: int = 2
     traced_spans: int = 4096
 
