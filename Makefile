@@ -21,7 +21,7 @@ help: ## This text
 	@echo
 	@echo 'Start here:'
 	@echo '  make demo        see it: a real model and its variants, answered from shared blocks'
-	@echo '  make test        check it: every test that is not long (15 to 20 minutes on two cores)'
+	@echo '  make test        check it: every test that is not long (meant to take under 15 minutes on two cores)'
 	@echo
 	@echo 'Targets:'
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | sort \
@@ -56,7 +56,7 @@ demo-cluster: demo-venv $(if $(MODEL),,model) ## Three workers, twelve variants,
 	@$(BIN)/python scripts/demo_cluster.py $(if $(MODEL),--model '$(MODEL)')
 
 .PHONY: test
-test: venv model ## Every test that is not long, 15 to 20 minutes on two cores
+test: venv model ## Every test that is not long, meant to take under 15 minutes on two cores
 	@echo 'Running the tests that are not marked long; the others are `make test-long`.'
 	@$(BIN)/pytest -m 'not long' -n $(JOBS) --dist loadscope --no-loadscope-reorder $(ARGS)
 

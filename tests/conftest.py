@@ -23,7 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported 
 # Most models here are tiny; on a busy machine threads that wait for each other cost ten times the work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Two teams of threads that wait busily for each other on the same cores would slow each other tenfold.
+    # Teams of threads that wait busily slow down whoever shares their cores (docs/log.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
