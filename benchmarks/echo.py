@@ -6,7 +6,6 @@ has everything it needs in its caches; one that computes between two frames has 
 
 from __future__ import annotations
 
-import asyncio
 import os
 import struct
 import time
@@ -15,6 +14,8 @@ from typing import Any
 
 import grpc
 import numpy as np
+
+from blockserve.common.event_loop import run_in_event_loop
 
 METHOD = "/bench.Echo/Exchange"
 _WEIGHTS = np.ones(1 << 22, dtype=np.float32)
@@ -60,4 +61,4 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    run_in_event_loop(main())

@@ -16,6 +16,7 @@ import grpc
 
 from blockproto.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
 from blockserve.common.cluster import LoadReport, ResidentSegment, Run, WorkerId, WorkerRecord, segment_digest
+from blockserve.common.event_loop import run_in_event_loop
 from blockserve.common.state_config import StateConfig, open_store
 from blockserve.common.state_store import Announcement
 from blockzoo.zoo import Zoo
@@ -104,4 +105,4 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    run_in_event_loop(main())

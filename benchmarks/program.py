@@ -6,12 +6,14 @@ It writes its result file as `run.py` does, and ends with one line a bar: bar, s
 from __future__ import annotations
 
 import argparse
-import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from harness import CACHE, RESULTS, RUNS, Benchmark, CheckFailedError, Row, summarize, write
+
+from blockserve.common.event_loop import run_in_event_loop
 
 Say = Callable[[str], None]
 
@@ -50,7 +52,7 @@ class Bar:
     def verdict(self, rows: Sequence[Row]) -> str:
         """The bar, the stretch and what was measured, in one line."""
         (row,) = (row for row in rows if row.id == self.row)
-        value = row.ratio if self.per_peer else sorted(row.ours)[len(row.ours) // 2]
+        value = row.ratio if self.per_peer else median(row.ours)
         assert value is not None
         sense = "at most" if self.at_most else "at least"
         stretch = "" if self.stretch is None else f", stretch {self.stretch:g}"
@@ -85,7 +87,7 @@ class Program:
         return Benchmark(self.id, self.title, "; ".join(map(_in_words, self.bars)), self._measure_fully)
 
     def _measure_fully(self, say: Say) -> list[Row]:
-        return asyncio.run(_collect(self.measure, Scale(), say))
+        return run_in_event_loop(_collect(self.measure, Scale(), say))
 
     def main(self, arguments: Sequence[str] | None = None) -> int:
         """Measure, write the result, say whether the bars are reached; exit status 1 when a check is red."""
@@ -96,7 +98,7 @@ class Program:
         scale = Scale(runs=1, quick=True) if options.quick else Scale(runs=options.runs)
         started = time.monotonic()
         try:
-            rows = asyncio.run(_collect(self.measure, scale, _say))
+            rows = run_in_event_loop(_collect(self.measure, scale, _say))
         except CheckFailedError as error:
             print(f"  RED: {error}; nothing is reported")
             return 1

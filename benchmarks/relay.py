@@ -17,6 +17,8 @@ import grpc
 
 from blockproto.v1 import inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 from blockserve.common.channel import Credentials, open_channel
+from blockserve.common.event_loop import run_in_event_loop
+from blockserve.common.threads import take_turns
 
 Tokens = list[worker_pb2.OutputToken]
 
@@ -67,7 +69,8 @@ class Relay(inference_pb2_grpc.InferenceServiceServicer):
 
 
 async def main() -> None:
-    """Serve until killed."""
+    """Serve until killed, on the loop that our processes have and with threads that take turns."""
+    take_turns()
     server = grpc.aio.server()
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(Relay(os.environ["BLOCKZOO_WORKER"]), server)
     address = os.environ["BLOCKZOO_LISTEN"]
@@ -78,4 +81,4 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    run_in_event_loop(main())

@@ -45,7 +45,7 @@ async def measure(scale: Scale, say: Say) -> list[Row]:
     async with local_cluster(zoo) as cluster:
         worker = cluster.process("fake_worker", "fake", {other}, {})
         await worker.start()
-        router = await cluster.start_router({router_core})
+        router = await cluster.start_router({router_core}, own_cores="1")
         relay = cluster.process("relay", "relay", {router_core}, {"worker": worker.address})
         await relay.start()
         await cluster.until(lambda view: len(view.workers) == 1)

@@ -41,7 +41,7 @@ from blockzoo.manifest import (
 from blockzoo.manifest_json import block_from_json, chain_from_json, variant_from_json, variant_to_json
 from blockzoo.names import MAX_VERSION, check_name, near_names
 from blockzoo.registration import Registration
-from blockzoo.storage.base import ObjectInfo, Storage
+from blockzoo.storage.base import ObjectInfo, Stamp, Storage
 
 FORMAT = 1
 """The zoo format this version writes, and the newest it understands."""
@@ -191,6 +191,10 @@ class ZooStore:
                     return record
         ref = name if version is None else f"{name}@{version}"
         raise VariantNotFoundError(ref, self._suggest(name, version))
+
+    def stamp(self, name: str) -> Stamp | None:
+        """Return what changes with the versions of a variant; see `Storage.stamp`."""
+        return self.storage.stamp(f"{layout.REFS}/{check_name(name)}")
 
     def remove(self, name: str) -> VariantRecord:
         """Remove a variant with all its versions; returns the tombstone.

@@ -21,7 +21,7 @@ from blockzoo.progress import NoProgress, Progress
 from blockzoo.register import RegisterResult, register_folder
 from blockzoo.reports import DiffReport, RemoveReport, ShowReport, UsageReport, VariantRow
 from blockzoo.storage import open_storage
-from blockzoo.storage.base import ObjectInfo
+from blockzoo.storage.base import ObjectInfo, Stamp
 from blockzoo.store import ZooStore
 from blockzoo.survey import Survey
 from blockzoo.verify import FOLDERS, VerifyReport, verify
@@ -80,6 +80,14 @@ class Zoo:
             VariantNotFoundError: it is not registered; suggests near names.
         """
         return self.store.resolve(*parse_ref(ref))
+
+    def stamp(self, ref: str) -> Stamp | None:
+        """Return what changes whenever NAME or NAME@VERSION may name another version; see `Storage.stamp`.
+
+        Raises:
+            InvalidNameError: it is spelled wrong.
+        """
+        return self.store.stamp(parse_ref(ref)[0])
 
     def chain(self, chain: ChainId) -> ChainManifest:
         """Return a chain manifest; raises ManifestNotFoundError or CorruptManifestError."""

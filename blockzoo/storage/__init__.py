@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from blockzoo.errors import InvalidInputError
-from blockzoo.storage.base import Chunks, ObjectInfo, Staged, Storage
+from blockzoo.storage.base import Chunks, ObjectInfo, Staged, Stamp, Storage
 from blockzoo.storage.local import LocalStorage
 from blockzoo.storage.memory import MemoryStorage
 
@@ -44,4 +44,13 @@ def open_storage(url: str | Path) -> Storage:
     )
 
 
-__all__ = ["Chunks", "LocalStorage", "MemoryStorage", "ObjectInfo", "Staged", "Storage", "open_storage"]
+__all__ = [
+    "Chunks",
+    "LocalStorage",
+    "MemoryStorage",
+    "ObjectInfo",
+    "Staged",
+    "Stamp",
+    "Storage",
+    "open_storage",
+]

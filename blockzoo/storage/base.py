@@ -14,6 +14,8 @@ from blockzoo.digest import Buffer
 
 Chunks = Sequence[Buffer]
 """The bytes of one object, in parts that need not be joined."""
+Stamp = tuple[int, ...]
+"""Compared with `==` only; see `Storage.stamp`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,13 @@ class Storage(Protocol):
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Yield the objects below a folder `prefix` ("" for all), in no particular order."""
+
+    def stamp(self, folder: str) -> Stamp | None:
+        """Return what changes whenever an object right below a folder comes or goes.
+
+        Equal stamps mean that a listing made after the first one still holds. None where only a listing
+        can tell. Never waits for a disk or a network, so an event loop may ask.
+        """
 
     def delete(self, key: str) -> bool:
         """Delete the object; tell whether it existed (always True on remote storages)."""

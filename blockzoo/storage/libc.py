@@ -1,10 +1,11 @@
-"""Two calls of the C library that Python lacks or wraps unsuitably."""
+"""Three calls of the C library that Python lacks or wraps unsuitably."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
 import os
+import sys
 import weakref
 from pathlib import Path
 
@@ -25,6 +26,21 @@ _libc.mmap.argtypes = (
 )
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _syncfs = getattr(_libc, "syncfs", None)
+_statfs = getattr(_libc, "statfs", None)
+_STATFS_BYTES = 256
+"""More than any `struct statfs` of Linux has; its first field is the type of the file system, a long."""
+_LOCAL_TYPES = frozenset(
+    {
+        0xEF53,  # ext2 to ext4
+        0x58465342,  # XFS
+        0x9123683E,  # Btrfs
+        0x2FC12FC1,  # ZFS
+        0xF2F52010,  # F2FS
+        0x794C7630,  # overlayfs, as in containers
+        0x01021994,  # tmpfs
+    }
+)
+"""statfs(2) and linux/magic.h."""
 
 
 def map_file(path: Path) -> memoryview:
@@ -65,6 +81,19 @@ def sync_file_system(folder: Path) -> bool:
     finally:
         os.close(fd)
     return True
+
+
+def is_on_this_machine(folder: Path) -> bool:
+    """Whether a folder is, or will be, on a file system of a kind that is known not to be a network's."""
+    if _statfs is None or sys.platform != "linux":
+        return False
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    found = ctypes.create_string_buffer(_STATFS_BYTES)
+    if _statfs(os.fsencode(folder), found):
+        return False
+    kind = ctypes.c_ulong.from_buffer(found).value
+    return kind & 0xFFFFFFFF in _LOCAL_TYPES
 
 
 def _read_all(fd: int, size: int) -> bytes:

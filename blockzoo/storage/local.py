@@ -13,13 +13,14 @@ import os
 import shutil
 import stat
 import threading
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from blockzoo.digest import as_bytes
-from blockzoo.storage.base import Chunks, ObjectInfo, Staged
-from blockzoo.storage.libc import map_file, sync_file_system
+from blockzoo.storage.base import Chunks, ObjectInfo, Staged, Stamp
+from blockzoo.storage.libc import is_on_this_machine, map_file, sync_file_system
 from blockzoo.storage.os_errors import translate_link_errors, translate_os_errors
 
 TMP = "tmp"
@@ -35,9 +36,12 @@ class LocalStorage:
     """Objects as files below `root`, which must be on a file system with hard links."""
 
     is_remote = False
+    SETTLED_NS = 1_000_000_000
+    """Nanoseconds after which a change of a folder has a time of its own: ticks are at most a hundredth."""
 
     def __init__(self, root: Path) -> None:
         self._root = root.resolve()
+        self._has_stamps = is_on_this_machine(self._root)
         self._session_lock = threading.Lock()
         self._pid = os.getpid()
         self._session: tuple[Path, int] | None = None
@@ -112,6 +116,23 @@ class LocalStorage:
         """See `Storage`. A folder that vanishes meanwhile is empty."""
         with translate_os_errors(prefix):
             yield from self._walk(self._path(prefix) if prefix else self._root, prefix.rstrip("/"))
+
+    def stamp(self, folder: str) -> Stamp | None:
+        """See `Storage`: when the folder last changed, unless that is so lately that it may do so unseen.
+
+        Two changes within one tick of the file system's clock have one time; so a change is only told from
+        the next one when it is older than `SETTLED_NS`. Network file systems have no stamps: to ask one
+        may take for ever.
+        """
+        if not self._has_stamps:
+            return None
+        try:
+            status = self._path(folder).stat()
+        except OSError:
+            return None
+        if time.time_ns() - status.st_ctime_ns < self.SETTLED_NS:
+            return None
+        return status.st_ctime_ns, status.st_ino
 
     def delete(self, key: str) -> bool:
         """See `Storage`."""

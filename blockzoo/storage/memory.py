@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 from blockzoo.errors import NotFoundError
-from blockzoo.storage.base import Chunks, ObjectInfo, Staged
+from blockzoo.storage.base import Chunks, ObjectInfo, Staged, Stamp
 
 
 class MemoryStorage:
@@ -64,6 +64,10 @@ class MemoryStorage:
                 ObjectInfo(key, len(data)) for key, data in self._objects.items() if key.startswith(folder)
             ]
         return iter(found)
+
+    def stamp(self, folder: str) -> Stamp | None:  # noqa: ARG002
+        """See `Storage`: a listing costs no more than asking whether it is needed."""
+        return None
 
     def delete(self, key: str) -> bool:
         """See `Storage`."""

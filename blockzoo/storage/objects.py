@@ -24,7 +24,7 @@ from blockzoo.errors import (
     StorageFullError,
     UnsupportedStoreError,
 )
-from blockzoo.storage.base import Chunks, ObjectInfo, Staged
+from blockzoo.storage.base import Chunks, ObjectInfo, Staged, Stamp
 from blockzoo.storage.memory import HeldBytes
 
 _CONDITIONAL_HINT = "Use a store with conditional writes (`If-None-Match: *`), or a local folder."
@@ -119,6 +119,10 @@ class ObjectStorage:
             for batch in obstore.list(self._store, prefix or None):
                 for entry in batch:
                     yield ObjectInfo(entry["path"], int(entry["size"]))
+
+    def stamp(self, folder: str) -> Stamp | None:  # noqa: ARG002
+        """See `Storage`: to ask is to wait."""
+        return None
 
     def delete(self, key: str) -> bool:
         """See `Storage`."""

@@ -5,11 +5,14 @@ import os
 import resource
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from blockzoo.errors import StorageError, StorageFullError, UnsupportedStoreError
 from blockzoo.storage import LocalStorage
+from blockzoo.storage.libc import is_on_this_machine
 
 
 def files(folder) -> set[str]:
@@ -260,3 +263,61 @@ else:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert files(tmp_path) == {"a"}
+
+
+SETTLED_SECONDS = 0.1
+
+
+@pytest.fixture
+def stamped(tmp_path, monkeypatch):
+    """A storage whose folders settle sooner, on a file system that has stamps whatever this one is."""
+    monkeypatch.setattr(LocalStorage, "SETTLED_NS", int(SETTLED_SECONDS * 1e9))
+    storage = LocalStorage(tmp_path)
+    storage._has_stamps = True
+    return storage
+
+
+def settled_stamp(storage, folder):
+    time.sleep(2 * SETTLED_SECONDS)
+    stamp = storage.stamp(folder)
+    assert stamp is not None
+    return stamp
+
+
+def test_a_stamp_changes_with_every_object_that_comes_or_goes(stamped):
+    stamped.put_if_absent("refs/tale/1", [b"1"])
+    seen = [settled_stamp(stamped, "refs/tale")]
+    assert stamped.stamp("refs/tale") == seen[0]
+    stamped.put_if_absent("refs/song/1", [b"1"])
+    assert stamped.stamp("refs/tale") == seen[0]
+    for change in (
+        lambda: stamped.put_if_absent("refs/tale/2", [b"2"]),
+        lambda: stamped.delete("refs/tale/1"),
+        lambda: stamped.replace("refs/tale/2", [b"3"]),
+    ):
+        change()
+        seen.append(settled_stamp(stamped, "refs/tale"))
+    assert len(set(seen)) == 4
+
+
+def test_a_folder_that_changed_a_moment_ago_has_no_stamp(stamped):
+    """Another change in the same tick of the clock would not be seen."""
+    stamped.put_if_absent("refs/tale/1", [b"1"])
+    assert stamped.stamp("refs/tale") is None
+    settled_stamp(stamped, "refs/tale")
+    stamped.put_if_absent("refs/tale/2", [b"1"])
+    assert stamped.stamp("refs/tale") is None
+
+
+def test_a_folder_that_is_not_there_has_no_stamp(stamped):
+    assert stamped.stamp("refs/tale") is None
+
+
+def test_only_file_systems_known_to_be_of_this_machine_have_stamps(tmp_path):
+    assert not is_on_this_machine(Path("/proc/self"))
+    if Path("/dev/shm").is_dir():
+        assert is_on_this_machine(Path("/dev/shm/not/there/yet"))
+    storage = LocalStorage(tmp_path)
+    storage._has_stamps = False
+    storage.put_if_absent("refs/tale/1", [b"1"])
+    assert storage.stamp("refs/tale") is None

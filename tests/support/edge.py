@@ -38,6 +38,7 @@ from blockzoo.manifest import (
     VariantName,
     VariantRecord,
 )
+from blockzoo.storage import Stamp
 
 TIMEOUT = 60.0
 """Ends a test that hangs; never reached by one that works."""
@@ -134,6 +135,7 @@ class FakeZoo:
     contents: dict[tuple[str, int, str], bytes] = field(default_factory=dict)
     num_resolved: int = 0
     files_read: list[str] = field(default_factory=list)
+    stamps: dict[str, Stamp] = field(default_factory=dict)
 
     def add(
         self, name: str, chain: str | None = None, files: Mapping[str, bytes] | None = None
@@ -161,6 +163,10 @@ class FakeZoo:
     def variants(self) -> list[VariantRecord]:
         """See `ZooReader`."""
         return [versions[-1] for versions in self.records.values()]
+
+    def stamp(self, ref: str) -> Stamp | None:
+        """See `ZooReader`."""
+        return self.stamps.get(ref.partition("@")[0])
 
     def resolve(self, ref: str) -> VariantRecord:
         """See `ZooReader`."""

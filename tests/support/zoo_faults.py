@@ -18,7 +18,7 @@ from blockzoo.manifest import (
     VariantRecord,
 )
 from blockzoo.storage import MemoryStorage
-from blockzoo.storage.base import Chunks, ObjectInfo, Staged, Storage
+from blockzoo.storage.base import Chunks, ObjectInfo, Staged, Stamp, Storage
 from blockzoo.store import ZooStore
 
 T = TypeVar("T")
@@ -96,6 +96,9 @@ class HookedStorage:
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
         return self.look("get", key, lambda: self.inner.get_range(key, start, length))
+
+    def stamp(self, folder: str) -> Stamp | None:
+        return self.inner.stamp(folder)
 
     def size(self, key: str) -> int | None:
         return self.look("size", key, lambda: self.inner.size(key))

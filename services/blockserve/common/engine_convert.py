@@ -115,7 +115,6 @@ def token_from_message(
         prompt_logprobs: whether the request asked for those of the prompt (which may have none).
         timing: whether the sender knows how long the request waited.
     """
-    began = time.monotonic() - message.running_seconds
     is_first = message.index == 0
     return TokenEvent(
         index=message.index,
@@ -128,8 +127,14 @@ def token_from_message(
         ),
         finish=_FINISH_BACK.get(message.finish),
         cached_prompt_tokens=message.cached_prompt_tokens,
-        timing=RequestTiming(began - message.queued_seconds, began) if timing and is_first else None,
+        timing=_timing_from_message(message) if timing and is_first else None,
     )
+
+
+def _timing_from_message(message: worker_pb2.OutputToken) -> RequestTiming:
+    """By this process's clock."""
+    began = time.monotonic() - message.running_seconds
+    return RequestTiming(began - message.queued_seconds, began)
 
 
 def error_to_message(error: BlockzooError) -> any_pb2.Any:

@@ -10,6 +10,7 @@ import signal
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
+from blockserve.common.event_loop import run_in_event_loop
 from blockserve.common.logs import configure_logging
 from blockserve.common.server_settings import ServerSettings
 
@@ -50,7 +51,7 @@ def run(settings: ServerSettings, server: S, on_ready: Callable[[S], None] | Non
         BlockzooError: the server cannot start.
     """
     configure_logging(settings.log_level, settings.log_format)
-    asyncio.run(serve(server, on_ready))
+    run_in_event_loop(serve(server, on_ready))
 
 
 async def serve(server: S, on_ready: Callable[[S], None] | None = None) -> None:

@@ -125,7 +125,7 @@ class RouterConfig(Section):
         0.0,
         "How long a name may go on meaning the version it meant before.",
         unit="seconds",
-        reason="0 asks the zoo for every request (a folder listing); set 1 or more on object storage.",
+        reason="0 shows a new version to the next request. On object storage each look is a listing: set 1.",
         ge=0,
     )
     cached_variants: int = setting(

@@ -228,7 +228,7 @@ def _given(message: Any, field: str) -> Any:
 
 def _meant(value: float) -> float:
     """Floats cross the wire in 32 bits; seven digits give back what was meant (0.7, not 0.69999999)."""
-    return float(f"{value:.7g}")
+    return float(f"{value:.7g}") if value else value
 
 
 # ---- pages
@@ -260,17 +260,23 @@ def name_from_page_token(token: str) -> str:
 
 def chunk_to_message(chunk: Chunk) -> inference_pb2.GenerateResponse:
     """A chunk for the wire."""
-    return inference_pb2.GenerateResponse(
+    message = inference_pb2.GenerateResponse(
         request_id=chunk.request_id,
         first_token_index=chunk.first_token_index,
         token_ids=chunk.token_ids,
         text=chunk.text,
-        logprobs=_logprobs_to_messages(chunk.logprobs),
-        prompt_logprobs=_logprobs_to_messages(chunk.prompt_logprobs),
-        info=None if chunk.info is None else _info_to_message(chunk.info),
-        finish=None if chunk.finish is None else _finish_to_message(chunk.finish),
         choice=chunk.choice,
     )
+    # Most chunks have none of these, and a router makes one for every token.
+    if chunk.logprobs:
+        message.logprobs.extend(_logprobs_to_messages(chunk.logprobs))
+    if chunk.prompt_logprobs:
+        message.prompt_logprobs.extend(_logprobs_to_messages(chunk.prompt_logprobs))
+    if chunk.info is not None:
+        message.info.CopyFrom(_info_to_message(chunk.info))
+    if chunk.finish is not None:
+        message.finish.CopyFrom(_finish_to_message(chunk.finish))
+    return message
 
 
 def chunk_from_message(message: inference_pb2.GenerateResponse) -> Chunk:

@@ -79,6 +79,11 @@ class Assigned:
         elif not self._reported[worker]:
             del self._reported[worker]
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is known here."""
+        return not (self.requests or self.link_tokens or self._peak or self._reported)
+
     def workers(self) -> set[WorkerId]:
         """Those about which anything is known here."""
         return self.requests.keys() | self.link_tokens.keys() | self._peak.keys() | self._reported.keys()
@@ -109,12 +114,16 @@ class Candidates:
         held: whether a worker holds all links between two borders, [intervals, workers].
         liking: how far down a worker is among those that the base block at the interval's start would choose,
             in [0, 1), [intervals, workers].
+        lengths: links between two borders, [intervals].
+        is_covered: whether somebody holds each interval.
     """
 
     workers: npt.NDArray[np.int64]
     borders: tuple[int, ...]
     held: npt.NDArray[np.bool_]
     liking: Floats
+    lengths: npt.NDArray[np.int64]
+    is_covered: bool
 
 
 class PathIndex:
@@ -215,7 +224,12 @@ class PathIndex:
         table = np.logical_and.reduceat(positions, borders[:-1], axis=0)
         blocks = np.array([_hash(links[border].base) for border in borders[:-1]], dtype=np.uint64)
         return Candidates(
-            workers, tuple(borders), table, _mix(blocks[:, None] ^ self._salts[workers][None, :])
+            workers,
+            tuple(borders),
+            table,
+            liking=_mix(blocks[:, None] ^ self._salts[workers][None, :]),
+            lengths=np.diff(borders),
+            is_covered=bool(table.any(axis=1).all()),
         )
 
 

@@ -9,7 +9,7 @@ the formulas.
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -70,13 +70,10 @@ def assemble(
     candidates = index.candidates(chain, links)
     barred = [index.ids[number] in exclude for number in candidates.workers] if exclude else []
     held = candidates.held & ~np.array(barred, dtype=bool)[None, :] if barred else candidates.held
-    _check_covered(chain, candidates, held)
-    cached = _cached(index, candidates, size)
+    if barred or not candidates.is_covered:
+        _check_covered(chain, candidates, held)
     best: tuple[float, list[int]] | None = None
-    for tokens in sorted({0, *cached.tolist()}, reverse=True):
-        usable = held & (cached >= tokens)[None, :]
-        if not usable.any(axis=1).all():
-            continue
+    for tokens, usable in _usable(index, candidates, held, size):
         found = cheapest(_costs(index, candidates, usable, size, size.prompt_tokens - tokens, idle=idle))
         if found is not None and (best is None or found[0] < best[0]):
             best = found
@@ -87,6 +84,19 @@ def assemble(
             chain=chain,
         )
     return Path(_spans(index, candidates, best[1]), best[0])
+
+
+def _usable(
+    index: PathIndex, candidates: Candidates, held: npt.NDArray[np.bool_], size: RequestSize
+) -> Iterator[tuple[int, npt.NDArray[np.bool_]]]:
+    """Leading prompt tokens that a path may save, most first, and who holds what and has so many of them."""
+    if size.cached_tokens:
+        cached = _cached(index, candidates, size)
+        for tokens in sorted({*cached.tolist()} - {0}, reverse=True):
+            usable = held & (cached >= tokens)[None, :]
+            if usable.any(axis=1).all():
+                yield tokens, usable
+    yield 0, held
 
 
 def _check_covered(chain: ChainId, candidates: Candidates, held: npt.NDArray[np.bool_]) -> None:
@@ -107,8 +117,6 @@ def _check_covered(chain: ChainId, candidates: Candidates, held: npt.NDArray[np.
 
 def _cached(index: PathIndex, candidates: Candidates, size: RequestSize) -> npt.NDArray[np.int64]:
     """Prompt tokens that need not be computed at each candidate; the last one always is."""
-    if not size.cached_tokens:
-        return np.zeros(len(candidates.workers), dtype=np.int64)
     known = [size.cached_tokens.get(index.ids[number], 0) for number in candidates.workers]
     return np.clip(np.array(known, dtype=np.int64), 0, max(size.prompt_tokens - 1, 0))
 
@@ -127,7 +135,7 @@ def _costs(
     crowd, backlog = (np.zeros(len(workers)),) * 2 if idle else _busy(index, workers)
     step = costs.step[workers] * (1 + costs.crowding[workers] * crowd)
     link = size.output_tokens * step + prefill_tokens * prefill
-    lengths = np.diff(candidates.borders)
+    lengths = candidates.lengths
     bare = candidates.borders[-1] * (
         size.output_tokens * costs.typical_step + size.prompt_tokens * costs.typical_prefill
     )
@@ -149,7 +157,7 @@ def _busy(index: PathIndex, workers: npt.NDArray[np.int64]) -> tuple[Floats, Flo
     """Requests at each of these workers, and seconds until what waits there is computed."""
     costs, assigned = index.costs, index.assigned
     crowd, backlog = costs.crowd[workers], costs.backlog[workers]
-    if not assigned.workers():
+    if assigned.is_empty:
         return crowd, backlog
     ids = [index.ids[number] for number in workers]
     crowd = np.array([assigned.crowd(worker, known) for worker, known in zip(ids, crowd, strict=True)])

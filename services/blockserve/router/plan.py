@@ -215,8 +215,10 @@ def _sampling(wishes: SamplingWishes, variant: ServedVariant) -> SamplingParams:
     if wishes.top_k is not None and wishes.top_k > vocab:
         raise SamplingError("sampling.top_k", f"{wishes.top_k} is more than the vocabulary's {vocab}")
 
-    def first(*values: float | None) -> float:
-        return next(value for value in values if value is not None)
+    def first(wish: float | None, default: float | None, otherwise: float) -> float:
+        if wish is not None:
+            return wish
+        return otherwise if default is None else default
 
     return SamplingParams(
         temperature=first(wishes.temperature, defaults.temperature, 1.0),

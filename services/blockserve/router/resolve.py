@@ -18,6 +18,7 @@ from blockserve.router.tokenizer import TokenizerCache, VariantTokenizer
 from blockserve.router.variant_files import GenerationDefaults, chat_templates, generation_defaults
 from blockzoo.errors import BlockzooError
 from blockzoo.manifest import BlobId, ChainId, ChainManifest, VariantRecord
+from blockzoo.storage import Stamp
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,10 @@ class ZooReader(Protocol):
 
     def resolve(self, ref: str) -> VariantRecord:
         """The variant of `name` or `name@version` (VariantNotFoundError, InvalidNameError)."""
+        ...
+
+    def stamp(self, ref: str) -> Stamp | None:
+        """What changes whenever `ref` may name another version, None where only `resolve` tells; at once."""
         ...
 
     def chain(self, chain: ChainId) -> ChainManifest:
@@ -90,11 +95,21 @@ class DamagedVariant:
     error: BlockzooError
 
 
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What a name meant, when, and the zoo's stamp of it just before."""
+
+    at: float
+    stamp: Stamp | None
+    record: VariantRecord
+
+
 class VariantCatalog:
     """Variants as requests name them.
 
-    A name is looked up again for each request (or every `refresh_seconds`), so a new version is seen at once;
-    what belongs to one version never changes and is kept.
+    A request gets the version that its name has when it comes in: it is looked up again where the zoo's stamp
+    of the name has changed, or where there is none (or once in `refresh_seconds`). What belongs to one
+    version never changes and is kept.
     """
 
     def __init__(
@@ -110,7 +125,7 @@ class VariantCatalog:
         self._tokenizers = TokenizerCache(self._config.cached_tokenizers)
         self._lock = threading.Lock()
         self._served: OrderedDict[tuple[str, int, ChainId], ServedVariant] = OrderedDict()
-        self._current: dict[str, tuple[float, VariantRecord]] = {}
+        self._current: dict[str, _Look] = {}
 
     @property
     def zoo_url(self) -> str:
@@ -227,20 +242,23 @@ class VariantCatalog:
     def _fresh_record(self, ref: str) -> VariantRecord | None:
         with self._lock:
             seen = self._current.get(ref)
-        if seen is None or self._clock() - seen[0] >= self._config.refresh_seconds:
+        if seen is None:
             return None
-        return seen[1]
+        is_fresh = self._clock() - seen.at < self._config.refresh_seconds
+        if is_fresh or (seen.stamp is not None and seen.stamp == self._zoo.stamp(ref)):
+            return seen.record
+        return None
 
     def _record(self, ref: str) -> VariantRecord:
         if (fresh := self._fresh_record(ref)) is not None:
             return fresh
-        now = self._clock()
+        # Asked before the look: what changes in between changes the stamp.
+        now, stamp = self._clock(), self._zoo.stamp(ref)
         record = self._zoo.resolve(ref)
-        if self._config.refresh_seconds > 0:
-            with self._lock:
-                if len(self._current) >= self._config.cached_variants:
-                    self._current.clear()
-                self._current[ref] = (now, record)
+        with self._lock:
+            if len(self._current) >= self._config.cached_variants:
+                self._current.clear()
+            self._current[ref] = _Look(now, stamp, record)
         return record
 
     def _served_variant(self, record: VariantRecord) -> ServedVariant:

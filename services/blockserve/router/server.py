@@ -23,6 +23,7 @@ from blockserve.common.state_config import open_store, refuse_unfit
 from blockserve.common.state_store import StateStore
 from blockserve.common.status import ErrorInterceptor
 from blockserve.common.tasks import end
+from blockserve.common.threads import take_turns
 from blockserve.common.wish_servicer import SERVICE as PLACEMENT_SERVICE
 from blockserve.common.wish_servicer import PlacementServicer
 from blockserve.common.wishes import EvictionFeed, WishKeeper
@@ -96,6 +97,8 @@ class RouterServer:
 
     async def _start(self) -> None:
         settings = self.settings
+        if settings.own_cores:
+            take_turns()  # before there are threads, which do as the one that starts them
         token = read_token(settings)
         interceptors: list[grpc.aio.ServerInterceptor] = [ErrorInterceptor()]
         if token is not None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from pathlib import Path
+from random import Random
+from typing import Any
 
 import pytest
 
@@ -10,7 +14,11 @@ from blockserve.common.errors import PromptError
 from blockserve.router.config import RouterConfig
 from blockserve.router.resolve import VariantCatalog
 from blockzoo.errors import VariantNotFoundError
+from blockzoo.manifest import VariantRecord
+from blockzoo.storage import LocalStorage
+from blockzoo.zoo import Zoo
 from support.edge import FakeZoo, async_test, variant_files
+from support.zoo_faults import register, tensor
 
 
 @async_test
@@ -38,6 +46,67 @@ async def test_between_refreshes_the_zoo_is_not_asked() -> None:
     assert (await catalog.get("tale")).ref == "tale@1"
     now += 0.2
     assert (await catalog.get("tale")).ref == "tale@2"
+
+
+@async_test
+async def test_while_the_stamp_of_a_name_stays_the_zoo_is_not_asked() -> None:
+    zoo = FakeZoo()
+    zoo.add("tale")
+    zoo.stamps["tale"] = (1,)
+    catalog = VariantCatalog(zoo)
+    for ref in ("tale", "tale@1"):
+        for _ in range(3):
+            assert (await catalog.get(ref)).ref == "tale@1"
+    assert zoo.num_resolved == 2
+    zoo.add("tale")
+    zoo.stamps["tale"] = (2,)
+    assert (await catalog.get("tale")).ref == "tale@2"
+    assert (await catalog.get("tale")).ref == "tale@2"
+    assert (await catalog.get("tale@1")).ref == "tale@1"
+    assert zoo.num_resolved == 4
+    del zoo.stamps["tale"]
+    assert (await catalog.get("tale")).ref == "tale@2"
+    assert zoo.num_resolved == 5
+
+
+@async_test
+async def test_what_changes_during_a_look_is_looked_up_again() -> None:
+    zoo = FakeZoo()
+    zoo.add("tale")
+    zoo.stamps["tale"] = (1,)
+    resolve = zoo.resolve
+
+    def overtaken(ref: str) -> VariantRecord:
+        record = resolve(ref)
+        zoo.add("tale")
+        zoo.stamps["tale"] = (2,)
+        return record
+
+    catalog = VariantCatalog(zoo)
+    zoo.resolve = overtaken  # type: ignore[method-assign]
+    assert (await catalog.get("tale")).ref == "tale@1"
+    zoo.resolve = resolve  # type: ignore[method-assign]
+    assert (await catalog.get("tale")).ref == "tale@2"
+
+
+@async_test
+async def test_the_versions_of_a_zoo_in_a_folder_are_seen_at_once(tmp_path: Path, monkeypatch: Any) -> None:
+    """With stamps that settle sooner, versions come and go and every answer is what the zoo says then."""
+    monkeypatch.setattr(LocalStorage, "SETTLED_NS", 30_000_000)
+    writer, reader = (Zoo.open(tmp_path / "zoo", create=True) for _ in range(2))
+    catalog, random = VariantCatalog(reader), Random(0)
+    register(writer.store, "tale", [tensor(1)])
+    for _ in range(40):
+        match random.randrange(4):
+            case 0:
+                register(writer.store, "tale", [tensor(1)])
+            case 1:
+                old = random.choice(writer.versions("tale"))
+                if old.version != writer.resolve("tale").version:
+                    writer.store.remove_version("tale", old.version)
+            case _:
+                await asyncio.sleep(0.05)
+        assert (await catalog.get("tale")).ref == f"tale@{writer.resolve('tale').version}"
 
 
 @async_test

@@ -5,15 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Self
+from typing import Self, TypeVar, cast
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.metrics import MetricWrapperBase
 
 from blockserve.common.engine_api import FinishReason, RequestTiming
 from blockserve.common.metrics import catalogue
 from blockserve.common.metrics.catalogue import Metric
 from blockserve.common.metrics.labels import BoundedLabels
 from blockzoo.errors import BlockzooError
+
+SomeMetric = TypeVar("SomeMetric", bound=MetricWrapperBase)
 
 INTERNAL = "INTERNAL"
 """Reason of an error that is no `BlockzooError`."""
@@ -53,6 +56,14 @@ class RequestMetrics:
         self.substituted = counter(catalogue.SUBSTITUTED)
         info = catalogue.VARIANT_REQUESTS
         self.in_progress = Gauge(info.name, info.meaning, info.labels, registry=registry)
+        self._series: dict[tuple[MetricWrapperBase, str], MetricWrapperBase] = {}
+
+    def of(self, metric: SomeMetric, label: str) -> SomeMetric:
+        """`metric.labels(label)`, which takes as long as counting, looked up once for good."""
+        series = self._series.get((metric, label))
+        if series is None:
+            series = self._series[metric, label] = metric.labels(label)
+        return cast("SomeMetric", series)
 
     def request(self, arrival: float) -> RequestMeter:
         """A meter for a call that came in at `arrival`; to be used in a `with` block around all of it."""
@@ -79,7 +90,7 @@ class RequestMeter:
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         metrics, label, finish = self.metrics, self._label, self._finish
         if label is not None:
-            metrics.in_progress.labels(label).dec()
+            metrics.of(metrics.in_progress, label).dec()
         if isinstance(error, Exception) and finish is None:
             reason = error.reason if isinstance(error, BlockzooError) else INTERNAL
             (metrics.failed if self._has_token else metrics.refused).labels(reason).inc()
@@ -99,7 +110,7 @@ class RequestMeter:
         """The call names this variant, and its prompt has so many tokens."""
         self._label = self.metrics.labels.of(variant)
         self._prompt_tokens = prompt_tokens
-        self.metrics.in_progress.labels(self._label).inc()
+        self.metrics.of(self.metrics.in_progress, self._label).inc()
 
     def answer(self) -> AnswerMeter:
         """A meter for one answer to the call, which has been resolved."""
@@ -113,15 +124,16 @@ class RequestMeter:
         if self._has_token:
             return
         self._has_token = True
-        self.metrics.ttft.labels(label).observe(now - self._arrival)
-        self.metrics.prompt_tokens.labels(label).inc(self._prompt_tokens)
+        metrics = self.metrics
+        metrics.of(metrics.ttft, label).observe(now - self._arrival)
+        metrics.of(metrics.prompt_tokens, label).inc(self._prompt_tokens)
         if timing is not None:
-            self.metrics.queue_time.labels(label).observe(timing.queued_seconds)
+            metrics.of(metrics.queue_time, label).observe(timing.queued_seconds)
 
     def note_finished(self, label: str, now: float) -> None:
         """An answer has ended; the call has when it is the last one."""
         if self._finish is not None:
-            self.metrics.e2e.labels(label).observe(now - self._arrival)
+            self.metrics.of(self.metrics.e2e, label).observe(now - self._arrival)
 
 
 class AnswerMeter:
@@ -152,9 +164,8 @@ class AnswerMeter:
         now = metrics.clock()
         if new:
             if self._count == 0:
-                # Looking a label up takes as long as counting.
-                self._tokens = metrics.generation_tokens.labels(label)
-                self._inter_token = metrics.inter_token.labels(label)
+                self._tokens = metrics.of(metrics.generation_tokens, label)
+                self._inter_token = metrics.of(metrics.inter_token, label)
             self._tokens.inc(new)
             if self._count == 0:
                 self._request.note_first_token(label, now, timing)
