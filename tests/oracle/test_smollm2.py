@@ -49,7 +49,7 @@ LORA = AdapterSpec(
 def prompts(smollm2):
     """Every second question as a chat, the others as plain text, cut to a few lengths.
 
-    Equal lengths let the oracle answer in batches without padding; one at a time takes it ten minutes.
+    Equal lengths let the oracle compute logits in batches without padding; one at a time takes ten minutes.
     """
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
 

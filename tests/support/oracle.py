@@ -117,17 +117,28 @@ class Oracle:
 
     @torch.inference_mode()
     def greedy(self, prompts: Sequence[Prompt], num_tokens: int) -> list[tuple[int, ...]]:
-        """The most likely continuation of each prompt, with transformers' own cache; no token ends it."""
-        result: dict[int, tuple[int, ...]] = {}
-        for places in _by_length(prompts):
-            step, cache, columns = torch.tensor([prompts[place] for place in places]), None, []
-            for _ in range(num_tokens):
-                output = self._model(input_ids=step, past_key_values=cache, use_cache=True)
-                step, cache = output.logits[:, -1].argmax(-1, keepdim=True), output.past_key_values
-                columns.append(step)
-            for place, row in zip(places, torch.cat(columns, 1).tolist(), strict=True):
-                result[place] = tuple(row)
-        return [result[place] for place in range(len(prompts))]
+        """A continuation of each prompt, with transformers' own cache; no token ends it.
+
+        All prompts are one batch, padded on the left, which may round otherwise than a prompt alone: whether
+        every token is the most likely one is for `logits` to say, as `expect` asks.
+        """
+        longest = max(map(len, prompts))
+        step = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        places, cache, columns = (mask.cumsum(-1) - 1).clamp(min=0), None, []
+        for _ in range(num_tokens):
+            output = self._model(
+                input_ids=step,
+                attention_mask=mask,
+                position_ids=places,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            step, cache = output.logits[:, -1].argmax(-1, keepdim=True), output.past_key_values
+            columns.append(step)
+            mask, places = torch.cat([mask, torch.ones_like(step)], 1), places[:, -1:] + 1
+        return [tuple(row) for row in torch.cat(columns, 1).tolist()]
 
     @torch.inference_mode()
     def distribution(
@@ -153,11 +164,11 @@ class Oracle:
         return tuple(sequence[len(prompt) :])
 
     def expect(self, prompts: Sequence[Prompt], num_tokens: int = NUM_TOKENS) -> list[Expected]:
-        """Greedy tokens and logits of prompts."""
+        """Greedy tokens and logits of prompts; what float32 cannot decide has a small margin."""
         tokens = self.greedy(prompts, num_tokens)
         sequences = [prompt + answer for prompt, answer in zip(prompts, tokens, strict=True)]
         return [
-            Expected(prompt, answer, logits, _margin(logits[len(prompt) - 1 : -1]))
+            _expected(prompt, answer, logits)
             for prompt, answer, logits in zip(prompts, tokens, self.logits(sequences), strict=True)
         ]
 
@@ -188,9 +199,13 @@ MIN_MARGIN = 3e-6
 """Twenty-five units of float32 rounding at the largest logit."""
 
 
-def _margin(logits: Tensor) -> float:
-    best = logits.topk(2, dim=-1).values
-    return float((best[:, 0] - best[:, 1]).min() / logits.abs().max())
+def _expected(prompt: Prompt, answer: Prompt, logits: Tensor) -> Expected:
+    """The logits of the whole sequence are what counts: by them the answer has to be the greedy one."""
+    best = logits[len(prompt) - 1 : -1].topk(2, dim=-1)
+    margin = float((best.values[:, 0] - best.values[:, 1]).min() / logits.abs().max())
+    greedy = tuple(best.indices[:, 0].tolist())
+    assert margin <= MIN_MARGIN or greedy == answer, "transformers' answer is not the one of its own logits"
+    return Expected(prompt, answer, logits, margin)
 
 
 def _by_length(sequences: Sequence[Prompt]) -> list[list[int]]:

@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 _LOG = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ def _build(work: Path) -> tuple[Path, ctypes.CDLL]:
     error: Exception = BuildError("no flags to try")
     for flags in _flag_choices():
         try:
-            _run([*compiler, *_FLAGS, *flags, f"-I{_HEADERS}", "-c", *map(str, _SOURCES)], work)
+            _compile([*compiler, *_FLAGS, *flags, f"-I{_HEADERS}", "-c"], work)
             built = work / "kernels.so"
             _run([*compiler, "-shared", *(f"{path.stem}.o" for path in _SOURCES), "-o", str(built)], work)
             return built, ctypes.CDLL(str(built))
@@ -124,6 +125,13 @@ def _build(work: Path) -> tuple[Path, ctypes.CDLL]:
             _LOG.debug("native kernels with %s: %s", flags, failure)
             error = failure
     raise BuildError(str(error)) from error
+
+
+def _compile(command: list[str], work: Path) -> None:
+    """All sources, side by side: somebody waits for this."""
+    with ThreadPoolExecutor(len(_SOURCES)) as pool:
+        for done in [pool.submit(_run, [*command, str(source)], work) for source in _SOURCES]:
+            done.result()
 
 
 def _flag_choices() -> Iterator[tuple[str, ...]]:
