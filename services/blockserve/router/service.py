@@ -9,8 +9,8 @@ import itertools
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from typing import Protocol
 
@@ -129,9 +129,10 @@ class Router:
                 with self.admission.admit(call.num_choices), self._traces.follow(call, arrival) as times:
                     resolved, answer = await self._prepare(call, arrival, deadline, times)
                     meter.resolve(resolved.variant.record.name, len(resolved.request.prompt))
-                    async with aclosing(self._logged(resolved, answer, arrival, meter, times)) as chunks:
-                        async for chunk in chunks:
-                            yield chunk
+                    with _logged(resolved, answer, arrival):
+                        async with aclosing(self._run_all(answer, meter, times)) as chunks:
+                            async for chunk in chunks:
+                                yield chunk
             except QueueFullError as error:
                 error.retry_after = self._pacer.delay(self._engine.report().running_requests)
                 raise
@@ -194,23 +195,6 @@ class Router:
     def _note_served(self, answer: Answer) -> None:
         if answer.finished and answer.timing is not None:
             self._pacer.note_served(time.monotonic() - answer.timing.scheduled)
-
-    async def _logged(
-        self, resolved: Plan, answer: Choices, arrival: float, meter: RequestMeter, times: CallTimes
-    ) -> AsyncGenerator[Chunk, None]:
-        """The answer's chunks, and one line in the log at its end."""
-        outcome = ""
-        try:
-            async with aclosing(self._run_all(answer, meter, times)) as chunks:
-                async for chunk in chunks:
-                    yield chunk
-        except Exception as error:
-            outcome = type(error).__name__
-            raise
-        finally:
-            # A caller may leave as soon as it has the last chunk; that answer is finished all the same.
-            outcome = outcome or ("finished" if answer.finished else "cancelled")
-            _log_request(resolved, answer, outcome, time.monotonic() - arrival)
 
     async def tokenize(self, model: str, prompt: str | Conversation) -> Tokenized:
         """The token ids that `generate` would run for this prompt.
@@ -401,6 +385,21 @@ def _damaged_model(variant: DamagedVariant) -> ModelInfo:
         num_layers=0,
         provenance={**record.provenance, "error": f"{variant.error.reason}: {variant.error}"},
     )
+
+
+@contextmanager
+def _logged(resolved: Plan, answer: Choices, arrival: float) -> Iterator[None]:
+    """One line in the log at the answer's end."""
+    outcome = ""
+    try:
+        yield
+    except Exception as error:
+        outcome = type(error).__name__
+        raise
+    finally:
+        # A caller may leave as soon as it has the last chunk; that answer is finished all the same.
+        outcome = outcome or ("finished" if answer.finished else "cancelled")
+        _log_request(resolved, answer, outcome, time.monotonic() - arrival)
 
 
 def _log_request(resolved: Plan, answer: Choices, outcome: str, seconds: float) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
@@ -23,10 +22,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     def __init__(self, router: Router) -> None:
         self._router = router
 
-    async def Generate(  # noqa: N802 - the generated name
+    async def Generate(  # type: ignore[override]  # noqa: N802 - the generated name; grpc takes both kinds
         self, request: inference_pb2.GenerateRequest, context: Any
-    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
-        """Stream the tokens of one request."""
+    ) -> None:
+        """Stream the tokens of one request.
+
+        They are written where they come, not yielded: what yields stands between each token and its caller.
+        """
         arrival = time.monotonic()
         remaining = context.time_remaining()
         with self._router.metrics.request(arrival):
@@ -34,7 +36,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         deadline = None if remaining is None else arrival + remaining
         async with aclosing(self._router.generate(call, arrival=arrival, deadline=deadline)) as chunks:
             async for chunk in chunks:
-                yield convert.chunk_to_message(chunk)
+                await context.write(convert.chunk_to_message(chunk))
 
     async def Tokenize(  # noqa: N802
         self, request: inference_pb2.TokenizeRequest, context: Any

@@ -34,11 +34,18 @@ class _Running:
 
     request: EngineRequest
     outcomes: deque[Outcome] = field(default_factory=deque)
-    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    waiter: asyncio.Future[None] | None = None
 
     def put(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
-        self.wake.set()
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
+
+    async def wait(self) -> None:
+        """Until there is an outcome; for the one who takes them."""
+        if not self.outcomes:
+            self.waiter = asyncio.get_running_loop().create_future()
+            await self.waiter
 
     def take(self) -> Outcome:
         """The next error, or all tokens before it: what piled up while we were busy goes on as one."""
@@ -104,8 +111,7 @@ class WorkerStream:
                     yield outcome
                     if outcome[-1].finish is not None:
                         return
-                running.wake.clear()
-                await running.wake.wait()
+                await running.wait()
         finally:
             if self._running.pop(number, None) is not None:
                 self._cancel(number)
@@ -143,10 +149,11 @@ class WorkerStream:
         reason = "it ended the connection"
         channel = open_channel(self.address, self._credentials)
         try:
-            call = worker_pb2_grpc.WorkerServiceStub(channel).Serve(metadata=self._credentials.metadata())
+            stub = worker_pb2_grpc.WorkerServiceStub(channel)
+            call: Any = stub.Serve(metadata=self._credentials.metadata())
             writer = asyncio.create_task(self._write(call))
             try:
-                async for response in call:
+                while (response := await call.read()) is not grpc.aio.EOF:
                     for progress in response.progress:
                         self._take(progress)
             finally:
