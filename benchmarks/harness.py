@@ -176,12 +176,12 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """The commit that was measured, with `-dirty` when files differ from it."""
+    """The commit that was measured, with `-dirty` when files differ from it; results may."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
             ["git", "-C", str(ROOT), *arguments], check=True, capture_output=True, text=True
         ).stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
     return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
