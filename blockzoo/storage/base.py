@@ -96,7 +96,7 @@ class Storage(Protocol):
         """Return what changes whenever an object right below a folder comes or goes.
 
         Equal stamps mean that a listing made after the first one still holds. None where only a listing
-        can tell. Never waits for a disk or a network, so an event loop may ask.
+        can tell. Never waits for a network, so an event loop may ask.
         """
 
     def delete(self, key: str) -> bool:

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from blockserve.common.event_loop import event_loop_factory
+from blockserve.common.threads import take_turns
 
 
 def test_the_processes_run_on_uvloop_where_it_is_installed() -> None:
@@ -21,6 +22,18 @@ def test_the_processes_run_on_uvloop_where_it_is_installed() -> None:
 def test_without_uvloop_they_run_on_asyncio(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "uvloop", None)
     assert event_loop_factory() is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="SCHED_BATCH is Linux's")
+def test_a_sandbox_that_forbids_it_is_no_fault(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    take_turns()
+    assert "SCHED_BATCH is refused" in caplog.text
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="SCHED_BATCH is Linux's")
