@@ -35,6 +35,27 @@ def test_greedy_equals_transformers_generate(variants):
         assert tuple(output[0, len(case.prompt) :].tolist()) == case.tokens
 
 
+def test_a_note_counts_where_todays_logits_say_the_same_and_not_otherwise(variants):
+    variant = variants.checkpoint("llama-gqa")
+    cases = variants.cases(variant, count=4)
+    prompts, oracle = [case.prompt for case in cases], variants.oracle(variant)
+    noted = {case.prompt: case.tokens for case in cases}
+    steps = oracle.greedy
+    try:
+        oracle.greedy = None  # with a true note it is not asked
+        assert [one.tokens for one in oracle.expect(prompts, noted=noted)] == [one.tokens for one in cases]
+        oracle.greedy = steps
+        for place in (0, 31, 63):  # a lie about any token is found out
+            tokens = list(cases[2].tokens)
+            tokens[place] = (tokens[place] + 1) % oracle.vocab_size
+            lie = {**noted, cases[2].prompt: tuple(tokens)}
+            assert oracle._check(prompts, [lie[prompt] for prompt in prompts])[2] is None
+            answers = [one.tokens for one in oracle.expect(prompts, noted=lie)]
+            assert answers == [one.tokens for one in cases]
+    finally:
+        oracle.__dict__.pop("greedy", None)
+
+
 @pytest.mark.parametrize("name", SPECS)
 def test_answers_are_not_degenerate(variants, name):
     """A model that repeats itself would agree with a broken engine."""

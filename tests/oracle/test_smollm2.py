@@ -1,6 +1,9 @@
 """The engine against transformers and PEFT on SmolLM2-135M-Instruct: base, LoRA, top quarter tuned."""
 
+import json
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
@@ -39,6 +42,8 @@ QUESTIONS = (
     "Rewrite politely: Send me the report now.",
     "In one word: what do bees make?",
 )
+KINDS = ("base", "lora", "top quarter")
+NOTES = Path(__file__).with_name("smollm2_answers.json")
 LENGTHS = (1, 5, 8, 11, 35, 60)
 LORA = AdapterSpec(
     {"r": 8, "lora_alpha": 4, "target_modules": [*ATTENTION, "gate_proj", "up_proj", "down_proj"]}
@@ -72,14 +77,27 @@ def family(variants, smollm2):
 
 @pytest.fixture(scope="module")
 def expected(variants, family, prompts):
-    """The oracle's answers to twenty questions whose answers float32 can decide, for each variant."""
-    answers = {}
-    for variant in family:
-        decided = [one for one in variants.oracle(variant).expect(prompts) if one.margin > MIN_MARGIN]
+    """The oracle's answers to twenty questions whose answers float32 can decide, for each variant.
+
+    What it answered once is noted. Its logits decide whether that still holds; if not, it answers anew, which
+    takes three times as long. Run with NOTE_ANSWERS=1 to answer anew and note it.
+    """
+    noted = {} if "NOTE_ANSWERS" in os.environ else _read_notes()
+    answers, told = {}, {}
+    for variant, kind in zip(family, KINDS, strict=True):
+        told[kind] = variants.oracle(variant).expect(prompts, noted=noted.get(kind))
         variants.forget(variant)
-        answers[variant] = decided[:20]
+        answers[variant] = [one for one in told[kind] if one.margin > MIN_MARGIN][:20]
         assert len(answers[variant]) == 20
+    if "NOTE_ANSWERS" in os.environ:
+        notes = {kind: [[one.prompt, one.tokens] for one in told[kind]] for kind in KINDS}
+        NOTES.write_text(json.dumps(notes) + "\n")
     return answers
+
+
+def _read_notes():
+    notes = json.loads(NOTES.read_text())
+    return {kind: {tuple(prompt): tuple(tokens) for prompt, tokens in pairs} for kind, pairs in notes.items()}
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +112,7 @@ def smollm2_engine(tmp_path_factory, family):
         yield harness
 
 
-@pytest.mark.parametrize("index", [0, 1, 2], ids=["base", "lora", "top quarter"])
+@pytest.mark.parametrize("index", [0, 1, 2], ids=KINDS)
 def test_variant_equals_transformers(smollm2_engine, family, expected, index):
     variant = family[index]
     report = smollm2_engine.compare(smollm2_engine.register(variant), expected[variant])
