@@ -36,8 +36,9 @@ class LocalStorage:
     """Objects as files below `root`, which must be on a file system with hard links."""
 
     is_remote = False
-    SETTLED_NS = 1_000_000_000
-    """Nanoseconds after which a change of a folder has a time of its own: ticks are at most a hundredth."""
+    SETTLED_NS = 2_000_000_000
+    """Nanoseconds after which a change of a folder has a time of its own: the kernel's clock ticks every
+    hundredth of a second or oftener, but ext3 and small inodes of ext4 keep whole seconds only."""
 
     def __init__(self, root: Path) -> None:
         self._root = root.resolve()
