@@ -87,7 +87,7 @@ class Zoo:
         Raises:
             InvalidNameError: it is spelled wrong.
         """
-        return self.store.stamp(parse_ref(ref)[0])
+        return self.store.stamp(ref.partition("@")[0])
 
     def chain(self, chain: ChainId) -> ChainManifest:
         """Return a chain manifest; raises ManifestNotFoundError or CorruptManifestError."""

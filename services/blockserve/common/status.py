@@ -214,7 +214,7 @@ def _stream(inner: Callable[[Any, Any], Any], method: str) -> Callable[[Any, Any
     async def call(request: Any, context: Any) -> Any:
         try:
             responses = inner(request, context)
-            # Servicers that write to the context themselves (health's Watch) return a coroutine.
+            # Servicers that write to the context themselves (Generate, health's Watch) return a coroutine.
             if not hasattr(responses, "__aiter__"):
                 await responses
                 return

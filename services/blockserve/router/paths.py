@@ -73,7 +73,7 @@ def assemble(
     if barred or not candidates.is_covered:
         _check_covered(chain, candidates, held)
     best: tuple[float, list[int]] | None = None
-    for tokens, usable in _usable(index, candidates, held, size):
+    for tokens, usable in _savings(index, candidates, held, size):
         found = cheapest(_costs(index, candidates, usable, size, size.prompt_tokens - tokens, idle=idle))
         if found is not None and (best is None or found[0] < best[0]):
             best = found
@@ -86,7 +86,7 @@ def assemble(
     return Path(_spans(index, candidates, best[1]), best[0])
 
 
-def _usable(
+def _savings(
     index: PathIndex, candidates: Candidates, held: npt.NDArray[np.bool_], size: RequestSize
 ) -> Iterator[tuple[int, npt.NDArray[np.bool_]]]:
     """Leading prompt tokens that a path may save, most first, and who holds what and has so many of them."""

@@ -58,7 +58,7 @@ class RequestMetrics:
         self.in_progress = Gauge(info.name, info.meaning, info.labels, registry=registry)
         self._series: dict[tuple[MetricWrapperBase, str], MetricWrapperBase] = {}
 
-    def of(self, metric: SomeMetric, label: str) -> SomeMetric:
+    def series(self, metric: SomeMetric, label: str) -> SomeMetric:
         """`metric.labels(label)`, which takes as long as counting, looked up once for good."""
         series = self._series.get((metric, label))
         if series is None:
@@ -90,7 +90,7 @@ class RequestMeter:
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         metrics, label, finish = self.metrics, self._label, self._finish
         if label is not None:
-            metrics.of(metrics.in_progress, label).dec()
+            metrics.series(metrics.in_progress, label).dec()
         if isinstance(error, Exception) and finish is None:
             reason = error.reason if isinstance(error, BlockzooError) else INTERNAL
             (metrics.failed if self._has_token else metrics.refused).labels(reason).inc()
@@ -110,7 +110,7 @@ class RequestMeter:
         """The call names this variant, and its prompt has so many tokens."""
         self._label = self.metrics.labels.of(variant)
         self._prompt_tokens = prompt_tokens
-        self.metrics.of(self.metrics.in_progress, self._label).inc()
+        self.metrics.series(self.metrics.in_progress, self._label).inc()
 
     def answer(self) -> AnswerMeter:
         """A meter for one answer to the call, which has been resolved."""
@@ -125,15 +125,15 @@ class RequestMeter:
             return
         self._has_token = True
         metrics = self.metrics
-        metrics.of(metrics.ttft, label).observe(now - self._arrival)
-        metrics.of(metrics.prompt_tokens, label).inc(self._prompt_tokens)
+        metrics.series(metrics.ttft, label).observe(now - self._arrival)
+        metrics.series(metrics.prompt_tokens, label).inc(self._prompt_tokens)
         if timing is not None:
-            metrics.of(metrics.queue_time, label).observe(timing.queued_seconds)
+            metrics.series(metrics.queue_time, label).observe(timing.queued_seconds)
 
     def note_finished(self, label: str, now: float) -> None:
         """An answer has ended; the call has when it is the last one."""
         if self._finish is not None:
-            self.metrics.of(self.metrics.e2e, label).observe(now - self._arrival)
+            self.metrics.series(self.metrics.e2e, label).observe(now - self._arrival)
 
 
 class AnswerMeter:
@@ -164,8 +164,8 @@ class AnswerMeter:
         now = metrics.clock()
         if new:
             if self._count == 0:
-                self._tokens = metrics.of(metrics.generation_tokens, label)
-                self._inter_token = metrics.of(metrics.inter_token, label)
+                self._tokens = metrics.series(metrics.generation_tokens, label)
+                self._inter_token = metrics.series(metrics.inter_token, label)
             self._tokens.inc(new)
             if self._count == 0:
                 self._request.note_first_token(label, now, timing)
