@@ -45,6 +45,23 @@ def test_each_process_has_health_and_reflection(tmp_path: Path) -> None:
     asyncio.run(asyncio.wait_for(work(), 2 * PATIENCE))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="SCHED_BATCH is Linux's")
+def test_all_threads_of_a_router_with_cores_of_its_own_take_turns(tmp_path: Path) -> None:
+    async def work() -> None:
+        zoo = Zoo.open(tmp_path / "zoo", create=True)
+        async with cluster(zoo, tmp_path, []) as rig:
+            alone = await rig.start_router(BLOCKZOO_OWN_CORES="1")
+            for router, policy in ((rig.routers[0], os.SCHED_OTHER), (alone, os.SCHED_BATCH)):
+                async with grpc.aio.insecure_channel(router.address) as channel:
+                    await services(channel)  # by now gRPC has its threads
+                assert router.popen is not None
+                threads = [int(task.name) for task in Path(f"/proc/{router.popen.pid}/task").iterdir()]
+                assert len(threads) > 2
+                assert {os.sched_getscheduler(thread) for thread in threads} == {policy}
+
+    asyncio.run(asyncio.wait_for(work(), 2 * PATIENCE))
+
+
 async def services(channel: grpc.aio.Channel) -> list[str]:
     """The services that reflection lists."""
     stub = reflection_pb2_grpc.ServerReflectionStub(channel)
