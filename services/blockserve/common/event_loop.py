@@ -10,10 +10,7 @@ T = TypeVar("T")
 
 
 def event_loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop's loop where it is installed, else None for asyncio's own; Windows and PyPy have no uvloop.
-
-    A router on uvloop answers about a fifth more requests on the same core (docs/log.md, 27 November 2026).
-    """
+    """uvloop's loop where it is installed, else None for asyncio's own; Windows and PyPy have no uvloop."""
     try:
         import uvloop
     except ImportError:

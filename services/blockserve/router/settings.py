@@ -44,7 +44,7 @@ class RouterSettings(ClusterSettings):
         False,
         "Nothing else computes on this router's cores: its threads take turns instead of interrupting each "
         "other (SCHED_BATCH; Linux).",
-        reason="A core then carries a tenth more requests; beside workers, tokens would wait for their turn.",
+        reason="A core then carries more requests; beside workers, tokens would wait for their turn.",
     )
     router: RouterConfig = Field(default_factory=RouterConfig, description="Limits on requests.")
     adaptive: AdaptiveConfig = Field(
