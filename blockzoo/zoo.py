@@ -8,23 +8,24 @@ from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
 
-from blockzoo import gc, layout
-from blockzoo.backup import CopyReport, copy_zoo
-from blockzoo.compare import compare
+from blockzoo import layout
+from blockzoo.care import gc
+from blockzoo.care.backup import CopyReport, copy_zoo
+from blockzoo.care.gc import GcReport
+from blockzoo.care.verify import FOLDERS, VerifyReport, verify
 from blockzoo.errors import InvalidInputError, NotFoundError
-from blockzoo.export import ExportResult, export_variant
-from blockzoo.gc import GcReport
+from blockzoo.folders.export import ExportResult, export_variant
+from blockzoo.folders.outline import Manifests
 from blockzoo.manifest import BlockId, BlockManifest, ChainId, ChainManifest, TensorRef, VariantRecord
 from blockzoo.names import check_name, parse_ref
-from blockzoo.outline import Manifests
 from blockzoo.progress import NoProgress, Progress
-from blockzoo.register import RegisterResult, register_folder
-from blockzoo.reports import DiffReport, RemoveReport, ShowReport, UsageReport, VariantRow
+from blockzoo.registering.folder import RegisterResult, register_folder
+from blockzoo.reports.compare import compare
+from blockzoo.reports.survey import Survey
+from blockzoo.reports.values import DiffReport, RemoveReport, ShowReport, UsageReport, VariantRow
 from blockzoo.storage import open_storage
 from blockzoo.storage.base import ObjectInfo, Stamp
-from blockzoo.store import ZooStore
-from blockzoo.survey import Survey
-from blockzoo.verify import FOLDERS, VerifyReport, verify
+from blockzoo.store.zoo_store import ZooStore
 
 _CACHED_MANIFESTS = 1 << 16
 """Block and chain manifests kept in memory; one takes a few kilobytes, and they never change."""
@@ -162,11 +163,11 @@ class Zoo:
         base: str | None = None,
         progress: Progress | None = None,
     ) -> RegisterResult:
-        """Register a checkpoint or adapter folder; see `blockzoo.register.register_folder`."""
+        """Register a checkpoint or adapter folder; see `blockzoo.registering.folder.register_folder`."""
         return register_folder(self.store, Path(path), name=name, base=base, progress=progress)
 
     def export(self, ref: str, dest: str | Path, *, progress: Progress | None = None) -> ExportResult:
-        """Write a variant back as a folder; see `blockzoo.export.export_variant`."""
+        """Write a variant back as a folder; see `blockzoo.folders.export.export_variant`."""
         return export_variant(self.store, self.resolve(ref), Path(dest), progress=progress)
 
     def rm(self, ref: str) -> RemoveReport:
@@ -195,7 +196,7 @@ class Zoo:
         dry_run: bool = False,
         progress: Progress | None = None,
     ) -> GcReport:
-        """Delete what no variant needs; see `blockzoo.gc.collect`."""
+        """Delete what no variant needs; see `blockzoo.care.gc.collect`."""
         meter = _Meter(progress)
         # How much will go is known only when it has gone.
         with meter.task("deleting", 0):

@@ -19,7 +19,7 @@ import blockzoo
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES = (blockzoo, blockserve, blockkernels, blockproto)
-COMPUTING = ("blockzoo.families.compute", "blockzoo.equivalence.forward", "blockzoo.equivalence.measure")
+COMPUTING = ("blockzoo.compute.decoder", "blockzoo.evaluation.forward", "blockzoo.evaluation.measure")
 
 
 def module_names():

@@ -22,7 +22,6 @@ from blockzoo.equivalence.approvals import (
     substituted_chain,
 )
 from blockzoo.equivalence.decide import approve, revoke
-from blockzoo.equivalence.evaluation import evaluate
 from blockzoo.equivalence.ledger import Ledger
 from blockzoo.equivalence.records import (
     Action,
@@ -34,6 +33,7 @@ from blockzoo.equivalence.records import (
     chain_digest,
     splice,
 )
+from blockzoo.evaluation.evaluate import evaluate
 
 __all__ = [
     "Action",

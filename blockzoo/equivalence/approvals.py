@@ -25,7 +25,7 @@ from blockzoo.equivalence.records import (
 )
 from blockzoo.errors import BlockzooError, CorruptionError, CorruptManifestError, NotFoundError
 from blockzoo.manifest import ChainId, ChainManifest, VariantName, VariantRecord
-from blockzoo.store import ZooStore
+from blockzoo.store.zoo_store import ZooStore
 
 if TYPE_CHECKING:
     from blockzoo.zoo import Zoo

@@ -14,12 +14,12 @@ from blockzoo.equivalence.ledger import Ledger, decision_body
 from blockzoo.equivalence.records import RecordId
 from blockzoo.equivalence.spliced import restore_chains
 from blockzoo.manifest import ChainId
-from blockzoo.store import ZooStore
+from blockzoo.store.zoo_store import ZooStore
 
 
 @dataclass(slots=True)
 class CopiedEquivalence:
-    """What was copied; the fields are those of `blockzoo.backup.CopyReport`."""
+    """What was copied; the fields are those of `blockzoo.care.backup.CopyReport`."""
 
     copied: int = 0
     num_bytes: int = 0

@@ -17,7 +17,7 @@ from blockzoo.errors import (
     VariantNotFoundError,
 )
 from blockzoo.names import parse_ref
-from blockzoo.store import ZooStore
+from blockzoo.store.zoo_store import ZooStore
 
 MAX_TEXT_CHARS = 1000
 """Longest name and reason kept with a decision."""

@@ -27,7 +27,7 @@ from blockzoo.errors import (
     InvalidInputError,
     NotFoundError,
 )
-from blockzoo.store import ZooStore
+from blockzoo.store.zoo_store import ZooStore
 
 MIN_PREFIX = 6
 """Digits that name a record as long as no other begins with them."""

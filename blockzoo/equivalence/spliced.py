@@ -16,8 +16,8 @@ from blockzoo.equivalence.records import EquivalenceRecord, RecordId, chain_dige
 from blockzoo.errors import CorruptManifestError, NotFoundError
 from blockzoo.manifest import ChainManifest
 from blockzoo.manifest_json import chain_to_json
-from blockzoo.registration import Registration
-from blockzoo.store import ZooStore
+from blockzoo.store.registration import Registration
+from blockzoo.store.zoo_store import ZooStore
 
 
 def spliced_chain(store: ZooStore, record: EquivalenceRecord) -> ChainManifest:

@@ -1,9 +1,9 @@
-"""`blockzoo.adapter` against PEFT: the same modules, ranks and scales for the same config."""
+"""`blockzoo.folders.adapter` against PEFT: the same modules, ranks and scales for the same config."""
 
 import pytest
 
-from blockzoo.adapter import parse_adapter_config
 from blockzoo.errors import AdapterError, UnknownTargetError, UnsupportedAdapterError
+from blockzoo.folders.adapter import parse_adapter_config
 from support.folders import adapter_config
 
 CASES = {

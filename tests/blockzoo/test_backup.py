@@ -3,13 +3,13 @@ from __future__ import annotations
 import pytest
 
 from blockzoo import layout
-from blockzoo.backup import copy_zoo
+from blockzoo.care.backup import copy_zoo
+from blockzoo.care.gc import collect
+from blockzoo.care.verify import verify
 from blockzoo.errors import CorruptBlobError, CorruptManifestError, FormatVersionError, StorageFullError
-from blockzoo.gc import collect
 from blockzoo.manifest import BlobId
 from blockzoo.storage import LocalStorage
-from blockzoo.store import ZooStore
-from blockzoo.verify import verify
+from blockzoo.store.zoo_store import ZooStore
 from support.zoo_faults import (
     HookedStorage,
     Killed,
@@ -267,7 +267,7 @@ def test_formats(store):
 
 
 def test_groups_bound_what_is_held(store, monkeypatch):
-    monkeypatch.setattr("blockzoo.backup._GROUP_BYTES", 1500)
+    monkeypatch.setattr("blockzoo.care.backup._GROUP_BYTES", 1500)
     copy = open_memory()
     storage = HookedStorage(copy.storage)
     copy_zoo(store, through(copy, storage))

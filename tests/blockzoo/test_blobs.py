@@ -5,14 +5,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockzoo import codec
-from blockzoo.blobs import ALIGNMENT, MAGIC, BlobStore, TensorData, file_data
-from blockzoo.codec import RAW, ULP, XOR
 from blockzoo.digest import blob_id
 from blockzoo.errors import BlobNotFoundError, CorruptBlobError
 from blockzoo.layout import blob_key
 from blockzoo.manifest import BlobId, DType
 from blockzoo.storage import LocalStorage, MemoryStorage
+from blockzoo.store import codec
+from blockzoo.store.blobs import ALIGNMENT, MAGIC, BlobStore, TensorData, file_data
+from blockzoo.store.codec import RAW, ULP, XOR
 from support.zoo_faults import open_memory, tensor
 
 
@@ -56,7 +56,7 @@ def test_a_large_local_blob_is_mapped_and_aligned(tmp_path):
 
 @pytest.mark.parametrize("name", [XOR, ULP])
 def test_difference_round_trip(storage, name, monkeypatch):
-    monkeypatch.setattr("blockzoo.blobs.DELTA_CODEC", name)
+    monkeypatch.setattr("blockzoo.store.blobs.DELTA_CODEC", name)
     base = put(storage, tensor(1))
     near = tensor(1, nudge=5)
     blob = put(storage, near, base)
@@ -184,7 +184,7 @@ def test_an_unknown_codec_is_named(monkeypatch):
     storage = MemoryStorage()
     base = put(storage, tensor(1))
     monkeypatch.setitem(codec.CODECS, "future", codec.CODECS[XOR])
-    monkeypatch.setattr("blockzoo.blobs.DELTA_CODEC", "future")
+    monkeypatch.setattr("blockzoo.store.blobs.DELTA_CODEC", "future")
     blob = put(storage, tensor(1, nudge=3), base)
     monkeypatch.delitem(codec.CODECS, "future")
     with pytest.raises(CorruptBlobError, match="future"):

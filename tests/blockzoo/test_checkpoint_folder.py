@@ -2,7 +2,6 @@ import json
 
 import pytest
 
-from blockzoo.checkpoint import FolderKind, inside, open_folder, read_kept_file
 from blockzoo.errors import (
     CheckpointError,
     InvalidConfigError,
@@ -12,6 +11,7 @@ from blockzoo.errors import (
     TensorMismatchError,
     TruncatedFileError,
 )
+from blockzoo.folders.checkpoint import FolderKind, inside, open_folder, read_kept_file
 from support.folders import (
     adapter_config,
     config,

@@ -6,9 +6,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockzoo.codec import CODECS, ULP, XOR
 from blockzoo.errors import InvalidInputError
 from blockzoo.manifest import DType
+from blockzoo.store.codec import CODECS, ULP, XOR
 
 EVERY_DTYPE = st.sampled_from(list(DType))
 EVERY_CODEC = st.sampled_from(list(CODECS))

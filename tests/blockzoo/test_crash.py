@@ -19,12 +19,12 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from blockzoo.care.gc import collect
+from blockzoo.care.verify import verify
 from blockzoo.errors import BlobNotFoundError, CurrentVersionError, NotFoundError, VariantNotFoundError
-from blockzoo.gc import collect
 from blockzoo.manifest import BlobId, VariantRecord
 from blockzoo.storage import LocalStorage
-from blockzoo.store import ZooStore
-from blockzoo.verify import verify
+from blockzoo.store.zoo_store import ZooStore
 from support.zoo_faults import (
     FakeClock,
     HookedStorage,
@@ -247,9 +247,9 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from zoo_faults import register, tensor
-from blockzoo.gc import collect
+from blockzoo.care.gc import collect
 from blockzoo.storage import LocalStorage
-from blockzoo.store import ZooStore
+from blockzoo.store.zoo_store import ZooStore
 
 CALLS = ["open", "writev", "fsync", "link", "unlink", "mkdir", "close"]
 

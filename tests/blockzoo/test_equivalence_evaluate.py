@@ -10,10 +10,7 @@ import torch
 
 from blockzoo import layout
 from blockzoo.canonical import digest_bytes
-from blockzoo.equivalence import Ledger, evaluate, measure
-from blockzoo.equivalence.measure import kl_divergence
-from blockzoo.equivalence.selection import select
-from blockzoo.equivalence.tokens import MIN_TOKENS, decode_text, windows
+from blockzoo.equivalence import Ledger, evaluate
 from blockzoo.errors import (
     CorruptBlobError,
     EvaluationError,
@@ -22,6 +19,10 @@ from blockzoo.errors import (
     NotFoundError,
     VariantNotFoundError,
 )
+from blockzoo.evaluation import measure
+from blockzoo.evaluation.measure import kl_divergence
+from blockzoo.evaluation.selection import select
+from blockzoo.evaluation.tokens import MIN_TOKENS, decode_text, windows
 from blockzoo.zoo import Zoo
 from support.adapters import ADAPTERS, make_adapter
 from support.edge import byte_level_tokenizer

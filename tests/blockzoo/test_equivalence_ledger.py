@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockzoo import layout
-from blockzoo.backup import copy_zoo
 from blockzoo.canonical import canonical_json, digest_bytes, digest_json, parse_json
+from blockzoo.care.backup import copy_zoo
+from blockzoo.care.gc import collect
+from blockzoo.care.verify import verify
 from blockzoo.equivalence import (
     Action,
     Approvals,
@@ -36,10 +38,8 @@ from blockzoo.errors import (
     NotEquivalentError,
     VariantNotFoundError,
 )
-from blockzoo.gc import collect
 from blockzoo.storage import LocalStorage
-from blockzoo.store import ZooStore
-from blockzoo.verify import verify
+from blockzoo.store.zoo_store import ZooStore
 from blockzoo.zoo import Zoo
 from support.equivalence import draft, put, without_id
 from support.zoo_faults import HookedStorage, open_memory, register, tensor, through

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from blockzoo import layout
-from blockzoo.backup import copy_zoo
+from blockzoo.care.backup import copy_zoo
+from blockzoo.care.gc import collect
+from blockzoo.care.verify import verify
 from blockzoo.equivalence import Approvals, EquivalenceRecord, Ledger, approve, revoke
 from blockzoo.equivalence.spliced import missing_chains, spliced_chain
 from blockzoo.errors import ManifestNotFoundError
-from blockzoo.gc import collect
-from blockzoo.store import ZooStore
-from blockzoo.verify import verify
+from blockzoo.store.zoo_store import ZooStore
 from support.equivalence import put
 from support.zoo_faults import FakeClock, open_memory, register, tensor
 

@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from blockzoo.contents import LAYOUT_FILE, FolderLayout, InBlock, InFile
 from blockzoo.errors import CorruptBlobError, CorruptManifestError, InvalidInputError, StorageError
+from blockzoo.folders.contents import LAYOUT_FILE, FolderLayout, InBlock, InFile
 from blockzoo.layout import blob_key
 from blockzoo.zoo import Zoo
 from support.folders import (

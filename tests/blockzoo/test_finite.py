@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from blockzoo.errors import NonFiniteWeightsError
-from blockzoo.finite import Weights, check_finite, is_finite
+from blockzoo.folders.finite import Weights, check_finite, is_finite
 from blockzoo.manifest import DType
 from support.folders import BITS, encode
 

@@ -7,6 +7,8 @@ from contextlib import suppress
 import pytest
 
 from blockzoo import layout
+from blockzoo.care.gc import GRACE_S, collect
+from blockzoo.care.verify import verify
 from blockzoo.digest import blob_id
 from blockzoo.errors import (
     BlobNotFoundError,
@@ -17,11 +19,9 @@ from blockzoo.errors import (
     FormatVersionError,
     ManifestNotFoundError,
 )
-from blockzoo.gc import GRACE_S, collect
 from blockzoo.manifest import BlobId, BlockManifest, ChainId, ChainManifest, DType, Link, TensorRef
 from blockzoo.storage import MemoryStorage
-from blockzoo.store import ZooStore
-from blockzoo.verify import verify
+from blockzoo.store.zoo_store import ZooStore
 from support.zoo_faults import (
     HookedStorage,
     Killed,

@@ -4,7 +4,8 @@ import pytest
 
 from blockzoo.canonical import canonical_json
 from blockzoo.errors import ConflictError, CorruptManifestError
-from blockzoo.leases import (
+from blockzoo.storage import MemoryStorage
+from blockzoo.store.leases import (
     SKEW_S,
     LeaseHolder,
     active_leases,
@@ -15,7 +16,6 @@ from blockzoo.leases import (
     wait_until_safe,
     write_entry,
 )
-from blockzoo.storage import MemoryStorage
 from support.zoo_faults import FakeClock, HookedStorage, open_memory, tensor
 
 A, B, C = "a" * 64, "b" * 64, "c" * 64

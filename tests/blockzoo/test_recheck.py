@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from blockzoo.blobs import file_data
-from blockzoo.contents import LAYOUT_FILE, FolderLayout, InBlock
 from blockzoo.errors import BlockzooError, InvalidManifestError, TensorMismatchError
+from blockzoo.folders.contents import LAYOUT_FILE, FolderLayout, InBlock
 from blockzoo.manifest import BlockManifest, FileRef, Link, TensorRef
-from blockzoo.recheck import Pushed, recheck
-from blockzoo.writing import ManifestRecorder
+from blockzoo.registering.recheck import Pushed, recheck
+from blockzoo.store.blobs import file_data
+from blockzoo.store.writing import ManifestRecorder
 from blockzoo.zoo import Zoo
 from support.folders import config, tensors, write_adapter, write_checkpoint
 

@@ -2,7 +2,6 @@ import json
 
 import pytest
 
-from blockzoo.contents import LAYOUT_FILE
 from blockzoo.errors import (
     AdapterBaseMismatchError,
     AdapterError,
@@ -10,6 +9,7 @@ from blockzoo.errors import (
     UnsupportedAdapterError,
     VariantNotFoundError,
 )
+from blockzoo.folders.contents import LAYOUT_FILE
 from blockzoo.manifest import BlockKind
 from blockzoo.zoo import Zoo
 from support.folders import (

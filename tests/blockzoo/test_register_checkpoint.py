@@ -3,8 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from blockzoo.contents import LAYOUT_FILE
 from blockzoo.errors import InvalidNameError, TensorMismatchError, VariantNotFoundError
+from blockzoo.folders.contents import LAYOUT_FILE
 from blockzoo.manifest import BlockKind, DType
 from blockzoo.zoo import Zoo
 from support.folders import ARCHITECTURES, LAYERS, Raw, config, shapes, tensor, tensors, write_checkpoint

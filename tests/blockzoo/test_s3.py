@@ -7,14 +7,14 @@ import threading
 import pytest
 
 from blockzoo import layout
-from blockzoo.backup import copy_zoo
-from blockzoo.blobs import TensorData
+from blockzoo.care.backup import copy_zoo
+from blockzoo.care.gc import collect
+from blockzoo.care.verify import verify
 from blockzoo.errors import NotFoundError, StorageError, ZooNotFoundError
-from blockzoo.gc import collect
 from blockzoo.manifest import DType
 from blockzoo.storage import LocalStorage, Storage, open_storage
-from blockzoo.store import ZooStore
-from blockzoo.verify import verify
+from blockzoo.store.blobs import TensorData
+from blockzoo.store.zoo_store import ZooStore
 from support.s3_server import BUCKET, environment, s3_server, weed_program
 from support.zoo_faults import FakeClock, contents, register, tensor
 

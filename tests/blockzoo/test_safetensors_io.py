@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from blockzoo.errors import CheckpointError, TensorMismatchError, TruncatedFileError
+from blockzoo.folders.safetensors_io import MAX_HEADER_BYTES, SafetensorsFile, parse_header
 from blockzoo.manifest import DType
-from blockzoo.safetensors_io import MAX_HEADER_BYTES, SafetensorsFile, parse_header
 from support.folders import encode, header, safetensors_bytes, tensor
 
 ITEMS = {"a": tensor((3, 5), seed=1), "b": tensor((7,), seed=2, dtype="F32"), "c": tensor((), dtype="F16")}

@@ -25,7 +25,7 @@ from blockzoo.errors import (
 from blockzoo.manifest import BlobId, BlockManifest, ChainId, ChainManifest, DType, FileRef, Link, TensorRef
 from blockzoo.storage import LocalStorage, MemoryStorage
 from blockzoo.storage.objects import ObjectStorage
-from blockzoo.store import FORMAT, ZooStore
+from blockzoo.store.zoo_store import FORMAT, ZooStore
 from support.zoo_faults import (
     FakeClock,
     HookedStorage,
@@ -321,7 +321,7 @@ def test_progress_counts_every_byte_once(store):
 
 
 def test_large_uploads_go_in_groups(store, monkeypatch):
-    monkeypatch.setattr("blockzoo.registration._GROUP_BYTES", 2048)
+    monkeypatch.setattr("blockzoo.store.registration._GROUP_BYTES", 2048)
     storage = HookedStorage(store.storage)
     with through(store, storage).registration("x") as registration:
         stored = registration.put_tensors([tensor(seed) for seed in range(5)])

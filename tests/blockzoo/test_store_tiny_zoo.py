@@ -7,10 +7,10 @@ from pathlib import Path
 import blake3
 import pytest
 
-from blockzoo.codec import RAW, ULP, XOR
-from blockzoo.gc import collect
+from blockzoo.care.gc import collect
 from blockzoo.storage import MemoryStorage
-from blockzoo.store import ZooStore
+from blockzoo.store.codec import RAW, ULP, XOR
+from blockzoo.store.zoo_store import ZooStore
 from blockzoo.zoo import Zoo
 
 TINY_ZOO = Path(__file__).parent / "data" / "tiny-zoo"

@@ -5,12 +5,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockzoo import layout
-from blockzoo.backup import copy_zoo
+from blockzoo.care.backup import copy_zoo
+from blockzoo.care.verify import verify
 from blockzoo.digest import blob_id
 from blockzoo.errors import FormatVersionError
 from blockzoo.manifest import DType
-from blockzoo.store import ZooStore
-from blockzoo.verify import verify
+from blockzoo.store.zoo_store import ZooStore
 from support.zoo_faults import contents, open_memory, register, tensor
 
 

@@ -11,7 +11,7 @@ import pytest
 from blockzoo import layout
 from blockzoo.errors import ConflictError, CorruptManifestError, InvalidNameError
 from blockzoo.manifest import ChainId, VariantName
-from blockzoo.wishes import PlacementWish, WishBook
+from blockzoo.store.wishes import PlacementWish, WishBook
 from blockzoo.zoo import Zoo
 
 BOT = VariantName("bot")

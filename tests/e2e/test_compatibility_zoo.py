@@ -17,7 +17,7 @@ from blockserve.controller.client import RemoteZoo
 from blockserve.router.aio_client import AsyncClient
 from blockzoo.errors import BlockzooError, FormatVersionError, InvalidConfigError
 from blockzoo.manifest import BlockManifest, ChainManifest, Link
-from blockzoo.store import FORMAT
+from blockzoo.store.zoo_store import FORMAT
 from blockzoo.zoo import Zoo
 from support.cluster import PATIENCE, Cluster, Process, cluster
 from support.edge import async_test

@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional
 
 from blockzoo.equivalence import evaluate
-from blockzoo.equivalence.forward import LinkLoader, Windows
-from blockzoo.equivalence.tokens import windows
+from blockzoo.evaluation.forward import LinkLoader, Windows
+from blockzoo.evaluation.tokens import windows
 from blockzoo.zoo import Zoo
 from support.models import SENTENCES, checkpoint_tensors, edit_checkpoint, make_tokenizer, tune_layers
 from support.oracle import LOGITS_TOLERANCE, Oracle, logits_error

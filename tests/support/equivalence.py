@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from blockzoo.equivalence import EquivalenceRecord, Ledger, Positions, Side, chain_digest, splice
 from blockzoo.manifest import BlobId, VariantRecord
-from blockzoo.store import ZooStore
+from blockzoo.store.zoo_store import ZooStore
 
 
 def draft(

@@ -7,7 +7,6 @@ from typing import TypeVar
 
 import numpy as np
 
-from blockzoo.blobs import TensorData
 from blockzoo.manifest import (
     BlobId,
     BlockManifest,
@@ -19,7 +18,8 @@ from blockzoo.manifest import (
 )
 from blockzoo.storage import MemoryStorage
 from blockzoo.storage.base import Chunks, ObjectInfo, Staged, Stamp, Storage
-from blockzoo.store import ZooStore
+from blockzoo.store.blobs import TensorData
+from blockzoo.store.zoo_store import ZooStore
 
 T = TypeVar("T")
 

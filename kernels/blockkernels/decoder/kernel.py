@@ -3,7 +3,7 @@
 A batch of few tokens takes tens of microseconds for a matrix product, and a layer has
 a dozen operations around its four: called one by one from Python they cost as much as a
 product does, and each waits for the interpreter's lock. What is computed, and where it is rounded, is what
-`blockzoo.families.compute.LayerBlock` computes part by part.
+`blockzoo.compute.decoder.LayerBlock` computes part by part.
 """
 
 from __future__ import annotations

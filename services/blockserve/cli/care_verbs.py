@@ -13,9 +13,9 @@ from blockserve.cli.place import Place, at_a_place
 from blockserve.cli.progress import progress
 
 if TYPE_CHECKING:
-    from blockzoo.backup import CopyReport
-    from blockzoo.gc import GcReport
-    from blockzoo.verify import VerifyReport
+    from blockzoo.care.backup import CopyReport
+    from blockzoo.care.gc import GcReport
+    from blockzoo.care.verify import VerifyReport
 
 NamesOption = Annotated[
     list[str] | None, typer.Option("--name", "-n", metavar="NAME", help="Only this variant; may be repeated.")
@@ -49,7 +49,7 @@ def gc(
       blockzoo gc
       blockzoo gc --grace 0
     """
-    from blockzoo.gc import GRACE_S
+    from blockzoo.care.gc import GRACE_S
 
     grace_s = GRACE_S if grace is None else grace
     with progress() as reporter, place.open() as zoo:

@@ -22,7 +22,7 @@ from blockserve.cli.progress import progress
 from blockserve.cli.questions import confirm
 
 if TYPE_CHECKING:
-    from blockzoo.register import RegisterResult
+    from blockzoo.registering.folder import RegisterResult
 
 
 @at_a_place

@@ -87,7 +87,7 @@ def evaluate(
       cat *.txt | blockzoo equivalence evaluate a b --text - --json | jq '.records[].mean_kl'
     """
     from blockzoo.equivalence import evaluate as measure
-    from blockzoo.equivalence.tokens import MAX_TEXT_BYTES, decode_text
+    from blockzoo.evaluation.tokens import MAX_TEXT_BYTES, decode_text
 
     place = open_zoo(zoo)
     if str(text) == "-":

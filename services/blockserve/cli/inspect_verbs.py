@@ -15,7 +15,15 @@ FirstArgument = Annotated[str, typer.Argument(metavar="A", help="NAME or NAME@N.
 SecondArgument = Annotated[str, typer.Argument(metavar="B", help="NAME or NAME@N.")]
 
 if TYPE_CHECKING:
-    from blockzoo.reports import Applied, DiffReport, LinkDiff, Run, ShowReport, UsageReport, VariantRow
+    from blockzoo.reports.values import (
+        Applied,
+        DiffReport,
+        LinkDiff,
+        Run,
+        ShowReport,
+        UsageReport,
+        VariantRow,
+    )
 
 
 @at_a_place

@@ -23,7 +23,7 @@ from blockzoo.errors import (
 )
 from blockzoo.manifest import ChainId, VariantName
 from blockzoo.names import check_name
-from blockzoo.wishes import PlacementWish, WishBook
+from blockzoo.store.wishes import PlacementWish, WishBook
 from blockzoo.zoo import Zoo
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class WishStatus:
 
     Attributes:
         variant: its name.
-        pinned, replicas, workers, avoid: see `blockzoo.wishes.PlacementWish`.
+        pinned, replicas, workers, avoid: see `blockzoo.store.wishes.PlacementWish`.
         since: ISO 8601, UTC; "" when nobody ever wished anything.
         chain: that the name stands for now; "" when it is not registered any more.
         placed: names of the workers that are to hold the chain or a part of it, by the placement.

@@ -17,14 +17,14 @@ from blockserve.common.errors import RemoteError
 from blockserve.controller import convert
 from blockserve.controller.calls import OPERATION_SECONDS, Calls
 from blockserve.controller.remote_store import PATIENCE_S, RemoteStore
-from blockzoo.compare import compare
-from blockzoo.gc import GRACE_S, GcReport
+from blockzoo.care.gc import GRACE_S, GcReport
+from blockzoo.care.verify import VerifyReport
 from blockzoo.manifest import VariantRecord
 from blockzoo.names import parse_ref
 from blockzoo.progress import NoProgress, Progress
-from blockzoo.register import RegisterResult, register_folder
-from blockzoo.reports import DiffReport, RemoveReport, ShowReport, UsageReport, VariantRow
-from blockzoo.verify import VerifyReport
+from blockzoo.registering.folder import RegisterResult, register_folder
+from blockzoo.reports.compare import compare
+from blockzoo.reports.values import DiffReport, RemoveReport, ShowReport, UsageReport, VariantRow
 
 R = TypeVar("R")
 
@@ -101,7 +101,7 @@ class RemoteZoo:
 
         Raises:
             PushInterruptedError: the connection broke, and did not come back in time.
-            BlockzooError: as `blockzoo.register.register_folder`.
+            BlockzooError: as `blockzoo.registering.folder.register_folder`.
         """
         return register_folder(self._store, Path(path), name=name, base=base, progress=progress)
 

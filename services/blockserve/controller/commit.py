@@ -22,11 +22,11 @@ from blockzoo.manifest import (
 )
 from blockzoo.manifest_json import block_from_json, chain_from_json
 from blockzoo.names import check_name
-from blockzoo.recheck import Pushed, recheck
-from blockzoo.register_job import current_version, is_same
-from blockzoo.registration import Registration
-from blockzoo.store import ZooStore
-from blockzoo.writing import blobs_of
+from blockzoo.registering.job import current_version, is_same
+from blockzoo.registering.recheck import Pushed, recheck
+from blockzoo.store.registration import Registration
+from blockzoo.store.writing import blobs_of
+from blockzoo.store.zoo_store import ZooStore
 
 MAX_PROVENANCE = 32
 """Facts about where a variant comes from."""
@@ -76,7 +76,7 @@ def commit_wish(
     Raises:
         UnknownBlobError: a manifest names something else.
         InvalidManifestError: a manifest cannot be read, or is not what the files make.
-        BlockzooError: see `blockzoo.recheck.recheck` and `Registration.commit`.
+        BlockzooError: see `blockzoo.registering.recheck.recheck` and `Registration.commit`.
     """
     check_name(wish.name)
     _check_sizes(wish)

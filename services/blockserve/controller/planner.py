@@ -29,7 +29,7 @@ from blockserve.controller.planning_counts import PlanningCounts
 from blockserve.controller.wished import WishedChain, make_room, to_wishes
 from blockzoo.errors import BlockzooError
 from blockzoo.manifest import BlockId, ChainId, ChainManifest
-from blockzoo.wishes import WishBook
+from blockzoo.store.wishes import WishBook
 from blockzoo.zoo import Zoo
 
 log = logging.getLogger(__name__)

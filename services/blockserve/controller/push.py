@@ -22,14 +22,14 @@ from blockserve.controller.commit import Wish, commit_wish, unknown_blob
 from blockserve.controller.config import ControllerConfig
 from blockserve.controller.possession import NONCE_BYTES, possession_mac
 from blockserve.controller.values import Piece, Standing
-from blockzoo.blobs import TensorData
-from blockzoo.closure import Walker
 from blockzoo.digest import blob_id, num_bytes
 from blockzoo.errors import BlobNotFoundError, ConflictError, InvalidInputError, NonFiniteWeightsError
-from blockzoo.finite import is_finite
+from blockzoo.folders.finite import is_finite
 from blockzoo.manifest import BlobId, BlockId, VariantRecord
-from blockzoo.registration import Registration, Stored
-from blockzoo.store import ZooStore
+from blockzoo.store.blobs import TensorData
+from blockzoo.store.closure import Walker
+from blockzoo.store.registration import Registration, Stored
+from blockzoo.store.zoo_store import ZooStore
 
 CLOSE_SECONDS = 2.0
 """How long ending a push waits for a call that is at work; a server that stops has little time."""

@@ -11,7 +11,7 @@ from blockserve.common.errors import PushCapacityError, PushNotFoundError
 from blockserve.controller.budget import RETRY_AFTER_SECONDS, Budget
 from blockserve.controller.config import ControllerConfig
 from blockserve.controller.push import Push
-from blockzoo.store import ZooStore
+from blockzoo.store.zoo_store import ZooStore
 
 MAX_PURPOSE_CHARS = 200
 

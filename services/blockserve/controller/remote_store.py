@@ -1,4 +1,4 @@
-"""A server's zoo as registering sees it: `blockzoo.writing.WritableZoo` over the network."""
+"""A server's zoo as registering sees it: `blockzoo.store.writing.WritableZoo` over the network."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from blockzoo.canonical import digest_bytes, parse_json
 from blockzoo.errors import CorruptManifestError, InvalidInputError, ManifestNotFoundError
 from blockzoo.manifest import BlockId, BlockManifest, ChainId, ChainManifest, JsonValue, VariantRecord
 from blockzoo.manifest_json import block_from_json, chain_from_json
-from blockzoo.reports import VariantRow
+from blockzoo.reports.values import VariantRow
 
 PATIENCE_S = 120.0
 """Seconds without progress after which a push gives up: a server is started again within that."""

@@ -1,4 +1,4 @@
-"""A registration at a server: `blockzoo.writing.Writer` over the network.
+"""A registration at a server: `blockzoo.store.writing.Writer` over the network.
 
 Everything may be interrupted anywhere. After a break the server is asked again where each blob stands,
 and only what it lacks is sent. When it was started again meanwhile, the push is begun anew: what had been
@@ -20,12 +20,12 @@ from blockserve.controller import convert
 from blockserve.controller.calls import Calls, Patience
 from blockserve.controller.possession import possession_mac
 from blockserve.controller.values import Standing
-from blockzoo.blobs import TensorData
 from blockzoo.digest import as_bytes, blob_id
 from blockzoo.errors import BlockzooError, ConflictError
 from blockzoo.manifest import BlobId, BlockId, BlockManifest, ChainId, ChainManifest, FileRef, VariantRecord
-from blockzoo.registration import Stored
-from blockzoo.writing import ManifestRecorder
+from blockzoo.store.blobs import TensorData
+from blockzoo.store.registration import Stored
+from blockzoo.store.writing import ManifestRecorder
 
 T = TypeVar("T")
 

@@ -20,7 +20,7 @@ from blockserve.controller.config import ControllerConfig
 from blockserve.controller.operations import Done, run_operation
 from blockserve.controller.pushes import Pushes
 from blockserve.controller.values import Standing
-from blockzoo import gc
+from blockzoo.care import gc
 from blockzoo.errors import InvalidInputError
 from blockzoo.names import parse_ref
 from blockzoo.zoo import Zoo

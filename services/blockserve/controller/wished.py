@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from blockserve.common.cluster import Assignment, Run, WorkerId
 from blockserve.controller.placement_words import Pin, Wishes, WorkerCapacity
 from blockzoo.manifest import ChainId
-from blockzoo.wishes import PlacementWish
+from blockzoo.store.wishes import PlacementWish
 
 Present = Mapping[WorkerId, Sequence[Assignment]]
 

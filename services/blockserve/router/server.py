@@ -38,7 +38,7 @@ from blockserve.router.servicer import AdminServicer, InferenceServicer
 from blockserve.router.settings import RouterSettings
 from blockserve.router.watching import ClusterWatch
 from blockzoo.equivalence import Approvals
-from blockzoo.wishes import WishBook
+from blockzoo.store.wishes import WishBook
 from blockzoo.zoo import Zoo
 
 log = logging.getLogger(__name__)

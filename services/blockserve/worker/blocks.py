@@ -24,8 +24,8 @@ from blockserve.common.errors import ConfigurationError, SpanError
 from blockserve.worker.config import EngineConfig
 from blockserve.worker.kv import KvShape
 from blockserve.worker.prefix import LayerDigest, layer_digests
+from blockzoo.compute.decoder import EmbeddingBlock, ExecutableBlock, HeadBlock, LayerBlock, build_block
 from blockzoo.errors import CorruptManifestError, InvalidConfigError
-from blockzoo.families.compute import EmbeddingBlock, ExecutableBlock, HeadBlock, LayerBlock, build_block
 from blockzoo.manifest import (
     BlockId,
     BlockKind,

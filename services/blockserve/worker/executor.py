@@ -27,7 +27,7 @@ from blockserve.worker.kv import KvPool, KvShape
 from blockserve.worker.lane_batch import LaneBatch, table_of
 from blockserve.worker.request import Chunk, ChunkHidden, ChunkLogits, ChunkResult
 from blockserve.worker.segments import Segment, SegmentId, SegmentMap
-from blockzoo.families.compute import EmbeddingBlock, HeadBlock, LayerBlock
+from blockzoo.compute.decoder import EmbeddingBlock, HeadBlock, LayerBlock
 from blockzoo.manifest import BlockId, ChainId
 
 _MAX_PLANS = 64
@@ -317,7 +317,7 @@ def _present(hidden: Tensor | None) -> Tensor:
 
 
 class _SegmentContext:
-    """What the blocks of one segment ask about the batch; see `blockzoo.families.compute.BlockContext`."""
+    """What the blocks of one segment ask about the batch; see `blockzoo.compute.decoder.BlockContext`."""
 
     def __init__(
         self, executor: Executor, batch: LaneBatch, places: Sequence[int], rows: slice | Tensor

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from blockzoo import blobs, register_job
-from blockzoo.codec import ULP, XOR
-from blockzoo.outline import Outline
+from blockzoo.folders.outline import Outline
+from blockzoo.registering import job as register_job
+from blockzoo.store import blobs
+from blockzoo.store.codec import ULP, XOR
 from blockzoo.zoo import Zoo
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "support"))

@@ -145,7 +145,7 @@ def test_ctrl_c_while_registering_leaves_the_zoo_as_it_was(zoo, folders, tmp_pat
     script = (
         "import sys, time\n"
         "from blockserve.cli import main\n"
-        "from blockzoo.register_job import RegisterJob\n"
+        "from blockzoo.registering.job import RegisterJob\n"
         "from blockzoo.storage.local import LocalStorage\n"
         "stage = LocalStorage.stage\n"
         "def slow(self, data):\n"

@@ -194,7 +194,7 @@ def test_backup_and_restore(run, zoo, tmp_path):
 
 
 def test_reports_tell_rare_things(capsys):
-    from blockzoo.gc import GcReport
+    from blockzoo.care.gc import GcReport
 
     care_verbs._print_gc(GcReport(deleted=1, spared=2, temp_bytes=3, finished=False), dry_run=False)
     out = capsys.readouterr().out

@@ -9,10 +9,11 @@ import pytest
 from blockproto.v1 import zoo_pb2
 from blockserve.controller import convert
 from blockserve.controller.values import Piece, Standing, Step
-from blockzoo import gc, reports, verify
+from blockzoo.care import gc, verify
 from blockzoo.errors import InvalidInputError, InvalidNameError
 from blockzoo.manifest import BlobId, ChainId, DType, FileRef, VariantName, VariantRecord
-from blockzoo.registration import Stored
+from blockzoo.reports import values as reports
+from blockzoo.store.registration import Stored
 
 REPORTS = (
     reports.VariantRow, reports.Applied, reports.Run, reports.ShowReport, reports.UsageRow,

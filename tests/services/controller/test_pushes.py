@@ -11,10 +11,10 @@ from blockserve.controller.possession import possession_mac
 from blockserve.controller.push import Push
 from blockserve.controller.pushes import Pushes
 from blockserve.controller.values import Piece
+from blockzoo.care.gc import collect
 from blockzoo.digest import blob_id
-from blockzoo.gc import collect
-from blockzoo.leases import LEASE_TTL_S
 from blockzoo.manifest import DType
+from blockzoo.store.leases import LEASE_TTL_S
 from support.zoo_faults import FakeClock, open_memory, register, tensor
 
 DATA = tensor(7).data

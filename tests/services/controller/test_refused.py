@@ -20,7 +20,6 @@ from blockserve.common.errors import (
 from blockserve.controller.calls import Calls
 from blockserve.controller.client import RemoteZoo
 from blockserve.controller.possession import possession_mac
-from blockzoo.blobs import file_data
 from blockzoo.canonical import canonical_json
 from blockzoo.digest import blob_id
 from blockzoo.errors import (
@@ -34,7 +33,8 @@ from blockzoo.errors import (
 )
 from blockzoo.manifest import DType
 from blockzoo.storage import MemoryStorage
-from blockzoo.store import ZooStore
+from blockzoo.store.blobs import file_data
+from blockzoo.store.zoo_store import ZooStore
 from blockzoo.zoo import Zoo
 from support.network import zoo_server
 from support.zoo_faults import HookedStorage

@@ -23,7 +23,7 @@ from blockserve.common.wishes import EVICT_SECONDS, EvictionFeed, WishKeeper
 from blockserve.controller.planner import Planner
 from blockzoo.errors import InvalidInputError, InvalidNameError, VariantNotFoundError
 from blockzoo.manifest import ChainId
-from blockzoo.wishes import WishBook
+from blockzoo.store.wishes import WishBook
 from blockzoo.zoo import Zoo
 from support.folders import config, tensors, write_adapter, write_checkpoint
 

@@ -20,7 +20,7 @@ from blockserve.worker import executor
 from blockserve.worker.config import EngineConfig
 from blockserve.worker.debug import prompt_logits
 from blockserve.worker.engine import BlockEngine
-from blockzoo.families.compute import LayerBlock
+from blockzoo.compute.decoder import LayerBlock
 from blockzoo.manifest import ChainId
 from support.engine import EngineHarness
 from support.tiny import TinyZoo

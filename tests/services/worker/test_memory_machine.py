@@ -20,7 +20,7 @@ from blockserve.worker.memory import KvMemory
 from blockserve.worker.prefix import PrefixSharing, layer_digests
 from blockserve.worker.request import RunningRequest
 from blockserve.worker.scheduler import Scheduler
-from blockzoo.families.compute import ExecutableBlock
+from blockzoo.compute.decoder import ExecutableBlock
 from blockzoo.manifest import BlockId, ChainId, ChainManifest, Link
 
 PAGE_TOKENS = 2

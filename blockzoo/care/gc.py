@@ -1,0 +1,225 @@
+"""Deleting what no variant needs, while registrations go on. `blockzoo.store.leases` explains why it is safe.
+
+Order of deletion: chains, blocks, differences, raw blobs; durable after each. A
+collection killed anywhere leaves objects that nothing needs, never one that needs
+what is gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from blockzoo import layout
+from blockzoo.equivalence.spliced import needed_keys
+from blockzoo.errors import BlockzooError, ConflictError, CorruptionError, NotFoundError
+from blockzoo.manifest import BlobId, BlockId, ChainId
+from blockzoo.storage.base import ObjectInfo
+from blockzoo.store.closure import Walker, ignore_problem
+from blockzoo.store.leases import (
+    SKEW_S,
+    Entry,
+    active_leases,
+    drop_expired,
+    drop_marker,
+    publish_sweep,
+    write_entry,
+)
+from blockzoo.store.zoo_store import ZooStore
+
+GRACE_S = 60.0
+"""Seconds between condemning and deleting: lets a worker finish loading a variant that was just removed."""
+
+SWEEP_S = 900.0
+"""Seconds that deleting may take before the collection gives up; registrations may wait that long for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class GcReport:
+    """What a collection did.
+
+    Attributes:
+        deleted: objects deleted, or that would be deleted in a dry run.
+        freed_bytes: their stored bytes.
+        kept: objects that stay.
+        kept_bytes: their stored bytes.
+        spared: objects condemned first and spared then, because a registration wanted them meanwhile.
+        temp_bytes: bytes that dead writers had left behind.
+        finished: false when time ran out; the next collection goes on.
+    """
+
+    deleted: int = 0
+    freed_bytes: int = 0
+    kept: int = 0
+    kept_bytes: int = 0
+    spared: int = 0
+    temp_bytes: int = 0
+    finished: bool = True
+
+
+def collect(
+    store: ZooStore,
+    *,
+    grace_s: float = GRACE_S,
+    sweep_s: float = SWEEP_S,
+    dry_run: bool = False,
+    on_object: Callable[[ObjectInfo], None] | None = None,
+) -> GcReport:
+    """Delete everything that no version of any variant and no approval in force needs.
+
+    Args:
+        store: the zoo.
+        grace_s: seconds to wait between condemning and deleting.
+        sweep_s: most seconds to spend deleting.
+        dry_run: only tell what would go.
+        on_object: called after each object is dealt with.
+
+    Raises:
+        CorruptManifestError, CorruptBlobError, NotFoundError: something reachable is damaged or missing,
+            so what it needs is unknown. Nothing is deleted; repair first.
+        FormatVersionError: the zoo is newer than this version can write.
+    """
+    store.check_writable()
+    objects = {info.key: info for info in _objects(store)}
+    needed = _needed_keys(store)
+    condemned = [info for key, info in objects.items() if key not in needed]
+    kept = [info for key, info in objects.items() if key in needed]
+    if dry_run or not condemned:
+        temp_bytes = 0 if dry_run else _tidy(store)
+        return GcReport(len(condemned), _bytes(condemned), len(kept), _bytes(kept), temp_bytes=temp_bytes)
+    digests = [digest for info in condemned if (digest := layout.digest_of(info.key))]
+    expires = store.clock.now() + grace_s + sweep_s + SKEW_S
+    marker = write_entry(store.storage, layout.CONDEMNED, digests, expires, "gc")
+    try:
+        store.clock.sleep(grace_s)
+        doomed, deleted = _sweep(store, marker, condemned, on_object)
+    finally:
+        drop_marker(store.storage, marker)
+    spared = [info for info in condemned if info not in set(doomed)]
+    stayed = [*kept, *(info for info in condemned if info not in set(deleted))]
+    return GcReport(
+        deleted=len(deleted),
+        freed_bytes=_bytes(deleted),
+        kept=len(stayed),
+        kept_bytes=_bytes(stayed),
+        spared=len(spared),
+        temp_bytes=_tidy(store),
+        finished=len(deleted) == len(doomed),
+    )
+
+
+def _sweep(
+    store: ZooStore,
+    marker: Entry,
+    condemned: list[ObjectInfo],
+    on_object: Callable[[ObjectInfo], None] | None,
+) -> tuple[list[ObjectInfo], list[ObjectInfo]]:
+    """Look a last time, then delete. Returns what was doomed and what of it is deleted."""
+    publish_sweep(store.storage, marker)
+    needed = _needed_keys(store)
+    doomed = [info for info in condemned if info.key not in needed]
+    deleted: list[ObjectInfo] = []
+    for stage in _in_order(store, doomed):
+        for info in stage:
+            if store.clock.now() >= marker.expires - SKEW_S:
+                return doomed, deleted
+            store.storage.delete(info.key)
+            deleted.append(info)
+            if store.clock.now() >= marker.expires:
+                _own_up(store, info.key)
+            if on_object is not None:
+                on_object(info)
+        store.storage.sync(info.key for info in stage)
+    return doomed, deleted
+
+
+def _own_up(store: ZooStore, key: str) -> None:
+    """Raise ConflictError when a delete that came too late has hit something that is needed by now."""
+    walker = Walker(store, ignore_problem)
+    for record in store.records():
+        walker.add_record(record)
+    if key in walker.closure.objects() or key in needed_keys(store):
+        raise ConflictError(
+            f"this gc was suspended in the middle of deleting {key}, which is needed again",
+            hint="Register that checkpoint again, or run `blockzoo verify --repair FROM`.",
+            key=key,
+        )
+
+
+def _objects(store: ZooStore) -> Iterator[ObjectInfo]:
+    """Yield everything that gc may delete, refs below a tombstone included."""
+    for folder in (layout.BLOBS, layout.BLOCKS, layout.CHAINS):
+        # What is not spelled as ours is not ours to delete; `verify` lists it.
+        yield from (info for info in store.storage.list(folder) if layout.digest_of(info.key))
+    yield from store.dead_refs()
+
+
+def _needed_keys(store: ZooStore) -> set[str]:
+    """Return the keys that leases, refs and approvals protect, reading leases first.
+
+    A registration publishes its ref before it drops its lease, so in this order one of the two is seen; an
+    approval does the same with its decision.
+    """
+    leased = {digest for lease in active_leases(store.storage, store.clock) for digest in lease.digests}
+    walker = _walk_roots(store)
+    # What is leased may not be written yet, or be a damaged leftover.
+    loose = Walker(store, ignore_problem)
+    for digest in leased:
+        _add_leased(store, loose, digest)
+    return {*walker.closure.objects(), *loose.closure.objects(), *needed_keys(store)}
+
+
+def _walk_roots(store: ZooStore) -> Walker:
+    while True:
+        records = store.records()
+        walker = Walker(store)
+        try:
+            for record in records:
+                walker.add_record(record)
+        except BlockzooError:
+            # Another collection may have deleted what a variant needed that was removed meanwhile.
+            if store.records() == records:
+                raise
+        else:
+            return walker
+
+
+def _add_leased(store: ZooStore, walker: Walker, digest: str) -> None:
+    """Follow a leased digest as whatever it is; what does not exist needs nothing."""
+    if store.storage.size(layout.chain_key(digest)) is not None:
+        walker.add_chain(ChainId(digest))
+    elif store.storage.size(layout.block_key(digest)) is not None:
+        walker.add_block(BlockId(digest))
+    # Also when it is no blob: a registration may be about to write it.
+    walker.add_blobs([BlobId(digest)])
+
+
+def _in_order(store: ZooStore, doomed: Iterable[ObjectInfo]) -> Iterator[list[ObjectInfo]]:
+    """Yield what may be deleted together: never something before what needs it."""
+    folders: dict[str, list[ObjectInfo]] = {}
+    for info in doomed:
+        folders.setdefault(info.key.partition("/")[0], []).append(info)
+    for folder in ("refs", layout.CHAINS, layout.BLOCKS):
+        yield folders.get(folder, [])
+    blobs = folders.get(layout.BLOBS, [])
+    differences = [info for info in blobs if _is_difference(store, info.key)]
+    yield differences
+    yield [info for info in blobs if info not in set(differences)]
+
+
+def _is_difference(store: ZooStore, key: str) -> bool:
+    digest = layout.digest_of(key)
+    try:
+        return digest is not None and store.blobs.info(BlobId(digest)).base is not None
+    except (CorruptionError, NotFoundError):
+        return False  # a damaged leftover needs nothing that can be known
+
+
+def _tidy(store: ZooStore) -> int:
+    """Remove expired leases and markers, and what dead writers left behind."""
+    drop_expired(store.storage, store.clock)
+    return store.storage.clean()
+
+
+def _bytes(objects: Iterable[ObjectInfo]) -> int:
+    return sum(info.size for info in objects)

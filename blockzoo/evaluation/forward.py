@@ -1,0 +1,170 @@
+"""A plain forward pass over whole windows of text: no pages, no cache, no batching of variants. Needs torch.
+
+It drives the same blocks as the engine, through the same `BlockContext`, and is simple enough to
+be seen to be right.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from blockkernels.attention import attend
+from blockkernels.rotary import RopeParameters, RotaryTable, inverse_frequencies
+from blockzoo.compute.decoder import EmbeddingBlock, ExecutableBlock, HeadBlock, build_block
+from blockzoo.errors import InvalidConfigError
+from blockzoo.manifest import BlockId, BlockKind, BlockManifest, DType, JsonValue, Link, TensorRef
+from blockzoo.zoo import Zoo
+
+# Blobs are read-only views of files; the tensors made from them are only read.
+warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
+
+_TORCH_DTYPES = {
+    DType.F64: torch.float64,
+    DType.F32: torch.float32,
+    DType.F16: torch.float16,
+    DType.BF16: torch.bfloat16,
+}
+
+Adapter = Mapping[str, tuple[Tensor, Tensor, float]]
+"""Module -> (A [rank, in], B [out, rank], scale)."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedLink:
+    """A link in memory: its base block, and the adapters on it in order."""
+
+    block: ExecutableBlock
+    adapters: tuple[Adapter, ...]
+
+
+class LinkLoader:
+    """Reads links from a zoo; what two links share is in memory once.
+
+    Args:
+        zoo: where to read.
+        dtype: what to compute in.
+        device: where.
+    """
+
+    def __init__(self, zoo: Zoo, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype = dtype
+        self.device = device
+        self._zoo = zoo
+        self._blocks: dict[BlockId, ExecutableBlock] = {}
+        self._adapters: dict[BlockId, Adapter] = {}
+
+    def load(self, links: Iterable[Link]) -> list[LoadedLink]:
+        """Read links.
+
+        Raises:
+            CorruptBlobError, BlobNotFoundError, ManifestNotFoundError: the zoo is damaged.
+            InvalidConfigError: this version cannot run a block.
+        """
+        return [LoadedLink(self._block(link.base), tuple(map(self.adapter, link.applied))) for link in links]
+
+    def adapter(self, block: BlockId) -> Adapter:
+        """Read an adapter; raises as `load` does."""
+        if block not in self._adapters:
+            self._adapters[block] = self._read_adapter(self._zoo.block(block))
+        return self._adapters[block]
+
+    def tensor(self, ref: TensorRef) -> Tensor:
+        """Read a tensor in the compute type."""
+        if ref.dtype not in _TORCH_DTYPES:
+            raise InvalidConfigError(f"a weight has the type {ref.dtype}, which cannot be computed with")
+        chunks = [
+            torch.frombuffer(data, dtype=_TORCH_DTYPES[ref.dtype]).view(shape)
+            for data, shape in zip(self._zoo.read_tensor(ref), ref.chunk_shapes(), strict=True)
+        ]
+        tensor = chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+        return tensor.to(self.device, self.dtype)
+
+    def _block(self, block: BlockId) -> ExecutableBlock:
+        if block not in self._blocks:
+            manifest = self._zoo.block(block)
+            tensors = {name: self.tensor(ref) for name, ref in manifest.tensors.items()}
+            self._blocks[block] = build_block(manifest, tensors)
+        return self._blocks[block]
+
+    def _read_adapter(self, manifest: BlockManifest) -> Adapter:
+        modules = manifest.config.get("modules")
+        if manifest.kind != BlockKind.ADAPTER or not isinstance(modules, dict):
+            raise InvalidConfigError(
+                f"block of kind {manifest.kind!r} cannot be applied on a base block by this version",
+                hint="Upgrade blockzoo on this machine.",
+                kind=manifest.kind,
+            )
+        return {
+            module: (
+                self.tensor(manifest.tensors[f"{module}.lora_A"]),
+                self.tensor(manifest.tensors[f"{module}.lora_B"]),
+                _scale(module, settings),
+            )
+            for module, settings in modules.items()
+        }
+
+
+class Windows:
+    """A batch of windows of equal length, as one flat batch of tokens; see `BlockContext`.
+
+    Args:
+        ids: token ids of each window.
+        loader: says type and device.
+    """
+
+    def __init__(self, ids: Sequence[Sequence[int]], loader: LinkLoader) -> None:
+        self.length = len(ids[0])
+        self.token_ids = torch.tensor(ids, device=loader.device).flatten()  # [windows * length]
+        self._positions = torch.arange(self.length, device=loader.device).repeat(len(ids))
+        self._dtype = loader.dtype
+        self._tables: dict[RopeParameters, tuple[Tensor, Tensor]] = {}
+        self._adapters: tuple[Adapter, ...] = ()
+
+    def run(self, links: Iterable[LoadedLink], x: Tensor) -> Tensor:
+        """Compute links one after the other, the head excluded.
+
+        Shape: x [tokens] token ids before the embedding, [tokens, hidden] behind it; result [tokens, hidden].
+        """
+        for link in links:
+            assert not isinstance(link.block, HeadBlock)
+            self._adapters = link.adapters
+            x = link.block(x) if isinstance(link.block, EmbeddingBlock) else link.block(x, self)
+        return x
+
+    def logits(self, link: LoadedLink, hidden: Tensor) -> Tensor:
+        """Shape: hidden [rows, hidden], result [rows, vocab] float32."""
+        assert isinstance(link.block, HeadBlock)
+        self._adapters = link.adapters
+        return link.block(hidden, self).float()
+
+    def rotary(self, rope: RopeParameters) -> tuple[Tensor, Tensor]:
+        """See `BlockContext`; every window begins at position 0."""
+        if rope not in self._tables:
+            table = RotaryTable(inverse_frequencies(rope, self._positions.device), self._dtype)
+            self._tables[rope] = table.at(self._positions, self.length)
+        return self._tables[rope]
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
+    ) -> Tensor:
+        """See `BlockContext`; a token sees the tokens of its own window up to itself."""
+        parts = zip(query.split(self.length), key.split(self.length), value.split(self.length), strict=True)
+        return torch.cat([attend(q, k, v, scale=scale, window=window) for q, k, v in parts])
+
+    def adapt(self, module: str, x: Tensor, y: Tensor) -> None:
+        """See `BlockContext`; every token has the same adapters."""
+        for adapter in self._adapters:
+            if module in adapter:
+                down, up, scale = adapter[module]
+                y += (x @ down.T @ up.T) * scale
+
+
+def _scale(module: str, settings: JsonValue) -> float:
+    if not isinstance(settings, dict):
+        raise InvalidConfigError(f"adapter settings of {module} are {settings!r}", module=module)
+    return float(str(settings["scale"]))

@@ -1,0 +1,104 @@
+"""Matching a checkpoint's tensors with what its config promises."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from blockzoo import families
+from blockzoo.errors import InvalidConfigError, TensorMismatchError
+from blockzoo.families import ChainPlan
+from blockzoo.folders.contents import OWN_PREFIX, InFile
+from blockzoo.folders.safetensors_io import TensorEntry
+from blockzoo.manifest import DType
+
+_FLOATS = (DType.F32, DType.F16, DType.BF16)
+
+
+@dataclass(frozen=True, slots=True)
+class Matched:
+    """Which tensor of a folder goes where.
+
+    Attributes:
+        sources: (position, tensor name inside the block) -> name in the folder.
+        ignored: names that no block uses -> where they are kept for export.
+    """
+
+    sources: Mapping[tuple[int, str], str]
+    ignored: Mapping[str, InFile]
+
+
+def plan_checkpoint(config: Mapping[str, object]) -> ChainPlan:
+    """Find the family of a checkpoint and cut its config into blocks.
+
+    Raises:
+        UnsupportedArchitectureError: no family reads this architecture.
+        UnsupportedFeatureError, InvalidConfigError: see `Family.plan`.
+    """
+    names = config.get("architectures")
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
+        raise InvalidConfigError(
+            "config.json: architectures does not name exactly one architecture",
+            hint=f"Supported architectures: {', '.join(families.supported())}.",
+            field="architectures",
+        )
+    return families.for_architecture(names[0]).plan(config)
+
+
+def match_tensors(plan: ChainPlan, entries: Mapping[str, TensorEntry]) -> Matched:
+    """Say which tensor of the folder each block tensor is.
+
+    Tied checkpoints hold one vocabulary matrix, under either name. When they hold
+    two that differ they are not tied in fact, which transformers sees the same way.
+
+    Raises:
+        TensorMismatchError: a tensor is missing, unexpected, or of another shape or type.
+    """
+    family = families.get(plan.family)
+    sources = {
+        (position, name): planned.source
+        for position, block in enumerate(plan.blocks)
+        for name, planned in block.tensors.items()
+    }
+    if plan.tied:
+        ends = [(0, "weight"), (len(plan.blocks) - 1, "lm_head.weight")]
+        for this, other in (ends, ends[::-1]):
+            if sources[this] not in entries:
+                sources[this] = sources[other]
+    missing = [source for source in sources.values() if source not in entries]
+    if missing:
+        raise TensorMismatchError(
+            f"{len(missing)} tensors are missing, the first is {missing[0]!r}",
+            hint="config.json and the weights do not belong together, or a shard is incomplete.",
+            tensor=missing[0],
+        )
+    for position, block in enumerate(plan.blocks):
+        for name, planned in block.tensors.items():
+            _check(entries[sources[position, name]], planned.shape)
+    unused = sorted(entries.keys() - set(sources.values()))
+    unexpected = [name for name in unused if not family.is_ignorable(name)]
+    if unexpected:
+        raise TensorMismatchError(
+            f"{len(unexpected)} tensors are no part of the architecture, the first is {unexpected[0]!r}",
+            hint="config.json and the weights do not belong together, or an adapter was saved with them.",
+            tensor=unexpected[0],
+        )
+    kept = {name: InFile(f"{OWN_PREFIX}tensors/{index}") for index, name in enumerate(unused)}
+    return Matched(sources, kept)
+
+
+def _check(entry: TensorEntry, expected: tuple[int, ...]) -> None:
+    if entry.shape != expected:
+        raise TensorMismatchError(
+            f"tensor {entry.name!r} has shape {list(entry.shape)}, config.json asks for {list(expected)}",
+            hint="config.json and the weights do not belong together.",
+            tensor=entry.name,
+            found=list(entry.shape),
+            expected=list(expected),
+        )
+    if entry.dtype not in _FLOATS:
+        raise TensorMismatchError(
+            f"tensor {entry.name!r} is {entry.dtype}; weights are F32, F16 or BF16",
+            hint="Save the model in bfloat16, float16 or float32.",
+            tensor=entry.name,
+        )

@@ -1,0 +1,188 @@
+"""Registering an adapter: the base's chain with adapter blocks on its links.
+
+Whole tensors that an adapter brings replace the base's in private blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from blockzoo import families
+from blockzoo.errors import AdapterError, UnsupportedAdapterError
+from blockzoo.folders.adapter import AdapterConfig, parse_adapter_config
+from blockzoo.folders.adapter_plan import AdapterPlan, plan_adapter
+from blockzoo.folders.checkpoint import FolderKind, ModelFolder
+from blockzoo.folders.contents import LAYOUT_FILE, OWN_PREFIX, InBlock, InFile
+from blockzoo.folders.outline import Outline
+from blockzoo.manifest import (
+    BlockId,
+    BlockKind,
+    BlockManifest,
+    ChainId,
+    FileRef,
+    JsonValue,
+    Link,
+    TensorRef,
+    VariantRecord,
+)
+from blockzoo.names import near_names, parse_ref
+from blockzoo.registering.job import RegisterJob, RegisterResult, folder_layout, read_outline, with_tied
+from blockzoo.registering.upload import Upload, put_files, put_uploads
+from blockzoo.store.writing import ManifestWriter, WritableZoo
+
+_NOT_INHERITED = ("model.safetensors.index.json", "README.md", "LICENSE", "LICENSE.txt", "NOTICE")
+"""Files of a base that say something about its own folder, not about how to serve it."""
+
+
+def register_adapter(job: RegisterJob, base_ref: str | None) -> RegisterResult:
+    """Register an adapter on a variant; see `register_folder`.
+
+    Raises:
+        AdapterError: the adapter is refused, or it is not known what it belongs to.
+    """
+    folder = job.folder
+    config = parse_adapter_config(folder.config)
+    record = job.store.resolve(*parse_ref(base_ref or _recorded_base(job.store, config)))
+    base = read_outline(job.store, record)
+    check_adaptable(record, base)
+    plan = plan_adapter(config, folder.tensors, base, lambda a, b: _same_bytes(folder, a, b))
+    files = job.read_files()
+    uploads = _adapter_uploads(folder, plan, base)
+    pieces = job.inspect(uploads)
+    with job.registration() as registration:
+        registration.rely_on_variant(record)
+        refs = put_uploads(registration, uploads, pieces, job.totals)
+        chain = put_adapter_chain(registration, base, plan, refs)
+        layout = folder_layout(folder, adapter_layout(plan))
+        own = put_files(registration, {**files, LAYOUT_FILE: layout.to_bytes()}, job.totals)
+        return job.finish(registration, chain, {**inherited_files(record), **own}, job.provenance(base))
+
+
+def inherited_files(base: VariantRecord) -> dict[str, FileRef]:
+    """Return the files that an adapter takes over from its base unless it brings its own."""
+    return {
+        name: ref
+        for name, ref in base.files.items()
+        if name not in _NOT_INHERITED and not name.startswith(OWN_PREFIX)
+    }
+
+
+def check_adaptable(record: VariantRecord, base: Outline) -> None:
+    """Raise UnsupportedAdapterError when a variant cannot be the base of an adapter."""
+    if record.kind == FolderKind.ADAPTER or base.has_adapters:
+        raise UnsupportedAdapterError(
+            f"{base.ref} has an adapter itself; adapters on adapters are not supported",
+            hint="Give the checkpoint that the adapter was trained on with --base.",
+            base=base.ref,
+        )
+
+
+def _adapter_uploads(folder: ModelFolder, plan: AdapterPlan, base: Outline) -> dict[str, Upload]:
+    entries = folder.tensors
+    uploads = {}
+    for pairs in plan.pairs.values():
+        for source in (source for pair in pairs for source in (pair.source_a, pair.source_b)):
+            uploads[source] = Upload(entries[source].dtype, entries[source].shape, folder.read(source))
+    for position, replaced in plan.replaced.items():
+        for name, source in replaced.items():
+            chunk_rows = families.CHUNK_ROWS if name in ("weight", "lm_head.weight") else 0
+            at_base = base.blocks[position].tensors[name]
+            entry = entries[source]
+            uploads[source] = Upload(entry.dtype, entry.shape, folder.read(source), chunk_rows, at_base)
+    return uploads
+
+
+def _base_blocks(base: Outline, plan: AdapterPlan, refs: Mapping[str, TensorRef]) -> list[BlockManifest]:
+    """Return the base blocks of the new chain, in order; most are the base's own."""
+    blocks = [
+        _with_replaced(block, plan.replaced.get(position, {}), refs)
+        for position, block in enumerate(base.blocks)
+    ]
+    if base.head in plan.replaced:
+        blocks[-1] = with_tied(blocks[-1], blocks[0])
+    return blocks
+
+
+def put_adapter_chain(
+    registration: ManifestWriter, base: Outline, plan: AdapterPlan, refs: Mapping[str, TensorRef]
+) -> ChainId:
+    """Write the manifests of a base's chain with an adapter on it."""
+    blocks = _base_blocks(base, plan, refs)
+    adapters = {position: _adapter_block(base, position, plan, refs) for position in sorted(plan.pairs)}
+    ids = iter(
+        registration.put_blocks([*(blocks[position] for position in plan.replaced), *adapters.values()])
+    )
+    bases: list[BlockId] = [link.base for link in base.chain.links]
+    for position in plan.replaced:
+        bases[position] = next(ids)
+    applied = {position: (next(ids),) for position in adapters}
+    links = tuple(Link(block, applied.get(position, ())) for position, block in enumerate(bases))
+    vocab_size = blocks[-1].tensors["lm_head.weight"].shape[0]
+    return registration.put_chain(replace(base.chain, links=links, vocab_size=vocab_size))
+
+
+def _with_replaced(
+    block: BlockManifest, replaced: Mapping[str, str], refs: Mapping[str, TensorRef]
+) -> BlockManifest:
+    """Return the block with some tensors of the adapter's own; row counts follow the matrices."""
+    if not replaced:
+        return block
+    tensors = {**block.tensors, **{name: refs[source] for name, source in replaced.items()}}
+    config = dict(block.config)
+    if "vocab_size" in config:
+        matrix = tensors["weight"] if block.kind == BlockKind.EMBEDDING else tensors["lm_head.weight"]
+        config["vocab_size"] = matrix.shape[0]
+    return replace(block, config=config, tensors=tensors)
+
+
+def _adapter_block(
+    base: Outline, position: int, plan: AdapterPlan, refs: Mapping[str, TensorRef]
+) -> BlockManifest:
+    pairs = plan.pairs[position]
+    tensors = {}
+    for pair in pairs:
+        tensors[f"{pair.module}.lora_A"] = refs[pair.source_a]
+        tensors[f"{pair.module}.lora_B"] = refs[pair.source_b]
+    modules: dict[str, JsonValue] = {
+        pair.module: {"rank": pair.rank, "scale": repr(pair.scale)} for pair in pairs
+    }
+    target = "head" if position == base.head else "layer"
+    return BlockManifest(
+        BlockKind.ADAPTER, base.chain.family, {"target": target, "modules": modules}, tensors
+    )
+
+
+def adapter_layout(plan: AdapterPlan) -> dict[str, InBlock | InFile]:
+    """Return where each tensor of the adapter's folder is kept."""
+    tensors: dict[str, InBlock | InFile] = {}
+    for position, pairs in plan.pairs.items():
+        for pair in pairs:
+            tensors[pair.source_a] = InBlock(position, 0, f"{pair.module}.lora_A")
+            tensors[pair.source_b] = InBlock(position, 0, f"{pair.module}.lora_B")
+    for position, replaced in plan.replaced.items():
+        for name, source in replaced.items():
+            tensors.setdefault(source, InBlock(position, None, name))
+    return tensors
+
+
+def _same_bytes(folder: ModelFolder, a: str, b: str) -> bool:
+    return np.array_equal(np.frombuffer(folder.read(a), np.uint8), np.frombuffer(folder.read(b), np.uint8))
+
+
+def _recorded_base(store: WritableZoo, config: AdapterConfig) -> str:
+    """Return the variant that has the name PEFT recorded, whole or its last part."""
+    recorded = config.base_model.rstrip("/")
+    names = store.names()
+    for candidate in (recorded, recorded.rpartition("/")[2]):
+        if candidate in names:
+            return candidate
+    near = near_names(recorded.rpartition("/")[2], names) or sorted(names)[:5]
+    known = f" Registered: {', '.join(near)}." if near else " Register the base first."
+    raise AdapterError(
+        f"it is not known which variant the adapter belongs to (it was trained on {recorded[:200]!r})",
+        hint=f"Give the base with --base NAME.{known}",
+        base_model=recorded[:200],
+    )

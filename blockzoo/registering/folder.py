@@ -1,0 +1,46 @@
+"""Registering a folder: check everything, store what is missing, commit one ref.
+
+Nothing is written before the whole folder, weights included, has been found good.
+A process that dies at any point leaves blobs that gc collects, and the variant as
+it was.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from blockzoo.folders.checkpoint import FolderKind, open_folder
+from blockzoo.names import check_name
+from blockzoo.progress import NoProgress, Progress
+from blockzoo.registering.adapter import register_adapter
+from blockzoo.registering.checkpoint import register_checkpoint
+from blockzoo.registering.job import RegisterJob, RegisterResult
+from blockzoo.store.writing import WritableZoo
+
+__all__ = ["RegisterResult", "register_folder"]
+
+
+def register_folder(
+    store: WritableZoo, path: Path, *, name: str, base: str | None = None, progress: Progress | None = None
+) -> RegisterResult:
+    """Register a checkpoint or adapter folder as the next version of a variant.
+
+    Args:
+        store: the zoo, at hand or behind a server.
+        path: the folder; its files tell which kind it is.
+        name: variant name.
+        base: variant that an adapter belongs to, or that a checkpoint was tuned from.
+        progress: told what is being done.
+
+    Raises:
+        InvalidNameError, CheckpointError, AdapterError: the input is refused; nothing was written.
+        VariantNotFoundError: there is no variant `base`.
+        StorageError, ConflictError: nothing was registered; what was stored goes with the next gc.
+    """
+    check_name(name)
+    store.check_writable()
+    with open_folder(path) as folder:
+        job = RegisterJob(store, folder, name, progress or NoProgress())
+        if folder.kind is FolderKind.ADAPTER:
+            return register_adapter(job, base)
+        return register_checkpoint(job, base)

@@ -1,0 +1,173 @@
+"""What registering a checkpoint and registering an adapter have in common."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from blockzoo.errors import VariantNotFoundError
+from blockzoo.folders.checkpoint import ModelFolder, read_kept_file
+from blockzoo.folders.contents import FolderLayout, InBlock, InFile
+from blockzoo.folders.outline import Manifests, Outline
+from blockzoo.json_report import JsonReport
+from blockzoo.manifest import BlockManifest, ChainId, FileRef, VariantRecord
+from blockzoo.progress import Progress
+from blockzoo.registering.upload import Pieces, Totals, Upload, inspect_uploads
+from blockzoo.store.writing import WritableZoo, Writer
+
+_MAX_CHECK_WORKERS = 8
+"""Threads that look for NaN; more than these wait for memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class RegisterResult(JsonReport):
+    """What a registration did.
+
+    Attributes:
+        record: the version that is current now.
+        unchanged: nothing differs from the version that was current, so it still is.
+        num_bytes: bytes of the folder's tensors.
+        new_bytes: decoded bytes of tensors and files that the zoo did not have.
+        stored_bytes: bytes written for them; fewer where differences are smaller.
+        num_blobs: tensors (chunks of large ones) and files.
+        num_new_blobs: of these, stored now.
+        ignored: tensors that no block uses, kept for export only.
+        seconds: time it took.
+    """
+
+    record: VariantRecord
+    unchanged: bool
+    num_bytes: int
+    new_bytes: int
+    stored_bytes: int
+    num_blobs: int
+    num_new_blobs: int
+    ignored: tuple[str, ...]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the result for `--json`, flat where the record is concerned."""
+        fields = JsonReport.to_json(self)
+        record = fields.pop("record")
+        return {**{key: record[key] for key in ("name", "version", "kind", "chain", "provenance")}, **fields}
+
+
+class RegisterJob:
+    """One registration: what both kinds of folder need."""
+
+    def __init__(self, store: WritableZoo, folder: ModelFolder, name: str, progress: Progress) -> None:
+        self.store = store
+        self.folder = folder
+        self.name = name
+        self.totals = Totals()
+        self._progress = progress
+        self._started = time.monotonic()
+        self._lock = threading.Lock()
+
+    def inspect(self, uploads: Mapping[str, Upload]) -> Pieces:
+        """Refuse NaN and infinity in the tensors that are to be stored; nothing is written yet."""
+        with self.task("checking weights") as on_bytes:
+            return inspect_uploads(uploads, on_bytes, workers=min(_MAX_CHECK_WORKERS, os.cpu_count() or 1))
+
+    def read_files(self) -> dict[str, bytes]:
+        """Read and check the files beside the weights."""
+        return {name: read_kept_file(path) for name, path in self.folder.files.items()}
+
+    @contextmanager
+    def task(self, title: str) -> Iterator[Callable[[int], None]]:
+        """Report one pass over the folder's tensors; what it yields may be called from any thread."""
+        self._progress.start(title, self.folder.num_bytes)
+
+        def advance(num_bytes: int) -> None:
+            with self._lock:
+                self._progress.advance(num_bytes)
+
+        try:
+            yield advance
+        finally:
+            self._progress.finish()
+
+    @contextmanager
+    def registration(self) -> Iterator[Writer]:
+        """Begin to write."""
+        with (
+            self.task("storing") as on_bytes,
+            self.store.registration(f"register {self.name}", on_bytes=on_bytes) as registration,
+        ):
+            yield registration
+
+    def provenance(self, base: Outline | None) -> dict[str, str]:
+        """Say where the variant comes from."""
+        facts = {
+            "source": str(self.folder.path.resolve()),
+            "registered_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "registered_by": f"blockzoo {importlib.metadata.version('blockzoo')}",
+            "num_bytes": str(self.folder.num_bytes),
+        }
+        return facts if base is None else {**facts, "base": base.ref}
+
+    def finish(
+        self,
+        registration: Writer,
+        chain: ChainId,
+        files: Mapping[str, FileRef],
+        provenance: Mapping[str, str],
+        ignored: Sequence[str] = (),
+    ) -> RegisterResult:
+        """Commit, unless the current version is the same already."""
+        kind = self.folder.kind.value
+        current = current_version(self.store, self.name)
+        unchanged = current is not None and is_same(current, chain, kind, files)
+        if current is None or not unchanged:
+            current = registration.commit(self.name, chain, kind=kind, files=files, provenance=provenance)
+        return RegisterResult(
+            record=current,
+            unchanged=unchanged,
+            num_bytes=self.folder.num_bytes,
+            new_bytes=self.totals.new_bytes,
+            stored_bytes=self.totals.stored_bytes,
+            num_blobs=self.totals.blobs,
+            num_new_blobs=self.totals.new_blobs,
+            ignored=tuple(ignored),
+            seconds=time.monotonic() - self._started,
+        )
+
+
+def read_outline(store: Manifests, record: VariantRecord) -> Outline:
+    """Return the chain of a variant."""
+    return Outline.read(store, f"{record.name}@{record.version}", record.chain)
+
+
+def folder_layout(folder: ModelFolder, tensors: Mapping[str, InBlock | InFile]) -> FolderLayout:
+    """Return what `export` needs to write the folder again."""
+    return FolderLayout(
+        filenames=tuple(folder.files),
+        shards={shard.path.name: shard.header.decode("utf-8") for shard in folder.shards},
+        tensors=tensors,
+    )
+
+
+def with_tied(head: BlockManifest, embedding: BlockManifest) -> BlockManifest:
+    """Record whether the matrices are the same; the bytes decide, whatever the config says."""
+    tied = head.tensors["lm_head.weight"] == embedding.tensors["weight"]
+    return replace(head, config={**head.config, "tied": tied})
+
+
+def is_same(record: VariantRecord, chain: ChainId, kind: str, files: Mapping[str, FileRef]) -> bool:
+    """Tell whether a version is exactly what is being registered."""
+    return (record.chain, record.kind, dict(record.files)) == (chain, kind, dict(files))
+
+
+def current_version(store: WritableZoo, name: str) -> VariantRecord | None:
+    """Return the current version of a variant, None when it is not registered."""
+    try:
+        return store.resolve(name)
+    except VariantNotFoundError:
+        return None

@@ -1,0 +1,226 @@
+"""Checking what somebody else wants to register: make the manifests once more, by the code that
+registers folders here, from the pushed config, headers and blobs, and insist that they are the same.
+
+Nobody has to enumerate what a hostile manifest could say: only one chain is right for the files. Bytes
+of tensors are checked before, when they come in (digest, and no NaN).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from blockzoo.errors import CorruptionError, InvalidManifestError, NotFoundError
+from blockzoo.families import CHUNK_ROWS
+from blockzoo.folders.adapter import parse_adapter_config
+from blockzoo.folders.adapter_plan import plan_adapter
+from blockzoo.folders.checkpoint import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CONFIG,
+    INDEX,
+    KEPT_FILES,
+    FolderKind,
+    check_kept_file,
+    check_shards,
+    parse_json_object,
+)
+from blockzoo.folders.checkpoint_plan import match_tensors, plan_checkpoint
+from blockzoo.folders.contents import LAYOUT_FILE, FolderLayout, InBlock, InFile
+from blockzoo.folders.safetensors_io import TensorEntry, parse_header
+from blockzoo.manifest import BlockId, BlockManifest, ChainManifest, DType, FileRef, TensorRef, VariantRecord
+from blockzoo.registering.adapter import adapter_layout, check_adaptable, inherited_files, put_adapter_chain
+from blockzoo.registering.checkpoint import architecture_of, checkpoint_layout, put_checkpoint_chain
+from blockzoo.registering.checkpoint import checkpoint_blocks as make_blocks
+from blockzoo.registering.job import read_outline
+from blockzoo.store.writing import ManifestRecorder
+from blockzoo.store.zoo_store import ZooStore
+
+
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """A variant that is to be registered; its blobs are stored.
+
+    Attributes:
+        kind: "checkpoint" or "adapter".
+        chain: its chain.
+        blocks: every block that the chain names.
+        files: its files.
+        base: the registered variant that an adapter belongs to.
+    """
+
+    kind: str
+    chain: ChainManifest
+    blocks: Mapping[BlockId, BlockManifest]
+    files: Mapping[str, FileRef]
+    base: VariantRecord | None = None
+
+
+def recheck(store: ZooStore, pushed: Pushed) -> dict[str, str]:
+    """Check a pushed variant as registering its folder would.
+
+    Returns:
+        What its provenance says about the contents.
+
+    Raises:
+        UnsupportedArchitectureError, CheckpointError, AdapterError: as registering the folder would.
+        InvalidManifestError: the manifests are not those that its files make.
+    """
+    layout = _read_layout(store, pushed)
+    entries = _read_entries(store, pushed, layout)
+    refs = _refs(pushed, layout, entries)
+    recorder = ManifestRecorder()
+    facts = {"num_bytes": str(sum(entry.num_bytes for entry in entries.values()))}
+    if pushed.kind == FolderKind.CHECKPOINT:
+        facts |= _remake_checkpoint(store, pushed, layout, entries, refs, recorder)
+    else:
+        facts |= _remake_adapter(store, pushed, layout, entries, refs, recorder)
+    claimed = ManifestRecorder().put_chain(pushed.chain)
+    if claimed not in recorder.chains:
+        raise _invalid("the chain is not what its files make", chain=claimed)
+    return facts
+
+
+def _remake_checkpoint(
+    store: ZooStore,
+    pushed: Pushed,
+    layout: FolderLayout,
+    entries: Mapping[str, TensorEntry],
+    refs: Mapping[str, TensorRef],
+    recorder: ManifestRecorder,
+) -> dict[str, str]:
+    config = parse_json_object(CONFIG, _read(store, pushed, CONFIG))
+    plan = plan_checkpoint(config)
+    matched = match_tensors(plan, entries)
+    _require_equal("layout", layout.tensors, checkpoint_layout(plan, matched.sources, matched.ignored))
+    own = {*layout.filenames, LAYOUT_FILE, *(place.filename for place in matched.ignored.values())}
+    _require_equal("files", set(pushed.files), own)
+    for name, place in matched.ignored.items():
+        if pushed.files[place.filename].size != entries[name].num_bytes:
+            raise _invalid(f"the file of tensor {name[:200]!r} has the wrong size")
+    for position, block in enumerate(plan.blocks):
+        for name, planned in block.tensors.items():
+            source = matched.sources[position, name]
+            _check_ref(store, source, entries[source], refs, planned.chunk_rows)
+    put_checkpoint_chain(recorder, make_blocks(plan, matched.sources, refs), plan)
+    return {"architecture": architecture_of(config)}
+
+
+def _remake_adapter(
+    store: ZooStore,
+    pushed: Pushed,
+    layout: FolderLayout,
+    entries: Mapping[str, TensorEntry],
+    refs: Mapping[str, TensorRef],
+    recorder: ManifestRecorder,
+) -> dict[str, str]:
+    if pushed.base is None:
+        raise _invalid("it is not said which variant the adapter belongs to")
+    base = read_outline(store, pushed.base)
+    check_adaptable(pushed.base, base)
+    config = parse_adapter_config(parse_json_object(ADAPTER_CONFIG, _read(store, pushed, ADAPTER_CONFIG)))
+    plan = plan_adapter(config, entries, base, lambda a, b: refs.get(a) == refs.get(b))
+    _require_equal("layout", layout.tensors, adapter_layout(plan))
+    own = {*layout.filenames, LAYOUT_FILE}
+    inherited = {name: ref for name, ref in inherited_files(pushed.base).items() if name not in own}
+    _require_equal("files", set(pushed.files), own | set(inherited))
+    for name, ref in inherited.items():
+        _require_equal(f"file {name}", pushed.files[name], ref)
+    for pairs in plan.pairs.values():
+        for source in (source for pair in pairs for source in (pair.source_a, pair.source_b)):
+            _check_ref(store, source, entries[source], refs, 0)
+    for replaced in plan.replaced.values():
+        for name, source in replaced.items():
+            chunk_rows = CHUNK_ROWS if name in ("weight", "lm_head.weight") else 0
+            _check_ref(store, source, entries[source], refs, chunk_rows)
+    put_adapter_chain(recorder, base, plan, refs)
+    return {"base": base.ref}
+
+
+def _read_layout(store: ZooStore, pushed: Pushed) -> FolderLayout:
+    """Read the layout and check the files beside the weights."""
+    try:
+        FolderKind(pushed.kind)
+        layout = FolderLayout.from_bytes(_read(store, pushed, LAYOUT_FILE))
+    except (CorruptionError, ValueError) as error:
+        raise _invalid(str(error)) from error
+    for name in layout.filenames:
+        if name not in KEPT_FILES:
+            raise _invalid(f"{name[:100]!r} is not a file that is kept with a variant", file=name[:100])
+        check_kept_file(name, _read(store, pushed, name))
+    for name in layout.shards:
+        if "/" in name or (pushed.kind == FolderKind.ADAPTER and name != ADAPTER_WEIGHTS):
+            raise _invalid(f"{name[:100]!r} is not the name of a weight file", file=name[:100])
+    for name, ref in pushed.files.items():
+        info = store.blobs.info(ref.blob)
+        if (info.dtype, info.shape) != (DType.U8, (ref.size,)):
+            raise _invalid(f"the blob of file {name[:100]!r} is not {ref.size} bytes", file=name[:100])
+    return layout
+
+
+def _read_entries(store: ZooStore, pushed: Pushed, layout: FolderLayout) -> dict[str, TensorEntry]:
+    """Read the headers of the weight files."""
+    shards = {file: parse_header(file, header.encode(), None) for file, header in layout.shards.items()}
+    check_shards(shards, lambda: parse_json_object(INDEX, _read(store, pushed, INDEX)))
+    return {name: entry for entries in shards.values() for name, entry in entries.items()}
+
+
+def _refs(pushed: Pushed, layout: FolderLayout, entries: Mapping[str, TensorEntry]) -> dict[str, TensorRef]:
+    """Find where the pushed blocks keep each tensor that they keep."""
+    refs = {}
+    for name, place in layout.tensors.items():
+        if name not in entries:
+            raise _invalid(f"the layout names tensor {name[:200]!r}, which no header has", tensor=name[:200])
+        if isinstance(place, InFile):
+            continue
+        try:
+            refs[name] = pushed.blocks[_block_id(pushed.chain, place)].tensors[place.name]
+        except (IndexError, KeyError):
+            raise _invalid(f"no block has tensor {name[:200]!r}", tensor=name[:200]) from None
+    return refs
+
+
+def _block_id(chain: ChainManifest, place: InBlock) -> BlockId:
+    if place.position < 0 or (place.applied or 0) < 0:
+        raise IndexError
+    link = chain.links[place.position]
+    return link.base if place.applied is None else link.applied[place.applied]
+
+
+def _check_ref(
+    store: ZooStore, source: str, entry: TensorEntry, refs: Mapping[str, TensorRef], chunk_rows: int
+) -> None:
+    """Check that a tensor is stored with the type and shape that its header says, cut as it must be."""
+    ref = refs.get(source)
+    if ref is None:
+        raise _invalid(f"no block has tensor {source[:200]!r}", tensor=source[:200])
+    rows = chunk_rows if chunk_rows and entry.shape[0] > chunk_rows else 0
+    wanted = (entry.dtype, entry.shape, rows)
+    if (ref.dtype, ref.shape, ref.chunk_rows) != wanted:
+        raise _invalid(f"tensor {source[:200]!r} is not stored as its header says", tensor=source[:200])
+    for blob, shape in zip(ref.blobs, ref.chunk_shapes(), strict=True):
+        info = store.blobs.info(blob)
+        if (info.dtype, info.shape) != (ref.dtype, shape):
+            raise _invalid(f"blob {blob} is not part of tensor {source[:200]!r}", blob=blob)
+
+
+def _read(store: ZooStore, pushed: Pushed, name: str) -> bytes:
+    if name not in pushed.files:
+        raise _invalid(f"the file {name} is missing", file=name)
+    try:
+        return bytes(store.blobs.read(pushed.files[name].blob))
+    except NotFoundError as error:
+        raise _invalid(f"the file {name} is not stored", file=name) from error
+
+
+def _require_equal(what: str, found: object, expected: object) -> None:
+    if found != expected:
+        raise _invalid(f"the {what} are not what the config and the headers make")
+
+
+def _invalid(problem: str, **metadata: object) -> InvalidManifestError:
+    return InvalidManifestError(
+        f"the push is refused: {problem}",
+        hint="Push with the `blockzoo` of this server's version; if it did this, report it.",
+        **metadata,
+    )

@@ -1,0 +1,237 @@
+"""Sizes and sharing of what is registered: one reading of the manifests behind `ls`, `show`, `du`.
+
+Blobs are not read. Their decoded sizes come from the manifests, their stored sizes
+from a listing.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+
+from blockzoo import layout
+from blockzoo.digest import num_bytes
+from blockzoo.folders.contents import OWN_PREFIX
+from blockzoo.folders.outline import Manifests
+from blockzoo.manifest import (
+    BlobId,
+    BlockId,
+    BlockKind,
+    BlockManifest,
+    ChainId,
+    ChainManifest,
+    DType,
+    VariantRecord,
+)
+from blockzoo.reports.values import Applied, Run, ShowReport, UsageReport, UsageRow, VariantRow
+from blockzoo.store.blobs import TensorData
+from blockzoo.store.zoo_store import ZooStore
+
+
+class Survey:
+    """A reading of a zoo at one moment.
+
+    Args:
+        store: the zoo.
+        manifests: where to read chains and blocks, possibly with a cache.
+    """
+
+    def __init__(self, store: ZooStore, manifests: Manifests) -> None:
+        self._store = store
+        self._manifests = manifests
+        self._parts: dict[BlobId, tuple[DType, tuple[int, ...]]] = {}
+        self._blocks: dict[BlockId, frozenset[BlobId]] = {}
+        self._records: dict[str, list[VariantRecord]] = defaultdict(list)
+        for record in store.records():
+            self._records[record.name].append(record)
+
+    def rows(self) -> list[VariantRow]:
+        """Return `ls`: the current version of every variant."""
+        return [self._row(name, versions[-1]) for name, versions in sorted(self._records.items())]
+
+    def show(self, record: VariantRecord) -> ShowReport:
+        """Return `show` of one version."""
+        chain = self._manifests.get_chain(record.chain)
+        versions = tuple(other.version for other in self._records[record.name])
+        return ShowReport(
+            name=record.name,
+            version=record.version,
+            current=record.version == max(versions, default=record.version),
+            versions=versions,
+            kind=record.kind,
+            chain=record.chain,
+            family=chain.family,
+            context_length=chain.context_length,
+            vocab_size=chain.vocab_size,
+            runs=tuple(self._runs(record.name, chain)),
+            checkpoint_bytes=self._checkpoint_bytes(record),
+            private_bytes=self._decoded(self._private[record.name]),
+            stored_bytes=self._stored_bytes(self._with_bases(self._blobs(record))),
+            files={name: ref.size for name, ref in record.files.items() if not name.startswith(OWN_PREFIX)},
+            provenance=record.provenance,
+        )
+
+    def usage(self) -> UsageReport:
+        """Return `du`."""
+        rows = [
+            UsageRow(
+                name=name,
+                versions=len(versions),
+                checkpoint_bytes=sum(map(self._checkpoint_bytes, versions)),
+                private_bytes=self._decoded(self._private[name]),
+                private_stored_bytes=self._stored_bytes(self._private[name]),
+            )
+            for name, versions in sorted(self._records.items())
+        ]
+        reachable = set().union(*self._by_name.values()) if self._by_name else set()
+        stored = self._stored_bytes(self._with_bases(reachable))
+        refs = (layout.REFS, layout.DECISIONS, layout.WISHES)
+        manifests = (layout.BLOCKS, layout.CHAINS, layout.EQUIVALENCE, *refs)
+        return UsageReport(
+            rows=tuple(rows),
+            checkpoint_bytes=sum(row.checkpoint_bytes for row in rows),
+            distinct_bytes=self._decoded(reachable),
+            stored_bytes=stored,
+            manifest_bytes=sum(
+                info.size for folder in manifests for info in self._store.storage.list(folder)
+            ),
+            unreachable_bytes=sum(self._stored.values()) - stored,
+        )
+
+    def _row(self, name: str, record: VariantRecord) -> VariantRow:
+        chain = self._manifests.get_chain(record.chain)
+        return VariantRow(
+            name=name,
+            version=record.version,
+            kind=record.kind,
+            base=record.provenance.get("base"),
+            family=chain.family,
+            num_layers=len(chain.links) - 2,
+            checkpoint_bytes=self._checkpoint_bytes(record),
+            private_bytes=self._decoded(self._private[name]),
+            registered_at=record.provenance.get("registered_at", ""),
+            chain=record.chain,
+        )
+
+    def _runs(self, name: str, chain: ChainManifest) -> list[Run]:
+        users = self._users
+        runs: list[Run] = []
+        for position, link in enumerate(chain.links):
+            block = self._manifests.get_block(link.base)
+            shared = tuple(sorted(users[link.base] - {name}))
+            applied = tuple(_summary(self._manifests.get_block(item)) for item in link.applied)
+            run = Run(position, position, block.kind, block.num_bytes, shared, applied)
+            if runs and _alike(runs[-1], run):
+                runs[-1] = _joined(runs[-1], run)
+            else:
+                runs.append(run)
+        return runs
+
+    def _checkpoint_bytes(self, record: VariantRecord) -> int:
+        """Bytes of a checkpoint with the same computation: adapters merged, tied matrices once."""
+        total = sum(ref.size for name, ref in record.files.items() if not name.startswith(OWN_PREFIX))
+        for link in self._manifests.get_chain(record.chain).links:
+            block = self._manifests.get_block(link.base)
+            total += block.num_bytes
+            if block.config.get("tied"):
+                total -= block.tensors["lm_head.weight"].num_bytes
+        return total
+
+    @cached_property
+    def _by_name(self) -> dict[str, set[BlobId]]:
+        """Blobs of each variant, all versions."""
+        return {name: set().union(*map(self._blobs, versions)) for name, versions in self._records.items()}
+
+    @cached_property
+    def _private(self) -> Mapping[str, set[BlobId]]:
+        """Blobs that only one variant needs."""
+        owners: dict[BlobId, str | None] = {}
+        for name, blobs in self._by_name.items():
+            for blob in blobs:
+                owners[blob] = None if blob in owners else name
+        private: dict[str, set[BlobId]] = defaultdict(set)
+        for blob, owner in owners.items():
+            if owner is not None:
+                private[owner].add(blob)
+        return private
+
+    @cached_property
+    def _users(self) -> Mapping[BlockId, set[str]]:
+        """Variants whose current version uses a base block."""
+        users: dict[BlockId, set[str]] = defaultdict(set)
+        for name, versions in self._records.items():
+            for link in self._manifests.get_chain(versions[-1].chain).links:
+                users[link.base].add(name)
+        return users
+
+    @cached_property
+    def _stored(self) -> Mapping[BlobId, int]:
+        """Stored bytes of every blob in the zoo."""
+        listing = self._store.storage.list(layout.BLOBS)
+        found = ((layout.digest_of(info.key), info.size) for info in listing)
+        return {BlobId(digest): size for digest, size in found if digest is not None}
+
+    def _blobs(self, record: VariantRecord) -> set[BlobId]:
+        blobs: set[BlobId] = set()
+        for ref in record.files.values():
+            blobs.add(ref.blob)
+            self._parts[ref.blob] = (DType.U8, (ref.size,))
+        return blobs.union(*map(self._block_blobs, self._block_ids(record.chain)))
+
+    def _block_ids(self, chain: ChainId) -> Iterable[BlockId]:
+        for link in self._manifests.get_chain(chain).links:
+            yield from (link.base, *link.applied)
+
+    def _block_blobs(self, block: BlockId) -> frozenset[BlobId]:
+        if block not in self._blocks:
+            tensors = self._manifests.get_block(block).tensors.values()
+            for tensor in tensors:
+                for blob, shape in zip(tensor.blobs, tensor.chunk_shapes(), strict=True):
+                    self._parts[blob] = (tensor.dtype, shape)
+            self._blocks[block] = frozenset(blob for tensor in tensors for blob in tensor.blobs)
+        return self._blocks[block]
+
+    def _with_bases(self, blobs: set[BlobId]) -> set[BlobId]:
+        """Add the bases of differences."""
+        bases = (self._store.blobs.info(blob).base for blob in blobs if self._is_encoded(blob))
+        return blobs | {base for base in bases if base is not None}
+
+    def _is_encoded(self, blob: BlobId) -> bool:
+        """Tell from its size, which spares reading the header of every blob."""
+        dtype, shape = self._parts[blob]
+        header = self._store.blobs.encode(TensorData(dtype, shape, b""), None)[0]
+        return blob in self._stored and self._stored[blob] != len(header) + num_bytes(dtype, shape)
+
+    def _decoded(self, blobs: set[BlobId]) -> int:
+        return sum(num_bytes(*self._parts[blob]) for blob in blobs)
+
+    def _stored_bytes(self, blobs: set[BlobId]) -> int:
+        return sum(self._stored.get(blob, 0) for blob in blobs)
+
+
+def _summary(block: BlockManifest) -> Applied:
+    modules = block.config.get("modules")
+    items = modules if block.kind == BlockKind.ADAPTER and isinstance(modules, dict) else {}
+    ranks = {item.get("rank") for item in items.values() if isinstance(item, dict)}
+    whole = sorted(rank for rank in ranks if isinstance(rank, int))
+    return Applied(block.kind, tuple(sorted(items)), tuple(whole), block.num_bytes)
+
+
+def _alike(run: Run, other: Run) -> bool:
+    def looks(item: Applied) -> tuple[object, ...]:
+        return item.kind, item.modules, item.ranks
+
+    return (run.kind, run.shared_with, [*map(looks, run.applied)]) == (
+        other.kind,
+        other.shared_with,
+        [*map(looks, other.applied)],
+    )
+
+
+def _joined(run: Run, other: Run) -> Run:
+    applied = tuple(
+        Applied(mine.kind, mine.modules, mine.ranks, mine.num_bytes + theirs.num_bytes)
+        for mine, theirs in zip(run.applied, other.applied, strict=True)
+    )
+    return Run(run.first, other.last, run.kind, run.num_bytes + other.num_bytes, run.shared_with, applied)

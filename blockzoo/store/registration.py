@@ -1,0 +1,341 @@
+"""The one way to write into a zoo: lease, look, write what is missing, commit a ref in one step.
+
+Any step may be the last one of a killed process. What it leaves behind is
+unreachable and goes with the next gc; refs only ever name what is complete:
+blobs are durable before block manifests are written, those before the chain, the
+chain before the ref.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from blockzoo.canonical import canonical_json, digest_bytes
+from blockzoo.digest import blob_id
+from blockzoo.errors import BlobNotFoundError, ConflictError, ManifestNotFoundError
+from blockzoo.layout import blob_key, block_key, chain_key
+from blockzoo.manifest import BlobId, BlockId, BlockManifest, ChainId, ChainManifest, FileRef, VariantRecord
+from blockzoo.manifest_json import block_to_json, chain_to_json
+from blockzoo.names import check_name
+from blockzoo.storage.base import Staged
+from blockzoo.store.blobs import TensorData, file_data
+from blockzoo.store.closure import Walker
+from blockzoo.store.leases import LEASE_TTL_S, Entry, LeaseHolder
+
+if TYPE_CHECKING:
+    from blockzoo.store.zoo_store import ZooStore
+
+_GROUP_BYTES = 512 << 20
+"""Tensor bytes written under one lease object; bounds what an interrupted upload has to repeat."""
+
+_LOCAL_WORKERS = 2
+_REMOTE_WORKERS = 16
+"""Threads: a disk is busy with few, requests over a network mostly wait."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What became of one tensor.
+
+    Attributes:
+        blob: its id.
+        created: whether this registration stored it; otherwise it was there.
+        stored_bytes: bytes written for it, 0 when it was there.
+    """
+
+    blob: BlobId
+    created: bool
+    stored_bytes: int
+
+
+class Registration:
+    """A write into the zoo, as a context manager. Used by one thread; works with several of its own.
+
+    Args:
+        store: the zoo.
+        purpose: what is being written, for people who look at leases.
+        ttl_s: seconds a lease lives without renewal.
+        workers: threads to hash, compress and write with; chosen by the storage when None.
+        on_bytes: called from any thread with the number of tensor bytes just dealt with.
+        on_wait: called when a gc that condemned something needed here has to be waited for.
+    """
+
+    def __init__(
+        self,
+        store: ZooStore,
+        purpose: str,
+        *,
+        ttl_s: float = LEASE_TTL_S,
+        workers: int | None = None,
+        on_bytes: Callable[[int], None] | None = None,
+        on_wait: Callable[[Entry], None] | None = None,
+    ) -> None:
+        store.check_writable()
+        self._store = store
+        self._storage = store.storage
+        self._lease = LeaseHolder(store.storage, store.clock, purpose, ttl_s)
+        remote = store.storage.is_remote
+        self._workers = workers or (_REMOTE_WORKERS if remote else min(_LOCAL_WORKERS, os.cpu_count() or 1))
+        self._on_bytes = on_bytes or (lambda _: None)
+        self._on_wait = on_wait
+        self._sure: set[str] = set()
+
+    def __enter__(self) -> Registration:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lease.release()
+
+    def renew(self) -> None:
+        """Extend the lease when half of its time is over; raises ConflictError when all of it is."""
+        self._lease.renew()
+
+    def missing(self, blobs: Sequence[BlobId]) -> set[BlobId]:
+        """Lease blobs, then say which of them are not stored; the others stay while this is open."""
+        self._hold(blobs)
+        with _pool(self._workers) as pool:
+            present = pool.map(self._store.blobs.exists, blobs)
+            return {blob for blob, there in zip(blobs, present, strict=True) if not there}
+
+    def put_tensors(self, tensors: Sequence[TensorData]) -> list[Stored]:
+        """Store tensors that are missing; one call with many is much faster than many calls.
+
+        Raises:
+            InvalidInputError: bytes, shape and type of a tensor disagree.
+            BlobNotFoundError, CorruptBlobError: a base cannot be read.
+            StorageError: the storage failed; StorageFullError when it has no room.
+            ConflictError: the lease ran out.
+        """
+        stored: list[Stored] = []
+        for group in _groups(tensors):
+            stored += self._put_group(group)
+        return stored
+
+    def put_file(self, data: bytes) -> FileRef:
+        """Store a small file that belongs to a variant."""
+        return FileRef(self.put_tensors([file_data(data)])[0].blob, len(data))
+
+    def put_blocks(self, blocks: Sequence[BlockManifest]) -> list[BlockId]:
+        """Store block manifests whose blobs are stored; returns their ids in order."""
+        bodies = [canonical_json(block_to_json(block)) for block in blocks]
+        ids = [BlockId(digest_bytes(body)) for body in bodies]
+        self._put_manifests(
+            [(block_key(digest), digest, body) for digest, body in zip(ids, bodies, strict=True)]
+        )
+        return ids
+
+    def put_block(self, block: BlockManifest) -> BlockId:
+        """Store one block manifest."""
+        return self.put_blocks([block])[0]
+
+    def put_chain(self, chain: ChainManifest) -> ChainId:
+        """Store a chain manifest whose blocks are stored."""
+        body = canonical_json(chain_to_json(chain))
+        digest = ChainId(digest_bytes(body))
+        self._put_manifests([(chain_key(digest), digest, body)])
+        return digest
+
+    def rely_on(self, chain: ChainId) -> None:
+        """Lease a stored chain and all it needs, for building on it.
+
+        Raises:
+            ManifestNotFoundError, BlobNotFoundError: part of it is not stored (any more).
+        """
+        self._require(chain, ())
+
+    def rely_on_variant(self, record: VariantRecord) -> None:
+        """Lease the chain and the files of a version, for building on it; raises as `rely_on` does."""
+        self._require(record.chain, [file.blob for file in record.files.values()])
+
+    def commit(
+        self,
+        name: str,
+        chain: ChainId,
+        *,
+        kind: str,
+        files: Mapping[str, FileRef] | None = None,
+        provenance: Mapping[str, str] | None = None,
+    ) -> VariantRecord:
+        """Make the chain the next version of a variant. This is the step that counts.
+
+        Raises:
+            InvalidNameError: `name` is not a variant name.
+            ManifestNotFoundError, BlobNotFoundError: something that the variant needs is not stored.
+            ConflictError: the lease ran out, so nothing was committed.
+        """
+        files = dict(files or {})
+        self._require(chain, [file.blob for file in files.values()])
+        draft = VariantRecord(check_name(name), 1, chain, kind, files, dict(provenance or {}))
+        self._lease.renew()
+        record = self._store.add_version(draft)
+        self._confirm(record)
+        return record
+
+    def _confirm(self, record: VariantRecord) -> None:
+        """Deal with a process that slept through its lease in the middle of the commit."""
+        try:
+            self._lease.check()
+        except ConflictError:
+            problems: list[str] = []
+            Walker(self._store, lambda digest, _: problems.append(digest)).add_record(record)
+            if problems:
+                self._store.withdraw(record)
+                raise
+
+    def _require(self, chain: ChainId, blobs: Iterable[BlobId]) -> None:
+        """Lease the closure, and make sure of whatever was not leased before."""
+        self._hold([chain, *blobs])
+        walker = Walker(self._store, with_bases=False)
+        walker.add_chain(chain)
+        walker.add_blobs(blobs)
+        closure = walker.closure
+        self._hold(closure.digests())
+        # Looked up after the lease: the walk itself may have read what was being deleted.
+        for digest in {*closure.chains, *closure.blocks} - self._sure:
+            if not self._store.has_manifest(digest):
+                raise ManifestNotFoundError(f"manifest {digest} is not in the zoo any more", digest=digest)
+        missing = [blob for blob in closure.blobs - self._sure if not self._store.blobs.exists(blob)]
+        if missing:
+            raise BlobNotFoundError(f"blob {missing[0]} is not in the zoo any more", blob=missing[0])
+        self._storage.sync(key for key, digest in closure.objects().items() if digest not in self._sure)
+        self._sure |= closure.digests()
+
+    def _hold(self, digests: Iterable[str]) -> None:
+        self._lease.hold(digests, self._on_wait)
+
+    def _put_group(self, tensors: Sequence[TensorData]) -> list[Stored]:
+        bases = self._resolve_bases(tensors)
+        drafts = [_Draft(tensor, base) for tensor, base in zip(tensors, bases, strict=True)]
+        try:
+            with _pool(self._workers) as pool:
+                list(pool.map(self._prepare, drafts))
+                _drop_repeats(drafts)
+                self._hold(draft.blob for draft in drafts)
+                self._storage.flush([draft.staged for draft in drafts if draft.staged is not None])
+                list(pool.map(self._publish, drafts))
+            # Also what was there before: whoever wrote it may not have made it durable yet.
+            self._storage.sync(blob_key(draft.blob) for draft in drafts)
+            self._sure.update(draft.blob for draft in drafts)
+        finally:
+            for draft in drafts:
+                draft.discard()
+        return [
+            Stored(draft.blob, draft.created, draft.stored_bytes if draft.created else 0) for draft in drafts
+        ]
+
+    def _resolve_bases(self, tensors: Sequence[TensorData]) -> list[BlobId | None]:
+        """Lease the bases before looking at them: only a leased raw blob is sure to stay raw."""
+        wanted = {tensor.base for tensor in tensors if tensor.base is not None}
+        self._hold(wanted)
+        bases = [self._store.blobs.delta_base(tensor.base, tensor.dtype, tensor.shape) for tensor in tensors]
+        further = {base for base in bases if base is not None} - wanted
+        if further:
+            self._hold(further)
+            bases = [
+                self._store.blobs.delta_base(tensor.base, tensor.dtype, tensor.shape) for tensor in tensors
+            ]
+        return bases
+
+    def _prepare(self, draft: _Draft) -> None:
+        """Hash, and bring the bytes to the storage when they seem to be missing."""
+        tensor = draft.tensor
+        draft.blob = tensor.blob or blob_id(tensor.dtype, tensor.shape, tensor.data, threads=1)
+        # Only a hint: nothing is leased yet. `_publish` looks again.
+        if not self._store.blobs.exists(draft.blob):
+            self._stage(draft)
+        self._on_bytes(memoryview(tensor.data).nbytes)
+
+    def _stage(self, draft: _Draft) -> None:
+        base = draft.base if draft.base != draft.blob else None
+        chunks = self._store.blobs.encode(draft.tensor, base)
+        draft.stored_bytes = sum(memoryview(chunk).nbytes for chunk in chunks)
+        draft.staged = self._storage.stage(chunks)
+
+    def _publish(self, draft: _Draft) -> None:
+        if draft.repeated:
+            return
+        if draft.staged is None and not self._store.blobs.exists(draft.blob):
+            self._stage(draft)
+        if draft.staged is not None:
+            draft.created = draft.staged.publish(blob_key(draft.blob))
+            draft.staged = None
+
+    def _put_manifests(self, manifests: Sequence[tuple[str, str, bytes]]) -> None:
+        self._hold(digest for _, digest, _ in manifests)
+        unique = {key: body for key, _, body in manifests}
+        staged: dict[str, Staged] = {}
+        try:
+            with _pool(self._workers) as pool:
+                present = pool.map(self._storage.size, unique)
+                for key in [key for key, size in zip(unique, present, strict=True) if size is None]:
+                    staged[key] = self._storage.stage([unique[key]])
+                self._storage.flush(list(staged.values()))
+                list(pool.map(lambda item: item[1].publish(item[0]), staged.items()))
+        finally:
+            for item in staged.values():
+                item.discard()
+        self._storage.sync(unique)
+        self._sure.update(digest for _, digest, _ in manifests)
+
+
+class _Draft:
+    """A tensor on its way into the zoo."""
+
+    __slots__ = ("base", "blob", "created", "repeated", "staged", "stored_bytes", "tensor")
+
+    def __init__(self, tensor: TensorData, base: BlobId | None) -> None:
+        self.tensor = tensor
+        self.base = base
+        self.blob = BlobId("")
+        self.staged: Staged | None = None
+        self.stored_bytes = 0
+        self.created = False
+        self.repeated = False
+
+    def discard(self) -> None:
+        if self.staged is not None:
+            self.staged.discard()
+            self.staged = None
+
+
+def _drop_repeats(drafts: Sequence[_Draft]) -> None:
+    """Of equal tensors in one group only the first is published."""
+    seen: set[BlobId] = set()
+    for draft in drafts:
+        if draft.blob in seen:
+            draft.repeated = True
+            draft.discard()
+        seen.add(draft.blob)
+
+
+def _groups(tensors: Sequence[TensorData]) -> Iterator[list[TensorData]]:
+    group: list[TensorData] = []
+    total = 0
+    for tensor in tensors:
+        group.append(tensor)
+        total += memoryview(tensor.data).nbytes
+        if total >= _GROUP_BYTES:
+            yield group
+            group, total = [], 0
+    if group:
+        yield group
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool that gives up its queue at the first error or Ctrl-C instead of working through it."""
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="blockzoo-write")
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=True, cancel_futures=True)
+        raise
+    pool.shutdown()

@@ -1,0 +1,103 @@
+"""What registering needs of a zoo, be it a storage at hand (`store`, `registration`) or a server far away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from blockzoo.canonical import canonical_json, digest_bytes
+from blockzoo.folders.outline import Manifests
+from blockzoo.manifest import (
+    BlobId,
+    BlockId,
+    BlockManifest,
+    ChainId,
+    ChainManifest,
+    FileRef,
+    VariantRecord,
+)
+from blockzoo.manifest_json import block_to_json, chain_to_json
+from blockzoo.store.blobs import TensorData
+from blockzoo.store.registration import Stored
+
+
+class ManifestWriter(Protocol):
+    """Where the manifests of a new chain go."""
+
+    def put_blocks(self, blocks: Sequence[BlockManifest]) -> list[BlockId]:
+        """Take block manifests whose blobs are stored; return their ids in order."""
+
+    def put_chain(self, chain: ChainManifest) -> ChainId:
+        """Take a chain manifest whose blocks are stored."""
+
+
+class Writer(ManifestWriter, Protocol):
+    """One registration; `blockzoo.store.registration.Registration` says more about each step."""
+
+    def put_tensors(self, tensors: Sequence[TensorData]) -> list[Stored]:
+        """Store tensors that are missing."""
+
+    def rely_on_variant(self, record: VariantRecord) -> None:
+        """Lease what a registered variant needs, for building on it."""
+
+    def commit(
+        self,
+        name: str,
+        chain: ChainId,
+        *,
+        kind: str,
+        files: Mapping[str, FileRef] | None = None,
+        provenance: Mapping[str, str] | None = None,
+    ) -> VariantRecord:
+        """Make the chain the next version of a variant."""
+
+
+class WritableZoo(Manifests, Protocol):
+    """The part of `blockzoo.store.zoo_store.ZooStore` that registering uses."""
+
+    def check_writable(self) -> None:
+        """Raise unless registering may begin."""
+
+    def resolve(self, name: str, version: int | None = None) -> VariantRecord:
+        """Return a version of a variant, the current one when None (VariantNotFoundError)."""
+
+    def names(self) -> list[str]:
+        """Return the names that are registered."""
+
+    def registration(
+        self, purpose: str, *, on_bytes: Callable[[int], None] | None = None
+    ) -> AbstractContextManager[Writer]:
+        """Begin to write."""
+
+
+class ManifestRecorder:
+    """Names manifests and keeps them instead of storing them.
+
+    Attributes:
+        blocks: canonical bytes of every block, by id.
+        chains: canonical bytes of every chain, by id.
+    """
+
+    def __init__(self) -> None:
+        self.blocks: dict[BlockId, bytes] = {}
+        self.chains: dict[ChainId, bytes] = {}
+
+    def put_blocks(self, blocks: Sequence[BlockManifest]) -> list[BlockId]:
+        """See `ManifestWriter`."""
+        bodies = [canonical_json(block_to_json(block)) for block in blocks]
+        ids = [BlockId(digest_bytes(body)) for body in bodies]
+        self.blocks.update(zip(ids, bodies, strict=True))
+        return ids
+
+    def put_chain(self, chain: ChainManifest) -> ChainId:
+        """See `ManifestWriter`."""
+        body = canonical_json(chain_to_json(chain))
+        digest = ChainId(digest_bytes(body))
+        self.chains[digest] = body
+        return digest
+
+
+def blobs_of(block: BlockManifest) -> set[BlobId]:
+    """Return the blobs that a block names."""
+    return {blob for tensor in block.tensors.values() for blob in tensor.blobs}
