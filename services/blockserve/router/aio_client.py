@@ -37,8 +37,7 @@ from blockserve.common.rpc_errors import from_rpc_error
 from blockserve.common.wish_servicer import from_message
 from blockserve.common.wishes import WishStatus
 from blockserve.router import convert, status_convert
-from blockserve.router.calls import GenerateCall, Prompt, SamplingWishes, StoppingWishes
-from blockserve.router.chat import Conversation
+from blockserve.router.calls import Conversation, GenerateCall, Prompt, SamplingWishes, StoppingWishes
 from blockserve.router.results import Chunk, Completion, ModelInfo, RequestInfo, ServerStatus, Tokenized
 from blockserve.router.trace import CallTrace
 from blockserve.router.trace_convert import call_from_message

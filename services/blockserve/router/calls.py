@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from blockserve.router.chat import Conversation
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """What a template is given.
+
+    Attributes:
+        messages: turns as `{"role": …, "content": …}`.
+        add_generation_prompt: open the assistant's turn at the end.
+        tools: tool definitions, or None when the caller sent none.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    add_generation_prompt: bool = True
+    tools: Sequence[Any] | None = None
+
 
 Prompt = str | tuple[int, ...] | Conversation
 """Text, token ids, or a conversation for the variant's chat template."""

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from blockserve.common.errors import ChatTemplateError
+from blockserve.router.calls import Conversation
 
 log = logging.getLogger(__name__)
 
@@ -41,21 +42,6 @@ class ChatLimits:
     memory_bytes: int = 512 << 20
     max_chars: int = 2_000_000
     processes: int = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """What a template is given.
-
-    Attributes:
-        messages: turns as `{"role": …, "content": …}`.
-        add_generation_prompt: open the assistant's turn at the end.
-        tools: tool definitions, or None when the caller sent none.
-    """
-
-    messages: Sequence[Mapping[str, Any]]
-    add_generation_prompt: bool = True
-    tools: Sequence[Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

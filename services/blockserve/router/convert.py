@@ -11,8 +11,7 @@ from typing import Any
 from blockproto.v1 import inference_pb2
 from blockserve.common.engine_api import FinishReason, PositionLogprobs
 from blockserve.common.errors import PromptError
-from blockserve.router.calls import GenerateCall, Prompt, SamplingWishes, StoppingWishes
-from blockserve.router.chat import Conversation
+from blockserve.router.calls import Conversation, GenerateCall, Prompt, SamplingWishes, StoppingWishes
 from blockserve.router.results import (
     Chunk,
     Finish,

@@ -27,8 +27,8 @@ from blockserve.common.metrics import AnswerMeter, MetricsRegistry, RequestMeter
 from blockserve.common.wishes import WishKeeper
 from blockserve.router.adaptive import AdaptiveAssembly
 from blockserve.router.admission import Admission
-from blockserve.router.calls import GenerateCall
-from blockserve.router.chat import ChatLimits, ChatRenderer, Conversation
+from blockserve.router.calls import Conversation, GenerateCall
+from blockserve.router.chat import ChatLimits, ChatRenderer
 from blockserve.router.choices import Choices
 from blockserve.router.cluster_report import KnowsCluster, describe
 from blockserve.router.config import RouterConfig

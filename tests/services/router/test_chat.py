@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from blockserve.common.errors import ChatTemplateError
-from blockserve.router.chat import ChatLimits, ChatRenderer, ChatTemplates, Conversation
+from blockserve.router.calls import Conversation
+from blockserve.router.chat import ChatLimits, ChatRenderer, ChatTemplates
 from support.edge import CHATML, async_test, byte_level_tokenizer
 
 SMOLLM2 = (

@@ -11,8 +11,7 @@ from blockproto.v1 import inference_pb2
 from blockserve.common.engine_api import FinishReason, PositionLogprobs, SegmentReport
 from blockserve.common.errors import PromptError
 from blockserve.router import convert, status_convert
-from blockserve.router.calls import GenerateCall, Prompt, SamplingWishes, StoppingWishes
-from blockserve.router.chat import Conversation
+from blockserve.router.calls import Conversation, GenerateCall, Prompt, SamplingWishes, StoppingWishes
 from blockserve.router.results import (
     Chunk,
     ClusterStatus,

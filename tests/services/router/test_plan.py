@@ -16,8 +16,7 @@ from blockserve.common.errors import (
     ResumeError,
     SamplingError,
 )
-from blockserve.router.calls import GenerateCall, SamplingWishes, StoppingWishes
-from blockserve.router.chat import Conversation
+from blockserve.router.calls import Conversation, GenerateCall, SamplingWishes, StoppingWishes
 from blockserve.router.config import RouterConfig
 from blockserve.router.plan import Plan, check_call, plan
 from blockserve.router.resolve import ServedVariant, VariantCatalog
