@@ -22,10 +22,10 @@ from served import MODEL, START_SECONDS, fresh_folder
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from blockproto.v1 import worker_pb2, worker_pb2_grpc
-from blockserve.common.channel import Credentials, open_channel
-from blockserve.common.cluster import ClusterView, PathStep, Run, WorkerId
-from blockserve.common.redis_child import RedisChild
-from blockserve.common.state_config import StateConfig, open_store
+from blockserve.common.api.cluster import ClusterView, PathStep, Run, WorkerId
+from blockserve.common.process.redis_child import RedisChild
+from blockserve.common.rpc.channel import Credentials, open_channel
+from blockserve.common.state.settings import StateConfig, open_store
 from blockserve.router.aio_client import AsyncClient
 from blockzoo.manifest import ChainManifest
 from blockzoo.zoo import Zoo

@@ -12,7 +12,7 @@ from pathlib import Path
 from harness import RUNS, Benchmark, Row, check, interleave
 from served import MODEL, fresh_folder
 
-from blockserve.common.engine_api import EngineRequest, SamplingParams
+from blockserve.common.api.engine import EngineRequest, SamplingParams
 from blockserve.worker.config import EngineConfig
 from blockserve.worker.engine import BlockEngine
 from blockzoo.manifest import ChainId

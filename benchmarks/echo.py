@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 import numpy as np
 
-from blockserve.common.event_loop import run_in_event_loop
+from blockserve.common.process.event_loop import run_in_event_loop
 
 METHOD = "/bench.Echo/Exchange"
 _WEIGHTS = np.ones(1 << 22, dtype=np.float32)

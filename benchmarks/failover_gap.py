@@ -22,9 +22,9 @@ from harness import Row, check
 from program import Bar, Program, Say, Scale
 
 from blockproto.v1 import worker_pb2, worker_pb2_grpc
-from blockserve.common.channel import Credentials, open_channel
-from blockserve.common.cluster import Run
-from blockserve.common.state_config import StateConfig
+from blockserve.common.api.cluster import Run
+from blockserve.common.rpc.channel import Credentials, open_channel
+from blockserve.common.state.settings import StateConfig
 from blockserve.router.aio_client import AsyncClient, AsyncGeneration
 
 ALLOWED_PREFILLS, ALLOWED_SECONDS = 1.5, 0.25

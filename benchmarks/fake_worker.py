@@ -15,10 +15,17 @@ from typing import Any
 import grpc
 
 from blockproto.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
-from blockserve.common.cluster import LoadReport, ResidentSegment, Run, WorkerId, WorkerRecord, segment_digest
-from blockserve.common.event_loop import run_in_event_loop
-from blockserve.common.state_config import StateConfig, open_store
-from blockserve.common.state_store import Announcement
+from blockserve.common.api.cluster import (
+    LoadReport,
+    ResidentSegment,
+    Run,
+    WorkerId,
+    WorkerRecord,
+    segment_digest,
+)
+from blockserve.common.process.event_loop import run_in_event_loop
+from blockserve.common.state.settings import StateConfig, open_store
+from blockserve.common.state.store import Announcement
 from blockzoo.zoo import Zoo
 
 AT_ONCE, IN_PASSES, SEPARATE = 10, 11, 12

@@ -33,9 +33,9 @@ from program import Bar, Program, Say, Scale
 from served import MODEL
 
 from blockproto.v1 import worker_pb2
-from blockserve.common.channel import Credentials, open_channel
-from blockserve.common.cluster import PathStep, Run
-from blockserve.common.engine_api import EngineRequest, SamplingParams
+from blockserve.common.api.cluster import PathStep, Run
+from blockserve.common.api.engine import EngineRequest, SamplingParams
+from blockserve.common.rpc.channel import Credentials, open_channel
 from blockserve.router.worker_stream import WorkerStream
 from blockserve.worker.convert import from_frame, to_frame
 from blockserve.worker.messages import AttemptId, ChunkMsg

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from harness import RUNS, Benchmark, Row, check
 
-from blockserve.common.cluster import (
+from blockserve.common.api.cluster import (
     ClusterView,
     LoadReport,
     ResidentSegment,

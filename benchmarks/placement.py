@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from harness import RUNS, Benchmark, Row, check
 
-from blockserve.common.cluster import WorkerId
+from blockserve.common.api.cluster import WorkerId
 from blockserve.controller.placement import Placer
 from blockserve.controller.placement_words import PlacementPlan, PlacementProblem, WorkerCapacity
 from blockzoo.manifest import BlockId, ChainId, Link

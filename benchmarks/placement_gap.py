@@ -13,7 +13,7 @@ from itertools import product
 
 from harness import Benchmark, Row, check
 
-from blockserve.common.cluster import Assignment, Run, WorkerId
+from blockserve.common.api.cluster import Assignment, Run, WorkerId
 from blockserve.controller.placement import place
 from blockserve.controller.placement_words import (
     PlacementConfig,

@@ -13,7 +13,7 @@ from statistics import median
 
 from harness import CACHE, RESULTS, RUNS, Benchmark, CheckFailedError, Row, summarize, write
 
-from blockserve.common.event_loop import run_in_event_loop
+from blockserve.common.process.event_loop import run_in_event_loop
 
 Say = Callable[[str], None]
 

@@ -16,9 +16,9 @@ from typing import Any
 import grpc
 
 from blockproto.v1 import inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_grpc
-from blockserve.common.channel import Credentials, open_channel
-from blockserve.common.event_loop import run_in_event_loop
-from blockserve.common.threads import take_turns
+from blockserve.common.process.event_loop import run_in_event_loop
+from blockserve.common.process.threads import take_turns
+from blockserve.common.rpc.channel import Credentials, open_channel
 
 Tokens = list[worker_pb2.OutputToken]
 

@@ -23,7 +23,7 @@ from program import Bar, Program, Say, Scale
 from served import MODEL
 
 from blockproto.v1 import inference_pb2, inference_pb2_grpc
-from blockserve.common.channel import Credentials, open_channel
+from blockserve.common.rpc.channel import Credentials, open_channel
 
 TOKENS, PROMPT_TOKENS, IN_FLIGHT = 16, 32, 32
 SECONDS, WARM_SECONDS = 4.0, 2.0

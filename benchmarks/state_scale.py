@@ -17,7 +17,7 @@ from typing import Any
 
 import redis
 
-from blockserve.common.cluster import (
+from blockserve.common.api.cluster import (
     Assignment,
     LoadReport,
     Placement,
@@ -27,9 +27,9 @@ from blockserve.common.cluster import (
     WorkerId,
     WorkerRecord,
 )
-from blockserve.common.redis_child import RedisChild
-from blockserve.common.state_config import StateConfig, open_store
-from blockserve.common.state_store import Announcement
+from blockserve.common.process.redis_child import RedisChild
+from blockserve.common.state.settings import StateConfig, open_store
+from blockserve.common.state.store import Announcement
 from blockzoo.manifest import ChainId
 
 LEASE_SECONDS = 600.0

@@ -17,8 +17,8 @@ from demo_variants import shared_machine
 from rich.console import Console
 
 from blockproto.v1 import worker_pb2, worker_pb2_grpc
-from blockserve.common.redis_child import RedisChild
-from blockserve.common.state_config import StateConfig, open_store
+from blockserve.common.process.redis_child import RedisChild
+from blockserve.common.state.settings import StateConfig, open_store
 from blockzoo.errors import BlockzooError
 from blockzoo.zoo import Zoo
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from blockserve.common.redis_child import find_server_program
+from blockserve.common.process.redis_child import find_server_program
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"

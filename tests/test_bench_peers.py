@@ -11,8 +11,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from blockserve.common.engine_api import FinishReason, PositionLogprobs
-from blockserve.router.results import Completion, Finish, RequestInfo, Usage
+from blockserve.common.api.engine import FinishReason, PositionLogprobs
+from blockserve.common.api.results import Completion, Finish, RequestInfo, Usage
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"

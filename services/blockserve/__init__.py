@@ -6,7 +6,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from blockserve.common.channel import Credentials
+    from blockserve.common.rpc.channel import Credentials
     from blockserve.controller.client import RemoteZoo
     from blockserve.router.client import AsyncClient, Client
 

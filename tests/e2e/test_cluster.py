@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from blockserve.common.cluster import WorkerState
+from blockserve.common.api.cluster import WorkerState
 from blockserve.common.errors import WorkerNotFoundError
 from blockserve.router.aio_client import AsyncClient
 from blockzoo.equivalence import Ledger, approve, evaluate

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from blockserve.common.engine_api import SegmentReport
+from blockserve.common.api.engine import SegmentReport
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from blockserve.common.cluster import WorkerView
+from blockserve.common.api.cluster import WorkerView
 from blockzoo.zoo import Zoo
 from support.cluster import PATIENCE, Cluster, cluster
 from support.variants import VariantFactory

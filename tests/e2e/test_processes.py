@@ -13,7 +13,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from blockserve.common.redis_child import find_server_program
+from blockserve.common.process.redis_child import find_server_program
 from blockzoo.zoo import Zoo
 from support.cluster import PATIENCE, cluster
 from support.state_servers import ServerBackend, free_port

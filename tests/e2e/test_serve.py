@@ -17,11 +17,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from blockserve.common.engine_api import FinishReason
+from blockserve.common.api.calls import GenerateCall
+from blockserve.common.api.engine import FinishReason
 from blockserve.embedded.config import ServeConfig
 from blockserve.embedded.server import EmbeddedServer
 from blockserve.router.aio_client import AsyncClient, continued
-from blockserve.router.calls import GenerateCall
 from blockserve.router.client import Client
 from blockserve.worker.config import EngineConfig
 from blockzoo.errors import CorruptBlobError
@@ -197,7 +197,7 @@ async def test_a_sampled_answer_can_be_had_again_and_gone_on_with(zoo: Zoo) -> N
 def resumed(client: AsyncClient, call: GenerateCall, options: dict[str, Any]) -> AsyncIterator[Any]:
     from dataclasses import replace
 
-    from blockserve.router.calls import StoppingWishes
+    from blockserve.common.api.calls import StoppingWishes
 
     sampling = replace(call.sampling, temperature=options["temperature"])
     stopping = StoppingWishes(max_tokens=options["max_tokens"], ignore_eos=True)

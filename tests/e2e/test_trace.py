@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from blockserve.common.api.call_trace import CallTrace, ChoiceTrace
 from blockserve.common.errors import RequestNotFoundError
-from blockserve.router.trace import CallTrace, ChoiceTrace
 from blockserve.router.trace_parts import PartKind, parts_of
 from blockzoo.zoo import Zoo
 from support.cluster import PATIENCE, Cluster, cluster

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from blockserve.common.engine_api import EngineRequest, SamplingParams
+from blockserve.common.api.engine import EngineRequest, SamplingParams
 from support.engine import GREEDY, Ask
 
 SAMPLED = SamplingParams(temperature=0.9, top_k=50, top_p=0.95, min_p=0.01, seed=7)

@@ -8,7 +8,7 @@ import torch
 
 from blockkernels.sampling import uniform
 from blockkernels.sampling.reference import draw, probabilities
-from blockserve.common.engine_api import EngineRequest, SamplingParams
+from blockserve.common.api.engine import EngineRequest, SamplingParams
 from support.engine import GREEDY, Ask
 
 NUM_TOKENS = 40

@@ -7,7 +7,7 @@ import torch
 
 from blockkernels.sampling import SamplingBatch, uniform
 from blockkernels.sampling.reference import draw
-from blockserve.common.engine_api import EngineRequest, SamplingParams
+from blockserve.common.api.engine import EngineRequest, SamplingParams
 from support.engine import GREEDY, Ask
 
 PARAMS = [

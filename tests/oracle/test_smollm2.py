@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from blockserve.common.engine_api import SamplingParams
+from blockserve.common.api.engine import SamplingParams
 from blockserve.worker.config import EngineConfig
 from support.adapters import ATTENTION, AdapterSpec
 from support.engine import Ask, EngineHarness

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
-from blockserve.common.cluster import WorkerView
+from blockserve.common.api.cluster import WorkerView
 from blockserve.common.errors import StateStoreError
-from blockserve.common.redis_child import find_server_program
+from blockserve.common.process.redis_child import find_server_program
 from blockzoo.zoo import Zoo
 from support.chaos_requests import Crowd
 from support.cluster import PATIENCE, Cluster, Process

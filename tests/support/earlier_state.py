@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from blockserve.common import state_codec as codec
-from blockserve.common import state_scripts as scripts
-from blockserve.common.cluster import ClusterView, Placement
-from blockserve.common.state_redis import RedisStore
-from blockserve.common.state_store import FencingToken, StateStore
+from blockserve.common.api.cluster import ClusterView, Placement
+from blockserve.common.state import codec, scripts
+from blockserve.common.state.redis import RedisStore
+from blockserve.common.state.store import FencingToken, StateStore
 
 _EARLIER_KEYS = [
     *("leases", "records", "residency", "loads", "stamps", "revisions", "meta", "changes"),

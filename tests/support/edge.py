@@ -13,7 +13,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from blockserve.common.engine_api import (
+from blockserve.common.api.engine import (
     ChainReport,
     EngineReport,
     EngineRequest,

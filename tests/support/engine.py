@@ -10,7 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from blockserve.common.engine_api import EngineReport, EngineRequest, FinishReason, SamplingParams, TokenEvent
+from blockserve.common.api.engine import EngineReport, EngineRequest, FinishReason, SamplingParams, TokenEvent
 from blockserve.worker.config import EngineConfig
 from blockserve.worker.debug import prompt_logits
 from blockserve.worker.engine import BlockEngine

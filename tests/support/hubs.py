@@ -10,10 +10,10 @@ from pathlib import Path
 import grpc
 
 from blockproto.v1 import worker_pb2_grpc
-from blockserve.common.channel import Credentials
-from blockserve.common.cluster import ChainSpan, PathStep, Run, WorkerId, WorkerRecord
-from blockserve.common.engine_api import EngineRequest, TokenEvent
-from blockserve.common.status import ErrorInterceptor
+from blockserve.common.api.cluster import ChainSpan, PathStep, Run, WorkerId, WorkerRecord
+from blockserve.common.api.engine import EngineRequest, TokenEvent
+from blockserve.common.rpc.channel import Credentials
+from blockserve.common.wire.errors import ErrorInterceptor
 from blockserve.worker.engine import BlockEngine
 from blockserve.worker.hub import WorkerHub
 from blockserve.worker.links import PeerLinks

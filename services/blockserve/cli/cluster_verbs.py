@@ -133,9 +133,9 @@ class _Wish:
 
     def plan(self, layout: Layout) -> ClusterPlan:
         """The processes (ConfigurationError)."""
+        from blockserve.common.process.cores import usable_cores
         from blockserve.local.plan import make_plan
         from blockserve.local.share import usable_memory
-        from blockserve.worker.cores import usable_cores
 
         return make_plan(
             layout,
@@ -183,7 +183,7 @@ class _Told:
 def _run(layout: Layout, wish: _Wish) -> None:
     import asyncio
 
-    from blockserve.common.run import serve
+    from blockserve.common.process.run import serve
     from blockserve.local.cluster import LocalCluster
 
     with progress(unit="processes") as reporter:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from blockserve.common.channel import Credentials
+    from blockserve.common.rpc.channel import Credentials
     from blockserve.router.client import Client
 
 DEFAULT_SERVER = "127.0.0.1:7450"
@@ -93,7 +93,7 @@ class Connection:
 
     def credentials(self) -> Credentials:
         """How the client proves itself, and checks the server."""
-        from blockserve.common.channel import Credentials
+        from blockserve.common.rpc.channel import Credentials
 
         return Credentials(
             token=self._token(), ca_file=self.ca_file, cert_file=self.cert_file, key_file=self.key_file

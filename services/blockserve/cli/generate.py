@@ -16,7 +16,7 @@ from blockserve.cli.output import format_seconds, note, print_json
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from blockserve.router.results import Completion, Finish, RequestInfo
+    from blockserve.common.api.results import Completion, Finish, RequestInfo
 
 SAMPLING = "Sampling (unset: what the variant's authors chose)"
 STOPPING = "Stopping"

@@ -15,7 +15,7 @@ from blockserve.cli.output import add_row, make_table, print_json, say
 from blockserve.cli.server_verbs import CALL_TIMEOUT_S
 
 if TYPE_CHECKING:
-    from blockserve.common.wishes import WishStatus
+    from blockserve.common.placement.wishes import WishStatus
 
 NO_CLUSTER = "UNIMPLEMENTED"
 """The status with which a process that serves alone answers."""

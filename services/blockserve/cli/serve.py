@@ -8,7 +8,7 @@ from blockserve.cli.output import note
 from blockserve.cli.service_command import Service
 
 if TYPE_CHECKING:
-    from blockserve.common.server_settings import ServerSettings
+    from blockserve.common.rpc.settings import ServerSettings
     from blockserve.controller.settings import ControllerSettings
     from blockserve.embedded.config import ServeConfig
     from blockserve.embedded.server import EmbeddedServer
@@ -65,7 +65,7 @@ def _worker(settings: WorkerSettings) -> None:
       blockzoo worker --listen 10.0.0.7:7460 --state-url redis://10.0.0.1 --insecure
       blockzoo worker --config worker.yaml
     """
-    from blockserve.common.run import run
+    from blockserve.common.process.run import run
     from blockserve.worker.server import WorkerServer
 
     run(settings, WorkerServer(settings), lambda server: note(f"Worker ready on {server.address}."))
@@ -89,7 +89,7 @@ def _router(settings: RouterSettings) -> None:
       blockzoo router --state-url redis://10.0.0.1 --failover-path-seconds 60 --max-output-tokens 2048
       blockzoo router --config router.yaml
     """
-    from blockserve.common.run import run
+    from blockserve.common.process.run import run
     from blockserve.router.server import RouterServer
 
     run(
@@ -117,7 +117,7 @@ def _controller(settings: ControllerSettings) -> None:
       blockzoo controller --state-url redis://10.0.0.1 --replicas 2 --create-zoo
       blockzoo controller --config controller.yaml
     """
-    from blockserve.common.run import run
+    from blockserve.common.process.run import run
     from blockserve.controller.server import ControllerServer
 
     run(settings, ControllerServer(settings), lambda server: note(f"Controller ready on {server.address}."))

@@ -15,7 +15,7 @@ from blockserve.cli.connection import set_signature
 
 if TYPE_CHECKING:
     from blockserve.cli.settings_options import SettingInfo
-    from blockserve.common.server_settings import ServerSettings
+    from blockserve.common.rpc.settings import ServerSettings
 
 PANELS = {
     "router": "Limits on requests",

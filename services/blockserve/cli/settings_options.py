@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, SecretStr
 
-from blockserve.common.config import ENV_PREFIX
+from blockserve.common.settings import ENV_PREFIX
 
 OWN_PARTS = ("", "router", "controller", "engine")
 """Sections whose fields say enough without the section's name."""

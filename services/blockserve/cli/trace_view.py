@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
-    from blockserve.common.trace import PathTrace, SpanTimes
-    from blockserve.router.trace import CallTrace, ChoiceTrace
+    from blockserve.common.api.call_trace import CallTrace, ChoiceTrace
+    from blockserve.common.api.spans import PathTrace, SpanTimes
     from blockserve.router.trace_parts import Part
 
 NUMERIC = ("TOKENS", "PROMPT", "DECODE", "PER TOKEN", "LONGEST", "WAITED", "TIME", "SHARE")

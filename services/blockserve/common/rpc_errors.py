@@ -17,7 +17,7 @@ from blockserve.common.errors import (
     SamplingError,
     ServerStoppingError,
 )
-from blockserve.common.status import DETAILS_KEY, DOMAIN, all_errors
+from blockserve.common.wire.errors import DETAILS_KEY, DOMAIN, all_errors
 from blockzoo.errors import BlockzooError, UnsupportedArchitectureError, VariantNotFoundError
 
 _Code = grpc.StatusCode

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 import grpc
 
 from blockproto.v1 import zoo_pb2_grpc
-from blockserve.common.channel import Credentials, open_blocking_channel
 from blockserve.common.errors import (
     CapacityError,
     DeadlineExceededError,
@@ -18,6 +17,7 @@ from blockserve.common.errors import (
     RemoteError,
     ServerStoppingError,
 )
+from blockserve.common.rpc.channel import Credentials, open_blocking_channel
 from blockserve.common.rpc_errors import from_rpc_error
 from blockzoo.errors import BlockzooError, ConflictError
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from blockproto.v1 import zoo_pb2
-from blockserve.common.channel import DEFAULT_TARGET, Credentials
 from blockserve.common.errors import RemoteError
-from blockserve.controller import convert
+from blockserve.common.rpc.channel import DEFAULT_TARGET, Credentials
+from blockserve.common.wire import zoo as convert
 from blockserve.controller.calls import OPERATION_SECONDS, Calls
 from blockserve.controller.remote_store import PATIENCE_S, RemoteStore
 from blockzoo.care.gc import GRACE_S, GcReport

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Self
 
-from blockserve.common.config import Section, setting
+from blockserve.common.settings import Section, setting
 
 
 class ControllerConfig(Section):

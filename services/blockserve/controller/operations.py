@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from blockserve.controller.values import Step
+from blockserve.common.api.push import Step
 from blockzoo.progress import Progress
 
 T = TypeVar("T")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from blockserve.common.cluster import Assignment, Run, WorkerId
+from blockserve.common.api.cluster import Assignment, Run, WorkerId
 from blockserve.controller.placement_catalog import Catalog
 from blockserve.controller.placement_demand import Demand
 from blockserve.controller.placement_fill import Filling, Pinned

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from blockserve.common.cluster import Run
+from blockserve.common.api.cluster import Run
 from blockzoo.manifest import BlockId, ChainId, Link
 
 _Name = tuple[BlockId, BlockId | None]

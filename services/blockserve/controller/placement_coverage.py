@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from blockserve.common.cluster import Run
+from blockserve.common.api.cluster import Run
 from blockserve.controller.placement_catalog import CatalogChain
 from blockserve.controller.placement_ledger import Pieces
 

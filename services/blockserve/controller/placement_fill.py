@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from blockserve.common.cluster import Run
+from blockserve.common.api.cluster import Run
 from blockserve.controller.placement_catalog import CatalogChain
 from blockserve.controller.placement_coverage import coverage, hops_of, missing
 from blockserve.controller.placement_demand import Demand

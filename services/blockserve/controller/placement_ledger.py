@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import numpy.typing as npt
 
-from blockserve.common.cluster import Run, WorkerId
+from blockserve.common.api.cluster import Run, WorkerId
 from blockserve.controller.placement_catalog import Catalog, CatalogChain
 from blockserve.controller.placement_words import WorkerCapacity
 from blockzoo.manifest import ChainId

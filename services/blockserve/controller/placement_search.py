@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from blockserve.common.cluster import Run
+from blockserve.common.api.cluster import Run
 from blockserve.controller.placement_catalog import CatalogChain
 from blockserve.controller.placement_ledger import Floats, Ledger
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from blockserve.common.cluster import Assignment, Run, WorkerId
+from blockserve.common.api.cluster import Assignment, Run, WorkerId
 from blockzoo.manifest import BlockId, ChainId, Link
 
 

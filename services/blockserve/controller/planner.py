@@ -12,11 +12,18 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-from blockserve.common.cluster import ClusterView, Placement, WorkerId, WorkerRecord, WorkerState, WorkerView
+from blockserve.common.api.cluster import (
+    ClusterView,
+    Placement,
+    WorkerId,
+    WorkerRecord,
+    WorkerState,
+    WorkerView,
+)
 from blockserve.common.errors import ConfigurationError, StaleLeaderError, StateStoreError
-from blockserve.common.state_store import FencingToken, StateStore
-from blockserve.common.tasks import end
-from blockserve.common.wishes import EVICT_SECONDS, chain_of
+from blockserve.common.placement.wishes import EVICT_SECONDS, chain_of
+from blockserve.common.process.tasks import end
+from blockserve.common.state.store import FencingToken, StateStore
 from blockserve.controller.placement import Placer
 from blockserve.controller.placement_words import (
     Pin,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from blockserve.common.cluster import Placement
+from blockserve.common.api.cluster import Placement
 
 
 @dataclass(slots=True)

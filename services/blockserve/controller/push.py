@@ -12,16 +12,16 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from blockserve.common.api.push import Piece, Standing
 from blockserve.common.errors import (
     PossessionError,
     PushNotFoundError,
     WrongDigestError,
 )
+from blockserve.common.wire.possession import NONCE_BYTES, possession_mac
 from blockserve.controller.budget import Budget
 from blockserve.controller.commit import Wish, commit_wish, unknown_blob
 from blockserve.controller.config import ControllerConfig
-from blockserve.controller.possession import NONCE_BYTES, possession_mac
-from blockserve.controller.values import Piece, Standing
 from blockzoo.digest import blob_id, num_bytes
 from blockzoo.errors import BlobNotFoundError, ConflictError, InvalidInputError, NonFiniteWeightsError
 from blockzoo.folders.finite import is_finite

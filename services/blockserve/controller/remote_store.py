@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import cached_property
 
 from blockproto.v1 import zoo_pb2
-from blockserve.controller import convert
+from blockserve.common.wire import zoo as convert
 from blockserve.controller.calls import Calls
 from blockserve.controller.remote_writer import RemoteWriter
 from blockzoo.canonical import digest_bytes, parse_json

@@ -11,8 +11,11 @@ from importlib.metadata import version
 import grpc
 
 from blockproto.v1 import placement_pb2_grpc, zoo_pb2, zoo_pb2_grpc
-from blockserve.common.health import NOT_SERVING, SERVING, HealthReporter
-from blockserve.common.listen import (
+from blockserve.common.placement.servicer import SERVICE as PLACEMENT_SERVICE
+from blockserve.common.placement.servicer import PlacementServicer
+from blockserve.common.placement.wishes import WishKeeper
+from blockserve.common.rpc.health import NOT_SERVING, SERVING, HealthReporter
+from blockserve.common.rpc.listen import (
     TokenInterceptor,
     bind,
     enable_reflection,
@@ -20,12 +23,9 @@ from blockserve.common.listen import (
     remove_socket,
     server_options,
 )
-from blockserve.common.state_config import open_store, refuse_unfit
-from blockserve.common.state_store import StateStore
-from blockserve.common.status import ErrorInterceptor
-from blockserve.common.wish_servicer import SERVICE as PLACEMENT_SERVICE
-from blockserve.common.wish_servicer import PlacementServicer
-from blockserve.common.wishes import WishKeeper
+from blockserve.common.state.settings import open_store, refuse_unfit
+from blockserve.common.state.store import StateStore
+from blockserve.common.wire.errors import ErrorInterceptor
 from blockserve.controller.metrics import ControllerMetrics
 from blockserve.controller.planner import Planner
 from blockserve.controller.servicer import ZooServicer

@@ -6,8 +6,8 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from blockserve.common.cluster_settings import ClusterSettings
-from blockserve.common.config import setting
+from blockserve.common.process.settings import ClusterSettings
+from blockserve.common.settings import setting
 from blockserve.controller.config import ControllerConfig
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from blockserve.common.cluster import Assignment, Run, WorkerId
+from blockserve.common.api.cluster import Assignment, Run, WorkerId
 from blockserve.controller.placement_words import Pin, Wishes, WorkerCapacity
 from blockzoo.manifest import ChainId
 from blockzoo.store.wishes import PlacementWish

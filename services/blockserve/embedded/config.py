@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from blockserve.common.config import setting
-from blockserve.common.metrics_settings import METRICS_LISTEN_MEANING, MetricsSettings
+from blockserve.common.metrics.settings import METRICS_LISTEN_MEANING, MetricsSettings
+from blockserve.common.settings import setting
 from blockserve.controller.config import ControllerConfig
 from blockserve.router.config import RouterConfig
 from blockserve.worker.config import EngineConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from blockserve.common import run as runner
+from blockserve.common.process import run as runner
 from blockserve.embedded.config import ServeConfig
 from blockserve.embedded.server import EmbeddedServer
 from blockserve.embedded.startup import Parts
@@ -16,7 +16,7 @@ def run(
     parts: Parts | None = None,
     on_ready: Callable[[EmbeddedServer], None] | None = None,
 ) -> None:
-    """Serve until SIGINT or SIGTERM; see `blockserve.common.run`.
+    """Serve until SIGINT or SIGTERM; see `blockserve.common.process.run`.
 
     Args:
         config: the settings.

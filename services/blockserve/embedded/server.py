@@ -17,8 +17,8 @@ from blockproto.v1 import (
     zoo_pb2,
     zoo_pb2_grpc,
 )
-from blockserve.common.health import NOT_SERVING, HealthReporter
-from blockserve.common.listen import (
+from blockserve.common.rpc.health import NOT_SERVING, HealthReporter
+from blockserve.common.rpc.listen import (
     TokenInterceptor,
     bind,
     enable_reflection,
@@ -26,7 +26,7 @@ from blockserve.common.listen import (
     remove_socket,
     server_options,
 )
-from blockserve.common.status import ErrorInterceptor
+from blockserve.common.wire.errors import ErrorInterceptor
 from blockserve.controller.servicer import ZooServicer
 from blockserve.embedded.config import ServeConfig
 from blockserve.embedded.metrics import ServerMetrics

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from blockserve.common.engine_api import Engine
+from blockserve.common.api.engine import Engine
 from blockserve.embedded.config import ALL
 from blockserve.router.resolve import VariantCatalog, ZooReader
 from blockzoo.errors import BlockzooError

@@ -22,7 +22,7 @@ GRACE_SECONDS = 5.0
 
 
 class LocalCluster:
-    """The processes of a plan; `blockserve.common.run.serve` runs it like any server.
+    """The processes of a plan; `blockserve.common.process.run.serve` runs it like any server.
 
     Attributes:
         address: of the router; "" until everything has started.

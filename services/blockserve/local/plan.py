@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from blockserve.common.errors import ConfigurationError
-from blockserve.common.metrics_settings import OFF
+from blockserve.common.metrics.settings import OFF
 from blockserve.local.layout import Layout
 
 STATE = "state"

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Protocol
 
 from blockserve.common.errors import LocalClusterError
-from blockserve.common.guarded import GuardedChild
-from blockserve.common.redis_child import RedisChild
+from blockserve.common.process.guarded import GuardedChild
+from blockserve.common.process.redis_child import RedisChild
 from blockserve.local.identity import ProcessIdentity, identify, send
 from blockserve.local.layout import Layout
 from blockserve.local.plan import STATE, ProcessSpec

@@ -17,9 +17,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
-from blockserve.common.config import Section, setting
-from blockserve.common.engine_api import EngineRequest
+from blockserve.common.api.engine import EngineRequest
 from blockserve.common.errors import ResumeError
+from blockserve.common.settings import Section, setting
 from blockzoo.equivalence import Approvals, Positions, Substitute
 from blockzoo.errors import BlockzooError
 from blockzoo.manifest import ChainId

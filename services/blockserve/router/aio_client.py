@@ -31,16 +31,17 @@ from blockproto.v1 import (
     placement_pb2,
     placement_pb2_grpc,
 )
-from blockserve.common.channel import DEFAULT_TARGET, Credentials, open_channel
+from blockserve.common.api.call_trace import CallTrace
+from blockserve.common.api.calls import Conversation, GenerateCall, Prompt, SamplingWishes, StoppingWishes
+from blockserve.common.api.results import Chunk, Completion, ModelInfo, RequestInfo, ServerStatus, Tokenized
 from blockserve.common.errors import DeadlineExceededError, RemoteError, UnavailableError
+from blockserve.common.placement.servicer import from_message
+from blockserve.common.placement.wishes import WishStatus
+from blockserve.common.rpc.channel import DEFAULT_TARGET, Credentials, open_channel
 from blockserve.common.rpc_errors import from_rpc_error
-from blockserve.common.wish_servicer import from_message
-from blockserve.common.wishes import WishStatus
-from blockserve.router import convert, status_convert
-from blockserve.router.calls import Conversation, GenerateCall, Prompt, SamplingWishes, StoppingWishes
-from blockserve.router.results import Chunk, Completion, ModelInfo, RequestInfo, ServerStatus, Tokenized
-from blockserve.router.trace import CallTrace
-from blockserve.router.trace_convert import call_from_message
+from blockserve.common.wire import inference as convert
+from blockserve.common.wire import status as status_convert
+from blockserve.common.wire.call_trace import call_from_message
 from blockzoo.errors import BlockzooError, InvalidInputError
 
 Message = Mapping[str, str]

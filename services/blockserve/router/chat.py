@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from blockserve.common.api.calls import Conversation
 from blockserve.common.errors import ChatTemplateError
-from blockserve.router.calls import Conversation
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 
+from blockserve.common.api.results import Chunk, Usage
 from blockserve.router.generation import Answer
 from blockserve.router.plan import Plan
-from blockserve.router.results import Chunk, Usage
 from blockserve.router.tokenizer import VariantTokenizer
 
 

@@ -6,8 +6,8 @@ import asyncio
 import time
 from collections.abc import Callable, Collection, Sequence
 
-from blockserve.common.cluster import ClusterView, PathStep, WorkerId
-from blockserve.common.engine_api import EngineRequest
+from blockserve.common.api.cluster import ClusterView, PathStep, WorkerId
+from blockserve.common.api.engine import EngineRequest
 from blockserve.common.errors import NoPathError
 from blockserve.router.locality import PrefixLocality
 from blockserve.router.path_costs import CostModel, RequestSize

@@ -17,9 +17,9 @@ from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import Protocol
 
-from blockserve.common.channel import Credentials
-from blockserve.common.cluster import ClusterView, PathStep, WorkerId
-from blockserve.common.engine_api import EngineReport, EngineRequest, TokenEvent
+from blockserve.common.api.cluster import ClusterView, PathStep, WorkerId
+from blockserve.common.api.engine import EngineReport, EngineRequest, TokenEvent
+from blockserve.common.api.spans import PathTrace
 from blockserve.common.errors import (
     ChainNotLoadedError,
     DeadlineExceededError,
@@ -29,7 +29,7 @@ from blockserve.common.errors import (
     ServerStoppingError,
     WorkerNotFoundError,
 )
-from blockserve.common.trace import PathTrace
+from blockserve.common.rpc.channel import Credentials
 from blockserve.router.cluster_report import summarise
 from blockserve.router.journeys import Journeys, NamedStep
 from blockserve.router.kv_moves import KvMover
@@ -89,7 +89,7 @@ class Loader(Protocol):
 
 
 class ClusterEngine:
-    """Runs requests on the workers of a cluster; see `blockserve.common.engine_api.Engine`.
+    """Runs requests on the workers of a cluster; see `blockserve.common.api.engine.Engine`.
 
     Attributes:
         num_failovers: how often a request went on along another path.
@@ -200,7 +200,7 @@ class ClusterEngine:
         return self._journeys.running()
 
     async def trace(self, request_ids: Sequence[str]) -> dict[str, tuple[PathTrace, ...]]:
-        """Where the time of requests went; see `blockserve.common.trace.TracesRequests`."""
+        """Where the time of requests went; see `blockserve.common.api.spans.TracesRequests`."""
         workers = self._journeys.workers(request_ids)
         spans = await ask_workers(workers, request_ids, self._credentials)
         return self._journeys.trace(request_ids, spans, self._view)

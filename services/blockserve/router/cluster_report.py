@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-from blockserve.common.cluster import ClusterView, ResidentSegment, WorkerView
-from blockserve.common.engine_api import EngineReport
+from blockserve.common.api.cluster import ClusterView, ResidentSegment, WorkerView
+from blockserve.common.api.engine import EngineReport
+from blockserve.common.api.results import ClusterStatus, ResidentRun, RunningPath, RunningStep, WorkerStatus
 from blockserve.router.journeys import NamedStep
-from blockserve.router.results import ClusterStatus, ResidentRun, RunningPath, RunningStep, WorkerStatus
 
 
 @runtime_checkable

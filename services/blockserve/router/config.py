@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from blockserve.common.config import Section, setting
+from blockserve.common.settings import Section, setting
 
 
 class RouterConfig(Section):

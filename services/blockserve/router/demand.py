@@ -12,8 +12,8 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 
 from blockserve.common.errors import ConfigurationError, StateStoreError
-from blockserve.common.state_store import StateStore
-from blockserve.common.tasks import end
+from blockserve.common.process.tasks import end
+from blockserve.common.state.store import StateStore
 from blockzoo.manifest import ChainId
 
 log = logging.getLogger(__name__)

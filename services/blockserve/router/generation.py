@@ -11,11 +11,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from typing import Any
 
-from blockserve.common.engine_api import Engine, FinishReason, PositionLogprobs, RequestTiming, TokenEvent
+from blockserve.common.api.engine import Engine, FinishReason, PositionLogprobs, RequestTiming, TokenEvent
+from blockserve.common.api.results import Chunk, Finish, RequestInfo, Usage
 from blockserve.common.errors import EngineFailedError, ResumeError
 from blockserve.router.detokenizer import detokenizer
 from blockserve.router.plan import Plan
-from blockserve.router.results import Chunk, Finish, RequestInfo, Usage
 from blockserve.router.stopping import StopMatcher
 from blockserve.router.tokenizer import VariantTokenizer
 

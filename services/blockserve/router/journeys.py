@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from blockserve.common.cluster import ClusterView, PathStep, WorkerId
-from blockserve.common.recent import Recent
-from blockserve.common.trace import PathTrace, SpanTimes, StepTrace
+from blockserve.common.api.cluster import ClusterView, PathStep, WorkerId
+from blockserve.common.api.spans import PathTrace, SpanTimes, StepTrace
+from blockserve.common.tracing.recent import Recent
 
 SpanKey = tuple[WorkerId, str, int, int]
 """Worker, request, epoch of the path, place on it."""

@@ -17,9 +17,9 @@ from itertools import groupby
 import grpc
 
 from blockproto.v1 import worker_pb2, worker_pb2_grpc
-from blockserve.common.channel import Credentials, open_channel
-from blockserve.common.cluster import ClusterView, PathStep, WorkerId
-from blockserve.common.engine_api import EngineRequest
+from blockserve.common.api.cluster import ClusterView, PathStep, WorkerId
+from blockserve.common.api.engine import EngineRequest
+from blockserve.common.rpc.channel import Credentials, open_channel
 from blockserve.router.kv_plan import KvCosts, Move, Reason, estimate, plan_moves
 
 log = logging.getLogger(__name__)

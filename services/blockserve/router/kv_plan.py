@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from blockserve.common.cluster import ClusterView, PathStep, Run, WorkerId
-from blockserve.common.config import Section, setting
+from blockserve.common.api.cluster import ClusterView, PathStep, Run, WorkerId
+from blockserve.common.settings import Section, setting
 
 
 class Reason(enum.StrEnum):

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 
-from blockserve.common.engine_api import Engine
+from blockserve.common.api.engine import Engine
 from blockzoo.manifest import ChainId
 
 log = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
-from blockserve.common.cluster import PathStep, WorkerId
-from blockserve.common.engine_api import EngineRequest
+from blockserve.common.api.cluster import PathStep, WorkerId
+from blockserve.common.api.engine import EngineRequest
 
 BLOCK_TOKENS = 64
 """Prompts are compared in blocks of this many tokens: a few pages."""

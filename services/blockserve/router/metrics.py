@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client.metrics_core import Metric as Family
 
-from blockserve.common.engine_api import SizeHistogram
+from blockserve.common.api.engine import SizeHistogram
 from blockserve.common.metrics import ProcessMetrics, RequestMetrics
 from blockserve.common.metrics import cluster_catalogue as catalogue
 from blockserve.common.metrics.cluster import view_families

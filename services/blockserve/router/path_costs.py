@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from blockserve.common.cluster import LoadReport, WorkerId, WorkerView
+from blockserve.common.api.cluster import LoadReport, WorkerId, WorkerView
 
 Floats = npt.NDArray[np.float64]
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from blockserve.common.cluster import (
+from blockserve.common.api.cluster import (
     WIRE_VERSION,
     ClusterView,
     Run,

@@ -16,7 +16,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from blockserve.common.cluster import Run, WorkerId
+from blockserve.common.api.cluster import Run, WorkerId
 from blockserve.common.errors import NoPathError
 from blockserve.router.path_costs import Floats, RequestSize
 from blockserve.router.path_index import Candidates, PathIndex

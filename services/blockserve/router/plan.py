@@ -10,7 +10,8 @@ import math
 import secrets
 from dataclasses import dataclass
 
-from blockserve.common.engine_api import EngineRequest, SamplingParams
+from blockserve.common.api.calls import Conversation, GenerateCall, SamplingWishes, StoppingWishes
+from blockserve.common.api.engine import EngineRequest, SamplingParams
 from blockserve.common.errors import (
     EmptyPromptError,
     PromptError,
@@ -18,7 +19,6 @@ from blockserve.common.errors import (
     ResumeError,
     SamplingError,
 )
-from blockserve.router.calls import Conversation, GenerateCall, SamplingWishes, StoppingWishes
 from blockserve.router.config import RouterConfig
 from blockserve.router.resolve import ServedVariant
 from blockserve.router.sampling_checks import (

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from blockserve.common.engine_api import SamplingParams
+from blockserve.common.api.calls import GenerateCall, SamplingWishes
+from blockserve.common.api.engine import SamplingParams
 from blockserve.common.errors import ResumeError, SamplingError
-from blockserve.router.calls import GenerateCall, SamplingWishes
 from blockserve.router.config import RouterConfig
 
 

@@ -10,8 +10,13 @@ from importlib.metadata import version
 import grpc
 
 from blockproto.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc, placement_pb2_grpc
-from blockserve.common.health import NOT_SERVING, SERVING, HealthReporter
-from blockserve.common.listen import (
+from blockserve.common.placement.servicer import SERVICE as PLACEMENT_SERVICE
+from blockserve.common.placement.servicer import PlacementServicer
+from blockserve.common.placement.wishes import EvictionFeed, WishKeeper
+from blockserve.common.process.tasks import end
+from blockserve.common.process.threads import take_turns
+from blockserve.common.rpc.health import NOT_SERVING, SERVING, HealthReporter
+from blockserve.common.rpc.listen import (
     TokenInterceptor,
     bind,
     enable_reflection,
@@ -19,14 +24,9 @@ from blockserve.common.listen import (
     remove_socket,
     server_options,
 )
-from blockserve.common.state_config import open_store, refuse_unfit
-from blockserve.common.state_store import StateStore
-from blockserve.common.status import ErrorInterceptor
-from blockserve.common.tasks import end
-from blockserve.common.threads import take_turns
-from blockserve.common.wish_servicer import SERVICE as PLACEMENT_SERVICE
-from blockserve.common.wish_servicer import PlacementServicer
-from blockserve.common.wishes import EvictionFeed, WishKeeper
+from blockserve.common.state.settings import open_store, refuse_unfit
+from blockserve.common.state.store import StateStore
+from blockserve.common.wire.errors import ErrorInterceptor
 from blockserve.router.adaptive import AdaptiveAssembly
 from blockserve.router.chat import ChatRenderer
 from blockserve.router.choosing import ZooPathChooser

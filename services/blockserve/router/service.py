@@ -14,7 +14,10 @@ from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from typing import Protocol
 
-from blockserve.common.engine_api import Engine
+from blockserve.common.api.call_trace import CallTrace
+from blockserve.common.api.calls import Conversation, GenerateCall
+from blockserve.common.api.engine import Engine
+from blockserve.common.api.results import Chunk, LoadedChain, ModelInfo, ServerStatus, Tokenized
 from blockserve.common.errors import (
     ChainNotLoadedError,
     DeadlineExceededError,
@@ -24,10 +27,9 @@ from blockserve.common.errors import (
     WorkerNotFoundError,
 )
 from blockserve.common.metrics import AnswerMeter, MetricsRegistry, RequestMeter, RequestMetrics
-from blockserve.common.wishes import WishKeeper
+from blockserve.common.placement.wishes import WishKeeper
 from blockserve.router.adaptive import AdaptiveAssembly
 from blockserve.router.admission import Admission
-from blockserve.router.calls import Conversation, GenerateCall
 from blockserve.router.chat import ChatLimits, ChatRenderer
 from blockserve.router.choices import Choices
 from blockserve.router.cluster_report import KnowsCluster, describe
@@ -37,8 +39,6 @@ from blockserve.router.loading import ChainLoader
 from blockserve.router.pacing import Pacer
 from blockserve.router.plan import Plan, check_call, check_conversation, plan
 from blockserve.router.resolve import DamagedVariant, ServedVariant, VariantCatalog, ZooReader
-from blockserve.router.results import Chunk, LoadedChain, ModelInfo, ServerStatus, Tokenized
-from blockserve.router.trace import CallTrace
 from blockserve.router.trace_book import CallTimes, ChoiceTimes, TraceBook
 from blockzoo.manifest import ChainId
 

@@ -11,9 +11,10 @@ from contextlib import aclosing
 from typing import Any
 
 from blockproto.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
-from blockserve.router import convert, status_convert
+from blockserve.common.wire import inference as convert
+from blockserve.common.wire import status as status_convert
+from blockserve.common.wire.call_trace import call_to_message
 from blockserve.router.service import Router
-from blockserve.router.trace_convert import call_to_message
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):

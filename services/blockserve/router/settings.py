@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from blockserve.common.cluster_settings import ClusterSettings
-from blockserve.common.config import Section, setting
+from blockserve.common.process.settings import ClusterSettings
+from blockserve.common.settings import Section, setting
 from blockserve.router.adaptive import AdaptiveConfig
 from blockserve.router.config import RouterConfig
 from blockserve.router.kv_plan import KvCosts

@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-from blockserve.common.engine_api import Engine
+from blockserve.common.api.call_trace import CallTrace, ChoiceTrace
+from blockserve.common.api.calls import GenerateCall
+from blockserve.common.api.engine import Engine
+from blockserve.common.api.spans import PathTrace, TracesRequests
 from blockserve.common.errors import RequestNotFoundError
-from blockserve.common.recent import Recent
-from blockserve.common.trace import PathTrace, TracesRequests
-from blockserve.router.calls import GenerateCall
-from blockserve.router.trace import CallTrace, ChoiceTrace
+from blockserve.common.tracing.recent import Recent
 from blockzoo.errors import BlockzooError
 
 MAX_CALLS = 16

@@ -16,8 +16,8 @@ import enum
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from blockserve.common.trace import PathTrace, PhaseTimes, SpanTimes, StepTrace
-from blockserve.router.trace import ChoiceTrace
+from blockserve.common.api.call_trace import ChoiceTrace
+from blockserve.common.api.spans import PathTrace, PhaseTimes, SpanTimes, StepTrace
 
 
 class PartKind(enum.StrEnum):

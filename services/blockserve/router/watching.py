@@ -11,10 +11,10 @@ import logging
 import time
 from collections.abc import Callable
 
-from blockserve.common.cluster import ClusterView
+from blockserve.common.api.cluster import ClusterView
 from blockserve.common.errors import ConfigurationError, StateStoreError
-from blockserve.common.state_store import StateStore
-from blockserve.common.tasks import end
+from blockserve.common.process.tasks import end
+from blockserve.common.state.store import StateStore
 
 log = logging.getLogger(__name__)
 

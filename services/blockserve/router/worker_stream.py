@@ -13,12 +13,12 @@ from typing import Any
 import grpc
 
 from blockproto.v1 import worker_pb2, worker_pb2_grpc
-from blockserve.common.channel import Credentials, open_channel
-from blockserve.common.cluster import PathStep, WorkerId
-from blockserve.common.engine_api import EngineRequest, TokenEvent
-from blockserve.common.engine_convert import error_from_message, request_to_message, token_from_message
+from blockserve.common.api.cluster import PathStep, WorkerId
+from blockserve.common.api.engine import EngineRequest, TokenEvent
 from blockserve.common.errors import PathBrokenError
+from blockserve.common.rpc.channel import Credentials, open_channel
 from blockserve.common.rpc_errors import from_rpc_error
+from blockserve.common.wire.engine import error_from_message, request_to_message, token_from_message
 from blockzoo.errors import BlockzooError
 
 log = logging.getLogger(__name__)

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 import grpc
 
 from blockproto.v1 import worker_pb2, worker_pb2_grpc
-from blockserve.common.channel import Credentials, open_channel
-from blockserve.common.cluster import WorkerId
-from blockserve.common.trace import SpanTimes
-from blockserve.common.trace_convert import span_from_message
+from blockserve.common.api.cluster import WorkerId
+from blockserve.common.api.spans import SpanTimes
+from blockserve.common.rpc.channel import Credentials, open_channel
+from blockserve.common.wire.spans import span_from_message
 from blockserve.router.journeys import SpanKey
 
 log = logging.getLogger(__name__)

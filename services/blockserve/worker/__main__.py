@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from blockserve.common.run import run
+from blockserve.common.process.run import run
 from blockzoo.errors import BlockzooError
 
 

@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from blockserve.common.cluster import LoadReport, ResidentSegment
+from blockserve.common.api.cluster import LoadReport, ResidentSegment
 from blockserve.common.errors import ConfigurationError, StateStoreError
-from blockserve.common.state_store import Announcement, StateStore
-from blockserve.common.tasks import end
+from blockserve.common.process.tasks import end
+from blockserve.common.state.store import Announcement, StateStore
 from blockserve.worker.hub import WorkerHub
 
 log = logging.getLogger(__name__)

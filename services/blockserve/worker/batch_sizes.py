@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass, field
 
-from blockserve.common.engine_api import SegmentBatches, SizeHistogram
+from blockserve.common.api.engine import SegmentBatches, SizeHistogram
 
 BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Upper borders of the buckets; sizes above the last have one of their own."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from blockkernels.linear import can_pack
 from blockkernels.lora import LoraBank, RowRange
-from blockserve.common.cluster import ChainSpan, Run
+from blockserve.common.api.cluster import ChainSpan, Run
 from blockserve.common.errors import ConfigurationError, SpanError
 from blockserve.worker.config import EngineConfig
 from blockserve.worker.kv import KvShape

@@ -11,8 +11,8 @@ from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import replace
 from operator import attrgetter
 
-from blockserve.common.cluster import ChainSpan
-from blockserve.common.engine_api import ChainReport
+from blockserve.common.api.cluster import ChainSpan
+from blockserve.common.api.engine import ChainReport
 from blockserve.common.errors import MemoryBudgetError
 from blockserve.worker.blocks import BlockManager, LoadedChain, PreparedChain
 from blockserve.worker.eviction import choose_victims

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from blockproto.v1 import worker_pb2
-from blockserve.common.cluster import ChainSpan, PathStep, Run, WorkerId
-from blockserve.common.engine_convert import (
+from blockserve.common.api.cluster import ChainSpan, PathStep, Run, WorkerId
+from blockserve.common.errors import WireError
+from blockserve.common.wire.engine import (
     error_from_message,
     error_to_message,
     request_from_message,
@@ -22,7 +23,6 @@ from blockserve.common.engine_convert import (
     token_from_message,
     token_to_message,
 )
-from blockserve.common.errors import WireError
 from blockserve.worker.kv_transfer import KvPart, PrefixRef
 from blockserve.worker.messages import (
     AttemptId,

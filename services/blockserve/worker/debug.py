@@ -8,7 +8,7 @@ import uuid
 import torch
 from torch import Tensor
 
-from blockserve.common.engine_api import EngineRequest, SamplingParams
+from blockserve.common.api.engine import EngineRequest, SamplingParams
 from blockserve.worker.engine import BlockEngine
 from blockserve.worker.request import Outcome
 from blockzoo.errors import BlockzooError

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blockkernels.penalties import RowEdit
-from blockserve.common.engine_api import EngineRequest
+from blockserve.common.api.engine import EngineRequest
 
 
 def edits_logits(request: EngineRequest) -> bool:

@@ -19,13 +19,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from blockserve.common.cluster import ChainSpan, Run, WorkerId
-from blockserve.common.engine_api import (
+from blockserve.common.api.cluster import ChainSpan, Run, WorkerId
+from blockserve.common.api.engine import (
     EngineReport,
     EngineRequest,
     SegmentReport,
     TokenEvent,
 )
+from blockserve.common.api.spans import PathTrace, SpanTrace, as_paths
 from blockserve.common.errors import (
     ChainNotLoadedError,
     KvCapacityError,
@@ -34,11 +35,10 @@ from blockserve.common.errors import (
     QueueFullError,
     ServerStoppingError,
 )
-from blockserve.common.trace import PathTrace, SpanTrace, as_paths
+from blockserve.common.process.cores import usable_cores
 from blockserve.worker.blocks import BlockManager, BlockSource, PreparedChain
 from blockserve.worker.chains import LoadedChains
 from blockserve.worker.config import EngineConfig
-from blockserve.worker.cores import usable_cores
 from blockserve.worker.drivers import Driver, LoopDriver, ThreadDriver
 from blockserve.worker.exchange import Outlet, SpanExchange
 from blockserve.worker.executor import Executor
@@ -62,7 +62,7 @@ ROOM_POLL_SECONDS = 0.1
 
 
 class BlockEngine:
-    """Serves any number of chains from shared blocks; see `blockserve.common.engine_api.Engine`."""
+    """Serves any number of chains from shared blocks; see `blockserve.common.api.engine.Engine`."""
 
     def __init__(
         self, zoo: BlockSource, config: EngineConfig | None = None, *, outlet: Outlet | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 
-from blockserve.common.cluster import ChainSpan
+from blockserve.common.api.cluster import ChainSpan
 
 Sizes = Mapping[Hashable, int]
 """A chain's blocks and adapters with their bytes; what two chains share has one key."""

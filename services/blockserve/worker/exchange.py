@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from blockserve.common.cluster import ChainSpan, PathStep, WorkerId
-from blockserve.common.engine_api import TokenEvent
+from blockserve.common.api.cluster import ChainSpan, PathStep, WorkerId
+from blockserve.common.api.engine import TokenEvent
 from blockserve.common.errors import ChainNotLoadedError, KvCapacityError, PathBrokenError
 from blockserve.worker.blocks import LoadedChain
 from blockserve.worker.memory import KvMemory

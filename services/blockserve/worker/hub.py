@@ -12,10 +12,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Se
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from blockserve.common.channel import Credentials
-from blockserve.common.cluster import ChainSpan, Run, WorkerId, WorkerRecord, WorkerState
-from blockserve.common.engine_api import EngineRequest
+from blockserve.common.api.cluster import ChainSpan, Run, WorkerId, WorkerRecord, WorkerState
+from blockserve.common.api.engine import EngineRequest
 from blockserve.common.errors import PathBrokenError, ServerStoppingError, WireError
+from blockserve.common.rpc.channel import Credentials
 from blockserve.worker.engine import BlockEngine
 from blockserve.worker.kv_client import Pulled, pull
 from blockserve.worker.kv_transfer import KvBlock, KvPart, PrefixRef

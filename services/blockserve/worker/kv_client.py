@@ -18,9 +18,9 @@ import grpc
 from blake3 import blake3
 
 from blockproto.v1 import worker_pb2, worker_pb2_grpc
-from blockserve.common.channel import Credentials, open_channel
-from blockserve.common.cluster import ChainSpan, WorkerId
+from blockserve.common.api.cluster import ChainSpan, WorkerId
 from blockserve.common.errors import WireError
+from blockserve.common.rpc.channel import Credentials, open_channel
 from blockserve.common.rpc_errors import from_rpc_error
 from blockserve.worker.convert import prefix_to_message
 from blockserve.worker.engine import BlockEngine

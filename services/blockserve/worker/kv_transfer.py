@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blockserve.common.cluster import ChainSpan, PathStep, Run
+from blockserve.common.api.cluster import ChainSpan, PathStep, Run
 from blockserve.common.errors import WireError
 from blockserve.worker.blocks import LoadedChain
 from blockserve.worker.kv import KvPool

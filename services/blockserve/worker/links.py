@@ -19,8 +19,8 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from blockproto.v1 import worker_pb2, worker_pb2_grpc
-from blockserve.common.channel import Credentials, open_channel
-from blockserve.common.cluster import WIRE_VERSION, PathStep, WorkerId
+from blockserve.common.api.cluster import WIRE_VERSION, PathStep, WorkerId
+from blockserve.common.rpc.channel import Credentials, open_channel
 from blockserve.worker.convert import hidden_bytes, to_frame
 from blockserve.worker.frames import FRAME_BYTES, frames
 from blockserve.worker.messages import SpanMsg

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from blockserve.common.engine_api import EngineRequest, TokenEvent
+from blockserve.common.api.engine import EngineRequest, TokenEvent
 from blockzoo.errors import BlockzooError
 
 

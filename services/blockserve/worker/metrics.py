@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client.metrics_core import Metric as Family
 
-from blockserve.common.cluster import WorkerId
-from blockserve.common.engine_api import EngineReport
+from blockserve.common.api.cluster import WorkerId
+from blockserve.common.api.engine import EngineReport
 from blockserve.common.metrics import EngineCollector, ProcessMetrics
 from blockserve.common.metrics import cluster_catalogue as catalogue
 from blockserve.common.metrics.engine import Values, family

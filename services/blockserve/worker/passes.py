@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from blockserve.common.cluster import ChainSpan
-from blockserve.common.engine_api import TokenEvent
+from blockserve.common.api.cluster import ChainSpan
+from blockserve.common.api.engine import TokenEvent
 from blockserve.common.errors import ChainNotLoadedError, DeadlineExceededError, EngineFailedError
 from blockserve.worker.blocks import LoadedChain
 from blockserve.worker.chains import LoadedChains

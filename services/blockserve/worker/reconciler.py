@@ -11,10 +11,10 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 
-from blockserve.common.cluster import Assignment, ChainSpan, Placement
+from blockserve.common.api.cluster import Assignment, ChainSpan, Placement
 from blockserve.common.errors import StateStoreError
-from blockserve.common.state_store import StateStore
-from blockserve.common.tasks import end
+from blockserve.common.process.tasks import end
+from blockserve.common.state.store import StateStore
 from blockserve.worker.hub import WorkerHub
 from blockzoo.errors import BlockzooError
 from blockzoo.manifest import ChainId, ChainManifest, Link

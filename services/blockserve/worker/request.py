@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from blockserve.common.engine_api import EngineRequest, PositionLogprobs, RequestTiming, TokenEvent
+from blockserve.common.api.engine import EngineRequest, PositionLogprobs, RequestTiming, TokenEvent
 from blockserve.worker.blocks import LoadedChain
 from blockserve.worker.edits import RequestEdits
 from blockserve.worker.kv import KvTable

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from blockkernels.penalties import RowEdit, edit_logits
 from blockkernels.sampling import SamplingBatch, logprobs, nonfinite_rows, sample
-from blockserve.common.engine_api import FinishReason, PositionLogprobs, TokenEvent
+from blockserve.common.api.engine import FinishReason, PositionLogprobs, TokenEvent
 from blockserve.common.errors import EngineFailedError
 from blockserve.worker.edits import RequestEdits, edits_logits
 from blockserve.worker.request import ChunkLogits, Outcome, RunningRequest

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NewType
 
-from blockserve.common.cluster import ChainSpan
+from blockserve.common.api.cluster import ChainSpan
 from blockzoo.manifest import BlockId
 
 SegmentId = NewType("SegmentId", str)

@@ -11,13 +11,13 @@ from importlib.metadata import version
 import grpc
 
 from blockproto.v1 import worker_pb2, worker_pb2_grpc
-from blockserve.common.cluster import ResidentSegment, WorkerId, WorkerRecord, segment_digest
-from blockserve.common.health import NOT_SERVING, HealthReporter
-from blockserve.common.listen import TokenInterceptor, bind, enable_reflection, read_token, server_options
-from blockserve.common.listen import remove_socket as remove_socket_file
-from blockserve.common.state_config import open_store, refuse_unfit
-from blockserve.common.state_store import StateStore
-from blockserve.common.status import ErrorInterceptor
+from blockserve.common.api.cluster import ResidentSegment, WorkerId, WorkerRecord, segment_digest
+from blockserve.common.rpc.health import NOT_SERVING, HealthReporter
+from blockserve.common.rpc.listen import TokenInterceptor, bind, enable_reflection, read_token, server_options
+from blockserve.common.rpc.listen import remove_socket as remove_socket_file
+from blockserve.common.state.settings import open_store, refuse_unfit
+from blockserve.common.state.store import StateStore
+from blockserve.common.wire.errors import ErrorInterceptor
 from blockserve.worker.announcer import Announcer
 from blockserve.worker.engine import BlockEngine
 from blockserve.worker.hub import WorkerHub

@@ -12,14 +12,14 @@ from typing import Any
 import grpc
 
 from blockproto.v1 import worker_pb2, worker_pb2_grpc
-from blockserve.common.cluster import WIRE_VERSION, Run, WorkerId
-from blockserve.common.engine_convert import (
+from blockserve.common.api.cluster import WIRE_VERSION, Run, WorkerId
+from blockserve.common.errors import ServerStoppingError, WireError
+from blockserve.common.wire.engine import (
     error_to_message,
     request_from_message,
     token_to_message,
 )
-from blockserve.common.errors import ServerStoppingError, WireError
-from blockserve.common.trace_convert import span_to_message
+from blockserve.common.wire.spans import span_to_message
 from blockserve.worker.convert import from_frame, parts_from_message, prefix_from_message
 from blockserve.worker.hub import WorkerHub
 from blockserve.worker.kv_client import checksum

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-from blockserve.common.engine_api import EngineRequest, TokenEvent
+from blockserve.common.api.engine import EngineRequest, TokenEvent
 from blockserve.common.errors import PathBrokenError
 from blockserve.worker.engine import BlockEngine
 from blockserve.worker.request import Outcome, RunningRequest

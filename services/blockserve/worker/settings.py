@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from blockserve.common.cluster_settings import ClusterSettings
-from blockserve.common.config import setting
+from blockserve.common.process.settings import ClusterSettings
+from blockserve.common.settings import setting
 from blockserve.worker.config import EngineConfig
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 
-from blockserve.common.trace import PhaseTimes, SpanTimes
+from blockserve.common.api.spans import PhaseTimes, SpanTimes
 
 
 class State(enum.Enum):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Sequence
 
-from blockserve.common.cluster import Run
-from blockserve.common.recent import Recent
-from blockserve.common.trace import SpanTrace
+from blockserve.common.api.cluster import Run
+from blockserve.common.api.spans import SpanTrace
+from blockserve.common.tracing.recent import Recent
 from blockserve.worker.request import Chunk, RunningRequest
 from blockserve.worker.span_clock import AWAY, IDLE, READY, SpanClock, State
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from blockserve.cli import server_verbs
 from blockserve.cli.output import stdout
-from blockserve.common.cluster import (
+from blockserve.common.api.cluster import (
     ClusterView,
     LoadReport,
     PathStep,
@@ -20,9 +20,9 @@ from blockserve.common.cluster import (
     WorkerState,
     WorkerView,
 )
+from blockserve.common.api.results import ServerStatus
 from blockserve.router.cluster_report import KnowsCluster, describe
 from blockserve.router.journeys import NamedStep
-from blockserve.router.results import ServerStatus
 
 TRUNK = ResidentSegment(SegmentDigest("aa" * 16), Run(0, 4))
 HEAD = ResidentSegment(SegmentDigest("bb" * 16), Run(4, 6))

@@ -8,7 +8,7 @@ import pytest
 
 from blockserve.cli import failures, main
 from blockserve.common import errors as serve_errors
-from blockserve.common.status import all_errors
+from blockserve.common.wire.errors import all_errors
 from blockzoo import Zoo, errors
 from support.folders import config, write_checkpoint
 

@@ -125,7 +125,9 @@ def test_kinds_of_options():
 def cluster_started(monkeypatch):
     """The settings that a process of a cluster would run with, instead of running."""
     seen = []
-    monkeypatch.setattr("blockserve.common.run.run", lambda settings, server, ready: seen.append(settings))
+    monkeypatch.setattr(
+        "blockserve.common.process.run.run", lambda settings, server, ready: seen.append(settings)
+    )
     return seen
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from blockserve.cli.output import stdout
 from blockserve.cli.trace_view import call_to_json, draw_call
-from blockserve.common.cluster import Run, WorkerId
-from blockserve.common.trace import PathTrace, PhaseTimes, SpanTimes, StepTrace
-from blockserve.router.trace import CallTrace, ChoiceTrace
+from blockserve.common.api.call_trace import CallTrace, ChoiceTrace
+from blockserve.common.api.cluster import Run, WorkerId
+from blockserve.common.api.spans import PathTrace, PhaseTimes, SpanTimes, StepTrace
 
 HEAD = SpanTimes(
     queued=0.5,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from blockserve.common.config import Section, Settings, setting
 from blockserve.common.errors import ConfigurationError
+from blockserve.common.settings import Section, Settings, setting
 
 
 class Pool(Section):

@@ -5,9 +5,8 @@ from dataclasses import fields, replace
 
 import pytest
 
-from blockserve.common import engine_convert as convert
-from blockserve.common.cluster import PathStep, Run, WorkerId
-from blockserve.common.engine_api import (
+from blockserve.common.api.cluster import PathStep, Run, WorkerId
+from blockserve.common.api.engine import (
     EngineRequest,
     FinishReason,
     PositionLogprobs,
@@ -16,6 +15,7 @@ from blockserve.common.engine_api import (
     TokenEvent,
 )
 from blockserve.common.errors import KvCapacityError, PathBrokenError
+from blockserve.common.wire import engine as convert
 from blockzoo.manifest import ChainId
 
 REQUEST = EngineRequest(

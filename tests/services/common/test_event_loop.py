@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from blockserve.common.event_loop import event_loop_factory
-from blockserve.common.threads import take_turns
+from blockserve.common.process.event_loop import event_loop_factory
+from blockserve.common.process.threads import take_turns
 
 
 def test_the_processes_run_on_uvloop_where_it_is_installed() -> None:
@@ -40,7 +40,7 @@ def test_a_sandbox_that_forbids_it_is_no_fault(
 def test_threads_that_take_turns_hand_this_on_to_those_they_start() -> None:
     script = """
 import os, threading
-from blockserve.common.threads import take_turns
+from blockserve.common.process.threads import take_turns
 take_turns()
 told = [os.sched_getscheduler(0)]
 thread = threading.Thread(target=lambda: told.append(os.sched_getscheduler(0)))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from blockserve.common.health import makes_progress
+from blockserve.common.rpc.health import makes_progress
 from blockserve.embedded.server import SERVICES
 from support.edge import FakeZoo, ScriptedEngine, async_test, serving, until
 

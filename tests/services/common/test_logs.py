@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from blockserve.common.logs import configure_logging
+from blockserve.common.process.logs import configure_logging
 
 
 @pytest.fixture(autouse=True)

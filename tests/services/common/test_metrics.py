@@ -16,7 +16,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
-from blockserve.common.engine_api import (
+from blockserve.common.api.engine import (
     ChainReport,
     EngineReport,
     FinishReason,

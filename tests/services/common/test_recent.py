@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from blockserve.common.recent import Recent
+from blockserve.common.tracing.recent import Recent
 
 
 def test_the_oldest_ended_entries_go_first_and_running_ones_stay() -> None:

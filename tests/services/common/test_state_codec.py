@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockserve.common import state_codec as codec
-from blockserve.common.cluster import (
+from blockserve.common.api.cluster import (
     Assignment,
     LoadReport,
     ResidentSegment,
@@ -20,6 +19,7 @@ from blockserve.common.cluster import (
     WorkerState,
 )
 from blockserve.common.errors import StateStoreError
+from blockserve.common.state import codec
 from blockzoo.manifest import ChainId
 
 counts = st.integers(0, 1 << 62)

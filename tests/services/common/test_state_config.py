@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from blockserve.common.config import Settings
 from blockserve.common.errors import ConfigurationError
-from blockserve.common.state_config import StateConfig, open_store
-from blockserve.common.state_memory import InProcessStore
-from blockserve.common.state_url import Kind, StateUrl, parse_url
+from blockserve.common.settings import Settings
+from blockserve.common.state.memory import InProcessStore
+from blockserve.common.state.settings import StateConfig, open_store
+from blockserve.common.state.url import Kind, StateUrl, parse_url
 
 SECRET = "h0p3-nobody-reads-it"
 
@@ -137,7 +137,7 @@ def run_without_redis(code: str) -> str:
 
 def test_the_library_is_needed_by_servers_only() -> None:
     said = run_without_redis(
-        "from blockserve.common.state_config import StateConfig, open_store\n"
+        "from blockserve.common.state.settings import StateConfig, open_store\n"
         "open_store(StateConfig())\n"
         "try:\n"
         "    open_store(StateConfig(url='redis://a'))\n"

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockserve.common.cluster import (
+from blockserve.common.api.cluster import (
     Assignment,
     LoadReport,
     Placement,
@@ -23,8 +23,8 @@ from blockserve.common.cluster import (
     WorkerState,
 )
 from blockserve.common.errors import StaleLeaderError
-from blockserve.common.state_scripts import HISTORY
-from blockserve.common.state_store import Announcement, FencingToken, StateStore
+from blockserve.common.state.scripts import HISTORY
+from blockserve.common.state.store import Announcement, FencingToken, StateStore
 from blockzoo.manifest import ChainId
 from support.state_servers import (
     REDIS,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from blockserve.common.cluster import (
+from blockserve.common.api.cluster import (
     Assignment,
     LoadReport,
     Placement,
@@ -22,8 +22,8 @@ from blockserve.common.cluster import (
     WorkerRecord,
 )
 from blockserve.common.errors import ConfigurationError, StaleLeaderError, StateStoreError
-from blockserve.common.redis_child import RedisChild
-from blockserve.common.state_store import Announcement, FencingToken, StateStore
+from blockserve.common.process.redis_child import RedisChild
+from blockserve.common.state.store import Announcement, FencingToken, StateStore
 from blockzoo.manifest import ChainId
 from support.earlier_state import before_changes
 from support.edge import async_test

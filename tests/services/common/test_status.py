@@ -16,7 +16,14 @@ import blockzoo
 from blockserve.common import errors as serve_errors
 from blockserve.common.errors import QueueFullError, RemoteError, SamplingError, ServerStoppingError
 from blockserve.common.rpc_errors import from_rpc_error
-from blockserve.common.status import DETAILS_KEY, STATUS, ErrorInterceptor, all_errors, status_code, to_status
+from blockserve.common.wire.errors import (
+    DETAILS_KEY,
+    STATUS,
+    ErrorInterceptor,
+    all_errors,
+    status_code,
+    to_status,
+)
 from blockzoo import errors as zoo_errors
 from blockzoo.errors import BlockzooError, UnsupportedArchitectureError, VariantNotFoundError
 from support.edge import async_test

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from blockserve.common.cluster import Run
-from blockserve.common.trace import PhaseTimes, SpanTimes, SpanTrace, as_paths
-from blockserve.common.trace_convert import span_from_message, span_to_message
+from blockserve.common.api.cluster import Run
+from blockserve.common.api.spans import PhaseTimes, SpanTimes, SpanTrace, as_paths
+from blockserve.common.wire.spans import span_from_message, span_to_message
 
 TIMES = SpanTimes(
     queued=0.5,

@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 
 from blockproto.v1 import zoo_pb2
-from blockserve.controller import convert
-from blockserve.controller.values import Piece, Standing, Step
+from blockserve.common.api.push import Piece, Standing, Step
+from blockserve.common.wire import zoo as convert
 from blockzoo.care import gc, verify
 from blockzoo.errors import InvalidInputError, InvalidNameError
 from blockzoo.manifest import BlobId, ChainId, DType, FileRef, VariantName, VariantRecord

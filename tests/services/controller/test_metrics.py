@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from blockserve.common.cluster import (
+from blockserve.common.api.cluster import (
     Assignment,
     LoadReport,
     Placement,
@@ -17,8 +17,8 @@ from blockserve.common.cluster import (
     WorkerRecord,
 )
 from blockserve.common.metrics.cluster_catalogue import CONTROLLER
-from blockserve.common.state_memory import InProcessStore
-from blockserve.common.state_store import Announcement, FencingToken
+from blockserve.common.state.memory import InProcessStore
+from blockserve.common.state.store import Announcement, FencingToken
 from blockserve.controller.metrics import ControllerMetrics
 from blockserve.controller.planner import Planner
 from blockserve.controller.planning_counts import PlanningCounts

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockserve.common.cluster import Assignment, Run, WorkerId
+from blockserve.common.api.cluster import Assignment, Run, WorkerId
 from blockserve.controller.placement import Placer, place
 from blockserve.controller.placement_words import (
     Pin,

@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import Mapping
 from pathlib import Path
 
-from blockserve.common.cluster import ClusterView, LoadReport, Placement, WorkerId, WorkerRecord
-from blockserve.common.state_memory import InProcessStore
-from blockserve.common.state_store import Announcement, StateStore
+from blockserve.common.api.cluster import ClusterView, LoadReport, Placement, WorkerId, WorkerRecord
+from blockserve.common.state.memory import InProcessStore
+from blockserve.common.state.store import Announcement, StateStore
 from blockserve.controller.planner import Planner
 from blockzoo.manifest import ChainId
 from blockzoo.zoo import Zoo

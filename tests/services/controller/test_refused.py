@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from blockproto.v1 import zoo_pb2
-from blockserve.common.channel import Credentials
 from blockserve.common.errors import (
     PossessionError,
     PushCapacityError,
@@ -17,9 +16,10 @@ from blockserve.common.errors import (
     UnknownBlobError,
     WrongDigestError,
 )
+from blockserve.common.rpc.channel import Credentials
+from blockserve.common.wire.possession import possession_mac
 from blockserve.controller.calls import Calls
 from blockserve.controller.client import RemoteZoo
-from blockserve.controller.possession import possession_mac
 from blockzoo.canonical import canonical_json
 from blockzoo.digest import blob_id
 from blockzoo.errors import (

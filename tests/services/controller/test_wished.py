@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from blockserve.common.cluster import (
+from blockserve.common.api.cluster import (
     WIRE_VERSION,
     ClusterView,
     Placement,
@@ -18,8 +18,8 @@ from blockserve.common.cluster import (
     WorkerView,
 )
 from blockserve.common.errors import WorkerNotFoundError
-from blockserve.common.state_memory import InProcessStore
-from blockserve.common.wishes import EVICT_SECONDS, EvictionFeed, WishKeeper
+from blockserve.common.placement.wishes import EVICT_SECONDS, EvictionFeed, WishKeeper
+from blockserve.common.state.memory import InProcessStore
 from blockserve.controller.planner import Planner
 from blockzoo.errors import InvalidInputError, InvalidNameError, VariantNotFoundError
 from blockzoo.manifest import ChainId

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from blockserve.common.engine_api import EngineRequest, SamplingParams
+from blockserve.common.api.engine import EngineRequest, SamplingParams
 from blockserve.common.errors import ResumeError
 from blockserve.router.adaptive import AdaptiveAssembly, AdaptiveConfig
 from blockzoo.equivalence import Approvals, Substitute

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from blockserve.common.api.calls import Conversation
 from blockserve.common.errors import ChatTemplateError
-from blockserve.router.calls import Conversation
 from blockserve.router.chat import ChatLimits, ChatRenderer, ChatTemplates
 from support.edge import CHATML, async_test, byte_level_tokenizer
 

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 
 from blockproto.v1 import inference_pb2, inference_pb2_grpc
-from blockserve.common.engine_api import EngineRequest, TokenEvent
+from blockserve.common.api.calls import GenerateCall, SamplingWishes
+from blockserve.common.api.engine import EngineRequest, TokenEvent
+from blockserve.common.api.results import Chunk
 from blockserve.common.errors import EngineFailedError, SamplingError, ServerStoppingError, UnavailableError
 from blockserve.router import aio_client
-from blockserve.router.calls import GenerateCall, SamplingWishes
 from blockserve.router.choices import choice_plans
 from blockserve.router.config import RouterConfig
 from blockserve.router.plan import plan
 from blockserve.router.resolve import VariantCatalog
-from blockserve.router.results import Chunk
 from blockzoo.errors import InvalidInputError
 from support.edge import FakeZoo, ScriptedEngine, async_test, serving, until
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from blockserve.common.cluster import (
+from blockserve.common.api.cluster import (
     ClusterView,
     ResidentSegment,
     Run,
@@ -17,7 +17,7 @@ from blockserve.common.cluster import (
     WorkerView,
     segment_digest,
 )
-from blockserve.common.engine_api import EngineRequest, SamplingParams
+from blockserve.common.api.engine import EngineRequest, SamplingParams
 from blockserve.router.choosing import PARTED_SECONDS, ZooPathChooser
 from blockzoo.manifest import ChainId
 from blockzoo.zoo import Zoo

@@ -14,7 +14,6 @@ import pytest
 
 import blockserve
 from blockproto.v1 import inference_pb2, inference_pb2_grpc
-from blockserve.common.channel import Credentials, is_local
 from blockserve.common.errors import (
     ConfigurationError,
     DeadlineExceededError,
@@ -22,7 +21,8 @@ from blockserve.common.errors import (
     ServerStoppingError,
     UnavailableError,
 )
-from blockserve.common.status import abort
+from blockserve.common.rpc.channel import Credentials, is_local
+from blockserve.common.wire.errors import abort
 from blockserve.router.aio_client import AsyncClient
 from blockserve.router.client import Client
 from blockzoo.errors import InvalidInputError, VariantNotFoundError

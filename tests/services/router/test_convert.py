@@ -8,11 +8,9 @@ from dataclasses import replace
 import pytest
 
 from blockproto.v1 import inference_pb2
-from blockserve.common.engine_api import FinishReason, PositionLogprobs, SegmentReport
-from blockserve.common.errors import PromptError
-from blockserve.router import convert, status_convert
-from blockserve.router.calls import Conversation, GenerateCall, Prompt, SamplingWishes, StoppingWishes
-from blockserve.router.results import (
+from blockserve.common.api.calls import Conversation, GenerateCall, Prompt, SamplingWishes, StoppingWishes
+from blockserve.common.api.engine import FinishReason, PositionLogprobs, SegmentReport
+from blockserve.common.api.results import (
     Chunk,
     ClusterStatus,
     Finish,
@@ -27,6 +25,9 @@ from blockserve.router.results import (
     Usage,
     WorkerStatus,
 )
+from blockserve.common.errors import PromptError
+from blockserve.common.wire import inference as convert
+from blockserve.common.wire import status as status_convert
 from blockzoo.errors import InvalidInputError
 
 CHAT = Conversation(

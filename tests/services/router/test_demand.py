@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import pytest
 
 from blockserve.common.errors import StateStoreError
-from blockserve.common.state_memory import InProcessStore
+from blockserve.common.state.memory import InProcessStore
 from blockserve.router import demand as module
 from blockserve.router.demand import DemandTeller
 from blockzoo.manifest import ChainId

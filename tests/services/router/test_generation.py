@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockserve.common.engine_api import EngineRequest, FinishReason, TokenEvent
+from blockserve.common.api.calls import GenerateCall, SamplingWishes, StoppingWishes
+from blockserve.common.api.engine import EngineRequest, FinishReason, TokenEvent
+from blockserve.common.api.results import Chunk
 from blockserve.common.errors import EngineFailedError, ResumeError
-from blockserve.router.calls import GenerateCall, SamplingWishes, StoppingWishes
 from blockserve.router.config import RouterConfig
 from blockserve.router.generation import Answer, stream_answer
 from blockserve.router.plan import Plan, plan
 from blockserve.router.resolve import VariantCatalog
-from blockserve.router.results import Chunk
 from blockserve.router.tokenizer import VariantTokenizer
 from support.edge import FakeZoo, ScriptedEngine, async_test, byte_level_tokenizer
 

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from blockserve.common.cluster import (
+from blockserve.common.api.cluster import (
     ClusterView,
     LoadReport,
     PathStep,
@@ -15,7 +15,7 @@ from blockserve.common.cluster import (
     WorkerRecord,
     WorkerView,
 )
-from blockserve.common.trace import SpanTimes
+from blockserve.common.api.spans import SpanTimes
 from blockserve.router.journeys import Journeys
 
 A, B = WorkerId("a.1"), WorkerId("b.1")

@@ -6,9 +6,9 @@ import grpc
 import pytest
 
 from blockproto.v1 import worker_pb2, worker_pb2_grpc
-from blockserve.common.channel import Credentials
-from blockserve.common.cluster import ClusterView, PathStep, Run, WorkerId, WorkerRecord, WorkerView
-from blockserve.common.engine_api import EngineRequest, SamplingParams
+from blockserve.common.api.cluster import ClusterView, PathStep, Run, WorkerId, WorkerRecord, WorkerView
+from blockserve.common.api.engine import EngineRequest, SamplingParams
+from blockserve.common.rpc.channel import Credentials
 from blockserve.router.kv_moves import KvMover, pull_message
 from blockserve.router.kv_plan import KvCosts, Move
 from blockzoo.manifest import ChainId

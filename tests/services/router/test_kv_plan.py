@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockserve.common.cluster import (
+from blockserve.common.api.cluster import (
     ClusterView,
     LoadReport,
     PathStep,

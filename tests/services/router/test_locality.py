@@ -1,7 +1,7 @@
 """Which workers probably have a prompt's beginning."""
 
-from blockserve.common.cluster import PathStep, Run, WorkerId
-from blockserve.common.engine_api import EngineRequest, SamplingParams
+from blockserve.common.api.cluster import PathStep, Run, WorkerId
+from blockserve.common.api.engine import EngineRequest, SamplingParams
 from blockserve.router.locality import BLOCK_TOKENS, PrefixLocality
 from blockzoo.manifest import ChainId
 

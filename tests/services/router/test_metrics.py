@@ -6,10 +6,17 @@ from collections.abc import Iterable
 
 import pytest
 
-from blockserve.common.channel import Credentials
-from blockserve.common.cluster import ClusterView, Placement, WorkerId, WorkerRecord, WorkerState, WorkerView
+from blockserve.common.api.cluster import (
+    ClusterView,
+    Placement,
+    WorkerId,
+    WorkerRecord,
+    WorkerState,
+    WorkerView,
+)
 from blockserve.common.metrics.cluster_catalogue import ROUTER
-from blockserve.common.state_memory import InProcessStore
+from blockserve.common.rpc.channel import Credentials
+from blockserve.common.state.memory import InProcessStore
 from blockserve.router.choosing import ZooPathChooser
 from blockserve.router.cluster import ClusterEngine
 from blockserve.router.demand import DemandTeller

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockserve.common.cluster import (
+from blockserve.common.api.cluster import (
     WIRE_VERSION,
     ClusterView,
     LoadReport,

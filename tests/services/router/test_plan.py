@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from blockserve.common.api.calls import Conversation, GenerateCall, SamplingWishes, StoppingWishes
 from blockserve.common.errors import (
     EmptyPromptError,
     PromptError,
@@ -16,7 +17,6 @@ from blockserve.common.errors import (
     ResumeError,
     SamplingError,
 )
-from blockserve.router.calls import Conversation, GenerateCall, SamplingWishes, StoppingWishes
 from blockserve.router.config import RouterConfig
 from blockserve.router.plan import Plan, check_call, plan
 from blockserve.router.resolve import ServedVariant, VariantCatalog

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from blockserve.common.api.calls import GenerateCall, SamplingWishes, StoppingWishes
 from blockserve.common.errors import ResumeError, SamplingError
-from blockserve.router.calls import GenerateCall, SamplingWishes, StoppingWishes
 from blockserve.router.config import RouterConfig
 from blockserve.router.plan import Plan, check_call, plan
 from blockserve.router.resolve import VariantCatalog

@@ -12,7 +12,7 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 from blockproto.v1 import inference_pb2, inference_pb2_grpc
-from blockserve.common.engine_api import FinishReason
+from blockserve.common.api.engine import FinishReason
 from blockserve.common.errors import (
     ChatTemplateError,
     DeadlineExceededError,
@@ -26,7 +26,7 @@ from blockserve.common.errors import (
     SamplingError,
     ServerStoppingError,
 )
-from blockserve.common.status import DETAILS_KEY
+from blockserve.common.wire.errors import DETAILS_KEY
 from blockserve.router.config import RouterConfig
 from blockzoo.errors import BlockzooError, CorruptBlobError, InvalidInputError, VariantNotFoundError
 from support.edge import (

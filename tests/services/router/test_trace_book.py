@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from blockserve.common.cluster import Run, WorkerId
+from blockserve.common.api.call_trace import CallTrace, ChoiceTrace
+from blockserve.common.api.cluster import Run, WorkerId
+from blockserve.common.api.spans import PathTrace, SpanTimes, StepTrace
 from blockserve.common.errors import EngineFailedError, RequestNotFoundError
-from blockserve.common.trace import PathTrace, SpanTimes, StepTrace
-from blockserve.router.trace import CallTrace, ChoiceTrace
-from blockserve.router.trace_convert import call_from_message, call_to_message
+from blockserve.common.wire.call_trace import call_from_message, call_to_message
 from support.edge import ScriptedEngine, async_test, serving, until
 
 PATHS = (PathTrace(0, (StepTrace(WorkerId("w.1"), "w", Run(0, 4), SpanTimes(queued=1.0)),), running=2.0),)

@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from blockserve.common.cluster import Run, WorkerId
-from blockserve.common.trace import PathTrace, PhaseTimes, SpanTimes, StepTrace
-from blockserve.router.trace import ChoiceTrace
+from blockserve.common.api.call_trace import ChoiceTrace
+from blockserve.common.api.cluster import Run, WorkerId
+from blockserve.common.api.spans import PathTrace, PhaseTimes, SpanTimes, StepTrace
 from blockserve.router.trace_parts import PartKind, parts_of
 
 HEAD = SpanTimes(

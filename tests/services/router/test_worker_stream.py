@@ -1,6 +1,6 @@
 """The router's stream to a worker: what piled up for a request goes on as one."""
 
-from blockserve.common.engine_api import EngineRequest, SamplingParams, TokenEvent
+from blockserve.common.api.engine import EngineRequest, SamplingParams, TokenEvent
 from blockserve.common.errors import PathBrokenError
 from blockserve.router.worker_stream import _Running
 from blockzoo.manifest import ChainId

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from blockserve.worker.cores import usable_cores
+from blockserve.common.process.cores import usable_cores
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from blockserve.common.engine_api import EngineRequest, SamplingParams
+from blockserve.common.api.engine import EngineRequest, SamplingParams
 from blockserve.worker.debug import prompt_logits
 from blockserve.worker.engine import BlockEngine
 from support.tiny import SMALL, TinyZoo

@@ -13,8 +13,8 @@ import torch
 
 from blockkernels.decoder import DecoderLayers
 from blockkernels.linear import can_pack
-from blockserve.common.cluster import ChainSpan
-from blockserve.common.engine_api import EngineRequest, SamplingParams, TokenEvent
+from blockserve.common.api.cluster import ChainSpan
+from blockserve.common.api.engine import EngineRequest, SamplingParams, TokenEvent
 from blockserve.common.errors import ConfigurationError
 from blockserve.worker import executor
 from blockserve.worker.config import EngineConfig

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from blockserve.common.cluster import WorkerId
-from blockserve.common.engine_api import EngineRequest, SamplingParams, TokenEvent
+from blockserve.common.api.cluster import WorkerId
+from blockserve.common.api.engine import EngineRequest, SamplingParams, TokenEvent
 from blockserve.common.errors import DeadlineExceededError, EngineFailedError, ServerStoppingError
 from blockserve.worker.drivers import LoopDriver, ThreadDriver
 from blockserve.worker.engine import BlockEngine

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockkernels.penalties import RowEdit
-from blockserve.common.engine_api import EngineRequest, SamplingParams
+from blockserve.common.api.engine import EngineRequest, SamplingParams
 from blockserve.worker.edits import RequestEdits, edits_logits
 from blockzoo.manifest import ChainId
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from blockserve.common.engine_api import EngineRequest, FinishReason, SamplingParams, TokenEvent
+from blockserve.common.api.engine import EngineRequest, FinishReason, SamplingParams, TokenEvent
 from blockserve.common.errors import (
     ChainNotLoadedError,
     DeadlineExceededError,

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockserve.common.engine_api import EngineRequest, SamplingParams
+from blockserve.common.api.engine import EngineRequest, SamplingParams
 from blockserve.common.errors import MemoryBudgetError
 from blockserve.worker.engine import BlockEngine
 from blockserve.worker.eviction import choose_victims

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from blockproto.v1 import worker_pb2, worker_pb2_grpc
-from blockserve.common.cluster import ChainSpan, PathStep, Run
-from blockserve.common.engine_api import EngineRequest, SamplingParams
+from blockserve.common.api.cluster import ChainSpan, PathStep, Run
+from blockserve.common.api.engine import EngineRequest, SamplingParams
 from blockserve.common.errors import WireError
 from blockserve.worker.kv_client import BATCH_PAGES
 from blockserve.worker.kv_transfer import KvPart, PrefixRef

@@ -13,8 +13,8 @@ import grpc
 import torch
 
 from blockproto.v1 import worker_pb2, worker_pb2_grpc
-from blockserve.common.channel import Credentials
-from blockserve.common.cluster import PathStep, Run, WorkerId
+from blockserve.common.api.cluster import PathStep, Run, WorkerId
+from blockserve.common.rpc.channel import Credentials
 from blockserve.worker.convert import from_frame
 from blockserve.worker.links import PeerLinks
 from blockserve.worker.messages import AttemptId, ChunkMsg

@@ -12,8 +12,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from blockserve.common.cluster import Run
-from blockserve.common.engine_api import EngineRequest, SamplingParams
+from blockserve.common.api.cluster import Run
+from blockserve.common.api.engine import EngineRequest, SamplingParams
 from blockserve.worker.blocks import Lane, LoadedChain
 from blockserve.worker.kv import KvPool, KvShape
 from blockserve.worker.memory import KvMemory

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from blockserve.common.channel import Credentials
-from blockserve.common.cluster import PathStep, Run, WorkerId
+from blockserve.common.api.cluster import PathStep, Run, WorkerId
 from blockserve.common.metrics.cluster_catalogue import WORKER
 from blockserve.common.metrics.labels import OTHER, BoundedLabels
+from blockserve.common.rpc.channel import Credentials
 from blockserve.worker.links import PeerLinks
 from blockserve.worker.metrics import WorkerMetrics, link_families
 from blockserve.worker.server import WorkerServer

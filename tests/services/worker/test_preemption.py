@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from blockserve.common.engine_api import EngineRequest, SamplingParams, TokenEvent
+from blockserve.common.api.engine import EngineRequest, SamplingParams, TokenEvent
 from blockserve.common.errors import DeadlineExceededError
 from blockserve.worker.config import EngineConfig
 from blockserve.worker.engine import BlockEngine

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from blockserve.common.engine_api import EngineRequest, SamplingParams, TokenEvent
+from blockserve.common.api.engine import EngineRequest, SamplingParams, TokenEvent
 from blockserve.worker.config import EngineConfig
 from blockserve.worker.debug import prompt_logits
 from blockserve.worker.engine import BlockEngine

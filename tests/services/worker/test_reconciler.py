@@ -3,9 +3,9 @@
 import asyncio
 from collections.abc import Sequence
 
-from blockserve.common.channel import Credentials
-from blockserve.common.cluster import Assignment, ChainSpan, Placement, Run, WorkerId, WorkerRecord
-from blockserve.common.state_memory import InProcessStore
+from blockserve.common.api.cluster import Assignment, ChainSpan, Placement, Run, WorkerId, WorkerRecord
+from blockserve.common.rpc.channel import Credentials
+from blockserve.common.state.memory import InProcessStore
 from blockserve.worker.engine import BlockEngine
 from blockserve.worker.hub import WorkerHub
 from blockserve.worker.links import PeerLinks

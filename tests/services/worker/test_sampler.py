@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from blockserve.common.engine_api import EngineRequest, SamplingParams, TokenEvent
+from blockserve.common.api.engine import EngineRequest, SamplingParams, TokenEvent
 from blockserve.common.errors import EngineFailedError
 from blockserve.worker import sampler
 from blockserve.worker.blocks import LoadedChain

@@ -7,7 +7,7 @@ from typing import cast
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockserve.common.engine_api import EngineRequest, SamplingParams
+from blockserve.common.api.engine import EngineRequest, SamplingParams
 from blockserve.worker.blocks import LoadedChain
 from blockserve.worker.request import Chunk, RunningRequest
 from blockserve.worker.scheduler import Scheduler

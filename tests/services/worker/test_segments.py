@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockserve.common.cluster import ChainSpan, Run
+from blockserve.common.api.cluster import ChainSpan, Run
 from blockserve.worker.segments import SegmentMap, compute_segments
 from blockzoo.manifest import BlockId, ChainId
 

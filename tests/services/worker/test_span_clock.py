@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from blockserve.common.trace import PhaseTimes
+from blockserve.common.api.spans import PhaseTimes
 from blockserve.worker.span_clock import SpanClock, State
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from blockproto.v1 import worker_pb2
-from blockserve.common.cluster import PathStep, Run, WorkerId
-from blockserve.common.engine_api import EngineRequest, PositionLogprobs, SamplingParams, TokenEvent
+from blockserve.common.api.cluster import PathStep, Run, WorkerId
+from blockserve.common.api.engine import EngineRequest, PositionLogprobs, SamplingParams, TokenEvent
 from blockserve.common.errors import KvCapacityError, WireError
 from blockserve.worker.convert import from_frame, hidden_bytes, to_frame
 from blockserve.worker.messages import (

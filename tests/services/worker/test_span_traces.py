@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 
-from blockserve.common.cluster import PathStep
-from blockserve.common.engine_api import EngineRequest, SamplingParams
-from blockserve.common.trace import SpanTrace
+from blockserve.common.api.cluster import PathStep
+from blockserve.common.api.engine import EngineRequest, SamplingParams
+from blockserve.common.api.spans import SpanTrace
 from blockserve.worker.engine import BlockEngine
 from blockserve.worker.messages import BusyMsg, SpanMsg
 from blockzoo.manifest import ChainId

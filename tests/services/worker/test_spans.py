@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from blockserve.common.cluster import ChainSpan, PathStep, Run, WorkerId
-from blockserve.common.engine_api import EngineRequest, FinishReason, SamplingParams, TokenEvent
+from blockserve.common.api.cluster import ChainSpan, PathStep, Run, WorkerId
+from blockserve.common.api.engine import EngineRequest, FinishReason, SamplingParams, TokenEvent
 from blockserve.common.errors import (
     ChainNotLoadedError,
     DeadlineExceededError,

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from prometheus_client.metrics_core import Metric as Family
 
-from blockserve.common.cluster import ClusterView, WorkerState
+from blockserve.common.api.cluster import ClusterView, WorkerState
 from blockserve.common.metrics import cluster_catalogue as catalogue
 from blockserve.common.metrics.engine import family
 

@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
-from blockserve.common.engine_api import EngineReport, SegmentReport, SizeHistogram
+from blockserve.common.api.engine import EngineReport, SegmentReport, SizeHistogram
 from blockserve.common.metrics import catalogue
 from blockserve.common.metrics.catalogue import Metric
 from blockserve.common.metrics.labels import BoundedLabels

@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 from blockserve.common.errors import ConfigurationError
 from blockserve.common.metrics.endpoint import MetricsEndpoint
 from blockserve.common.metrics.registry import MetricsRegistry
-from blockserve.common.metrics_settings import OFF, MetricsSettings
+from blockserve.common.metrics.settings import OFF, MetricsSettings
 
 log = logging.getLogger(__name__)
 

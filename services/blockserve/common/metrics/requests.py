@@ -10,7 +10,7 @@ from typing import Self, TypeVar, cast
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
-from blockserve.common.engine_api import FinishReason, RequestTiming
+from blockserve.common.api.engine import FinishReason, RequestTiming
 from blockserve.common.metrics import catalogue
 from blockserve.common.metrics.catalogue import Metric
 from blockserve.common.metrics.labels import BoundedLabels

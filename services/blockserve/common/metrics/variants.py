@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
-from blockserve.common.engine_api import EngineReport
+from blockserve.common.api.engine import EngineReport
 from blockserve.common.metrics import catalogue
 from blockserve.common.metrics.engine import family
 from blockserve.common.metrics.labels import OTHER, BoundedLabels

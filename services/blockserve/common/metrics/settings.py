@@ -1,0 +1,56 @@
+"""Settings of the metrics endpoint, the same for every process that serves."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import model_validator
+
+from blockserve.common.rpc.channel import is_local
+from blockserve.common.rpc.settings import ServerSettings, is_host_and_port
+from blockserve.common.settings import setting
+
+OFF = "off"
+"""As `metrics_listen`: no metrics endpoint."""
+METRICS_LISTEN_MEANING = (
+    f"Where Prometheus reads metrics over HTTP: `host:port` (port 0 picks a free one), or `{OFF}`."
+)
+
+
+class MetricsSettings(ServerSettings):
+    """Where a process shows what it counts, and how many names it tells apart."""
+
+    metrics_listen: str = setting(
+        OFF,
+        METRICS_LISTEN_MEANING,
+        reason="A machine may run many processes of a cluster, and each endpoint needs a port of its own.",
+    )
+    metrics_public: bool = setting(
+        False,
+        "Let `metrics_listen` be an address others can reach; metrics are plain HTTP without a credential.",
+        reason="Metrics tell the names of variants and how much each is used.",
+    )
+    metrics_model_name: str = setting(
+        "blockzoo",
+        "The label `model_name` of metrics that are about the engine and no single variant.",
+        reason="vLLM's metrics all have the label; scalers read these without looking at it.",
+        min_length=1,
+    )
+    metrics_max_labels: int = setting(
+        1000,
+        "Most variants, segments and peers with series of their own; the others share the label `other`.",
+        reason="Each costs up to a hundred series; a scrape of a thousand takes a core about a second.",
+        ge=0,
+    )
+
+    @model_validator(mode="after")
+    def _check_metrics(self) -> Self:
+        if self.metrics_listen == OFF:
+            return self
+        if not is_host_and_port(self.metrics_listen):
+            raise ValueError(f"metrics_listen: {self.metrics_listen!r} is neither host:port nor {OFF}")
+        if not (is_local(self.metrics_listen) or self.metrics_public):
+            raise ValueError(
+                f"{self.metrics_listen} can be reached from other machines: say metrics_public if metrics may"
+            )
+        return self

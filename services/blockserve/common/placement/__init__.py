@@ -1,0 +1,1 @@
+"""What operators wish about placement: kept in the zoo, served to those who may change it."""

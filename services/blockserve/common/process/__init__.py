@@ -1,0 +1,1 @@
+"""What every server process needs: signals, logs, threads, children. Nothing of a certain service."""

@@ -1,0 +1,1 @@
+"""gRPC servers and channels: addresses, TLS and credentials, interceptors, health."""

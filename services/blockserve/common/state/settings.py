@@ -1,0 +1,131 @@
+"""Settings of the shared state, and the store they ask for."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import suppress
+from pathlib import Path
+from typing import Self
+
+from pydantic import model_validator
+
+from blockserve.common.errors import ConfigurationError, StateStoreError
+from blockserve.common.settings import Section, setting
+from blockserve.common.state.memory import InProcessStore
+from blockserve.common.state.store import StateStore
+from blockserve.common.state.url import FORMS, Kind, StateUrl, parse_url
+
+log = logging.getLogger(__name__)
+
+
+class StateConfig(Section):
+    """Where the processes of a cluster meet, and how long one may be silent."""
+
+    url: str = setting(
+        "memory:",
+        f"Where the shared state is. Forms: {FORMS}.",
+        reason="One process needs no server; several need Redis 7 or Valkey.",
+        repr=False,
+    )
+    password_file: Path | None = setting(
+        None,
+        "A file with the server's password, instead of one in the URL.",
+        reason="How a secret is mounted in a container; no process list shows it.",
+    )
+    sentinel_password_file: Path | None = setting(
+        None,
+        "A file with the password of the sentinels themselves.",
+        reason="Most sentinels have none; it is not always the server's.",
+    )
+    ca_file: Path | None = setting(
+        None,
+        "The authority (PEM) that a server reached by rediss:// is checked with.",
+        reason="None trusts the system's authorities.",
+    )
+    cert_file: Path | None = setting(
+        None, "The certificate (PEM) shown to the server.", reason="Set together with `key_file`."
+    )
+    key_file: Path | None = setting(
+        None, "The private key (PEM) of `cert_file`.", reason="Set together with `cert_file`."
+    )
+    lease_seconds: float = setting(
+        3.0,
+        "How long a silent worker, or a silent leader, counts as alive.",
+        unit="seconds",
+        reason="A worker that hangs is replaced within 5 s; a busy machine may well be silent for one.",
+        gt=0,
+        le=3600,
+    )
+    renew_seconds: float = setting(
+        1.0,
+        "How often a lease is renewed and the load reported.",
+        unit="seconds",
+        reason="Two renewals may be lost before the lease ends.",
+        gt=0,
+    )
+    timeout_seconds: float = setting(
+        1.0,
+        "How long a call to the server may take.",
+        unit="seconds",
+        reason="Far above a working network's milliseconds, and a lease survives one lost call.",
+        gt=0,
+        le=60,
+    )
+
+    @property
+    def place(self) -> StateUrl:
+        """The URL, read; its text has no password.
+
+        Raises:
+            ConfigurationError: it has none of the known forms.
+        """
+        return parse_url(self.url)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        try:
+            place = self.place
+        except ConfigurationError as error:
+            raise ValueError(f"{error} ({error.hint})") from None
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("cert_file and key_file have to be set together")
+        if (self.ca_file or self.cert_file) and not place.tls:
+            raise ValueError("ca_file and cert_file are for URLs that begin with rediss")
+        if self.password_file and place.password:
+            raise ValueError("the password stands in the URL or in password_file, not in both")
+        if 2 * self.renew_seconds > self.lease_seconds:
+            raise ValueError("lease_seconds has to be at least twice renew_seconds")
+        return self
+
+
+async def refuse_unfit(store: StateStore) -> None:
+    """Ask a store once, so that a process does not start on a server that can never hold the shared state.
+
+    One that does not answer may do so later.
+
+    Raises:
+        ConfigurationError: it is Redis Cluster.
+    """
+    with suppress(StateStoreError):
+        await store.demand()
+
+
+def open_store(config: StateConfig) -> StateStore:
+    """The store that the settings name; it connects with its first call.
+
+    Raises:
+        ConfigurationError: a file cannot be read, or the library for Redis is not installed.
+    """
+    if config.place.kind is Kind.MEMORY:
+        log.warning(
+            "the shared state is inside this process, where no other finds it; state.url names a server"
+        )
+        return InProcessStore()
+    try:
+        from blockserve.common.state.connection import connect
+        from blockserve.common.state.redis import RedisStore
+    except ImportError as error:
+        raise ConfigurationError(
+            "the library for Redis is not installed", hint="pip install 'blockzoo[cluster]'"
+        ) from error
+    return RedisStore(connect(config))

@@ -1,0 +1,1 @@
+"""Where time goes: what is kept of it, and for how long."""

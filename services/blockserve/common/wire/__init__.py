@@ -1,0 +1,1 @@
+"""Messages of `blockproto.v1` to the values of `common.api` and back. Pure."""
