@@ -13,8 +13,8 @@ from harness import RUNS, Benchmark, Row, check, interleave
 from served import MODEL, fresh_folder
 
 from blockserve.common.api.engine import EngineRequest, SamplingParams
-from blockserve.worker.config import EngineConfig
-from blockserve.worker.engine import BlockEngine
+from blockserve.worker.engine.engine import BlockEngine
+from blockserve.worker.limits import EngineConfig
 from blockzoo.manifest import ChainId
 from blockzoo.zoo import Zoo
 

@@ -37,8 +37,8 @@ from blockserve.common.api.cluster import PathStep, Run
 from blockserve.common.api.engine import EngineRequest, SamplingParams
 from blockserve.common.rpc.channel import Credentials, open_channel
 from blockserve.router.worker_stream import WorkerStream
-from blockserve.worker.convert import from_frame, to_frame
-from blockserve.worker.messages import AttemptId, ChunkMsg
+from blockserve.worker.peers.convert import from_frame, to_frame
+from blockserve.worker.peers.messages import AttemptId, ChunkMsg
 
 HOPS = 2
 PROMPT_TOKENS = 16

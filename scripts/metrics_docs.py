@@ -7,7 +7,7 @@ from pathlib import Path
 
 from blockserve.common.metrics.catalogue import CATALOGUE, Metric
 from blockserve.common.metrics.cluster_catalogue import CONTROLLER, PATH_BOUNDS, ROUTER, WORKER
-from blockserve.worker.batch_sizes import BOUNDS
+from blockserve.worker.compute.counters import BOUNDS
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "metrics.md"
 MARK = "<!-- what follows is made by `make docs` -->"

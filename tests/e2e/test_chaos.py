@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from blockkernels.linear import can_pack
-from blockserve.worker import executor
+from blockserve.worker.compute import executor
 from blockzoo.zoo import Zoo
 from support.chaos import FEW, KINDS, WITHOUT_CONTROLLERS, ChaosCluster, chaos_cluster, make_script
 from support.chaos_requests import make_wishes

@@ -18,7 +18,7 @@ from blockserve.common.errors import NoPathError, WireError
 from blockserve.common.rpc_errors import from_rpc_error
 from blockserve.common.state.store import Announcement
 from blockserve.router.aio_client import AsyncClient
-from blockserve.worker.links import FROM_KEY, TO_KEY, WIRE_KEY
+from blockserve.worker.peers.streams import FROM_KEY, TO_KEY, WIRE_KEY
 from blockzoo.zoo import Zoo
 from support.cluster import PATIENCE, Cluster, cluster
 from support.neighbour import UNKNOWN_FIELD, launcher

@@ -27,8 +27,8 @@ from blockserve.common.wire.errors import DETAILS_KEY
 from blockserve.embedded.config import ServeConfig
 from blockserve.embedded.server import EmbeddedServer
 from blockserve.router.aio_client import AsyncClient
-from blockserve.worker.config import EngineConfig
-from blockserve.worker.engine import BlockEngine
+from blockserve.worker.engine.engine import BlockEngine
+from blockserve.worker.limits import EngineConfig
 from blockzoo.zoo import Zoo
 from support.edge import async_test
 from support.variants import VariantFactory

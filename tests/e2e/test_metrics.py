@@ -10,7 +10,7 @@ import pytest
 from blockserve.embedded.config import ServeConfig
 from blockserve.embedded.server import EmbeddedServer
 from blockserve.router.aio_client import AsyncClient
-from blockserve.worker.config import EngineConfig
+from blockserve.worker.limits import EngineConfig
 from blockzoo.errors import VariantNotFoundError
 from blockzoo.zoo import Zoo
 from support.edge import async_test

@@ -11,7 +11,7 @@ from blockserve.controller.client import RemoteZoo
 from blockserve.embedded.config import ServeConfig
 from blockserve.embedded.server import EmbeddedServer
 from blockserve.router.aio_client import AsyncClient
-from blockserve.worker.config import EngineConfig
+from blockserve.worker.limits import EngineConfig
 from support.edge import async_test
 from support.variants import VariantFactory
 

@@ -17,7 +17,7 @@ from blockserve.common.errors import KvCapacityError, SamplingError
 from blockserve.embedded.config import ServeConfig
 from blockserve.embedded.server import EmbeddedServer
 from blockserve.router.aio_client import AsyncClient, collect_choices, continued
-from blockserve.worker.config import EngineConfig
+from blockserve.worker.limits import EngineConfig
 from blockzoo.zoo import Zoo
 from support.edge import async_test
 from support.oracle import Oracle

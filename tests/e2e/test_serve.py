@@ -23,7 +23,7 @@ from blockserve.embedded.config import ServeConfig
 from blockserve.embedded.server import EmbeddedServer
 from blockserve.router.aio_client import AsyncClient, continued
 from blockserve.router.client import Client
-from blockserve.worker.config import EngineConfig
+from blockserve.worker.limits import EngineConfig
 from blockzoo.errors import CorruptBlobError
 from blockzoo.zoo import Zoo
 from support.edge import async_test, until

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from blockserve.worker.config import EngineConfig
+from blockserve.worker.limits import EngineConfig
 from support.engine import EngineHarness
 from support.memory import poisoned_memory
 from support.models import CONTEXT_LENGTH, SPECS, load_model

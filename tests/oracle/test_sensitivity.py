@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from blockkernels.lora import LoraBank
-from blockserve.worker import executor
+from blockserve.worker.compute import executor
 from support.engine import EngineHarness
 from support.models import edit_checkpoint
 from support.variants import Variant

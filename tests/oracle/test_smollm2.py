@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from blockserve.common.api.engine import SamplingParams
-from blockserve.worker.config import EngineConfig
+from blockserve.worker.limits import EngineConfig
 from support.adapters import ATTENTION, AdapterSpec
 from support.engine import Ask, EngineHarness
 from support.oracle import MIN_MARGIN

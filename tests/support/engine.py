@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from blockserve.common.api.engine import EngineReport, EngineRequest, FinishReason, SamplingParams, TokenEvent
-from blockserve.worker.config import EngineConfig
-from blockserve.worker.debug import prompt_logits
-from blockserve.worker.engine import BlockEngine
+from blockserve.worker.engine.debug import prompt_logits
+from blockserve.worker.engine.engine import BlockEngine
+from blockserve.worker.limits import EngineConfig
 from blockzoo.manifest import ChainId
 from blockzoo.zoo import Zoo
 from support.oracle import Expected, Prompt, Report, compare

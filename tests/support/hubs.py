@@ -14,9 +14,9 @@ from blockserve.common.api.cluster import ChainSpan, PathStep, Run, WorkerId, Wo
 from blockserve.common.api.engine import EngineRequest, TokenEvent
 from blockserve.common.rpc.channel import Credentials
 from blockserve.common.wire.errors import ErrorInterceptor
-from blockserve.worker.engine import BlockEngine
-from blockserve.worker.hub import WorkerHub
-from blockserve.worker.links import PeerLinks
+from blockserve.worker.engine.engine import BlockEngine
+from blockserve.worker.peers.streams import PeerLinks
+from blockserve.worker.service import WorkerHub
 from blockserve.worker.servicer import WorkerServicer
 from blockzoo.manifest import ChainId
 from support.tiny import SMALL, TinyZoo

@@ -44,7 +44,7 @@ def speak(wire: int) -> None:
 
 def say_something_unknown(after: int) -> None:
     """Add a message that this version does not know to one frame of a worker."""
-    links: Any = importlib.import_module("blockserve.worker.links")
+    links: Any = importlib.import_module("blockserve.worker.peers.streams")
     to_frame, numbers = links.to_frame, itertools.count()
 
     def newer(messages: Sequence[Any]) -> Any:

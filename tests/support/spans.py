@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 from blockserve.common.api.cluster import ChainSpan, PathStep, Run, WorkerId
 from blockserve.common.errors import ServerStoppingError
-from blockserve.worker.config import EngineConfig
-from blockserve.worker.engine import BlockEngine
-from blockserve.worker.messages import SpanMsg
+from blockserve.worker.engine.engine import BlockEngine
+from blockserve.worker.limits import EngineConfig
+from blockserve.worker.peers.messages import SpanMsg
 from blockzoo.manifest import ChainId
 from support.tiny import SMALL, TinyZoo
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from blockserve.worker.config import EngineConfig
+from blockserve.worker.limits import EngineConfig
 from blockzoo.manifest import ChainId
 from blockzoo.zoo import Zoo
 

@@ -8,7 +8,7 @@ from blockserve.common.metrics.settings import METRICS_LISTEN_MEANING, MetricsSe
 from blockserve.common.settings import setting
 from blockserve.controller.config import ControllerConfig
 from blockserve.router.config import RouterConfig
-from blockserve.worker.config import EngineConfig
+from blockserve.worker.limits import EngineConfig
 
 ALL = "all"
 """In `preload`: every variant of the zoo."""

@@ -19,7 +19,7 @@ from blockserve.router.resolve import VariantCatalog, ZooReader
 from blockzoo.errors import BlockzooError
 
 if TYPE_CHECKING:
-    from blockserve.worker.config import EngineConfig
+    from blockserve.worker.limits import EngineConfig
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def open_zoo(url: str) -> ZooReader:
 
 def make_engine(zoo: ZooReader, config: EngineConfig) -> RunnableEngine:
     """The real engine over the real zoo."""
-    from blockserve.worker.engine import BlockEngine
+    from blockserve.worker.engine.engine import BlockEngine
     from blockzoo.zoo import Zoo
 
     assert isinstance(zoo, Zoo)
@@ -54,7 +54,7 @@ def make_engine(zoo: ZooReader, config: EngineConfig) -> RunnableEngine:
 
 def import_engine() -> None:
     """Import what `make_engine` needs; torch takes more than a second."""
-    import blockserve.worker.engine  # noqa: F401
+    import blockserve.worker.engine.engine  # noqa: F401
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from blockserve.common.api.cluster import LoadReport, ResidentSegment
 from blockserve.common.errors import ConfigurationError, StateStoreError
 from blockserve.common.process.tasks import end
 from blockserve.common.state.store import Announcement, StateStore
-from blockserve.worker.hub import WorkerHub
+from blockserve.worker.service import WorkerHub
 
 log = logging.getLogger(__name__)
 

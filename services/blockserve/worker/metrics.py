@@ -14,7 +14,7 @@ from blockserve.common.metrics import cluster_catalogue as catalogue
 from blockserve.common.metrics.engine import Values, family
 from blockserve.common.metrics.labels import BoundedLabels
 from blockserve.worker.announcer import Announcer
-from blockserve.worker.links import PeerLinks
+from blockserve.worker.peers.streams import PeerLinks
 from blockserve.worker.settings import WorkerSettings
 
 

@@ -15,7 +15,7 @@ from blockserve.common.api.cluster import Assignment, ChainSpan, Placement
 from blockserve.common.errors import StateStoreError
 from blockserve.common.process.tasks import end
 from blockserve.common.state.store import StateStore
-from blockserve.worker.hub import WorkerHub
+from blockserve.worker.service import WorkerHub
 from blockzoo.errors import BlockzooError
 from blockzoo.manifest import ChainId, ChainManifest, Link
 

@@ -19,11 +19,11 @@ from blockserve.common.state.settings import open_store, refuse_unfit
 from blockserve.common.state.store import StateStore
 from blockserve.common.wire.errors import ErrorInterceptor
 from blockserve.worker.announcer import Announcer
-from blockserve.worker.engine import BlockEngine
-from blockserve.worker.hub import WorkerHub
-from blockserve.worker.links import PeerLinks
+from blockserve.worker.engine.engine import BlockEngine
 from blockserve.worker.metrics import WorkerMetrics
+from blockserve.worker.peers.streams import PeerLinks
 from blockserve.worker.reconciler import Reconciler
+from blockserve.worker.service import WorkerHub
 from blockserve.worker.servicer import WorkerServicer
 from blockserve.worker.settings import WorkerSettings
 from blockzoo.manifest import ChainId, ChainManifest

@@ -20,11 +20,11 @@ from blockserve.common.wire.engine import (
     token_to_message,
 )
 from blockserve.common.wire.spans import span_to_message
-from blockserve.worker.convert import from_frame, parts_from_message, prefix_from_message
-from blockserve.worker.hub import WorkerHub
-from blockserve.worker.kv_client import checksum
-from blockserve.worker.kv_transfer import to_bytes
-from blockserve.worker.links import FROM_KEY, TO_KEY, WIRE_KEY
+from blockserve.worker.peers.convert import from_frame, parts_from_message, prefix_from_message
+from blockserve.worker.peers.kv_client import checksum
+from blockserve.worker.peers.kv_transfer import to_bytes
+from blockserve.worker.peers.streams import FROM_KEY, TO_KEY, WIRE_KEY
+from blockserve.worker.service import WorkerHub
 from blockserve.worker.sessions import Progress
 from blockzoo.errors import BlockzooError
 from blockzoo.manifest import ChainId

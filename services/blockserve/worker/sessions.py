@@ -9,8 +9,8 @@ from functools import partial
 
 from blockserve.common.api.engine import EngineRequest, TokenEvent
 from blockserve.common.errors import PathBrokenError
-from blockserve.worker.engine import BlockEngine
-from blockserve.worker.request import Outcome, RunningRequest
+from blockserve.worker.engine.engine import BlockEngine
+from blockserve.worker.requests.running import Outcome, RunningRequest
 from blockzoo.errors import BlockzooError
 
 Progress = tuple[int, Outcome]

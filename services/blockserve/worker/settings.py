@@ -6,7 +6,7 @@ from pydantic import Field
 
 from blockserve.common.process.settings import ClusterSettings
 from blockserve.common.settings import setting
-from blockserve.worker.config import EngineConfig
+from blockserve.worker.limits import EngineConfig
 
 
 class WorkerSettings(ClusterSettings):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from blockserve.worker.engine import BlockEngine
+from blockserve.worker.engine.engine import BlockEngine
 from blockzoo.zoo import Zoo
 from support.tiny import SMALL, TinyZoo
 from support.variants import Variant, VariantFactory

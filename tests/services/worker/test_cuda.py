@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from blockserve.common.api.engine import EngineRequest, SamplingParams
-from blockserve.worker.debug import prompt_logits
-from blockserve.worker.engine import BlockEngine
+from blockserve.worker.engine.debug import prompt_logits
+from blockserve.worker.engine.engine import BlockEngine
 from support.tiny import SMALL, TinyZoo
 
 _PROMPTS = [tuple(range(3, 3 + length)) for length in (1, 8, 33, 100)]

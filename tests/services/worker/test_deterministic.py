@@ -16,10 +16,10 @@ from blockkernels.linear import can_pack
 from blockserve.common.api.cluster import ChainSpan
 from blockserve.common.api.engine import EngineRequest, SamplingParams, TokenEvent
 from blockserve.common.errors import ConfigurationError
-from blockserve.worker import executor
-from blockserve.worker.config import EngineConfig
-from blockserve.worker.debug import prompt_logits
-from blockserve.worker.engine import BlockEngine
+from blockserve.worker.compute import executor
+from blockserve.worker.engine.debug import prompt_logits
+from blockserve.worker.engine.engine import BlockEngine
+from blockserve.worker.limits import EngineConfig
 from blockzoo.compute.decoder import LayerBlock
 from blockzoo.manifest import ChainId
 from support.engine import EngineHarness

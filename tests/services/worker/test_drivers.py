@@ -14,11 +14,11 @@ import pytest
 from blockserve.common.api.cluster import WorkerId
 from blockserve.common.api.engine import EngineRequest, SamplingParams, TokenEvent
 from blockserve.common.errors import DeadlineExceededError, EngineFailedError, ServerStoppingError
-from blockserve.worker.drivers import LoopDriver, ThreadDriver
-from blockserve.worker.engine import BlockEngine
-from blockserve.worker.messages import ChunkMsg
-from blockserve.worker.pace import Pace
-from blockserve.worker.request import Chunk
+from blockserve.worker.engine.drivers import LoopDriver, ThreadDriver
+from blockserve.worker.engine.engine import BlockEngine
+from blockserve.worker.engine.pace import Pace
+from blockserve.worker.peers.messages import ChunkMsg
+from blockserve.worker.requests.running import Chunk
 from support.spans import SpanCluster
 from support.tiny import SMALL, TinyZoo
 

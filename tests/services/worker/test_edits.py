@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from blockkernels.penalties import RowEdit
 from blockserve.common.api.engine import EngineRequest, SamplingParams
-from blockserve.worker.edits import RequestEdits, edits_logits
+from blockserve.worker.requests.edits import RequestEdits, edits_logits
 from blockzoo.manifest import ChainId
 
 PROMPT = (5, 3, 5, 9)

@@ -20,9 +20,9 @@ from blockserve.common.errors import (
     QueueFullError,
     ServerStoppingError,
 )
-from blockserve.worker.debug import prompt_logits
-from blockserve.worker.engine import BlockEngine
-from blockserve.worker.executor import Executor
+from blockserve.worker.compute.executor import Executor
+from blockserve.worker.engine.debug import prompt_logits
+from blockserve.worker.engine.engine import BlockEngine
 from blockzoo.errors import CorruptBlobError
 from blockzoo.manifest import ChainId
 from support.tiny import SMALL, TinyZoo

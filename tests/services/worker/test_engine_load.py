@@ -20,8 +20,8 @@ from blockserve.common.errors import (
     QueueFullError,
     ServerStoppingError,
 )
-from blockserve.worker.batch_sizes import BOUNDS, BatchSizes
-from blockserve.worker.engine import BlockEngine
+from blockserve.worker.compute.counters import BOUNDS, BatchSizes
+from blockserve.worker.engine.engine import BlockEngine
 from support.tiny import SMALL, TinyZoo
 
 GREEDY = SamplingParams(temperature=0.0)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from blockserve.common.api.engine import EngineRequest, SamplingParams
 from blockserve.common.errors import MemoryBudgetError
-from blockserve.worker.engine import BlockEngine
-from blockserve.worker.eviction import choose_victims
+from blockserve.worker.blocks.eviction import choose_victims
+from blockserve.worker.engine.engine import BlockEngine
 from blockzoo.errors import ManifestNotFoundError
 from blockzoo.manifest import ChainId
 from support.tiny import SMALL, TinyZoo

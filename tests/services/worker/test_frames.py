@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockserve.worker.frames import frames
-from blockserve.worker.messages import AttemptId, ChunkMsg, CloseMsg, SpanMsg
+from blockserve.worker.peers.frames import frames
+from blockserve.worker.peers.messages import AttemptId, ChunkMsg, CloseMsg, SpanMsg
 
 TOKEN_BYTES = 16
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from blockserve.worker.kv import KvPool, KvShape, KvTable
+from blockserve.worker.kv.pool import KvPool, KvShape, KvTable
 
 
 def _pool(num_pages: int = 12, page_tokens: int = 4) -> KvPool:

@@ -15,8 +15,8 @@ from blockproto.v1 import worker_pb2, worker_pb2_grpc
 from blockserve.common.api.cluster import ChainSpan, PathStep, Run
 from blockserve.common.api.engine import EngineRequest, SamplingParams
 from blockserve.common.errors import WireError
-from blockserve.worker.kv_client import BATCH_PAGES
-from blockserve.worker.kv_transfer import KvPart, PrefixRef
+from blockserve.worker.peers.kv_client import BATCH_PAGES
+from blockserve.worker.peers.kv_transfer import KvPart, PrefixRef
 from blockserve.worker.servicer import WorkerServicer
 from support.hubs import Hubs, running_hubs
 from support.tiny import SMALL, TinyZoo

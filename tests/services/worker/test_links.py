@@ -15,9 +15,9 @@ import torch
 from blockproto.v1 import worker_pb2, worker_pb2_grpc
 from blockserve.common.api.cluster import PathStep, Run, WorkerId
 from blockserve.common.rpc.channel import Credentials
-from blockserve.worker.convert import from_frame
-from blockserve.worker.links import PeerLinks
-from blockserve.worker.messages import AttemptId, ChunkMsg
+from blockserve.worker.peers.convert import from_frame
+from blockserve.worker.peers.messages import AttemptId, ChunkMsg
+from blockserve.worker.peers.streams import PeerLinks
 from support.edge import async_test
 
 WINDOW = 1 << 16

@@ -14,12 +14,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from blockserve.common.api.cluster import Run
 from blockserve.common.api.engine import EngineRequest, SamplingParams
-from blockserve.worker.blocks import Lane, LoadedChain
-from blockserve.worker.kv import KvPool, KvShape
-from blockserve.worker.memory import KvMemory
-from blockserve.worker.prefix import PrefixSharing, layer_digests
-from blockserve.worker.request import RunningRequest
-from blockserve.worker.scheduler import Scheduler
+from blockserve.worker.blocks.manager import Lane, LoadedChain
+from blockserve.worker.engine.memory import KvMemory
+from blockserve.worker.engine.scheduler import Scheduler
+from blockserve.worker.kv.pool import KvPool, KvShape
+from blockserve.worker.kv.prefix import PrefixSharing, layer_digests
+from blockserve.worker.requests.running import RunningRequest
 from blockzoo.compute.decoder import ExecutableBlock
 from blockzoo.manifest import BlockId, ChainId, ChainManifest, Link
 

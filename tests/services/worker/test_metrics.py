@@ -8,8 +8,8 @@ from blockserve.common.api.cluster import PathStep, Run, WorkerId
 from blockserve.common.metrics.cluster_catalogue import WORKER
 from blockserve.common.metrics.labels import OTHER, BoundedLabels
 from blockserve.common.rpc.channel import Credentials
-from blockserve.worker.links import PeerLinks
 from blockserve.worker.metrics import WorkerMetrics, link_families
+from blockserve.worker.peers.streams import PeerLinks
 from blockserve.worker.server import WorkerServer
 from blockserve.worker.settings import WorkerSettings
 from support.edge import async_test

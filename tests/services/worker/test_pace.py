@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from blockserve.worker.pace import Pace
-from blockserve.worker.request import Chunk
+from blockserve.worker.engine.pace import Pace
+from blockserve.worker.requests.running import Chunk
 
 
 def chunks(*num_tokens: int) -> list[Chunk]:

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockserve.worker.pages import PageAllocator, Pages
+from blockserve.worker.kv.pages import PageAllocator, Pages
 
 _ACTIONS = st.sampled_from(["take", "extend", "hold", "let go"])
 

@@ -11,8 +11,8 @@ import pytest
 
 from blockserve.common.api.engine import EngineRequest, SamplingParams, TokenEvent
 from blockserve.common.errors import DeadlineExceededError
-from blockserve.worker.config import EngineConfig
-from blockserve.worker.engine import BlockEngine
+from blockserve.worker.engine.engine import BlockEngine
+from blockserve.worker.limits import EngineConfig
 from blockzoo.manifest import ChainId
 from support.tiny import SMALL, TinyZoo
 

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from blockserve.worker.pages import PageAllocator, Pages
-from blockserve.worker.prefix import (
+from blockserve.worker.kv.pages import PageAllocator, Pages
+from blockserve.worker.kv.prefix import (
     LayerDigest,
     PrefixCache,
     TokensDigest,

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from blockserve.common.api.engine import EngineRequest, SamplingParams, TokenEvent
-from blockserve.worker.config import EngineConfig
-from blockserve.worker.debug import prompt_logits
-from blockserve.worker.engine import BlockEngine
-from blockserve.worker.executor import Executor
-from blockserve.worker.request import Chunk
+from blockserve.worker.compute.executor import Executor
+from blockserve.worker.engine.debug import prompt_logits
+from blockserve.worker.engine.engine import BlockEngine
+from blockserve.worker.limits import EngineConfig
+from blockserve.worker.requests.running import Chunk
 from blockzoo.manifest import ChainId
 from blockzoo.zoo import Zoo
 from support.models import SPECS, edit_checkpoint, make_checkpoint

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from blockserve.common.api.cluster import Assignment, ChainSpan, Placement, Run, WorkerId, WorkerRecord
 from blockserve.common.rpc.channel import Credentials
 from blockserve.common.state.memory import InProcessStore
-from blockserve.worker.engine import BlockEngine
-from blockserve.worker.hub import WorkerHub
-from blockserve.worker.links import PeerLinks
+from blockserve.worker.engine.engine import BlockEngine
+from blockserve.worker.peers.streams import PeerLinks
 from blockserve.worker.reconciler import Reconciler
+from blockserve.worker.service import WorkerHub
 from support.tiny import SMALL, TinyZoo
 
 ME = WorkerId("me")

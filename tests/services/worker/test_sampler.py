@@ -10,9 +10,9 @@ import torch
 
 from blockserve.common.api.engine import EngineRequest, SamplingParams, TokenEvent
 from blockserve.common.errors import EngineFailedError
-from blockserve.worker import sampler
-from blockserve.worker.blocks import LoadedChain
-from blockserve.worker.request import Chunk, ChunkLogits, RunningRequest
+from blockserve.worker.blocks.manager import LoadedChain
+from blockserve.worker.compute import sampler
+from blockserve.worker.requests.running import Chunk, ChunkLogits, RunningRequest
 from blockzoo.manifest import ChainId
 
 VOCAB = 50

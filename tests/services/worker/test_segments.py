@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockserve.common.api.cluster import ChainSpan, Run
-from blockserve.worker.segments import SegmentMap, compute_segments
+from blockserve.worker.blocks.segments import SegmentMap, compute_segments
 from blockzoo.manifest import BlockId, ChainId
 
 

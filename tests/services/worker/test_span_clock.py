@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from blockserve.common.api.spans import PhaseTimes
-from blockserve.worker.span_clock import SpanClock, State
+from blockserve.worker.requests.clock import SpanClock, State
 
 
 def test_a_request_that_one_process_executes() -> None:

@@ -9,8 +9,8 @@ from blockproto.v1 import worker_pb2
 from blockserve.common.api.cluster import PathStep, Run, WorkerId
 from blockserve.common.api.engine import EngineRequest, PositionLogprobs, SamplingParams, TokenEvent
 from blockserve.common.errors import KvCapacityError, WireError
-from blockserve.worker.convert import from_frame, hidden_bytes, to_frame
-from blockserve.worker.messages import (
+from blockserve.worker.peers.convert import from_frame, hidden_bytes, to_frame
+from blockserve.worker.peers.messages import (
     AttemptId,
     BusyMsg,
     ChunkMsg,

@@ -9,8 +9,8 @@ from dataclasses import replace
 from blockserve.common.api.cluster import PathStep
 from blockserve.common.api.engine import EngineRequest, SamplingParams
 from blockserve.common.api.spans import SpanTrace
-from blockserve.worker.engine import BlockEngine
-from blockserve.worker.messages import BusyMsg, SpanMsg
+from blockserve.worker.engine.engine import BlockEngine
+from blockserve.worker.peers.messages import BusyMsg, SpanMsg
 from blockzoo.manifest import ChainId
 from support.spans import SpanCluster, span_cluster
 from support.tiny import SMALL, TinyZoo

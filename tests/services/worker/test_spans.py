@@ -18,10 +18,18 @@ from blockserve.common.errors import (
     SpanError,
     WireError,
 )
-from blockserve.worker.engine import BlockEngine
-from blockserve.worker.exchange import TAKEN_BYTES
-from blockserve.worker.kv_transfer import PrefixRef, to_bytes
-from blockserve.worker.messages import BusyMsg, ChunkMsg, CloseMsg, OpenMsg, RestartMsg, SpanMsg, TokenMsg
+from blockserve.worker.engine.engine import BlockEngine
+from blockserve.worker.engine.exchange import TAKEN_BYTES
+from blockserve.worker.peers.kv_transfer import PrefixRef, to_bytes
+from blockserve.worker.peers.messages import (
+    BusyMsg,
+    ChunkMsg,
+    CloseMsg,
+    OpenMsg,
+    RestartMsg,
+    SpanMsg,
+    TokenMsg,
+)
 from blockzoo.manifest import ChainId
 from support.spans import SpanCluster, span_cluster
 from support.tiny import SMALL, TinyZoo

@@ -21,9 +21,9 @@ from blockkernels.linear import can_pack
 from blockkernels.lora import LoraBank, RowRange
 from blockserve.common.api.cluster import ChainSpan, Run
 from blockserve.common.errors import ConfigurationError, SpanError
-from blockserve.worker.config import EngineConfig
-from blockserve.worker.kv import KvShape
-from blockserve.worker.prefix import LayerDigest, layer_digests
+from blockserve.worker.kv.pool import KvShape
+from blockserve.worker.kv.prefix import LayerDigest, layer_digests
+from blockserve.worker.limits import EngineConfig
 from blockzoo.compute.decoder import EmbeddingBlock, ExecutableBlock, HeadBlock, LayerBlock, build_block
 from blockzoo.errors import CorruptManifestError, InvalidConfigError
 from blockzoo.manifest import (

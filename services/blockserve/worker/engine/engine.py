@@ -36,20 +36,20 @@ from blockserve.common.errors import (
     ServerStoppingError,
 )
 from blockserve.common.process.cores import usable_cores
-from blockserve.worker.blocks import BlockManager, BlockSource, PreparedChain
-from blockserve.worker.chains import LoadedChains
-from blockserve.worker.config import EngineConfig
-from blockserve.worker.drivers import Driver, LoopDriver, ThreadDriver
-from blockserve.worker.exchange import Outlet, SpanExchange
-from blockserve.worker.executor import Executor
-from blockserve.worker.kv import KvPool, KvShape
-from blockserve.worker.kv_transfer import KvBlock, PrefixRef, export_blocks, from_bytes, import_blocks
-from blockserve.worker.memory import KvMemory
-from blockserve.worker.messages import SpanMsg
-from blockserve.worker.passes import Passes, Sink
-from blockserve.worker.request import Outcome, RunningRequest
-from blockserve.worker.scheduler import Scheduler
-from blockserve.worker.span_traces import SpanTraces
+from blockserve.worker.blocks.chains import LoadedChains
+from blockserve.worker.blocks.manager import BlockManager, BlockSource, PreparedChain
+from blockserve.worker.compute.executor import Executor
+from blockserve.worker.engine.drivers import Driver, LoopDriver, ThreadDriver
+from blockserve.worker.engine.exchange import Outlet, SpanExchange
+from blockserve.worker.engine.memory import KvMemory
+from blockserve.worker.engine.passes import Passes, Sink
+from blockserve.worker.engine.scheduler import Scheduler
+from blockserve.worker.engine.traces import SpanTraces
+from blockserve.worker.kv.pool import KvPool, KvShape
+from blockserve.worker.limits import EngineConfig
+from blockserve.worker.peers.kv_transfer import KvBlock, PrefixRef, export_blocks, from_bytes, import_blocks
+from blockserve.worker.peers.messages import SpanMsg
+from blockserve.worker.requests.running import Outcome, RunningRequest
 from blockzoo.errors import BlockzooError
 from blockzoo.manifest import ChainId
 

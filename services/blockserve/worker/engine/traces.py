@@ -8,8 +8,8 @@ from collections.abc import Callable, Collection, Sequence
 from blockserve.common.api.cluster import Run
 from blockserve.common.api.spans import SpanTrace
 from blockserve.common.tracing.recent import Recent
-from blockserve.worker.request import Chunk, RunningRequest
-from blockserve.worker.span_clock import AWAY, IDLE, READY, SpanClock, State
+from blockserve.worker.requests.clock import AWAY, IDLE, READY, SpanClock, State
+from blockserve.worker.requests.running import Chunk, RunningRequest
 
 Key = tuple[str, int, int]
 """Request, epoch of its path, place of this worker on it."""

@@ -6,7 +6,7 @@ page by page. What it may still need is set aside with them as long as nobody
 else wants it: then the pages of a layer stay neighbours, and attention reads
 them in place, without gathering. When pages run short, what was set aside is
 taken back first, then pages that only the prefix cache keeps; after that the
-scheduler pre-empts (`blockserve.worker.scheduler`).
+scheduler pre-empts (`blockserve.worker.engine.scheduler`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from blockserve.worker.pages import PageAllocator, Pages
-from blockserve.worker.prefix import CachedBlock, PrefixCache
+from blockserve.worker.kv.pages import PageAllocator, Pages
+from blockserve.worker.kv.prefix import CachedBlock, PrefixCache
 
 Run = tuple[int, int]
 """Neighbouring token slots as (first, end)."""

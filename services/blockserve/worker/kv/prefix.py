@@ -27,8 +27,8 @@ from typing import NewType
 
 import numpy as np
 
-from blockserve.worker.config import PrefixSharing
-from blockserve.worker.pages import PageAllocator, Pages
+from blockserve.worker.kv.pages import PageAllocator, Pages
+from blockserve.worker.limits import PrefixSharing
 from blockzoo.manifest import ChainId, ChainManifest
 
 LayerDigest = NewType("LayerDigest", bytes)

@@ -22,7 +22,7 @@ import torch
 
 from blockkernels.native import library
 from blockserve.common.errors import EngineFailedError, ServerStoppingError
-from blockserve.worker.passes import Pass, Passes
+from blockserve.worker.engine.passes import Pass, Passes
 
 _LOG = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from blockserve.worker.messages import ChunkMsg, SpanMsg
+from blockserve.worker.peers.messages import ChunkMsg, SpanMsg
 
 FRAME_BYTES = 4 << 20
 """Hidden states in one frame, at most: a quarter of what a worker takes as one message (`max_message_bytes`).

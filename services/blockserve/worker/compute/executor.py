@@ -21,12 +21,12 @@ from blockkernels.lora import GroupedRows, LoraBank, RowRange, TokenRun, add_lor
 from blockkernels.native import library
 from blockkernels.rotary import RopeParameters, RotaryTable, inverse_frequencies
 from blockserve.common.errors import ConfigurationError
-from blockserve.worker.batch_sizes import BatchSizes
-from blockserve.worker.blocks import BlockManager, LoadedChain
-from blockserve.worker.kv import KvPool, KvShape
-from blockserve.worker.lane_batch import LaneBatch, table_of
-from blockserve.worker.request import Chunk, ChunkHidden, ChunkLogits, ChunkResult
-from blockserve.worker.segments import Segment, SegmentId, SegmentMap
+from blockserve.worker.blocks.manager import BlockManager, LoadedChain
+from blockserve.worker.blocks.segments import Segment, SegmentId, SegmentMap
+from blockserve.worker.compute.counters import BatchSizes
+from blockserve.worker.compute.lane_batch import LaneBatch, table_of
+from blockserve.worker.kv.pool import KvPool, KvShape
+from blockserve.worker.requests.running import Chunk, ChunkHidden, ChunkLogits, ChunkResult
 from blockzoo.compute.decoder import EmbeddingBlock, HeadBlock, LayerBlock
 from blockzoo.manifest import BlockId, ChainId
 

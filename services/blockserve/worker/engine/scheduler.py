@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Protocol
 
-from blockserve.worker.request import Chunk, RunningRequest
+from blockserve.worker.requests.running import Chunk, RunningRequest
 
 
 class Memory(Protocol):

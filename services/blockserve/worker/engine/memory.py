@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from blockserve.worker.kv import KvPool, KvShape, KvTable
-from blockserve.worker.prefix import CachedBlock, extend_tokens_digests
-from blockserve.worker.request import RunningRequest
+from blockserve.worker.kv.pool import KvPool, KvShape, KvTable
+from blockserve.worker.kv.prefix import CachedBlock, extend_tokens_digests
+from blockserve.worker.requests.running import RunningRequest
 
 
 class KvMemory:
-    """Gives requests pages and takes them back; see `blockserve.worker.scheduler.Memory`.
+    """Gives requests pages and takes them back; see `blockserve.worker.engine.scheduler.Memory`.
 
     Attributes:
         num_queried: prompt tokens of requests that looked into the prefix cache.

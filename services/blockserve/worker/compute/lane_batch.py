@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from blockkernels.rotary import RopeParameters, RotaryTable
-from blockserve.worker.kv import KvPool, KvTable
-from blockserve.worker.request import Chunk
+from blockserve.worker.kv.pool import KvPool, KvTable
+from blockserve.worker.requests.running import Chunk
 
 
 class LaneBatch:

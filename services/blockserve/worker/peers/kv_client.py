@@ -22,9 +22,9 @@ from blockserve.common.api.cluster import ChainSpan, WorkerId
 from blockserve.common.errors import WireError
 from blockserve.common.rpc.channel import Credentials, open_channel
 from blockserve.common.rpc_errors import from_rpc_error
-from blockserve.worker.convert import prefix_to_message
-from blockserve.worker.engine import BlockEngine
-from blockserve.worker.kv_transfer import KvPart, PrefixRef, to_bytes
+from blockserve.worker.engine.engine import BlockEngine
+from blockserve.worker.peers.convert import prefix_to_message
+from blockserve.worker.peers.kv_transfer import KvPart, PrefixRef, to_bytes
 
 BATCH_PAGES = 8
 """Pages imported at a time: a few milliseconds between two passes."""

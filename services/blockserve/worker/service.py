@@ -16,11 +16,11 @@ from blockserve.common.api.cluster import ChainSpan, Run, WorkerId, WorkerRecord
 from blockserve.common.api.engine import EngineRequest
 from blockserve.common.errors import PathBrokenError, ServerStoppingError, WireError
 from blockserve.common.rpc.channel import Credentials
-from blockserve.worker.engine import BlockEngine
-from blockserve.worker.kv_client import Pulled, pull
-from blockserve.worker.kv_transfer import KvBlock, KvPart, PrefixRef
-from blockserve.worker.links import PeerLinks
-from blockserve.worker.messages import CloseMsg, FailMsg, OpenMsg, SpanMsg
+from blockserve.worker.engine.engine import BlockEngine
+from blockserve.worker.peers.kv_client import Pulled, pull
+from blockserve.worker.peers.kv_transfer import KvBlock, KvPart, PrefixRef
+from blockserve.worker.peers.messages import CloseMsg, FailMsg, OpenMsg, SpanMsg
+from blockserve.worker.peers.streams import PeerLinks
 from blockserve.worker.sessions import RouterSession
 from blockzoo.errors import BlockzooError
 from blockzoo.manifest import ChainId

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from blockserve.worker.request import Chunk
+from blockserve.worker.requests.running import Chunk
 
 SMOOTHING = 0.1
 """Weight of the newest pass in the means."""

@@ -11,8 +11,8 @@ from blockkernels.penalties import RowEdit, edit_logits
 from blockkernels.sampling import SamplingBatch, logprobs, nonfinite_rows, sample
 from blockserve.common.api.engine import FinishReason, PositionLogprobs, TokenEvent
 from blockserve.common.errors import EngineFailedError
-from blockserve.worker.edits import RequestEdits, edits_logits
-from blockserve.worker.request import ChunkLogits, Outcome, RunningRequest
+from blockserve.worker.requests.edits import RequestEdits, edits_logits
+from blockserve.worker.requests.running import ChunkLogits, Outcome, RunningRequest
 
 _LOGPROB_ROWS = 32
 

@@ -1,6 +1,6 @@
 """One pass after the other: what is computed, what is sampled, and who is told.
 
-Everything here belongs to whoever drives the engine (`blockserve.worker.drivers`) and happens between two
+Everything here belongs to whoever drives the engine (`blockserve.worker.engine.drivers`) and happens between two
 passes, but for `compute`, which is the pass itself.
 """
 
@@ -15,16 +15,23 @@ from dataclasses import dataclass, field
 from blockserve.common.api.cluster import ChainSpan
 from blockserve.common.api.engine import TokenEvent
 from blockserve.common.errors import ChainNotLoadedError, DeadlineExceededError, EngineFailedError
-from blockserve.worker.blocks import LoadedChain
-from blockserve.worker.chains import LoadedChains
-from blockserve.worker.exchange import SpanExchange
-from blockserve.worker.executor import Executor
-from blockserve.worker.memory import KvMemory
-from blockserve.worker.pace import Pace
-from blockserve.worker.request import Chunk, ChunkHidden, ChunkLogits, ChunkResult, Outcome, RunningRequest
-from blockserve.worker.sampler import collect_prompt, sample_next
-from blockserve.worker.scheduler import Scheduler
-from blockserve.worker.span_traces import SpanTraces
+from blockserve.worker.blocks.chains import LoadedChains
+from blockserve.worker.blocks.manager import LoadedChain
+from blockserve.worker.compute.executor import Executor
+from blockserve.worker.compute.sampler import collect_prompt, sample_next
+from blockserve.worker.engine.exchange import SpanExchange
+from blockserve.worker.engine.memory import KvMemory
+from blockserve.worker.engine.pace import Pace
+from blockserve.worker.engine.scheduler import Scheduler
+from blockserve.worker.engine.traces import SpanTraces
+from blockserve.worker.requests.running import (
+    Chunk,
+    ChunkHidden,
+    ChunkLogits,
+    ChunkResult,
+    Outcome,
+    RunningRequest,
+)
 from blockzoo.errors import BlockzooError
 
 _LOG = logging.getLogger(__name__)
@@ -120,7 +127,7 @@ class Passes:
         for running in list(self.sinks):
             self.fail(running, error)
 
-    # ---- for the exchange; see `blockserve.worker.exchange.Host`
+    # ---- for the exchange; see `blockserve.worker.engine.exchange.Host`
 
     def find(self, span: ChainSpan) -> LoadedChain | None:
         """A run of a chain that is in memory and takes requests."""

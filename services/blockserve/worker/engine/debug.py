@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from blockserve.common.api.engine import EngineRequest, SamplingParams
-from blockserve.worker.engine import BlockEngine
-from blockserve.worker.request import Outcome
+from blockserve.worker.engine.engine import BlockEngine
+from blockserve.worker.requests.running import Outcome
 from blockzoo.errors import BlockzooError
 from blockzoo.manifest import ChainId
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from blockserve.common.api.engine import EngineRequest, PositionLogprobs, RequestTiming, TokenEvent
-from blockserve.worker.blocks import LoadedChain
-from blockserve.worker.edits import RequestEdits
-from blockserve.worker.kv import KvTable
-from blockserve.worker.prefix import TokensDigest
-from blockserve.worker.span_clock import SpanClock
+from blockserve.worker.blocks.manager import LoadedChain
+from blockserve.worker.kv.pool import KvTable
+from blockserve.worker.kv.prefix import TokensDigest
+from blockserve.worker.requests.clock import SpanClock
+from blockserve.worker.requests.edits import RequestEdits
 from blockzoo.errors import BlockzooError
 
 Outcome = Sequence[TokenEvent] | BlockzooError

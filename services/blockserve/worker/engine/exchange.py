@@ -1,6 +1,6 @@
 """Requests whose chain goes on at other workers: what is told to whom, and when. Runs in the engine's thread.
 
-See `blockserve.worker.messages` for the conversation. The engine's scheduler decides what is computed; this
+See `blockserve.worker.peers.messages` for the conversation. The engine's scheduler decides what is computed; this
 module opens paths, hands hidden states and tokens on, and begins a request anew when a worker on its path has
 given up its pages. A lost worker ends the request with PathBrokenError: who chose the path chooses another.
 """
@@ -18,9 +18,10 @@ from typing import Protocol
 from blockserve.common.api.cluster import ChainSpan, PathStep, WorkerId
 from blockserve.common.api.engine import TokenEvent
 from blockserve.common.errors import ChainNotLoadedError, KvCapacityError, PathBrokenError
-from blockserve.worker.blocks import LoadedChain
-from blockserve.worker.memory import KvMemory
-from blockserve.worker.messages import (
+from blockserve.worker.blocks.manager import LoadedChain
+from blockserve.worker.engine.memory import KvMemory
+from blockserve.worker.engine.scheduler import Scheduler
+from blockserve.worker.peers.messages import (
     AttemptId,
     BusyMsg,
     ChunkMsg,
@@ -32,9 +33,8 @@ from blockserve.worker.messages import (
     SpanMsg,
     TokenMsg,
 )
-from blockserve.worker.request import ChunkHidden, Outcome, RunningRequest, SpanInput
-from blockserve.worker.scheduler import Scheduler
-from blockserve.worker.span_clock import State
+from blockserve.worker.requests.clock import State
+from blockserve.worker.requests.running import ChunkHidden, Outcome, RunningRequest, SpanInput
 from blockzoo.errors import BlockzooError
 
 _LOG = logging.getLogger(__name__)

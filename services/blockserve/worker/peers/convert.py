@@ -1,4 +1,4 @@
-"""What workers tell each other, to messages and back; pure. See `blockserve.worker.messages`.
+"""What workers tell each other, to messages and back; pure. See `blockserve.worker.peers.messages`.
 
 The hidden states of one pass for one receiver travel as one block of bytes: a decode step of many requests is
 one copy and one message, not one of each for every request.
@@ -23,8 +23,8 @@ from blockserve.common.wire.engine import (
     token_from_message,
     token_to_message,
 )
-from blockserve.worker.kv_transfer import KvPart, PrefixRef
-from blockserve.worker.messages import (
+from blockserve.worker.peers.kv_transfer import KvPart, PrefixRef
+from blockserve.worker.peers.messages import (
     AttemptId,
     BusyMsg,
     ChunkMsg,

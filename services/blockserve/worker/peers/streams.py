@@ -21,9 +21,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from blockproto.v1 import worker_pb2, worker_pb2_grpc
 from blockserve.common.api.cluster import WIRE_VERSION, PathStep, WorkerId
 from blockserve.common.rpc.channel import Credentials, open_channel
-from blockserve.worker.convert import hidden_bytes, to_frame
-from blockserve.worker.frames import FRAME_BYTES, frames
-from blockserve.worker.messages import SpanMsg
+from blockserve.worker.peers.convert import hidden_bytes, to_frame
+from blockserve.worker.peers.frames import FRAME_BYTES, frames
+from blockserve.worker.peers.messages import SpanMsg
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ NEW_SHARE = 0.2
 
 
 class PeerLinks:
-    """Streams to other workers; see `blockserve.worker.exchange.Outlet`.
+    """Streams to other workers; see `blockserve.worker.engine.exchange.Outlet`.
 
     Attributes:
         on_lost: told in the event loop that a worker cannot be reached.

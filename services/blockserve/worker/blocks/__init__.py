@@ -1,0 +1,1 @@
+"""Blocks and chains in memory: read once, shared by whoever uses them, let go when room is needed."""

@@ -1,0 +1,1 @@
+"""One pass over the loaded blocks: batches by segment, adapters on them, sampling at the end."""

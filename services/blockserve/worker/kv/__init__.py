@@ -1,0 +1,1 @@
+"""Keys and values: pages, which are free, and the prefix cache that shares them."""
