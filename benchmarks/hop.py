@@ -36,7 +36,7 @@ from blockproto.v1 import worker_pb2
 from blockserve.common.api.cluster import PathStep, Run
 from blockserve.common.api.engine import EngineRequest, SamplingParams
 from blockserve.common.rpc.channel import Credentials, open_channel
-from blockserve.router.worker_stream import WorkerStream
+from blockserve.router.cluster.stream import WorkerStream
 from blockserve.worker.peers.convert import from_frame, to_frame
 from blockserve.worker.peers.messages import AttemptId, ChunkMsg
 

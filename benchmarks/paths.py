@@ -18,9 +18,9 @@ from blockserve.common.api.cluster import (
     WorkerView,
     segment_digest,
 )
-from blockserve.router.path_costs import RequestSize
-from blockserve.router.path_index import PathIndex
-from blockserve.router.paths import assemble
+from blockserve.router.paths.assemble import assemble
+from blockserve.router.paths.costs import RequestSize
+from blockserve.router.paths.index import PathIndex
 from blockzoo.manifest import BlockId, ChainId, Link
 
 WORKERS, LINKS, CALLS = 300, 34, 600

@@ -13,7 +13,7 @@ import pytest
 
 from blockserve.common.api.call_trace import CallTrace, ChoiceTrace
 from blockserve.common.errors import RequestNotFoundError
-from blockserve.router.trace_parts import PartKind, parts_of
+from blockserve.router.traces.parts import PartKind, parts_of
 from blockzoo.zoo import Zoo
 from support.cluster import PATIENCE, Cluster, cluster
 from support.variants import VariantFactory

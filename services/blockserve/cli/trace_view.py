@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from blockserve.common.api.call_trace import CallTrace, ChoiceTrace
     from blockserve.common.api.spans import PathTrace, SpanTimes
-    from blockserve.router.trace_parts import Part
+    from blockserve.router.traces.parts import Part
 
 NUMERIC = ("TOKENS", "PROMPT", "DECODE", "PER TOKEN", "LONGEST", "WAITED", "TIME", "SHARE")
 
@@ -41,7 +41,7 @@ def call_to_json(call: CallTrace) -> dict[str, Any]:
 
 
 def _parts_to_json(choice: ChoiceTrace) -> list[dict[str, Any]]:
-    from blockserve.router.trace_parts import parts_of
+    from blockserve.router.traces.parts import parts_of
 
     return [
         {
@@ -82,7 +82,7 @@ def _path_line(path: PathTrace) -> str:
 
 
 def _table(choice: ChoiceTrace) -> Table:
-    from blockserve.router.trace_parts import parts_of
+    from blockserve.router.traces.parts import parts_of
 
     several = len(choice.paths) > 1
     table = make_table("PART", "POSITIONS", *NUMERIC, numeric=NUMERIC)

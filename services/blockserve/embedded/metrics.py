@@ -5,7 +5,7 @@ from __future__ import annotations
 from blockserve.common.api.engine import Engine
 from blockserve.common.metrics import EngineCollector, ProcessMetrics, RequestMetrics, VariantCollector
 from blockserve.embedded.config import ServeConfig
-from blockserve.router.resolve import ZooReader
+from blockserve.router.intake.catalog import ZooReader
 
 
 class ServerMetrics(ProcessMetrics):

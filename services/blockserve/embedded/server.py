@@ -38,10 +38,10 @@ from blockserve.embedded.startup import (
     parse_ahead,
     process_age,
 )
-from blockserve.router.chat import ChatRenderer
-from blockserve.router.resolve import VariantCatalog, ZooReader
+from blockserve.router.fronts.servicer import AdminServicer, InferenceServicer
+from blockserve.router.intake.catalog import VariantCatalog, ZooReader
+from blockserve.router.intake.chat import ChatRenderer
 from blockserve.router.service import Router, chat_limits
-from blockserve.router.servicer import AdminServicer, InferenceServicer
 from blockzoo.errors import BlockzooError
 from blockzoo.zoo import Zoo
 

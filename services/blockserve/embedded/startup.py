@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from blockserve.common.api.engine import Engine
 from blockserve.embedded.config import ALL
-from blockserve.router.resolve import VariantCatalog, ZooReader
+from blockserve.router.intake.catalog import VariantCatalog, ZooReader
 from blockzoo.errors import BlockzooError
 
 if TYPE_CHECKING:

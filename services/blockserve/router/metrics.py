@@ -13,7 +13,7 @@ from blockserve.common.metrics import ProcessMetrics, RequestMetrics
 from blockserve.common.metrics import cluster_catalogue as catalogue
 from blockserve.common.metrics.cluster import view_families
 from blockserve.common.metrics.engine import family, histogram_family
-from blockserve.router.cluster import ClusterEngine
+from blockserve.router.cluster.engine import ClusterEngine
 from blockserve.router.settings import RouterSettings
 
 

@@ -27,16 +27,16 @@ from blockserve.common.rpc.listen import (
 from blockserve.common.state.settings import open_store, refuse_unfit
 from blockserve.common.state.store import StateStore
 from blockserve.common.wire.errors import ErrorInterceptor
-from blockserve.router.adaptive import AdaptiveAssembly
-from blockserve.router.chat import ChatRenderer
-from blockserve.router.choosing import ZooPathChooser
-from blockserve.router.cluster import ClusterEngine
-from blockserve.router.demand import DemandTeller
+from blockserve.router.cluster.demand import DemandTeller
+from blockserve.router.cluster.engine import ClusterEngine
+from blockserve.router.cluster.watching import ClusterWatch
+from blockserve.router.fronts.servicer import AdminServicer, InferenceServicer
+from blockserve.router.intake.chat import ChatRenderer
 from blockserve.router.metrics import RouterMetrics
+from blockserve.router.paths.adaptive import AdaptiveAssembly
+from blockserve.router.paths.chooser import ZooPathChooser
 from blockserve.router.service import Router, chat_limits
-from blockserve.router.servicer import AdminServicer, InferenceServicer
 from blockserve.router.settings import RouterSettings
-from blockserve.router.watching import ClusterWatch
 from blockzoo.equivalence import Approvals
 from blockzoo.store.wishes import WishBook
 from blockzoo.zoo import Zoo

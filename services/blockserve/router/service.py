@@ -28,18 +28,18 @@ from blockserve.common.errors import (
 )
 from blockserve.common.metrics import AnswerMeter, MetricsRegistry, RequestMeter, RequestMetrics
 from blockserve.common.placement.wishes import WishKeeper
-from blockserve.router.adaptive import AdaptiveAssembly
-from blockserve.router.admission import Admission
-from blockserve.router.chat import ChatLimits, ChatRenderer
-from blockserve.router.choices import Choices
-from blockserve.router.cluster_report import KnowsCluster, describe
-from blockserve.router.config import RouterConfig
-from blockserve.router.generation import Answer, stream_answer
-from blockserve.router.loading import ChainLoader
-from blockserve.router.pacing import Pacer
-from blockserve.router.plan import Plan, check_call, check_conversation, plan
-from blockserve.router.resolve import DamagedVariant, ServedVariant, VariantCatalog, ZooReader
-from blockserve.router.trace_book import CallTimes, ChoiceTimes, TraceBook
+from blockserve.router.admission.gate import Admission
+from blockserve.router.admission.pacing import Pacer
+from blockserve.router.answers.answer import Answer, stream_answer
+from blockserve.router.answers.choices import Choices
+from blockserve.router.cluster.report import KnowsCluster, describe
+from blockserve.router.intake.catalog import DamagedVariant, ServedVariant, VariantCatalog, ZooReader
+from blockserve.router.intake.chat import ChatLimits, ChatRenderer
+from blockserve.router.intake.loading import ChainLoader
+from blockserve.router.intake.plan import Plan, check_call, check_conversation, plan
+from blockserve.router.limits import RouterConfig
+from blockserve.router.paths.adaptive import AdaptiveAssembly
+from blockserve.router.traces.book import CallTimes, ChoiceTimes, TraceBook
 from blockzoo.manifest import ChainId
 
 log = logging.getLogger(__name__)

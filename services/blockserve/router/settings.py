@@ -6,9 +6,9 @@ from pydantic import Field
 
 from blockserve.common.process.settings import ClusterSettings
 from blockserve.common.settings import Section, setting
-from blockserve.router.adaptive import AdaptiveConfig
-from blockserve.router.config import RouterConfig
-from blockserve.router.kv_plan import KvCosts
+from blockserve.router.cluster.kv_plan import KvCosts
+from blockserve.router.limits import RouterConfig
+from blockserve.router.paths.adaptive import AdaptiveConfig
 
 
 class FailoverConfig(Section):

@@ -21,8 +21,8 @@ from blockserve.common.api.cluster import (
     WorkerView,
 )
 from blockserve.common.api.results import ServerStatus
-from blockserve.router.cluster_report import KnowsCluster, describe
-from blockserve.router.journeys import NamedStep
+from blockserve.router.cluster.report import KnowsCluster, describe
+from blockserve.router.traces.journeys import NamedStep
 
 TRUNK = ResidentSegment(SegmentDigest("aa" * 16), Run(0, 4))
 HEAD = ResidentSegment(SegmentDigest("bb" * 16), Run(4, 6))

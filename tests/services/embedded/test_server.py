@@ -129,7 +129,7 @@ async def test_a_drain_can_be_cut_short() -> None:
 async def test_a_template_process_that_does_not_start_keeps_no_other_request_from_being_served(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("blockserve.router.chat.sys.executable", "/nonexistent/python")
+    monkeypatch.setattr("blockserve.router.intake.chat.sys.executable", "/nonexistent/python")
     async with serving() as rig:
         assert "cannot be rendered yet" in caplog.text
         assert (await rig.client.generate("tale", "x", max_tokens=1).result()).token_ids
@@ -155,7 +155,12 @@ def test_the_age_of_the_process_includes_the_interpreters_start() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["blockserve.router.servicer", "blockserve.router.client", "blockserve.embedded.config", "blockserve"],
+    [
+        "blockserve.router.fronts.servicer",
+        "blockserve.router.client",
+        "blockserve.embedded.config",
+        "blockserve",
+    ],
 )
 def test_the_edge_runs_without_torch(module: str) -> None:
     code = (

@@ -10,7 +10,7 @@ import pytest
 
 from blockserve.common.api.engine import EngineRequest, SamplingParams
 from blockserve.common.errors import ResumeError
-from blockserve.router.adaptive import AdaptiveAssembly, AdaptiveConfig
+from blockserve.router.paths.adaptive import AdaptiveAssembly, AdaptiveConfig
 from blockzoo.equivalence import Approvals, Substitute
 from blockzoo.equivalence.records import Positions, RecordId
 from blockzoo.errors import ManifestNotFoundError

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from blockserve.common.errors import QueueFullError, ServerStoppingError
-from blockserve.router.admission import Admission
+from blockserve.router.admission.gate import Admission
 from support.edge import async_test, until
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from blockserve.common.api.calls import Conversation
 from blockserve.common.errors import ChatTemplateError
-from blockserve.router.chat import ChatLimits, ChatRenderer, ChatTemplates
+from blockserve.router.intake.chat import ChatLimits, ChatRenderer, ChatTemplates
 from support.edge import CHATML, async_test, byte_level_tokenizer
 
 SMOLLM2 = (
@@ -195,7 +195,7 @@ def test_tool_results_render_as_in_transformers(reference: Any) -> None:
 def test_smollm2_matches_transformers(smollm2: Path) -> None:
     from transformers import AutoTokenizer
 
-    from blockserve.router.variant_files import chat_templates
+    from blockserve.router.intake.variant_files import chat_templates
 
     theirs = AutoTokenizer.from_pretrained(smollm2)
 

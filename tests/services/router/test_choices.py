@@ -16,10 +16,10 @@ from blockserve.common.api.engine import EngineRequest, TokenEvent
 from blockserve.common.api.results import Chunk
 from blockserve.common.errors import EngineFailedError, SamplingError, ServerStoppingError, UnavailableError
 from blockserve.router import aio_client
-from blockserve.router.choices import choice_plans
-from blockserve.router.config import RouterConfig
-from blockserve.router.plan import plan
-from blockserve.router.resolve import VariantCatalog
+from blockserve.router.answers.choices import choice_plans
+from blockserve.router.intake.catalog import VariantCatalog
+from blockserve.router.intake.plan import plan
+from blockserve.router.limits import RouterConfig
 from blockzoo.errors import InvalidInputError
 from support.edge import FakeZoo, ScriptedEngine, async_test, serving, until
 

@@ -18,7 +18,7 @@ from blockserve.common.api.cluster import (
     segment_digest,
 )
 from blockserve.common.api.engine import EngineRequest, SamplingParams
-from blockserve.router.choosing import PARTED_SECONDS, ZooPathChooser
+from blockserve.router.paths.chooser import PARTED_SECONDS, ZooPathChooser
 from blockzoo.manifest import ChainId
 from blockzoo.zoo import Zoo
 

@@ -7,8 +7,8 @@ import pytest
 
 from blockserve.common.errors import StateStoreError
 from blockserve.common.state.memory import InProcessStore
-from blockserve.router import demand as module
-from blockserve.router.demand import DemandTeller
+from blockserve.router.cluster import demand as module
+from blockserve.router.cluster.demand import DemandTeller
 from blockzoo.manifest import ChainId
 
 CHAIN = ChainId("c")

@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockserve.router.detokenizer import (
+from blockserve.router.answers.detokenizer import (
     MAX_PENDING_TOKENS,
     ByteLevelDetokenizer,
     SilentDetokenizer,
     WindowDetokenizer,
     detokenizer,
 )
-from blockserve.router.tokenizer import VariantTokenizer
+from blockserve.router.intake.tokenizer import VariantTokenizer
 from support.edge import byte_fallback_tokenizer, byte_level_tokenizer
 
 BYTE_LEVEL = VariantTokenizer(byte_level_tokenizer())

@@ -14,11 +14,11 @@ from blockserve.common.api.calls import GenerateCall, SamplingWishes, StoppingWi
 from blockserve.common.api.engine import EngineRequest, FinishReason, TokenEvent
 from blockserve.common.api.results import Chunk
 from blockserve.common.errors import EngineFailedError, ResumeError
-from blockserve.router.config import RouterConfig
-from blockserve.router.generation import Answer, stream_answer
-from blockserve.router.plan import Plan, plan
-from blockserve.router.resolve import VariantCatalog
-from blockserve.router.tokenizer import VariantTokenizer
+from blockserve.router.answers.answer import Answer, stream_answer
+from blockserve.router.intake.catalog import VariantCatalog
+from blockserve.router.intake.plan import Plan, plan
+from blockserve.router.intake.tokenizer import VariantTokenizer
+from blockserve.router.limits import RouterConfig
 from support.edge import FakeZoo, ScriptedEngine, async_test, byte_level_tokenizer
 
 TOKENIZER = VariantTokenizer(byte_level_tokenizer())

@@ -16,7 +16,7 @@ from blockserve.common.api.cluster import (
     WorkerView,
 )
 from blockserve.common.api.spans import SpanTimes
-from blockserve.router.journeys import Journeys
+from blockserve.router.traces.journeys import Journeys
 
 A, B = WorkerId("a.1"), WorkerId("b.1")
 PATH = (PathStep(A, "unix:/a", Run(0, 3)), PathStep(B, "unix:/b", Run(3, 6)))

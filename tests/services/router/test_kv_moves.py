@@ -9,8 +9,8 @@ from blockproto.v1 import worker_pb2, worker_pb2_grpc
 from blockserve.common.api.cluster import ClusterView, PathStep, Run, WorkerId, WorkerRecord, WorkerView
 from blockserve.common.api.engine import EngineRequest, SamplingParams
 from blockserve.common.rpc.channel import Credentials
-from blockserve.router.kv_moves import KvMover, pull_message
-from blockserve.router.kv_plan import KvCosts, Move
+from blockserve.router.cluster.kv_moves import KvMover, pull_message
+from blockserve.router.cluster.kv_plan import KvCosts, Move
 from blockzoo.manifest import ChainId
 
 REQUEST = EngineRequest("r", ChainId("c"), (1, 2), SamplingParams(), 5, cache_salt="s", output=(3,))

@@ -15,7 +15,7 @@ from blockserve.common.api.cluster import (
     WorkerRecord,
     WorkerView,
 )
-from blockserve.router.kv_plan import KvCosts, Move, Reason, estimate, plan_moves
+from blockserve.router.cluster.kv_plan import KvCosts, Move, Reason, estimate, plan_moves
 
 
 def _view(**layouts: str) -> ClusterView:

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from blockserve.router.loading import ChainLoader
+from blockserve.router.intake.loading import ChainLoader
 from blockzoo.errors import CorruptBlobError
 from blockzoo.manifest import ChainId
 from support.edge import ScriptedEngine, async_test, until

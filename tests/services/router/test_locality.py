@@ -2,7 +2,7 @@
 
 from blockserve.common.api.cluster import PathStep, Run, WorkerId
 from blockserve.common.api.engine import EngineRequest, SamplingParams
-from blockserve.router.locality import BLOCK_TOKENS, PrefixLocality
+from blockserve.router.paths.locality import BLOCK_TOKENS, PrefixLocality
 from blockzoo.manifest import ChainId
 
 LONG = tuple(range(3 * BLOCK_TOKENS + 5))

@@ -17,11 +17,11 @@ from blockserve.common.api.cluster import (
 from blockserve.common.metrics.cluster_catalogue import ROUTER
 from blockserve.common.rpc.channel import Credentials
 from blockserve.common.state.memory import InProcessStore
-from blockserve.router.choosing import ZooPathChooser
-from blockserve.router.cluster import ClusterEngine
-from blockserve.router.demand import DemandTeller
-from blockserve.router.kv_plan import Reason
+from blockserve.router.cluster.demand import DemandTeller
+from blockserve.router.cluster.engine import ClusterEngine
+from blockserve.router.cluster.kv_plan import Reason
 from blockserve.router.metrics import RouterMetrics, count_sizes
+from blockserve.router.paths.chooser import ZooPathChooser
 from blockserve.router.settings import RouterSettings
 from support.edge import FakeZoo, async_test
 from support.scrape import scrape

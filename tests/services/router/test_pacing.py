@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from blockserve.router.pacing import SHORTEST_SECONDS, Pacer
+from blockserve.router.admission.pacing import SHORTEST_SECONDS, Pacer
 
 
 class Clock:

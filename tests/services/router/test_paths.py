@@ -21,9 +21,9 @@ from blockserve.common.api.cluster import (
     segment_digest,
 )
 from blockserve.common.errors import NoPathError
-from blockserve.router.path_costs import CostModel, RequestSize
-from blockserve.router.path_index import Parent, PathIndex
-from blockserve.router.paths import Path, assemble
+from blockserve.router.paths.assemble import Path, assemble
+from blockserve.router.paths.costs import CostModel, RequestSize
+from blockserve.router.paths.index import Parent, PathIndex
 from blockzoo.manifest import BlockId, ChainId, Link
 
 CHAIN = ChainId("c" * 64)

@@ -17,9 +17,9 @@ from blockserve.common.errors import (
     ResumeError,
     SamplingError,
 )
-from blockserve.router.config import RouterConfig
-from blockserve.router.plan import Plan, check_call, plan
-from blockserve.router.resolve import ServedVariant, VariantCatalog
+from blockserve.router.intake.catalog import ServedVariant, VariantCatalog
+from blockserve.router.intake.plan import Plan, check_call, plan
+from blockserve.router.limits import RouterConfig
 from support.edge import FakeZoo, byte_level_tokenizer, variant_files
 
 LIMITS = RouterConfig()

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from blockserve.common.errors import PromptError
-from blockserve.router.config import RouterConfig
-from blockserve.router.resolve import VariantCatalog
+from blockserve.router.intake.catalog import VariantCatalog
+from blockserve.router.limits import RouterConfig
 from blockzoo.errors import VariantNotFoundError
 from blockzoo.manifest import VariantRecord
 from blockzoo.storage import LocalStorage

@@ -11,9 +11,9 @@ import pytest
 
 from blockserve.common.api.calls import GenerateCall, SamplingWishes, StoppingWishes
 from blockserve.common.errors import ResumeError, SamplingError
-from blockserve.router.config import RouterConfig
-from blockserve.router.plan import Plan, check_call, plan
-from blockserve.router.resolve import VariantCatalog
+from blockserve.router.intake.catalog import VariantCatalog
+from blockserve.router.intake.plan import Plan, check_call, plan
+from blockserve.router.limits import RouterConfig
 from support.edge import FakeZoo, byte_level_tokenizer, variant_files
 
 LIMITS = RouterConfig()

@@ -27,7 +27,7 @@ from blockserve.common.errors import (
     ServerStoppingError,
 )
 from blockserve.common.wire.errors import DETAILS_KEY
-from blockserve.router.config import RouterConfig
+from blockserve.router.limits import RouterConfig
 from blockzoo.errors import BlockzooError, CorruptBlobError, InvalidInputError, VariantNotFoundError
 from support.edge import (
     FakeZoo,

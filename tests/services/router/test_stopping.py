@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockserve.router.stopping import StopMatcher
+from blockserve.router.answers.stopping import StopMatcher
 
 
 def shown(stops: list[str], pieces: list[str], *, include: bool = False) -> tuple[str, str | None]:

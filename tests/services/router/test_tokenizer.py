@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from blockserve.common.errors import PromptError
-from blockserve.router.tokenizer import TokenizerCache, VariantTokenizer
+from blockserve.router.intake.tokenizer import TokenizerCache, VariantTokenizer
 from blockzoo.manifest import BlobId
 from support.edge import byte_fallback_tokenizer, byte_level_tokenizer, tokenizer_json
 

@@ -9,7 +9,7 @@ import pytest
 from blockserve.common.api.call_trace import ChoiceTrace
 from blockserve.common.api.cluster import Run, WorkerId
 from blockserve.common.api.spans import PathTrace, PhaseTimes, SpanTimes, StepTrace
-from blockserve.router.trace_parts import PartKind, parts_of
+from blockserve.router.traces.parts import PartKind, parts_of
 
 HEAD = SpanTimes(
     queued=0.5,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from blockserve.router.variant_files import GenerationDefaults, chat_templates, generation_defaults
+from blockserve.router.intake.variant_files import GenerationDefaults, chat_templates, generation_defaults
 
 
 def reader(files: Mapping[str, Any]) -> Any:

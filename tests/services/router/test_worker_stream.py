@@ -2,7 +2,7 @@
 
 from blockserve.common.api.engine import EngineRequest, SamplingParams, TokenEvent
 from blockserve.common.errors import PathBrokenError
-from blockserve.router.worker_stream import _Running
+from blockserve.router.cluster.stream import _Running
 from blockzoo.manifest import ChainId
 
 

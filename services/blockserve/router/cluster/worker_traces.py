@@ -13,7 +13,7 @@ from blockserve.common.api.cluster import WorkerId
 from blockserve.common.api.spans import SpanTimes
 from blockserve.common.rpc.channel import Credentials, open_channel
 from blockserve.common.wire.spans import span_from_message
-from blockserve.router.journeys import SpanKey
+from blockserve.router.traces.journeys import SpanKey
 
 log = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ from typing import Any
 from blockserve.common.api.engine import Engine, FinishReason, PositionLogprobs, RequestTiming, TokenEvent
 from blockserve.common.api.results import Chunk, Finish, RequestInfo, Usage
 from blockserve.common.errors import EngineFailedError, ResumeError
-from blockserve.router.detokenizer import detokenizer
-from blockserve.router.plan import Plan
-from blockserve.router.stopping import StopMatcher
-from blockserve.router.tokenizer import VariantTokenizer
+from blockserve.router.answers.detokenizer import detokenizer
+from blockserve.router.answers.stopping import StopMatcher
+from blockserve.router.intake.plan import Plan
+from blockserve.router.intake.tokenizer import VariantTokenizer
 
 
 class Answer:

@@ -30,13 +30,13 @@ from blockserve.common.errors import (
     WorkerNotFoundError,
 )
 from blockserve.common.rpc.channel import Credentials
-from blockserve.router.cluster_report import summarise
-from blockserve.router.journeys import Journeys, NamedStep
-from blockserve.router.kv_moves import KvMover
-from blockserve.router.kv_plan import KvCosts
+from blockserve.router.cluster.kv_moves import KvMover
+from blockserve.router.cluster.kv_plan import KvCosts
+from blockserve.router.cluster.report import summarise
+from blockserve.router.cluster.stream import WorkerStream, answers, drain
+from blockserve.router.cluster.worker_traces import ask_workers
 from blockserve.router.settings import FailoverConfig
-from blockserve.router.worker_stream import WorkerStream, answers, drain
-from blockserve.router.worker_traces import ask_workers
+from blockserve.router.traces.journeys import Journeys, NamedStep
 from blockzoo.errors import BlockzooError
 from blockzoo.manifest import ChainId
 
@@ -49,7 +49,7 @@ RETRYABLE = (PathBrokenError, ServerStoppingError, ChainNotLoadedError)
 
 
 class PathChooser(Protocol):
-    """Says where a request runs; see `blockserve.router.choosing`."""
+    """Says where a request runs; see `blockserve.router.paths.chooser`."""
 
     def update(self, view: ClusterView) -> None:
         """The cluster has changed."""

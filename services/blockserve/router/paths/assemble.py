@@ -18,9 +18,9 @@ import numpy.typing as npt
 
 from blockserve.common.api.cluster import Run, WorkerId
 from blockserve.common.errors import NoPathError
-from blockserve.router.path_costs import Floats, RequestSize
-from blockserve.router.path_index import Candidates, PathIndex
-from blockserve.router.path_program import PathCosts, cheapest
+from blockserve.router.paths.costs import Floats, RequestSize
+from blockserve.router.paths.index import Candidates, PathIndex
+from blockserve.router.paths.program import PathCosts, cheapest
 from blockzoo.manifest import ChainId, Link
 
 

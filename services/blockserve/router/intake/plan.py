@@ -19,14 +19,14 @@ from blockserve.common.errors import (
     ResumeError,
     SamplingError,
 )
-from blockserve.router.config import RouterConfig
-from blockserve.router.resolve import ServedVariant
-from blockserve.router.sampling_checks import (
+from blockserve.router.intake.catalog import ServedVariant
+from blockserve.router.intake.checks import (
     check_choices,
     check_held,
     check_logit_edits,
     check_resolved,
 )
+from blockserve.router.limits import RouterConfig
 
 MIN_TEMPERATURE = 1e-3
 """Below it, logits over temperature leave float32's range; such a caller means greedy, which is 0."""

@@ -1,4 +1,4 @@
-"""Choosing paths from the zoo's manifests and the last view of the cluster; see `blockserve.router.paths`."""
+"""Choosing paths from the zoo's manifests and the last view of the cluster; see `blockserve.router.paths.assemble`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Callable, Collection, Sequence
 from blockserve.common.api.cluster import ClusterView, PathStep, WorkerId
 from blockserve.common.api.engine import EngineRequest
 from blockserve.common.errors import NoPathError
-from blockserve.router.locality import PrefixLocality
-from blockserve.router.path_costs import CostModel, RequestSize
-from blockserve.router.path_index import Parent, PathIndex
-from blockserve.router.paths import Path, assemble
-from blockserve.router.resolve import ZooReader
+from blockserve.router.intake.catalog import ZooReader
+from blockserve.router.paths.assemble import Path, assemble
+from blockserve.router.paths.costs import CostModel, RequestSize
+from blockserve.router.paths.index import Parent, PathIndex
+from blockserve.router.paths.locality import PrefixLocality
 from blockzoo.manifest import ChainId, Link
 
 EXPECTED_OUTPUT_TOKENS = 256
@@ -24,7 +24,7 @@ _NO_PROMPT = RequestSize(prompt_tokens=1, output_tokens=1)
 
 
 class ZooPathChooser:
-    """See `blockserve.router.cluster.PathChooser`. One event loop."""
+    """See `blockserve.router.cluster.engine.PathChooser`. One event loop."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The dynamic program behind `blockserve.router.paths`: which candidate runs each interval of a chain.
+"""The dynamic program behind `blockserve.router.paths.assemble`: which candidate runs each interval of a chain.
 
 It goes over the intervals between borders and knows only the worker it is at, so it might come back to one it
 has left, which a request must not. Only then it runs again and remembers whether it has visited that worker
@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from blockserve.router.path_costs import Floats
+from blockserve.router.paths.costs import Floats
 
 _MOST_REMEMBERED = 8
 _MANY, _FEW = 48, 12

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from blockserve.router.chat import ChatTemplates
+from blockserve.router.intake.chat import ChatTemplates
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from blockproto.v1 import worker_pb2, worker_pb2_grpc
 from blockserve.common.api.cluster import ClusterView, PathStep, WorkerId
 from blockserve.common.api.engine import EngineRequest
 from blockserve.common.rpc.channel import Credentials, open_channel
-from blockserve.router.kv_plan import KvCosts, Move, Reason, estimate, plan_moves
+from blockserve.router.cluster.kv_plan import KvCosts, Move, Reason, estimate, plan_moves
 
 log = logging.getLogger(__name__)
 

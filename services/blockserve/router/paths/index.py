@@ -24,7 +24,7 @@ from blockserve.common.api.cluster import (
     WorkerView,
     segment_digest,
 )
-from blockserve.router.path_costs import CostModel, Floats, RequestSize, hop_latency, worker_costs
+from blockserve.router.paths.costs import CostModel, Floats, RequestSize, hop_latency, worker_costs
 from blockzoo.manifest import ChainId, Link
 
 PARTED_HOP_SECONDS = 10.0
@@ -127,7 +127,7 @@ class Candidates:
 
 
 class PathIndex:
-    """A view of the cluster, prepared for `blockserve.router.paths.assemble`."""
+    """A view of the cluster, prepared for `blockserve.router.paths.assemble.assemble`."""
 
     def __init__(
         self, view: ClusterView, model: CostModel | None = None, *, most_chains: int = 10_000

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from blockserve.common.errors import PromptError
-from blockserve.router.chat import ChatTemplates
-from blockserve.router.config import RouterConfig
-from blockserve.router.tokenizer import TokenizerCache, VariantTokenizer
-from blockserve.router.variant_files import GenerationDefaults, chat_templates, generation_defaults
+from blockserve.router.intake.chat import ChatTemplates
+from blockserve.router.intake.tokenizer import TokenizerCache, VariantTokenizer
+from blockserve.router.intake.variant_files import GenerationDefaults, chat_templates, generation_defaults
+from blockserve.router.limits import RouterConfig
 from blockzoo.errors import BlockzooError
 from blockzoo.manifest import BlobId, ChainId, ChainManifest, VariantRecord
 from blockzoo.storage import Stamp

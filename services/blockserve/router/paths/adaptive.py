@@ -58,7 +58,7 @@ class AdaptiveConfig(Section):
 
 
 class Estimator(Protocol):
-    """Says how long chains would take; see `blockserve.router.choosing`."""
+    """Says how long chains would take; see `blockserve.router.paths.chooser`."""
 
     async def prepare(self, chain: ChainId) -> None:
         """Read what estimating a chain takes (ManifestNotFoundError)."""

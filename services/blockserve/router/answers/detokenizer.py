@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Protocol
 
-from blockserve.router.tokenizer import VariantTokenizer
+from blockserve.router.intake.tokenizer import VariantTokenizer
 
 REPLACEMENT = "�"
 

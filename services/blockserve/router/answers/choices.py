@@ -12,9 +12,9 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 
 from blockserve.common.api.results import Chunk, Usage
-from blockserve.router.generation import Answer
-from blockserve.router.plan import Plan
-from blockserve.router.tokenizer import VariantTokenizer
+from blockserve.router.answers.answer import Answer
+from blockserve.router.intake.plan import Plan
+from blockserve.router.intake.tokenizer import VariantTokenizer
 
 
 def choice_plans(plan: Plan) -> list[Plan]:

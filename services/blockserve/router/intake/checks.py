@@ -5,7 +5,7 @@ from __future__ import annotations
 from blockserve.common.api.calls import GenerateCall, SamplingWishes
 from blockserve.common.api.engine import SamplingParams
 from blockserve.common.errors import ResumeError, SamplingError
-from blockserve.router.config import RouterConfig
+from blockserve.router.limits import RouterConfig
 
 
 def check_logit_edits(wishes: SamplingWishes, limits: RouterConfig) -> None:

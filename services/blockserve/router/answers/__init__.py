@@ -1,0 +1,1 @@
+"""From sampled tokens to what the caller reads: text, stops, several answers in one stream."""

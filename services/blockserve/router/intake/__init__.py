@@ -1,0 +1,1 @@
+"""From a call to an engine request: checks, the variant and its files, template, tokens, loading."""

@@ -1,0 +1,1 @@
+"""Where the time of calls went, as this router saw it. No I/O."""
