@@ -14,8 +14,8 @@ from dataclasses import replace
 from harness import RUNS, Benchmark, Row, check
 
 from blockserve.common.api.cluster import WorkerId
-from blockserve.controller.placement import Placer
-from blockserve.controller.placement_words import PlacementPlan, PlacementProblem, WorkerCapacity
+from blockserve.controller.placement.place import Placer
+from blockserve.controller.placement.words import PlacementPlan, PlacementProblem, WorkerCapacity
 from blockzoo.manifest import BlockId, ChainId, Link
 
 WORKERS = (125, 250, 500, 1000)

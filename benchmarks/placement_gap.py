@@ -14,8 +14,8 @@ from itertools import product
 from harness import Benchmark, Row, check
 
 from blockserve.common.api.cluster import Assignment, Run, WorkerId
-from blockserve.controller.placement import place
-from blockserve.controller.placement_words import (
+from blockserve.controller.placement.place import place
+from blockserve.controller.placement.words import (
     PlacementConfig,
     PlacementPlan,
     PlacementProblem,

@@ -11,7 +11,7 @@ from blockserve.common.metrics import ProcessMetrics
 from blockserve.common.metrics import cluster_catalogue as catalogue
 from blockserve.common.metrics.cluster import view_families
 from blockserve.common.metrics.engine import family
-from blockserve.controller.planner import Planner
+from blockserve.controller.planning.planner import Planner
 
 
 class ControllerMetrics(ProcessMetrics):

@@ -27,7 +27,7 @@ from blockserve.common.state.settings import open_store, refuse_unfit
 from blockserve.common.state.store import StateStore
 from blockserve.common.wire.errors import ErrorInterceptor
 from blockserve.controller.metrics import ControllerMetrics
-from blockserve.controller.planner import Planner
+from blockserve.controller.planning.planner import Planner
 from blockserve.controller.servicer import ZooServicer
 from blockserve.controller.settings import ControllerSettings
 from blockzoo.zoo import Zoo

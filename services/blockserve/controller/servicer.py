@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 from blockproto.v1 import zoo_pb2, zoo_pb2_grpc
 from blockserve.common.api.push import Standing
 from blockserve.common.wire import zoo as convert
-from blockserve.controller.commit import Wish
-from blockserve.controller.config import ControllerConfig
-from blockserve.controller.operations import Done, run_operation
-from blockserve.controller.pushes import Pushes
+from blockserve.controller.push.commit import Wish
+from blockserve.controller.push.limits import ControllerConfig
+from blockserve.controller.push.operations import Done, run_operation
+from blockserve.controller.push.pushes import Pushes
 from blockzoo.care import gc
 from blockzoo.errors import InvalidInputError
 from blockzoo.names import parse_ref

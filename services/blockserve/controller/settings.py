@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from blockserve.common.process.settings import ClusterSettings
 from blockserve.common.settings import setting
-from blockserve.controller.config import ControllerConfig
+from blockserve.controller.push.limits import ControllerConfig
 
 
 class ControllerSettings(ClusterSettings):

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from blockserve.common.metrics.settings import METRICS_LISTEN_MEANING, MetricsSettings
 from blockserve.common.settings import setting
-from blockserve.controller.config import ControllerConfig
+from blockserve.controller.push.limits import ControllerConfig
 from blockserve.router.limits import RouterConfig
 from blockserve.worker.limits import EngineConfig
 

@@ -25,7 +25,7 @@ import asyncio, sys
 import grpc
 from blockproto.v1 import zoo_pb2_grpc
 from blockserve.common.wire.errors import ErrorInterceptor
-from blockserve.controller.config import ControllerConfig
+from blockserve.controller.push.limits import ControllerConfig
 from blockserve.controller.servicer import ZooServicer
 from blockzoo.zoo import Zoo
 

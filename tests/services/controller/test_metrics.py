@@ -20,8 +20,8 @@ from blockserve.common.metrics.cluster_catalogue import CONTROLLER
 from blockserve.common.state.memory import InProcessStore
 from blockserve.common.state.store import Announcement, FencingToken
 from blockserve.controller.metrics import ControllerMetrics
-from blockserve.controller.planner import Planner
-from blockserve.controller.planning_counts import PlanningCounts
+from blockserve.controller.planning.counts import PlanningCounts
+from blockserve.controller.planning.planner import Planner
 from blockserve.controller.settings import ControllerSettings
 from blockzoo.manifest import ChainId
 from blockzoo.zoo import Zoo

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockserve.common.api.cluster import Assignment, Run, WorkerId
-from blockserve.controller.placement import Placer, place
-from blockserve.controller.placement_words import (
+from blockserve.controller.placement.place import Placer, place
+from blockserve.controller.placement.words import (
     Pin,
     PlacementConfig,
     PlacementProblem,

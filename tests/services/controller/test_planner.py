@@ -9,7 +9,7 @@ from pathlib import Path
 from blockserve.common.api.cluster import ClusterView, LoadReport, Placement, WorkerId, WorkerRecord
 from blockserve.common.state.memory import InProcessStore
 from blockserve.common.state.store import Announcement, StateStore
-from blockserve.controller.planner import Planner
+from blockserve.controller.planning.planner import Planner
 from blockzoo.manifest import ChainId
 from blockzoo.zoo import Zoo
 from support.edge import async_test

@@ -7,10 +7,10 @@ import pytest
 from blockserve.common.api.push import Piece
 from blockserve.common.errors import PushNotFoundError
 from blockserve.common.wire.possession import possession_mac
-from blockserve.controller.budget import Budget
-from blockserve.controller.config import ControllerConfig
-from blockserve.controller.push import Push
-from blockserve.controller.pushes import Pushes
+from blockserve.controller.push.budget import Budget
+from blockserve.controller.push.limits import ControllerConfig
+from blockserve.controller.push.push import Push
+from blockserve.controller.push.pushes import Pushes
 from blockzoo.care.gc import collect
 from blockzoo.digest import blob_id
 from blockzoo.manifest import DType

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from blockserve.controller.client import RemoteZoo
-from blockserve.controller.operations import Done, run_operation
+from blockserve.controller.push.operations import Done, run_operation
 from blockzoo.errors import CurrentVersionError, InvalidInputError, VariantNotFoundError
 from blockzoo.layout import blob_key
 from blockzoo.zoo import Zoo

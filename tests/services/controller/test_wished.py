@@ -20,7 +20,7 @@ from blockserve.common.api.cluster import (
 from blockserve.common.errors import WorkerNotFoundError
 from blockserve.common.placement.wishes import EVICT_SECONDS, EvictionFeed, WishKeeper
 from blockserve.common.state.memory import InProcessStore
-from blockserve.controller.planner import Planner
+from blockserve.controller.planning.planner import Planner
 from blockzoo.errors import InvalidInputError, InvalidNameError, VariantNotFoundError
 from blockzoo.manifest import ChainId
 from blockzoo.store.wishes import WishBook

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from blockserve.controller.placement_catalog import CatalogChain
-from blockserve.controller.placement_coverage import hops_of
-from blockserve.controller.placement_demand import Demand
-from blockserve.controller.placement_ledger import Ledger
-from blockserve.controller.placement_words import Pin, PlacementProblem, PlacementReport
+from blockserve.controller.placement.catalog import CatalogChain
+from blockserve.controller.placement.coverage import hops_of
+from blockserve.controller.placement.demand import Demand
+from blockserve.controller.placement.ledger import Ledger
+from blockserve.controller.placement.words import Pin, PlacementProblem, PlacementReport
 from blockzoo.manifest import ChainId
 
 

@@ -19,9 +19,9 @@ from blockserve.common.errors import (
     WrongDigestError,
 )
 from blockserve.common.wire.possession import NONCE_BYTES, possession_mac
-from blockserve.controller.budget import Budget
-from blockserve.controller.commit import Wish, commit_wish, unknown_blob
-from blockserve.controller.config import ControllerConfig
+from blockserve.controller.push.budget import Budget
+from blockserve.controller.push.commit import Wish, commit_wish, unknown_blob
+from blockserve.controller.push.limits import ControllerConfig
 from blockzoo.digest import blob_id, num_bytes
 from blockzoo.errors import BlobNotFoundError, ConflictError, InvalidInputError, NonFiniteWeightsError
 from blockzoo.folders.finite import is_finite

@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 from blockserve.common.api.cluster import Run
-from blockserve.controller.placement_catalog import CatalogChain
-from blockserve.controller.placement_ledger import Floats, Ledger
+from blockserve.controller.placement.catalog import CatalogChain
+from blockserve.controller.placement.ledger import Floats, Ledger
 
 Mask = npt.NDArray[np.bool_]
 

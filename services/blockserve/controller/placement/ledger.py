@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from blockserve.common.api.cluster import Run, WorkerId
-from blockserve.controller.placement_catalog import Catalog, CatalogChain
-from blockserve.controller.placement_words import WorkerCapacity
+from blockserve.controller.placement.catalog import Catalog, CatalogChain
+from blockserve.controller.placement.words import WorkerCapacity
 from blockzoo.manifest import ChainId
 
 Floats = npt.NDArray[np.float64]

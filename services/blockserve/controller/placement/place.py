@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from blockserve.common.api.cluster import Assignment, Run, WorkerId
-from blockserve.controller.placement_catalog import Catalog
-from blockserve.controller.placement_demand import Demand
-from blockserve.controller.placement_fill import Filling, Pinned
-from blockserve.controller.placement_ledger import Ledger
-from blockserve.controller.placement_report import report
-from blockserve.controller.placement_words import Pin, PlacementConfig, PlacementPlan, PlacementProblem
+from blockserve.controller.placement.catalog import Catalog
+from blockserve.controller.placement.demand import Demand
+from blockserve.controller.placement.fill import Filling, Pinned
+from blockserve.controller.placement.ledger import Ledger
+from blockserve.controller.placement.report import report
+from blockserve.controller.placement.words import Pin, PlacementConfig, PlacementPlan, PlacementProblem
 
 
 def place(problem: PlacementProblem, config: PlacementConfig | None = None) -> PlacementPlan:

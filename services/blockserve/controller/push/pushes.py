@@ -8,9 +8,9 @@ import uuid
 from collections.abc import Callable
 
 from blockserve.common.errors import PushCapacityError, PushNotFoundError
-from blockserve.controller.budget import RETRY_AFTER_SECONDS, Budget
-from blockserve.controller.config import ControllerConfig
-from blockserve.controller.push import Push
+from blockserve.controller.push.budget import RETRY_AFTER_SECONDS, Budget
+from blockserve.controller.push.limits import ControllerConfig
+from blockserve.controller.push.push import Push
 from blockzoo.store.zoo_store import ZooStore
 
 MAX_PURPOSE_CHARS = 200

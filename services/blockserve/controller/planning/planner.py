@@ -24,16 +24,16 @@ from blockserve.common.errors import ConfigurationError, StaleLeaderError, State
 from blockserve.common.placement.wishes import EVICT_SECONDS, chain_of
 from blockserve.common.process.tasks import end
 from blockserve.common.state.store import FencingToken, StateStore
-from blockserve.controller.placement import Placer
-from blockserve.controller.placement_words import (
+from blockserve.controller.placement.place import Placer
+from blockserve.controller.placement.words import (
     Pin,
     PlacementConfig,
     PlacementPlan,
     PlacementProblem,
     WorkerCapacity,
 )
-from blockserve.controller.planning_counts import PlanningCounts
-from blockserve.controller.wished import WishedChain, make_room, to_wishes
+from blockserve.controller.planning.counts import PlanningCounts
+from blockserve.controller.planning.wished import WishedChain, make_room, to_wishes
 from blockzoo.errors import BlockzooError
 from blockzoo.manifest import BlockId, ChainId, ChainManifest
 from blockzoo.store.wishes import WishBook

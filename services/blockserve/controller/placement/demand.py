@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from blockserve.controller.placement_words import PlacementConfig, PlacementProblem
+from blockserve.controller.placement.words import PlacementConfig, PlacementProblem
 from blockzoo.manifest import ChainId
 
 _WHOLE = 10**12

@@ -6,12 +6,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from blockserve.common.api.cluster import Run
-from blockserve.controller.placement_catalog import CatalogChain
-from blockserve.controller.placement_coverage import coverage, hops_of, missing
-from blockserve.controller.placement_demand import Demand
-from blockserve.controller.placement_ledger import Ledger
-from blockserve.controller.placement_search import Search
-from blockserve.controller.placement_words import PlacementConfig, PlacementProblem
+from blockserve.controller.placement.catalog import CatalogChain
+from blockserve.controller.placement.coverage import coverage, hops_of, missing
+from blockserve.controller.placement.demand import Demand
+from blockserve.controller.placement.ledger import Ledger
+from blockserve.controller.placement.search import Search
+from blockserve.controller.placement.words import PlacementConfig, PlacementProblem
 from blockzoo.manifest import ChainId
 
 Pinned = dict[tuple[int, ChainId], list[Run]]

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from blockserve.common.api.cluster import Assignment, Run, WorkerId
-from blockserve.controller.placement_words import Pin, Wishes, WorkerCapacity
+from blockserve.controller.placement.words import Pin, Wishes, WorkerCapacity
 from blockzoo.manifest import ChainId
 from blockzoo.store.wishes import PlacementWish
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from blockserve.common.api.cluster import Run
-from blockserve.controller.placement_catalog import CatalogChain
-from blockserve.controller.placement_ledger import Pieces
+from blockserve.controller.placement.catalog import CatalogChain
+from blockserve.controller.placement.ledger import Pieces
 
 
 def coverage(chain: CatalogChain, pieces: Pieces) -> list[int]:

@@ -1,0 +1,1 @@
+"""Desired placement: which worker is to hold which runs of which chains. Pure, no I/O."""
