@@ -24,8 +24,8 @@ from harness import Row, check
 from program import Bar, Program, Say, Scale
 from served import MODEL, START_SECONDS, top_quarter_variants
 
+from blockserve.client.aio import AsyncClient
 from blockserve.common.api.cluster import Run
-from blockserve.router.aio_client import AsyncClient
 from blockzoo.equivalence import EquivalenceRecord, Ledger, approve, evaluate
 from blockzoo.zoo import Zoo
 

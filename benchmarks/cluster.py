@@ -22,11 +22,11 @@ from served import MODEL, START_SECONDS, fresh_folder
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from blockproto.v1 import worker_pb2, worker_pb2_grpc
+from blockserve.client.aio import AsyncClient
 from blockserve.common.api.cluster import ClusterView, PathStep, Run, WorkerId
 from blockserve.common.process.redis_child import RedisChild
 from blockserve.common.rpc.channel import Credentials, open_channel
 from blockserve.common.state.settings import StateConfig, open_store
-from blockserve.router.aio_client import AsyncClient
 from blockzoo.manifest import ChainManifest
 from blockzoo.zoo import Zoo
 

@@ -22,10 +22,10 @@ from harness import Row, check
 from program import Bar, Program, Say, Scale
 
 from blockproto.v1 import worker_pb2, worker_pb2_grpc
+from blockserve.client.aio import AsyncClient, AsyncGeneration
 from blockserve.common.api.cluster import Run
 from blockserve.common.rpc.channel import Credentials, open_channel
 from blockserve.common.state.settings import StateConfig
-from blockserve.router.aio_client import AsyncClient, AsyncGeneration
 
 ALLOWED_PREFILLS, ALLOWED_SECONDS = 1.5, 0.25
 CONTEXT_TOKENS, SENT_TOKENS = 500, 60

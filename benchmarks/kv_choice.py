@@ -30,7 +30,7 @@ from failover_gap import busy_worker
 from harness import Row, check
 from program import Bar, Program, Say, Scale
 
-from blockserve.router.aio_client import AsyncClient
+from blockserve.client.aio import AsyncClient
 
 SIZES = (512, 2048, 4096)
 BEFORE, AFTER = 4, 4

@@ -31,7 +31,7 @@ from peers.workload import Request
 from program import Bar, Program, Say, Scale
 from served import MODEL, full_variants, random_adapters, serve
 
-from blockserve.router.aio_client import AsyncClient
+from blockserve.client.aio import AsyncClient
 from blockzoo.zoo import Zoo
 
 LORAS, TUNED = 8, 8

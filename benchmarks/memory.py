@@ -8,7 +8,7 @@ from pathlib import Path
 from harness import RUNS, Benchmark, Row, check
 from served import MODEL, Server, fresh_folder, random_adapters, run_client, serve, top_quarter_variants
 
-from blockserve.router.client import AsyncClient
+from blockserve.client.blocking import AsyncClient
 from blockzoo.manifest import BlobId
 from blockzoo.zoo import Zoo
 

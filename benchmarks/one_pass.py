@@ -8,8 +8,8 @@ from collections.abc import Callable
 from harness import RUNS, Benchmark, Row, check
 from served import MODEL, fresh_folder, random_adapters, run_client, serve
 
+from blockserve.client.blocking import AsyncClient
 from blockserve.common.api.results import Completion, ServerStatus
-from blockserve.router.client import AsyncClient
 from blockzoo.zoo import Zoo
 
 VARIANTS = 8

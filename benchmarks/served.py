@@ -21,7 +21,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from blockserve.router.client import AsyncClient
+from blockserve.client.blocking import AsyncClient
 
 T = TypeVar("T")
 

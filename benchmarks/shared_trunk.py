@@ -21,7 +21,7 @@ from harness import Row, check
 from program import Bar, Program, Say, Scale
 from served import serve, top_quarter_variants
 
-from blockserve.router.aio_client import AsyncClient
+from blockserve.client.aio import AsyncClient
 
 VARIANTS, REQUESTS, PROMPT_TOKENS, OUTPUT_TOKENS = 8, 4, 16, 128
 PROBE_TOKENS = 24

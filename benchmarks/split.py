@@ -21,8 +21,8 @@ from harness import Row, check
 from program import Bar, Program, Say, Scale
 from served import serve
 
+from blockserve.client.aio import AsyncClient
 from blockserve.common.api.cluster import Run
-from blockserve.router.aio_client import AsyncClient
 
 REQUESTS, PROMPT_TOKENS, OUTPUT_TOKENS = 32, 128, 64
 

@@ -26,7 +26,7 @@ from environments import VLLM_VERSION, install_vllm
 from harness import CACHE, Benchmark, CheckFailedError, Row, check, interleave
 from served import MODEL, free_port, fresh_folder, run_client, serve, wait_for_port
 
-from blockserve.router.client import AsyncClient
+from blockserve.client.blocking import AsyncClient
 from blockzoo.zoo import Zoo
 
 PROMPT = "The capital of France is"

@@ -37,10 +37,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.rule import Rule
 
 from blockserve.cli.output import add_row, format_bytes, make_table
+from blockserve.client.blocking import AsyncClient
 from blockserve.common.api.engine import SegmentReport
 from blockserve.common.api.results import ServerStatus
 from blockserve.common.errors import UnavailableError
-from blockserve.router.client import AsyncClient
 from blockzoo.errors import BlockzooError
 from blockzoo.zoo import Zoo
 

@@ -27,7 +27,7 @@ from demo_variants import ROOT, train_missing
 from rich.console import Console
 
 from blockserve.cli.output import format_bytes
-from blockserve.router.aio_client import AsyncClient
+from blockserve.client.aio import AsyncClient
 from blockzoo.errors import BlockzooError
 from blockzoo.zoo import Zoo
 

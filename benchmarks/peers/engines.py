@@ -16,8 +16,8 @@ from harness import CACHE, CheckFailedError
 from peers.workload import Answer, Batch, Request, batch_from_json
 from served import Server, run_client, serve
 
+from blockserve.client.blocking import AsyncClient
 from blockserve.common.api.results import Completion
-from blockserve.router.client import AsyncClient
 
 HERE = Path(__file__).resolve().parent
 TICKS = os.sysconf("SC_CLK_TCK")

@@ -6,17 +6,17 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from blockserve.client.blocking import AsyncClient, Client
+    from blockserve.client.zoo import RemoteZoo
     from blockserve.common.rpc.channel import Credentials
-    from blockserve.controller.client import RemoteZoo
-    from blockserve.router.client import AsyncClient, Client
 
 __all__ = ["AsyncClient", "Client", "Credentials", "RemoteZoo", "__version__"]
 
 _HOMES = {
-    "AsyncClient": "router.client",
-    "Client": "router.client",
+    "AsyncClient": "client.blocking",
+    "Client": "client.blocking",
     "Credentials": "common.channel",
-    "RemoteZoo": "controller.client",
+    "RemoteZoo": "client.zoo",
 }
 
 

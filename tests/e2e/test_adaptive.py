@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from blockserve.client.aio import AsyncClient
 from blockserve.common.api.results import Completion
 from blockserve.common.errors import NoPathError
-from blockserve.router.aio_client import AsyncClient
 from blockzoo.equivalence import EquivalenceRecord, Ledger, approve, evaluate, revoke
 from blockzoo.errors import BlockzooError
 from blockzoo.zoo import Zoo

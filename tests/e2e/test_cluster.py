@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from blockserve.client.aio import AsyncClient
 from blockserve.common.api.cluster import WorkerState
 from blockserve.common.errors import WorkerNotFoundError
-from blockserve.router.aio_client import AsyncClient
 from blockzoo.equivalence import Ledger, approve, evaluate
 from blockzoo.errors import BlockzooError
 from blockzoo.zoo import Zoo

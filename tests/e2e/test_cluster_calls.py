@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from blockserve.client.aio import AsyncClient
 from blockserve.common.errors import DeadlineExceededError, NoPathError, QueueFullError
-from blockserve.router.aio_client import AsyncClient
 from blockzoo.zoo import Zoo
 from support.cluster import PATIENCE, Cluster, cluster
 from support.variants import VariantFactory

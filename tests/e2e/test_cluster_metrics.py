@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from blockserve.router.aio_client import AsyncClient
+from blockserve.client.aio import AsyncClient
 from blockzoo.zoo import Zoo
 from support.cluster import PATIENCE, Cluster, cluster
 from support.scrape import Scraped, scrape_logged

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from blockserve.client.aio import AsyncClient
+from blockserve.client.zoo import RemoteZoo
 from blockserve.common.errors import NoPathError
-from blockserve.controller.client import RemoteZoo
-from blockserve.router.aio_client import AsyncClient
 from blockzoo.errors import BlockzooError, FormatVersionError, InvalidConfigError
 from blockzoo.manifest import BlockManifest, ChainManifest, Link
 from blockzoo.store.zoo_store import FORMAT

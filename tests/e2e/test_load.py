@@ -21,12 +21,12 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from blockproto.v1 import inference_pb2, inference_pb2_grpc
+from blockserve.client.aio import AsyncClient
 from blockserve.common.api.results import Completion
 from blockserve.common.errors import CapacityError, DeadlineTooShortError, QueueFullError, ServerStoppingError
 from blockserve.common.wire.errors import DETAILS_KEY
 from blockserve.embedded.config import ServeConfig
 from blockserve.embedded.server import EmbeddedServer
-from blockserve.router.aio_client import AsyncClient
 from blockserve.worker.engine.engine import BlockEngine
 from blockserve.worker.limits import EngineConfig
 from blockzoo.zoo import Zoo

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from blockserve.client.aio import AsyncClient
 from blockserve.embedded.config import ServeConfig
 from blockserve.embedded.server import EmbeddedServer
-from blockserve.router.aio_client import AsyncClient
 from blockserve.worker.limits import EngineConfig
 from blockzoo.errors import VariantNotFoundError
 from blockzoo.zoo import Zoo

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from blockserve.controller.client import RemoteZoo
+from blockserve.client.aio import AsyncClient
+from blockserve.client.zoo import RemoteZoo
 from blockserve.embedded.config import ServeConfig
 from blockserve.embedded.server import EmbeddedServer
-from blockserve.router.aio_client import AsyncClient
 from blockserve.worker.limits import EngineConfig
 from support.edge import async_test
 from support.variants import VariantFactory

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from blockserve.client.aio import AsyncClient, collect_choices, continued
 from blockserve.common.api.calls import GenerateCall, SamplingWishes, StoppingWishes
 from blockserve.common.errors import KvCapacityError, SamplingError
 from blockserve.embedded.config import ServeConfig
 from blockserve.embedded.server import EmbeddedServer
-from blockserve.router.aio_client import AsyncClient, collect_choices, continued
 from blockserve.worker.limits import EngineConfig
 from blockzoo.zoo import Zoo
 from support.edge import async_test

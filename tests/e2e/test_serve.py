@@ -17,12 +17,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from blockserve.client.aio import AsyncClient, continued
+from blockserve.client.blocking import Client
 from blockserve.common.api.calls import GenerateCall
 from blockserve.common.api.engine import FinishReason
 from blockserve.embedded.config import ServeConfig
 from blockserve.embedded.server import EmbeddedServer
-from blockserve.router.aio_client import AsyncClient, continued
-from blockserve.router.client import Client
 from blockserve.worker.limits import EngineConfig
 from blockzoo.errors import CorruptBlobError
 from blockzoo.zoo import Zoo

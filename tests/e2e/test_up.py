@@ -15,11 +15,11 @@ from urllib.request import urlopen
 
 import pytest
 
+from blockserve.client.blocking import Client
 from blockserve.common.api.results import ClusterStatus
 from blockserve.local import record
 from blockserve.local.identity import is_alive
 from blockserve.local.record import ClusterRecord
-from blockserve.router.client import Client
 from blockzoo.zoo import Zoo
 from support.variants import VariantFactory
 

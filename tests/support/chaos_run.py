@@ -7,8 +7,8 @@ import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 
+from blockserve.client.aio import AsyncClient
 from blockserve.common.errors import UnavailableError
-from blockserve.router.aio_client import AsyncClient
 from support.chaos import ChaosCluster, Harm
 from support.chaos_requests import Crowd, Transcript, Wish, assert_same
 

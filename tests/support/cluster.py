@@ -17,9 +17,9 @@ from typing import Self
 import grpc
 
 from blockproto.v1 import worker_pb2, worker_pb2_grpc
+from blockserve.client.aio import AsyncClient
 from blockserve.common.api.cluster import ClusterView, WorkerView
 from blockserve.common.process.redis_child import find_server_program
-from blockserve.router.aio_client import AsyncClient
 from blockzoo.zoo import Zoo
 from support.state_servers import ServerBackend
 

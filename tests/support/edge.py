@@ -13,6 +13,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from blockserve.client.aio import AsyncClient
 from blockserve.common.api.engine import (
     ChainReport,
     EngineReport,
@@ -26,7 +27,6 @@ from blockserve.common.errors import ChainNotLoadedError
 from blockserve.embedded.config import ServeConfig
 from blockserve.embedded.server import EmbeddedServer
 from blockserve.embedded.startup import Parts
-from blockserve.router.aio_client import AsyncClient
 from blockzoo.errors import NotFoundError, VariantNotFoundError
 from blockzoo.manifest import (
     BlobId,

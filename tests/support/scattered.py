@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
+from blockserve.client.aio import AsyncClient
 from blockserve.common.process.redis_child import find_server_program
-from blockserve.router.aio_client import AsyncClient
 from blockzoo.zoo import Zoo
 from support.chaos import (
     HALVES,

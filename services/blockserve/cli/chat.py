@@ -26,7 +26,7 @@ from blockserve.cli.options import RefArgument
 from blockserve.cli.output import note, say
 
 if TYPE_CHECKING:
-    from blockserve.router.client import Client
+    from blockserve.client.blocking import Client
 
 HISTORY_LINES = 1000
 COMMANDS = """\

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from blockserve.client.blocking import Client
     from blockserve.common.rpc.channel import Credentials
-    from blockserve.router.client import Client
 
 DEFAULT_SERVER = "127.0.0.1:7450"
 PANEL = "Connection"
@@ -85,7 +85,7 @@ class Connection:
         Raises:
             UnavailableError: nobody answers there.
         """
-        from blockserve.router.client import Client
+        from blockserve.client.blocking import Client
 
         options: dict[str, Any] = {"credentials": self.credentials(), "timeout": timeout}
         with unreachable(self.server), Client(self.server, resume_attempts=2, **options) as client:

@@ -24,7 +24,7 @@ from blockserve.cli.connection import (
 from blockserve.cli.options import DEFAULT_ZOO, ZooOption, open_zoo
 
 if TYPE_CHECKING:
-    from blockserve.controller.client import RemoteZoo
+    from blockserve.client.zoo import RemoteZoo
     from blockzoo.zoo import Zoo
 
 RemoteOption = Annotated[
@@ -67,7 +67,7 @@ class Place:
         if self.server is None:
             yield open_zoo(self.zoo, create=create)
             return
-        from blockserve.controller.client import RemoteZoo
+        from blockserve.client.zoo import RemoteZoo
 
         credentials = Connection(
             self.server, self.token_file, self.ca_file, self.cert_file, self.key_file

@@ -16,8 +16,8 @@ from blockserve.cli.output import add_row, format_bytes, format_seconds, make_ta
 if TYPE_CHECKING:
     from rich.console import Group
 
+    from blockserve.client.blocking import Client
     from blockserve.common.api.results import ServerStatus
-    from blockserve.router.client import Client
 
 CALL_TIMEOUT_S = 10.0
 """A status answer takes milliseconds; a server that needs longer is in trouble, and that is worth knowing."""

@@ -10,9 +10,9 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from blockserve.client.aio import AsyncClient
 from blockserve.common.errors import ConfigurationError, UnauthenticatedError, UnavailableError
 from blockserve.common.rpc.channel import Credentials
-from blockserve.router.aio_client import AsyncClient
 from support.edge import async_test, serving
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from blockserve.controller.client import RemoteZoo
+from blockserve.client.zoo import RemoteZoo
 from blockzoo.zoo import Zoo
 from support.folders import config, tensors, write_adapter, write_checkpoint
 from support.network import ZooServer, zoo_server

@@ -14,9 +14,9 @@ import time
 
 import pytest
 
+from blockserve.client.remote_writer import RemoteWriter
+from blockserve.client.zoo import RemoteZoo
 from blockserve.common.errors import PushInterruptedError, UnavailableError
-from blockserve.controller.client import RemoteZoo
-from blockserve.controller.remote_writer import RemoteWriter
 from blockzoo.zoo import Zoo
 from support.network import WAIT, objects, wire
 
@@ -75,7 +75,7 @@ def sent(monkeypatch):
 @pytest.fixture
 def quick(monkeypatch):
     """On loopback a whole push is on its way at once, so a cut may lose all of it and pauses would grow."""
-    monkeypatch.setattr("blockserve.controller.calls.MAX_BACKOFF_S", 0.05)
+    monkeypatch.setattr("blockserve.client.zoo_calls.MAX_BACKOFF_S", 0.05)
 
 
 @pytest.mark.usefixtures("quick")
@@ -167,7 +167,7 @@ def test_a_server_killed_in_the_middle_of_a_push(tmp_path, local, folders, sent,
 
 
 def test_a_commit_whose_answer_was_lost_is_not_made_twice(server, far, folders, monkeypatch):
-    from blockserve.controller.calls import Calls
+    from blockserve.client.zoo_calls import Calls
 
     lost = []
     call = Calls.call
@@ -188,7 +188,7 @@ def test_a_commit_whose_answer_was_lost_is_not_made_twice(server, far, folders, 
 
 
 def test_a_commit_is_not_made_twice_by_a_server_that_forgot_it(server, far, folders, monkeypatch):
-    from blockserve.controller.calls import Calls
+    from blockserve.client.zoo_calls import Calls
 
     call = Calls.call
     lost = []

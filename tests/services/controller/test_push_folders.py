@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from blockserve.controller.client import RemoteZoo
-from blockserve.router.client import Client
+from blockserve.client.blocking import Client
+from blockserve.client.zoo import RemoteZoo
 from blockzoo.errors import (
     NonFiniteWeightsError,
     UnsupportedArchitectureError,

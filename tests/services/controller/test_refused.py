@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from blockproto.v1 import zoo_pb2
+from blockserve.client.zoo import RemoteZoo
+from blockserve.client.zoo_calls import Calls
 from blockserve.common.errors import (
     PossessionError,
     PushCapacityError,
@@ -18,8 +20,6 @@ from blockserve.common.errors import (
 )
 from blockserve.common.rpc.channel import Credentials
 from blockserve.common.wire.possession import possession_mac
-from blockserve.controller.calls import Calls
-from blockserve.controller.client import RemoteZoo
 from blockzoo.canonical import canonical_json
 from blockzoo.digest import blob_id
 from blockzoo.errors import (
@@ -316,7 +316,7 @@ def test_a_pusher_waits_for_room(tmp_path, folders, monkeypatch):
             paused.append(seconds)
             first.calls.call("AbortPush", zoo_pb2.AbortPushRequest(push_id=first.push_id))
 
-        monkeypatch.setattr("blockserve.controller.calls.pause_for", leave)
+        monkeypatch.setattr("blockserve.client.zoo_calls.pause_for", leave)
         with RemoteZoo(server.address) as zoo:
             assert zoo.register(folders / "base", name="base").record.version == 1
         assert paused[0] >= 1

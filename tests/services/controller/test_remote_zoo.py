@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from blockserve.controller.client import RemoteZoo
+from blockserve.client.zoo import RemoteZoo
 from blockserve.controller.push.operations import Done, run_operation
 from blockzoo.errors import CurrentVersionError, InvalidInputError, VariantNotFoundError
 from blockzoo.layout import blob_key

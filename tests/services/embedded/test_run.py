@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from blockserve.client.blocking import Client
 from blockserve.common.errors import ServerStoppingError
-from blockserve.router.client import Client
 
 SUPPORT = Path(__file__).parents[2] / "support"
 PROGRAM = f"""

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from blockproto.v1 import inference_pb2, inference_pb2_grpc
+from blockserve.client import aio as aio_client
 from blockserve.common.api.calls import GenerateCall, SamplingWishes
 from blockserve.common.api.engine import EngineRequest, TokenEvent
 from blockserve.common.api.results import Chunk
 from blockserve.common.errors import EngineFailedError, SamplingError, ServerStoppingError, UnavailableError
-from blockserve.router import aio_client
 from blockserve.router.answers.choices import choice_plans
 from blockserve.router.intake.catalog import VariantCatalog
 from blockserve.router.intake.plan import plan

@@ -14,6 +14,8 @@ import pytest
 
 import blockserve
 from blockproto.v1 import inference_pb2, inference_pb2_grpc
+from blockserve.client.aio import AsyncClient
+from blockserve.client.blocking import Client
 from blockserve.common.errors import (
     ConfigurationError,
     DeadlineExceededError,
@@ -23,8 +25,6 @@ from blockserve.common.errors import (
 )
 from blockserve.common.rpc.channel import Credentials, is_local
 from blockserve.common.wire.errors import abort
-from blockserve.router.aio_client import AsyncClient
-from blockserve.router.client import Client
 from blockzoo.errors import InvalidInputError, VariantNotFoundError
 from support.edge import ScriptedEngine, async_test, serving, until
 

@@ -15,11 +15,11 @@ from types import TracebackType
 from typing import TypeVar
 
 from blockproto.v1 import zoo_pb2
+from blockserve.client.zoo_calls import Calls, Patience
 from blockserve.common.api.push import Standing
 from blockserve.common.errors import PushNotFoundError
 from blockserve.common.wire import zoo as convert
 from blockserve.common.wire.possession import possession_mac
-from blockserve.controller.calls import Calls, Patience
 from blockzoo.digest import as_bytes, blob_id
 from blockzoo.errors import BlockzooError, ConflictError
 from blockzoo.manifest import BlobId, BlockId, BlockManifest, ChainId, ChainManifest, FileRef, VariantRecord

@@ -18,11 +18,11 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, Self, TypeVar, Unpack
 
+from blockserve.client.aio import AsyncClient, AsyncGeneration, GenerateOptions, Message
 from blockserve.common.api.call_trace import CallTrace
 from blockserve.common.api.results import Chunk, Completion, ModelInfo, ServerStatus, Tokenized
 from blockserve.common.placement.wishes import WishStatus
 from blockserve.common.rpc.channel import DEFAULT_TARGET, Credentials
-from blockserve.router.aio_client import AsyncClient, AsyncGeneration, GenerateOptions, Message
 
 __all__ = ["AsyncClient", "Client", "Credentials", "Generation"]
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from functools import cached_property
 
 from blockproto.v1 import zoo_pb2
+from blockserve.client.remote_writer import RemoteWriter
+from blockserve.client.zoo_calls import Calls
 from blockserve.common.wire import zoo as convert
-from blockserve.controller.calls import Calls
-from blockserve.controller.remote_writer import RemoteWriter
 from blockzoo.canonical import digest_bytes, parse_json
 from blockzoo.errors import CorruptManifestError, InvalidInputError, ManifestNotFoundError
 from blockzoo.manifest import BlockId, BlockManifest, ChainId, ChainManifest, JsonValue, VariantRecord

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from blockproto.v1 import zoo_pb2
+from blockserve.client.remote_store import PATIENCE_S, RemoteStore
+from blockserve.client.zoo_calls import OPERATION_SECONDS, Calls
 from blockserve.common.errors import RemoteError
 from blockserve.common.rpc.channel import DEFAULT_TARGET, Credentials
 from blockserve.common.wire import zoo as convert
-from blockserve.controller.calls import OPERATION_SECONDS, Calls
-from blockserve.controller.remote_store import PATIENCE_S, RemoteStore
 from blockzoo.care.gc import GRACE_S, GcReport
 from blockzoo.care.verify import VerifyReport
 from blockzoo.manifest import VariantRecord
