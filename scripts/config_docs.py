@@ -6,8 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from blockserve.cli.serve import CLUSTER, SERVE
-from blockserve.cli.settings_options import SettingInfo, iterate_settings
+from blockserve.cli.options.settings import SettingInfo, iterate_settings
+from blockserve.cli.verbs.serve import CLUSTER, SERVE
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 TITLES = {

@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.rule import Rule
 
-from blockserve.cli.output import add_row, format_bytes, make_table
+from blockserve.cli.views.tables import add_row, format_bytes, make_table
 from blockserve.client.blocking import AsyncClient
 from blockserve.common.api.engine import SegmentReport
 from blockserve.common.api.results import ServerStatus

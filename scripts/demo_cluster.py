@@ -26,7 +26,7 @@ from demo_processes import DemoCluster
 from demo_variants import ROOT, train_missing
 from rich.console import Console
 
-from blockserve.cli.output import format_bytes
+from blockserve.cli.views.tables import format_bytes
 from blockserve.client.aio import AsyncClient
 from blockzoo.errors import BlockzooError
 from blockzoo.zoo import Zoo

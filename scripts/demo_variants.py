@@ -11,8 +11,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from blockserve.cli.output import format_bytes
-from blockserve.cli.progress import progress
+from blockserve.cli.views.progress import progress
+from blockserve.cli.views.tables import format_bytes
 from blockzoo.errors import AdapterError
 from blockzoo.zoo import Zoo
 

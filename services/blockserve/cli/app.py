@@ -9,22 +9,18 @@ from typing import Annotated
 
 import typer
 
-from blockserve.cli import (
-    care_verbs,
-    change_verbs,
-    chat,
-    cluster_verbs,
-    equivalence_verbs,
-    generate,
-    inspect_verbs,
-    placement_verbs,
-    serve,
-    server_verbs,
-    trace_verbs,
-)
-from blockserve.cli.options import JsonOption
-from blockserve.cli.output import print_json, say
-from blockserve.cli.service_command import Service, command
+from blockserve.cli.options.service import Service, command
+from blockserve.cli.options.shared import JsonOption
+from blockserve.cli.verbs import care as care_verbs
+from blockserve.cli.verbs import change as change_verbs
+from blockserve.cli.verbs import chat, generate, serve
+from blockserve.cli.verbs import cluster as cluster_verbs
+from blockserve.cli.verbs import equivalence as equivalence_verbs
+from blockserve.cli.verbs import inspect as inspect_verbs
+from blockserve.cli.verbs import placement as placement_verbs
+from blockserve.cli.verbs import server as server_verbs
+from blockserve.cli.verbs import trace as trace_verbs
+from blockserve.cli.views.tables import print_json, say
 
 ZOO_PANEL = "The zoo"
 CARE_PANEL = "Care of the zoo"

@@ -10,7 +10,7 @@ DEBUG_VARIABLE = "BLOCKZOO_DEBUG"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line; return its exit code (see `blockserve.cli.failures`)."""
+    """Run one command line; return its exit code (see `blockserve.cli.options.failures`)."""
     arguments, debug = _take_debug(list(sys.argv[1:] if argv is None else argv))
     if argv is None and arguments[:1] in (["serve"], ["worker"]) and not {"-h", "--help"} & set(arguments):
         _begin_loading_torch()
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        from blockserve.cli.failures import report
+        from blockserve.cli.options.failures import report
 
         return report(error, as_json="--json" in arguments)
     return 0

@@ -6,7 +6,8 @@ import threading
 
 import pytest
 
-from blockserve.cli import generate, server_verbs
+from blockserve.cli.verbs import generate
+from blockserve.cli.verbs import server as server_verbs
 from support.edge import byte_level_tokenizer
 
 ANSWER = "hello wörld €. "

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from blockserve.cli import server_verbs
-from blockserve.cli.output import stdout
+from blockserve.cli.verbs import server as server_verbs
+from blockserve.cli.views.tables import stdout
 from blockserve.common.api.cluster import (
     ClusterView,
     LoadReport,

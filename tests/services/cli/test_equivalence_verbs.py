@@ -10,7 +10,7 @@ import pytest
 import typer
 
 from blockserve.cli.app import build_app
-from blockserve.cli.progress import Lines
+from blockserve.cli.views.progress import Lines
 from blockzoo import Zoo, layout
 from blockzoo.equivalence import Ledger
 from support.edge import byte_level_tokenizer

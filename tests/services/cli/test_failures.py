@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from blockserve.cli import failures, main
+from blockserve.cli import main
+from blockserve.cli.options import failures
 from blockserve.common import errors as serve_errors
 from blockserve.common.wire.errors import all_errors
 from blockzoo import Zoo, errors

@@ -3,7 +3,8 @@ import threading
 
 import pytest
 
-from blockserve.cli import output, progress
+from blockserve.cli.views import progress
+from blockserve.cli.views import tables as output
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from blockserve.cli.options import DEFAULT_ZOO
-from blockserve.cli.serve import CLUSTER, SERVE
-from blockserve.cli.service_command import command
-from blockserve.cli.settings_options import iterate_settings, option_type
+from blockserve.cli.options.service import command
+from blockserve.cli.options.settings import iterate_settings, option_type
+from blockserve.cli.options.shared import DEFAULT_ZOO
+from blockserve.cli.verbs.serve import CLUSTER, SERVE
 from blockzoo import Zoo
 
 SERVICES = pytest.mark.parametrize("service", [SERVE, *CLUSTER], ids=lambda service: service.name)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from blockserve.cli.output import stdout
-from blockserve.cli.trace_view import call_to_json, draw_call
+from blockserve.cli.views.tables import stdout
+from blockserve.cli.views.trace import call_to_json, draw_call
 from blockserve.common.api.call_trace import CallTrace, ChoiceTrace
 from blockserve.common.api.cluster import Run, WorkerId
 from blockserve.common.api.spans import PathTrace, PhaseTimes, SpanTimes, StepTrace

@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from blockserve.cli import care_verbs, questions
+from blockserve.cli.options import questions
+from blockserve.cli.verbs import care as care_verbs
 from blockzoo import Zoo
 from blockzoo.layout import blob_key
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from blockserve.cli.serve import CLUSTER, SERVE
-from blockserve.cli.service_command import Service
-from blockserve.cli.settings_options import iterate_settings
+from blockserve.cli.options.service import Service
+from blockserve.cli.options.settings import iterate_settings
+from blockserve.cli.verbs.serve import CLUSTER, SERVE
 
 ROOT = Path(__file__).parents[3]
 

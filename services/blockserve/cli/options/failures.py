@@ -67,7 +67,7 @@ def report(error: Exception, *, as_json: bool = False) -> int:
 def _print(message: str, hint: str) -> None:
     from rich.text import Text
 
-    from blockserve.cli.output import stderr
+    from blockserve.cli.views.tables import stderr
 
     stderr().print(Text(f"Error: {message}", style="bold red"), soft_wrap=True)
     if hint:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from blockserve.cli.connection import Connection, connects
-from blockserve.cli.failures import USAGE
-from blockserve.cli.options import JsonOption, RefArgument
-from blockserve.cli.output import format_seconds, note, print_json
+from blockserve.cli.options.connection import Connection, connects
+from blockserve.cli.options.failures import USAGE
+from blockserve.cli.options.shared import JsonOption, RefArgument
+from blockserve.cli.views.tables import format_seconds, note, print_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -6,8 +6,8 @@ import sys
 
 import typer
 
-from blockserve.cli.failures import FAILURE, USAGE
-from blockserve.cli.output import note
+from blockserve.cli.options.failures import FAILURE, USAGE
+from blockserve.cli.views.tables import note
 
 
 def confirm(question: str, *, yes: bool) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from blockserve.cli.connection import (
+from blockserve.cli.options.connection import (
     PANEL,
     CaFileOption,
     CertFileOption,
@@ -21,7 +21,7 @@ from blockserve.cli.connection import (
     set_signature,
     unreachable,
 )
-from blockserve.cli.options import DEFAULT_ZOO, ZooOption, open_zoo
+from blockserve.cli.options.shared import DEFAULT_ZOO, ZooOption, open_zoo
 
 if TYPE_CHECKING:
     from blockserve.client.zoo import RemoteZoo

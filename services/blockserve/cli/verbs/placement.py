@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from blockserve.cli.connection import Connection, connects
-from blockserve.cli.options import JsonOption, NameArgument
-from blockserve.cli.output import add_row, make_table, print_json, say
-from blockserve.cli.server_verbs import CALL_TIMEOUT_S
+from blockserve.cli.options.connection import Connection, connects
+from blockserve.cli.options.shared import JsonOption, NameArgument
+from blockserve.cli.verbs.server import CALL_TIMEOUT_S
+from blockserve.cli.views.tables import add_row, make_table, print_json, say
 
 if TYPE_CHECKING:
     from blockserve.common.placement.wishes import WishStatus
@@ -189,7 +189,7 @@ def _sentence(status: WishStatus) -> str:
 
 
 def _print_wishes(wishes: list[WishStatus], as_json: bool) -> None:
-    from blockserve.cli.output import stdout
+    from blockserve.cli.views.tables import stdout
 
     if as_json:
         print_json({"wishes": [dataclasses.asdict(status) for status in wishes]})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from blockserve.cli.output import add_row, format_bytes, format_seconds, make_table, short
+from blockserve.cli.views.tables import add_row, format_bytes, format_seconds, make_table, short
 
 if TYPE_CHECKING:
     from rich.console import Group

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from blockserve.cli.connection import DEFAULT_SERVER
-from blockserve.cli.options import DEFAULT_ZOO, JsonOption, ZooOption
-from blockserve.cli.output import format_seconds, note, print_json, say
-from blockserve.cli.progress import progress
+from blockserve.cli.options.connection import DEFAULT_SERVER
+from blockserve.cli.options.shared import DEFAULT_ZOO, JsonOption, ZooOption
+from blockserve.cli.views.progress import progress
+from blockserve.cli.views.tables import format_seconds, note, print_json, say
 
 if TYPE_CHECKING:
     from blockserve.local.cluster import LocalCluster

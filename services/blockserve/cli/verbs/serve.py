@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from blockserve.cli.output import note
-from blockserve.cli.service_command import Service
+from blockserve.cli.options.service import Service
+from blockserve.cli.views.tables import note
 
 if TYPE_CHECKING:
     from blockserve.common.rpc.settings import ServerSettings

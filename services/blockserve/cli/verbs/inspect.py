@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from blockserve.cli.options import JsonOption, RefArgument
-from blockserve.cli.output import add_row, format_bytes, make_table, print_json, say, stdout
-from blockserve.cli.place import Place, at_a_place
+from blockserve.cli.options.place import Place, at_a_place
+from blockserve.cli.options.shared import JsonOption, RefArgument
+from blockserve.cli.views.tables import add_row, format_bytes, make_table, print_json, say, stdout
 
 FirstArgument = Annotated[str, typer.Argument(metavar="A", help="NAME or NAME@N.")]
 SecondArgument = Annotated[str, typer.Argument(metavar="B", help="NAME or NAME@N.")]

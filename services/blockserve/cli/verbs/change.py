@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from blockserve.cli.options import (
+from blockserve.cli.options.place import Place, at_a_place
+from blockserve.cli.options.questions import confirm
+from blockserve.cli.options.shared import (
     DEFAULT_ZOO,
     JsonOption,
     NameArgument,
@@ -16,10 +18,8 @@ from blockserve.cli.options import (
     ZooOption,
     open_zoo,
 )
-from blockserve.cli.output import format_bytes, format_seconds, print_json, say
-from blockserve.cli.place import Place, at_a_place
-from blockserve.cli.progress import progress
-from blockserve.cli.questions import confirm
+from blockserve.cli.views.progress import progress
+from blockserve.cli.views.tables import format_bytes, format_seconds, print_json, say
 
 if TYPE_CHECKING:
     from blockzoo.registering.folder import RegisterResult

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from blockserve.cli.options import DEFAULT_ZOO, JsonOption, ZooOption, open_zoo
-from blockserve.cli.output import add_row, make_table, note, print_json, say, short, stdout
-from blockserve.cli.progress import progress
+from blockserve.cli.options.shared import DEFAULT_ZOO, JsonOption, ZooOption, open_zoo
+from blockserve.cli.views.progress import progress
+from blockserve.cli.views.tables import add_row, make_table, note, print_json, say, short, stdout
 
 if TYPE_CHECKING:
     from blockzoo.equivalence import Decision, EquivalenceRecord

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from blockserve.cli.connection import set_signature
+from blockserve.cli.options.connection import set_signature
 
 if TYPE_CHECKING:
-    from blockserve.cli.settings_options import SettingInfo
+    from blockserve.cli.options.settings import SettingInfo
     from blockserve.common.rpc.settings import ServerSettings
 
 PANELS = {
@@ -65,7 +65,7 @@ def command(service: Service, *, with_options: bool) -> Callable[..., None]:
 
 def _overrides(settings: type[ServerSettings], given: Mapping[str, Any]) -> dict[str, Any]:
     """What was said on the command line, in the shape of the settings."""
-    from blockserve.cli.settings_options import iterate_settings
+    from blockserve.cli.options.settings import iterate_settings
 
     found: dict[str, Any] = {}
     for setting in iterate_settings(settings):
@@ -81,7 +81,7 @@ def _overrides(settings: type[ServerSettings], given: Mapping[str, Any]) -> dict
 
 
 def _parameters(settings: type[ServerSettings]) -> list[inspect.Parameter]:
-    from blockserve.cli.settings_options import iterate_settings, option_type
+    from blockserve.cli.options.settings import iterate_settings, option_type
 
     config = typer.Option(
         "--config", metavar="FILE", envvar="BLOCKZOO_CONFIG", help="A YAML file with settings."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from blockserve.cli.output import add_row, format_seconds, make_table
+from blockserve.cli.views.tables import add_row, format_seconds, make_table
 
 if TYPE_CHECKING:
     from rich.console import Group

@@ -9,9 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from blockserve.cli.connection import Connection, connects
-from blockserve.cli.options import JsonOption, RefArgument
-from blockserve.cli.output import add_row, format_bytes, format_seconds, make_table, print_json, say, short
+from blockserve.cli.options.connection import Connection, connects
+from blockserve.cli.options.shared import JsonOption, RefArgument
+from blockserve.cli.views.tables import (
+    add_row,
+    format_bytes,
+    format_seconds,
+    make_table,
+    print_json,
+    say,
+    short,
+)
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -142,7 +150,7 @@ def status_to_json(report: ServerStatus) -> dict[str, Any]:
 
 
 def _print_once(report: ServerStatus, as_json: bool) -> None:
-    from blockserve.cli.output import stdout
+    from blockserve.cli.views.tables import stdout
 
     if as_json:
         print_json(status_to_json(report))
@@ -163,7 +171,7 @@ def _print_lines(client: Client, seconds: float, as_json: bool) -> None:
 def _watch(client: Client, seconds: float) -> None:
     from rich.live import Live
 
-    from blockserve.cli.output import stdout
+    from blockserve.cli.views.tables import stdout
 
     with Live(_draw(client.status()), console=stdout(), screen=True, auto_refresh=False) as live:
         while True:
@@ -184,7 +192,7 @@ def _headline(report: ServerStatus) -> str:
 
 
 def _draw(report: ServerStatus) -> Group:
-    from blockserve.cli.cluster_view import draw_cluster
+    from blockserve.cli.views.cluster import draw_cluster
 
     return _draw_server(report) if report.cluster is None else draw_cluster(report, report.cluster)
 

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from blockserve.cli.failures import CORRUPTION
-from blockserve.cli.options import DEFAULT_ZOO, JsonOption, ZooOption, open_zoo
-from blockserve.cli.output import add_row, format_bytes, make_table, print_json, say, stdout
-from blockserve.cli.place import Place, at_a_place
-from blockserve.cli.progress import progress
+from blockserve.cli.options.failures import CORRUPTION
+from blockserve.cli.options.place import Place, at_a_place
+from blockserve.cli.options.shared import DEFAULT_ZOO, JsonOption, ZooOption, open_zoo
+from blockserve.cli.views.progress import progress
+from blockserve.cli.views.tables import add_row, format_bytes, make_table, print_json, say, stdout
 
 if TYPE_CHECKING:
     from blockzoo.care.backup import CopyReport

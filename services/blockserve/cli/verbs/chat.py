@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from blockserve.cli.connection import Connection, connects
-from blockserve.cli.generate import (
+from blockserve.cli.options.connection import Connection, connects
+from blockserve.cli.options.shared import RefArgument
+from blockserve.cli.verbs.generate import (
     MaxTokensOption,
     MinPOption,
     SeedOption,
@@ -22,8 +23,7 @@ from blockserve.cli.generate import (
     TopPOption,
     describe_answer,
 )
-from blockserve.cli.options import RefArgument
-from blockserve.cli.output import note, say
+from blockserve.cli.views.tables import note, say
 
 if TYPE_CHECKING:
     from blockserve.client.blocking import Client

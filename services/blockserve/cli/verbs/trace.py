@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from blockserve.cli.connection import Connection, connects
-from blockserve.cli.options import JsonOption
-from blockserve.cli.output import print_json
+from blockserve.cli.options.connection import Connection, connects
+from blockserve.cli.options.shared import JsonOption
+from blockserve.cli.views.tables import print_json
 
 CALL_TIMEOUT_S = 10.0
 """Each worker of the path is given two seconds."""
@@ -41,8 +41,8 @@ def trace(
       blockzoo trace invoice-1
       blockzoo trace invoice-1 --json | jq '.calls[-1].choices[0].parts'
     """
-    from blockserve.cli.output import stdout
-    from blockserve.cli.trace_view import call_to_json, draw_call
+    from blockserve.cli.views.tables import stdout
+    from blockserve.cli.views.trace import call_to_json, draw_call
 
     with connection.open(timeout=CALL_TIMEOUT_S) as client:
         calls = client.trace(request)

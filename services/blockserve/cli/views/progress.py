@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
-from blockserve.cli.output import format_bytes, format_seconds
+from blockserve.cli.views.tables import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from blockzoo.progress import Progress
@@ -60,7 +60,7 @@ class Bars:
         """Prepare the bar; it appears when the operation has taken a while."""
         from rich import progress as rich_progress
 
-        from blockserve.cli.output import stderr
+        from blockserve.cli.views.tables import stderr
 
         counted: list[rich_progress.ProgressColumn] = [
             rich_progress.DownloadColumn(),
