@@ -25,8 +25,8 @@ from blockserve.client.aio import AsyncClient
 from blockserve.common.api.results import Completion
 from blockserve.common.errors import CapacityError, DeadlineTooShortError, QueueFullError, ServerStoppingError
 from blockserve.common.wire.errors import DETAILS_KEY
-from blockserve.embedded.config import ServeConfig
 from blockserve.embedded.server import EmbeddedServer
+from blockserve.embedded.settings import ServeConfig
 from blockserve.worker.engine.engine import BlockEngine
 from blockserve.worker.limits import EngineConfig
 from blockzoo.zoo import Zoo

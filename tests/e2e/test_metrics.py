@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from blockserve.client.aio import AsyncClient
-from blockserve.embedded.config import ServeConfig
 from blockserve.embedded.server import EmbeddedServer
+from blockserve.embedded.settings import ServeConfig
 from blockserve.worker.limits import EngineConfig
 from blockzoo.errors import VariantNotFoundError
 from blockzoo.zoo import Zoo

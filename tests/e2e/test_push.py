@@ -9,8 +9,8 @@ from transformers import AutoTokenizer
 
 from blockserve.client.aio import AsyncClient
 from blockserve.client.zoo import RemoteZoo
-from blockserve.embedded.config import ServeConfig
 from blockserve.embedded.server import EmbeddedServer
+from blockserve.embedded.settings import ServeConfig
 from blockserve.worker.limits import EngineConfig
 from support.edge import async_test
 from support.variants import VariantFactory

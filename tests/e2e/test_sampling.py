@@ -15,8 +15,8 @@ import torch
 from blockserve.client.aio import AsyncClient, collect_choices, continued
 from blockserve.common.api.calls import GenerateCall, SamplingWishes, StoppingWishes
 from blockserve.common.errors import KvCapacityError, SamplingError
-from blockserve.embedded.config import ServeConfig
 from blockserve.embedded.server import EmbeddedServer
+from blockserve.embedded.settings import ServeConfig
 from blockserve.worker.limits import EngineConfig
 from blockzoo.zoo import Zoo
 from support.edge import async_test

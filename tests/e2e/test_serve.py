@@ -21,8 +21,8 @@ from blockserve.client.aio import AsyncClient, continued
 from blockserve.client.blocking import Client
 from blockserve.common.api.calls import GenerateCall
 from blockserve.common.api.engine import FinishReason
-from blockserve.embedded.config import ServeConfig
 from blockserve.embedded.server import EmbeddedServer
+from blockserve.embedded.settings import ServeConfig
 from blockserve.worker.limits import EngineConfig
 from blockzoo.errors import CorruptBlobError
 from blockzoo.zoo import Zoo

@@ -24,8 +24,8 @@ from blockserve.common.api.engine import (
     TokenEvent,
 )
 from blockserve.common.errors import ChainNotLoadedError
-from blockserve.embedded.config import ServeConfig
 from blockserve.embedded.server import EmbeddedServer
+from blockserve.embedded.settings import ServeConfig
 from blockserve.embedded.startup import Parts
 from blockzoo.errors import NotFoundError, VariantNotFoundError
 from blockzoo.manifest import (

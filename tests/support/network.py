@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from blockserve.embedded.config import ServeConfig
 from blockserve.embedded.server import EmbeddedServer
+from blockserve.embedded.settings import ServeConfig
 from blockserve.embedded.startup import Parts, open_zoo
 from blockzoo.zoo import Zoo
 from support.edge import ScriptedEngine

@@ -8,8 +8,8 @@ import sys
 def main() -> int:
     """Exit status 0 after a stop, 1 when the server could not start, 130 when interrupted before it could."""
     try:
-        from blockserve.embedded.config import ServeConfig
         from blockserve.embedded.run import run
+        from blockserve.embedded.settings import ServeConfig
         from blockzoo.errors import BlockzooError
     except KeyboardInterrupt:
         return 130

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from blockserve.common.api.engine import Engine
 from blockserve.common.metrics import EngineCollector, ProcessMetrics, RequestMetrics, VariantCollector
-from blockserve.embedded.config import ServeConfig
+from blockserve.embedded.settings import ServeConfig
 from blockserve.router.intake.catalog import ZooReader
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from blockserve.common.process import run as runner
-from blockserve.embedded.config import ServeConfig
 from blockserve.embedded.server import EmbeddedServer
+from blockserve.embedded.settings import ServeConfig
 from blockserve.embedded.startup import Parts
 
 

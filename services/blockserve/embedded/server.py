@@ -28,8 +28,8 @@ from blockserve.common.rpc.listen import (
 )
 from blockserve.common.wire.errors import ErrorInterceptor
 from blockserve.controller.servicer import ZooServicer
-from blockserve.embedded.config import ServeConfig
 from blockserve.embedded.metrics import ServerMetrics
+from blockserve.embedded.settings import ServeConfig
 from blockserve.embedded.startup import (
     Parts,
     RunnableEngine,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from blockserve.common.api.engine import Engine
-from blockserve.embedded.config import ALL
+from blockserve.embedded.settings import ALL
 from blockserve.router.intake.catalog import VariantCatalog, ZooReader
 from blockzoo.errors import BlockzooError
 

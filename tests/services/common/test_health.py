@@ -88,8 +88,8 @@ def serving_later(zoo: FakeZoo, engine: ScriptedEngine) -> Any:
 
     import grpc
 
-    from blockserve.embedded.config import ServeConfig
     from blockserve.embedded.server import EmbeddedServer
+    from blockserve.embedded.settings import ServeConfig
     from support.edge import fake_parts
 
     @asynccontextmanager

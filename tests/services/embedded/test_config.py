@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from blockserve.common.errors import ConfigurationError
-from blockserve.embedded.config import ServeConfig
+from blockserve.embedded.settings import ServeConfig
 
 
 def test_nobody_else_can_reach_a_server_that_nobody_configured() -> None:

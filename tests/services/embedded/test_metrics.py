@@ -11,8 +11,8 @@ import pytest
 
 from blockproto.v1 import inference_pb2, inference_pb2_grpc
 from blockserve.common.errors import ConfigurationError, QueueFullError
-from blockserve.embedded.config import ServeConfig
 from blockserve.embedded.server import EmbeddedServer
+from blockserve.embedded.settings import ServeConfig
 from blockserve.router.limits import RouterConfig
 from blockzoo.errors import VariantNotFoundError
 from support.edge import FakeZoo, ScriptedEngine, async_test, fake_parts, serving

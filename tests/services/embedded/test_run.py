@@ -19,7 +19,7 @@ PROGRAM = f"""
 import sys, types
 support = types.ModuleType("support"); support.__path__ = [{str(SUPPORT)!r}]; sys.modules["support"] = support
 from support.edge import FakeZoo, ScriptedEngine, fake_parts
-from blockserve.embedded.config import ServeConfig
+from blockserve.embedded.settings import ServeConfig
 from blockserve.embedded.run import run
 
 import asyncio

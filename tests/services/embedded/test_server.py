@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from blockserve.client.aio import AsyncClient
-from blockserve.embedded.config import ServeConfig
 from blockserve.embedded.server import EmbeddedServer
+from blockserve.embedded.settings import ServeConfig
 from blockserve.embedded.startup import Parts, Timeline, process_age
 from blockzoo.errors import CorruptBlobError, ZooNotFoundError
 from support.edge import FakeZoo, ScriptedEngine, async_test, fake_parts, serving, variant_files
@@ -158,7 +158,7 @@ def test_the_age_of_the_process_includes_the_interpreters_start() -> None:
     [
         "blockserve.router.fronts.servicer",
         "blockserve.client.blocking",
-        "blockserve.embedded.config",
+        "blockserve.embedded.settings",
         "blockserve",
     ],
 )

@@ -10,14 +10,14 @@ from blockserve.cli.views.tables import note
 if TYPE_CHECKING:
     from blockserve.common.rpc.settings import ServerSettings
     from blockserve.controller.settings import ControllerSettings
-    from blockserve.embedded.config import ServeConfig
     from blockserve.embedded.server import EmbeddedServer
+    from blockserve.embedded.settings import ServeConfig
     from blockserve.router.settings import RouterSettings
     from blockserve.worker.settings import WorkerSettings
 
 
 def _serve_settings() -> type[ServerSettings]:
-    from blockserve.embedded.config import ServeConfig
+    from blockserve.embedded.settings import ServeConfig
 
     return ServeConfig
 
