@@ -1,4 +1,4 @@
-"""Choosing paths from the zoo's manifests and the last view of the cluster; see `blockserve.router.paths.assemble`."""
+"""Choosing paths from the zoo's manifests and the last view of the cluster; `assemble` has the method."""
 
 from __future__ import annotations
 

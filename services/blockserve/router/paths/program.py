@@ -1,4 +1,4 @@
-"""The dynamic program behind `blockserve.router.paths.assemble`: which candidate runs each interval of a chain.
+"""The dynamic program behind `blockserve.router.paths.assemble`: the candidate for each interval of a chain.
 
 It goes over the intervals between borders and knows only the worker it is at, so it might come back to one it
 has left, which a request must not. Only then it runs again and remembers whether it has visited that worker

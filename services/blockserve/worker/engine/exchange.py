@@ -1,8 +1,9 @@
 """Requests whose chain goes on at other workers: what is told to whom, and when. Runs in the engine's thread.
 
-See `blockserve.worker.peers.messages` for the conversation. The engine's scheduler decides what is computed; this
-module opens paths, hands hidden states and tokens on, and begins a request anew when a worker on its path has
-given up its pages. A lost worker ends the request with PathBrokenError: who chose the path chooses another.
+See `blockserve.worker.peers.messages` for the conversation. The engine's scheduler decides what is computed;
+this module opens paths, hands hidden states and tokens on, and begins a request anew when a worker on its
+path has given up its pages. A lost worker ends the request with PathBrokenError: who chose the path chooses
+another.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One pass after the other: what is computed, what is sampled, and who is told.
 
-Everything here belongs to whoever drives the engine (`blockserve.worker.engine.drivers`) and happens between two
-passes, but for `compute`, which is the pass itself.
+Everything here belongs to whoever drives the engine (`blockserve.worker.engine.drivers`) and happens between
+two passes, but for `compute`, which is the pass itself.
 """
 
 from __future__ import annotations
