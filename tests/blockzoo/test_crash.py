@@ -25,6 +25,7 @@ from blockzoo.errors import BlobNotFoundError, CurrentVersionError, NotFoundErro
 from blockzoo.manifest import BlobId, VariantRecord
 from blockzoo.storage import LocalStorage
 from blockzoo.store.zoo_store import ZooStore
+from support.paths import SUPPORT
 from support.zoo_faults import (
     FakeClock,
     HookedStorage,
@@ -292,7 +293,7 @@ for line in sys.stdin:
 @pytest.fixture(scope="module")
 def killer():
     """Return a function that runs a job in a fresh process and kills it at its n-th system call on files."""
-    support = str(Path(__file__).parent.parent / "support")
+    support = str(SUPPORT)
     process = subprocess.Popen(
         [sys.executable, "-c", DRIVER, "", support], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

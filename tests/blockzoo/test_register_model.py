@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from blockzoo.zoo import Zoo
+from support.paths import ROOT
 
-MODEL = Path(os.environ.get("BLOCKZOO_TEST_MODEL", Path(__file__).parents[2] / ".cache" / "smollm2"))
+MODEL = Path(os.environ.get("BLOCKZOO_TEST_MODEL", ROOT / ".cache" / "smollm2"))
 
 pytestmark = [
     pytest.mark.model,

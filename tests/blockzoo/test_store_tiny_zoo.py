@@ -12,8 +12,7 @@ from blockzoo.storage import MemoryStorage
 from blockzoo.store.codec import RAW, ULP, XOR
 from blockzoo.store.zoo_store import ZooStore
 from blockzoo.zoo import Zoo
-
-TINY_ZOO = Path(__file__).parent / "data" / "tiny-zoo"
+from support.paths import TINY_ZOO
 
 # Digests over name and bytes of every weight file, as they were registered.
 EXPORTED = {

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from urllib.request import urlopen
@@ -39,8 +38,8 @@ from blockserve.common.metrics.labels import OTHER, BoundedLabels
 from blockserve.common.metrics.variants import LISTING_SECONDS
 from blockzoo.errors import StorageError
 from blockzoo.manifest import ChainId
+from support.paths import ROOT
 
-ROOT = Path(__file__).parents[3]
 SIZES = SizeHistogram((1, 2, 4), (3, 0, 2, 1), 19)
 
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from blockserve.cli.options.service import Service
 from blockserve.cli.options.settings import iterate_settings
 from blockserve.cli.verbs.serve import CLUSTER, SERVE
-
-ROOT = Path(__file__).parents[3]
+from support.paths import ROOT
 
 
 def test_the_page_is_up_to_date() -> None:

@@ -13,8 +13,8 @@ import pytest
 
 from blockserve.client.blocking import Client
 from blockserve.common.errors import ServerStoppingError
+from support.paths import SUPPORT
 
-SUPPORT = Path(__file__).parents[2] / "support"
 PROGRAM = f"""
 import sys, types
 support = types.ModuleType("support"); support.__path__ = [{str(SUPPORT)!r}]; sys.modules["support"] = support

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from pathlib import Path
 
 import pytest
 
@@ -21,8 +20,8 @@ from blockserve.common.api.engine import EngineRequest, SamplingParams
 from blockserve.router.paths.chooser import PARTED_SECONDS, ZooPathChooser
 from blockzoo.manifest import ChainId
 from blockzoo.zoo import Zoo
+from support.paths import TINY_ZOO
 
-TINY_ZOO = Path(__file__).parents[2] / "blockzoo" / "data" / "tiny-zoo"
 HEAD, TAIL = Run(0, 2), Run(2, 5)
 
 
