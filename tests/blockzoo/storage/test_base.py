@@ -1,4 +1,4 @@
-"""One contract for every storage; what only folders do is in test_storage_local.py."""
+"""One contract for every storage; what only folders do is in test_local.py."""
 
 from __future__ import annotations
 
