@@ -15,7 +15,7 @@ __all__ = ["AsyncClient", "Client", "Credentials", "RemoteZoo", "__version__"]
 _HOMES = {
     "AsyncClient": "client.blocking",
     "Client": "client.blocking",
-    "Credentials": "common.channel",
+    "Credentials": "common.rpc.channel",
     "RemoteZoo": "client.zoo",
 }
 
