@@ -1,4 +1,4 @@
-"""Write the list of modules in docs/map.md: one line each, the first of its docstring."""
+"""Write the list of modules in docs/map.md, room by room: one line each, the first of its docstring."""
 
 from __future__ import annotations
 
@@ -18,27 +18,31 @@ PACKAGES = {
 }
 
 
-def modules() -> Iterator[tuple[str, str]]:
-    """Name and first docstring line of every module, generated stubs and `__main__` left out."""
+def modules() -> Iterator[tuple[str, str, str]]:
+    """Room, name and first docstring line of every module; generated stubs and `__main__` are left out."""
     for package, source_root in PACKAGES.items():
-        for path in sorted((source_root / package).rglob("*.py")):
+        for path in sorted((source_root / package).rglob("*.py"), key=_order):
             if "_pb2" in path.name or path.name == "__main__.py":
                 continue
             parts = path.relative_to(source_root).with_suffix("").parts
             name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
             doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-            yield name, doc.partition("\n\n")[0].replace("\n", " ").replace("|", "\\|")
+            line = doc.partition("\n\n")[0].replace("\n", " ").replace("|", "\\|")
+            yield ".".join(parts[:-1]), name, line
+
+
+def _order(path: Path) -> tuple[str, ...]:
+    """A room's own modules before the rooms inside it."""
+    return (*(f"2{part}" for part in path.parent.parts), f"1{path.name}")
 
 
 def render() -> str:
-    """The tables, one for each package or service."""
-    groups: dict[str, list[str]] = {}
-    for name, line in modules():
-        parts = name.split(".")
-        group = ".".join(parts[:2]) if parts[0] == "blockserve" and len(parts) > 1 else parts[0]
-        groups.setdefault(group, []).append(f"| `{name}` | {line} |")
+    """A table for each room."""
+    rooms: dict[str, list[str]] = {}
+    for room, name, line in modules():
+        rooms.setdefault(room, []).append(f"| `{name}` | {line} |")
     return "\n".join(
-        f"\n### {group}\n\n| module | what |\n|---|---|\n" + "\n".join(rows) for group, rows in groups.items()
+        f"\n### {room}\n\n| module | what |\n|---|---|\n" + "\n".join(rows) for room, rows in rooms.items()
     )
 
 
