@@ -7,8 +7,7 @@
     zoo.register("my-lora", name="support-bot", base="smollm2")
     print(zoo.du().sharing_factor)
 
-Nothing here needs torch but `blockzoo.compute.decoder`, which the engine imports, and evaluations
-(`blockzoo.equivalence`) while they run.
+Only `blockzoo.compute`, which the engine imports, and `blockzoo.evaluation` need torch.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from blockkernels.attention import attend
 from blockkernels.rotary import RopeParameters, RotaryTable, inverse_frequencies
-from blockzoo.compute.decoder import EmbeddingBlock, ExecutableBlock, HeadBlock, build_block
+from blockzoo.compute.build import ExecutableBlock, build_block
+from blockzoo.compute.ends import EmbeddingBlock, HeadBlock
 from blockzoo.errors import InvalidConfigError
 from blockzoo.manifest import BlockId, BlockKind, BlockManifest, DType, JsonValue, Link, TensorRef
 from blockzoo.zoo import Zoo

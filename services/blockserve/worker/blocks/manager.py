@@ -24,7 +24,9 @@ from blockserve.common.errors import ConfigurationError, SpanError
 from blockserve.worker.kv.pool import KvShape
 from blockserve.worker.kv.prefix import LayerDigest, layer_digests
 from blockserve.worker.limits import EngineConfig
-from blockzoo.compute.decoder import EmbeddingBlock, ExecutableBlock, HeadBlock, LayerBlock, build_block
+from blockzoo.compute.build import ExecutableBlock, build_block
+from blockzoo.compute.decoder import LayerBlock
+from blockzoo.compute.ends import EmbeddingBlock, HeadBlock
 from blockzoo.errors import CorruptManifestError, InvalidConfigError
 from blockzoo.manifest import (
     BlockId,

@@ -27,7 +27,8 @@ from blockserve.worker.compute.counters import BatchSizes
 from blockserve.worker.compute.lane_batch import LaneBatch, table_of
 from blockserve.worker.kv.pool import KvPool, KvShape
 from blockserve.worker.requests.running import Chunk, ChunkHidden, ChunkLogits, ChunkResult
-from blockzoo.compute.decoder import EmbeddingBlock, HeadBlock, LayerBlock
+from blockzoo.compute.decoder import LayerBlock
+from blockzoo.compute.ends import EmbeddingBlock, HeadBlock
 from blockzoo.manifest import BlockId, ChainId
 
 _MAX_PLANS = 64
@@ -317,7 +318,7 @@ def _present(hidden: Tensor | None) -> Tensor:
 
 
 class _SegmentContext:
-    """What the blocks of one segment ask about the batch; see `blockzoo.compute.decoder.BlockContext`."""
+    """What the blocks of one segment ask about the batch; see `blockzoo.compute.context.BlockContext`."""
 
     def __init__(
         self, executor: Executor, batch: LaneBatch, places: Sequence[int], rows: slice | Tensor

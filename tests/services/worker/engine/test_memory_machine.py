@@ -20,7 +20,7 @@ from blockserve.worker.engine.scheduler import Scheduler
 from blockserve.worker.kv.pool import KvPool, KvShape
 from blockserve.worker.kv.prefix import PrefixSharing, layer_digests
 from blockserve.worker.requests.running import RunningRequest
-from blockzoo.compute.decoder import ExecutableBlock
+from blockzoo.compute.build import ExecutableBlock
 from blockzoo.manifest import BlockId, ChainId, ChainManifest, Link
 
 PAGE_TOKENS = 2

@@ -1,0 +1,45 @@
+"""From a block's manifest and tensors to a block that computes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from blockzoo.compute.decoder import LayerBlock
+from blockzoo.compute.ends import EmbeddingBlock, HeadBlock
+from blockzoo.errors import InvalidConfigError
+from blockzoo.manifest import BlockKind, BlockManifest
+
+ExecutableBlock = EmbeddingBlock | LayerBlock | HeadBlock
+"""A base block in memory, ready to compute."""
+
+
+def build_block(
+    manifest: BlockManifest, tensors: Mapping[str, Tensor], *, exact: bool = False
+) -> ExecutableBlock:
+    """Make a base block executable; matrices are laid out for the device they are on.
+
+    Args:
+        manifest: says kind and config.
+        tensors: the block's tensors by name, all of one dtype, on the target device.
+        exact: a token's result must not depend, in any bit, on the tokens computed with it. Holds with the
+            C kernels and packed weights only; who asks for it checks that they are there.
+
+    Raises:
+        InvalidConfigError: the kind is not executable, or config and tensors do not fit.
+    """
+    try:
+        if manifest.kind == BlockKind.EMBEDDING:
+            return EmbeddingBlock(tensors)
+        if manifest.kind == BlockKind.LAYER:
+            return LayerBlock(manifest.config, tensors, exact=exact)
+        if manifest.kind == BlockKind.HEAD:
+            return HeadBlock(manifest.config, tensors, exact=exact)
+    except KeyError as error:
+        raise InvalidConfigError(f"{manifest.kind} block lacks {error}", family=manifest.family) from error
+    raise InvalidConfigError(
+        f"blocks of kind {manifest.kind!r} cannot be run by this version",
+        hint="Upgrade blockzoo on this machine.",
+        kind=manifest.kind,
+    )

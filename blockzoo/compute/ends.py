@@ -1,0 +1,51 @@
+"""The two ends of a chain: token ids to hidden states, and hidden states to logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+from torch.nn import functional
+
+from blockkernels.rms_norm import rms_norm
+from blockzoo.compute.context import BlockContext
+from blockzoo.compute.parts import fused, real
+from blockzoo.manifest import JsonValue
+
+HEAD_MODULE = "lm_head"
+
+
+class EmbeddingBlock:
+    """Token ids to hidden states."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._weight = tensors["weight"]
+        self.num_bytes = self._weight.nbytes
+        self.hidden_size = self._weight.shape[1]
+        self.module_shapes: dict[str, tuple[int, int]] = {}
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        """Shape: token_ids int64 [tokens], result [tokens, hidden]."""
+        return functional.embedding(token_ids, self._weight)
+
+
+class HeadBlock:
+    """Final norm and projection to the vocabulary."""
+
+    def __init__(
+        self, config: Mapping[str, JsonValue], tensors: Mapping[str, Tensor], *, exact: bool = False
+    ) -> None:
+        self._eps = real(config, "norm_eps")
+        self._norm = tensors["norm.weight"]
+        self._lm_head = fused(tensors, (HEAD_MODULE,), exact)
+        self.hidden_size = self._norm.shape[0]
+        self.vocab_size = self._lm_head.out_features
+        self.num_bytes = self._norm.nbytes + self._lm_head.num_bytes
+        self.module_shapes = {HEAD_MODULE: (self.vocab_size, self.hidden_size)}
+
+    def __call__(self, hidden: Tensor, context: BlockContext) -> Tensor:
+        """Shape: hidden [rows, hidden_size], result logits [rows, vocab] in the block's dtype."""
+        x = rms_norm(hidden, self._norm, self._eps)
+        logits = self._lm_head(x)
+        context.adapt(HEAD_MODULE, x, logits)
+        return logits
