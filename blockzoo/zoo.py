@@ -15,7 +15,6 @@ from blockzoo.care.gc import GcReport
 from blockzoo.care.verify import FOLDERS, VerifyReport, verify
 from blockzoo.errors import InvalidInputError, NotFoundError
 from blockzoo.folders.export import ExportResult, export_variant
-from blockzoo.folders.outline import Manifests
 from blockzoo.manifest import BlockId, BlockManifest, ChainId, ChainManifest, TensorRef, VariantRecord
 from blockzoo.names import check_name, parse_ref
 from blockzoo.progress import NoProgress, Progress
@@ -25,6 +24,7 @@ from blockzoo.reports.survey import Survey
 from blockzoo.reports.values import DiffReport, RemoveReport, ShowReport, UsageReport, VariantRow
 from blockzoo.storage import open_storage
 from blockzoo.storage.base import ObjectInfo, Stamp
+from blockzoo.store.writing import Manifests
 from blockzoo.store.zoo_store import ZooStore
 
 _CACHED_MANIFESTS = 1 << 16

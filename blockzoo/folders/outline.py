@@ -5,23 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 from blockzoo import families
-from blockzoo.manifest import BlockId, BlockManifest, ChainId, ChainManifest, TensorRef
+from blockzoo.manifest import BlockManifest, ChainId, ChainManifest, TensorRef
+from blockzoo.store.writing import Manifests
 
 EMBEDDING_MODULE = "model.embed_tokens"
 HEAD_MODULE = "lm_head"
-
-
-class Manifests(Protocol):
-    """Where chains and blocks are read."""
-
-    def get_chain(self, chain: ChainId) -> ChainManifest:
-        """Return a chain."""
-
-    def get_block(self, block: BlockId) -> BlockManifest:
-        """Return a block."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,12 +15,12 @@ from typing import Any
 from blockzoo.errors import VariantNotFoundError
 from blockzoo.folders.checkpoint import ModelFolder, read_kept_file
 from blockzoo.folders.contents import FolderLayout, InBlock, InFile
-from blockzoo.folders.outline import Manifests, Outline
+from blockzoo.folders.outline import Outline
 from blockzoo.json_report import JsonReport
 from blockzoo.manifest import BlockManifest, ChainId, FileRef, VariantRecord
 from blockzoo.progress import Progress
 from blockzoo.registering.upload import Pieces, Totals, Upload, inspect_uploads
-from blockzoo.store.writing import WritableZoo, Writer
+from blockzoo.store.writing import Manifests, WritableZoo, Writer
 
 _MAX_CHECK_WORKERS = 8
 """Threads that look for NaN; more than these wait for memory."""

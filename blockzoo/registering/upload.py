@@ -9,8 +9,7 @@ from blockzoo.digest import as_bytes, blob_id
 from blockzoo.folders.finite import Weights, check_finite
 from blockzoo.manifest import BlobId, DType, FileRef, TensorRef
 from blockzoo.store.blobs import TensorData, file_data
-from blockzoo.store.registration import Stored
-from blockzoo.store.writing import Writer
+from blockzoo.store.writing import Stored, Writer
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from blockzoo.digest import num_bytes
 from blockzoo.folders.contents import OWN_PREFIX
-from blockzoo.folders.outline import Manifests
 from blockzoo.manifest import BlobId, BlockManifest, Link, TensorRef, VariantRecord
 from blockzoo.reports.values import DiffReport, LinkDiff, TensorDiff
+from blockzoo.store.writing import Manifests
 
 
 def compare(manifests: Manifests, a: VariantRecord, b: VariantRecord) -> DiffReport:

@@ -13,7 +13,6 @@ from functools import cached_property
 from blockzoo import layout
 from blockzoo.digest import num_bytes
 from blockzoo.folders.contents import OWN_PREFIX
-from blockzoo.folders.outline import Manifests
 from blockzoo.manifest import (
     BlobId,
     BlockId,
@@ -26,6 +25,7 @@ from blockzoo.manifest import (
 )
 from blockzoo.reports.values import Applied, Run, ShowReport, UsageReport, UsageRow, VariantRow
 from blockzoo.store.blobs import TensorData
+from blockzoo.store.writing import Manifests
 from blockzoo.store.zoo_store import ZooStore
 
 

@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -27,6 +26,7 @@ from blockzoo.storage.base import Staged
 from blockzoo.store.blobs import TensorData, file_data
 from blockzoo.store.closure import Walker
 from blockzoo.store.leases import LEASE_TTL_S, Entry, LeaseHolder
+from blockzoo.store.writing import Stored
 
 if TYPE_CHECKING:
     from blockzoo.store.zoo_store import ZooStore
@@ -37,21 +37,6 @@ _GROUP_BYTES = 512 << 20
 _LOCAL_WORKERS = 2
 _REMOTE_WORKERS = 16
 """Threads: a disk is busy with few, requests over a network mostly wait."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """What became of one tensor.
-
-    Attributes:
-        blob: its id.
-        created: whether this registration stored it; otherwise it was there.
-        stored_bytes: bytes written for it, 0 when it was there.
-    """
-
-    blob: BlobId
-    created: bool
-    stored_bytes: int
 
 
 class Registration:

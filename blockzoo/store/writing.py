@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Protocol
 
 from blockzoo.canonical import canonical_json, digest_bytes
-from blockzoo.folders.outline import Manifests
 from blockzoo.manifest import (
     BlobId,
     BlockId,
@@ -19,7 +19,31 @@ from blockzoo.manifest import (
 )
 from blockzoo.manifest_json import block_to_json, chain_to_json
 from blockzoo.store.blobs import TensorData
-from blockzoo.store.registration import Stored
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What became of one tensor.
+
+    Attributes:
+        blob: its id.
+        created: whether this registration stored it; otherwise it was there.
+        stored_bytes: bytes written for it, 0 when it was there.
+    """
+
+    blob: BlobId
+    created: bool
+    stored_bytes: int
+
+
+class Manifests(Protocol):
+    """Where chains and blocks are read."""
+
+    def get_chain(self, chain: ChainId) -> ChainManifest:
+        """Return a chain."""
+
+    def get_block(self, block: BlockId) -> BlockManifest:
+        """Return a block."""
 
 
 class ManifestWriter(Protocol):

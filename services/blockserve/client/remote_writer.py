@@ -24,8 +24,7 @@ from blockzoo.digest import as_bytes, blob_id
 from blockzoo.errors import BlockzooError, ConflictError
 from blockzoo.manifest import BlobId, BlockId, BlockManifest, ChainId, ChainManifest, FileRef, VariantRecord
 from blockzoo.store.blobs import TensorData
-from blockzoo.store.registration import Stored
-from blockzoo.store.writing import ManifestRecorder
+from blockzoo.store.writing import ManifestRecorder, Stored
 
 T = TypeVar("T")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from blockzoo.manifest import BlobId, DType
-from blockzoo.store.registration import Stored
+from blockzoo.store.writing import Stored
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from blockzoo.digest import is_digest
 from blockzoo.errors import InvalidInputError
 from blockzoo.manifest import BlobId, ChainId, DType, FileRef, VariantRecord
 from blockzoo.names import check_name
-from blockzoo.store.registration import Stored
+from blockzoo.store.writing import Stored
 
 R = TypeVar("R")
 

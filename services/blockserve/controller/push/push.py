@@ -28,7 +28,8 @@ from blockzoo.folders.finite import is_finite
 from blockzoo.manifest import BlobId, BlockId, VariantRecord
 from blockzoo.store.blobs import TensorData
 from blockzoo.store.closure import Walker
-from blockzoo.store.registration import Registration, Stored
+from blockzoo.store.registration import Registration
+from blockzoo.store.writing import Stored
 from blockzoo.store.zoo_store import ZooStore
 
 CLOSE_SECONDS = 2.0

@@ -13,7 +13,7 @@ from blockzoo.care import gc, verify
 from blockzoo.errors import InvalidInputError, InvalidNameError
 from blockzoo.manifest import BlobId, ChainId, DType, FileRef, VariantName, VariantRecord
 from blockzoo.reports import values as reports
-from blockzoo.store.registration import Stored
+from blockzoo.store.writing import Stored
 
 REPORTS = (
     reports.VariantRow, reports.Applied, reports.Run, reports.ShowReport, reports.UsageRow,
