@@ -14,8 +14,9 @@ from operator import attrgetter
 from blockserve.common.api.cluster import ChainSpan
 from blockserve.common.api.engine import ChainReport
 from blockserve.common.errors import MemoryBudgetError
+from blockserve.worker.blocks.chain import LoadedChain, PreparedChain
 from blockserve.worker.blocks.eviction import choose_victims
-from blockserve.worker.blocks.manager import BlockManager, LoadedChain, PreparedChain
+from blockserve.worker.blocks.manager import BlockManager
 from blockserve.worker.blocks.segments import SegmentMap, compute_segments
 from blockzoo.manifest import ChainId
 

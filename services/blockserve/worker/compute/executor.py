@@ -21,7 +21,8 @@ from blockkernels.lora import GroupedRows, LoraBank, RowRange, TokenRun, add_lor
 from blockkernels.native import library
 from blockkernels.rotary import RopeParameters, RotaryTable, inverse_frequencies
 from blockserve.common.errors import ConfigurationError
-from blockserve.worker.blocks.manager import BlockManager, LoadedChain
+from blockserve.worker.blocks.chain import LoadedChain
+from blockserve.worker.blocks.manager import BlockManager
 from blockserve.worker.blocks.segments import Segment, SegmentId, SegmentMap
 from blockserve.worker.compute.counters import BatchSizes
 from blockserve.worker.compute.lane_batch import LaneBatch, table_of

@@ -36,8 +36,10 @@ from blockserve.common.errors import (
     ServerStoppingError,
 )
 from blockserve.common.process.cores import usable_cores
+from blockserve.worker.blocks.chain import PreparedChain
 from blockserve.worker.blocks.chains import LoadedChains
-from blockserve.worker.blocks.manager import BlockManager, BlockSource, PreparedChain
+from blockserve.worker.blocks.manager import BlockManager
+from blockserve.worker.blocks.reading import BlockReader, BlockSource
 from blockserve.worker.compute.executor import Executor
 from blockserve.worker.engine.drivers import Driver, LoopDriver, ThreadDriver
 from blockserve.worker.engine.exchange import Outlet, SpanExchange
@@ -76,7 +78,8 @@ class BlockEngine:
         """
         self.config = config or EngineConfig()
         self._device = torch.device(self.config.device)
-        self._blocks = BlockManager(zoo, self.config)
+        self._reader = BlockReader(zoo, self.config)
+        self._blocks = BlockManager(self._reader, self.config)
         self._pools: dict[KvShape, KvPool] = {}
         self._executor = Executor(
             self._blocks, self._pools, self._device, deterministic=self.config.deterministic
@@ -171,7 +174,7 @@ class BlockEngine:
         async with self._loading:
             while not self._chains.is_loaded(span):
                 if self.config.block_bytes:
-                    estimate = await asyncio.to_thread(self._blocks.estimate_sizes, span)
+                    estimate = await asyncio.to_thread(self._reader.estimate_sizes, span)
                     await asyncio.wrap_future(self._call(lambda: self._make_room(span, estimate)))  # noqa: B023
                 prepared = await asyncio.to_thread(self._blocks.prepare, span)
                 await asyncio.wrap_future(self._call(lambda: self._attach(prepared)))  # noqa: B023
@@ -180,7 +183,7 @@ class BlockEngine:
 
     async def _whole(self, chain: ChainId) -> ChainSpan:
         loaded = self._chains.whole(chain)
-        return loaded.span if loaded else ChainSpan(chain, await asyncio.to_thread(self._blocks.whole, chain))
+        return loaded.span if loaded else ChainSpan(chain, await asyncio.to_thread(self._reader.whole, chain))
 
     def _make_room(self, coming: ChainSpan, estimate: Mapping[Hashable, int]) -> None:
         """See `LoadedChains.make_room`; the event loop appends to `_arriving` meanwhile."""

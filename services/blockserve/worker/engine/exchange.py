@@ -19,7 +19,7 @@ from typing import Protocol
 from blockserve.common.api.cluster import ChainSpan, PathStep, WorkerId
 from blockserve.common.api.engine import TokenEvent
 from blockserve.common.errors import ChainNotLoadedError, KvCapacityError, PathBrokenError
-from blockserve.worker.blocks.manager import LoadedChain
+from blockserve.worker.blocks.chain import LoadedChain
 from blockserve.worker.engine.memory import KvMemory
 from blockserve.worker.engine.scheduler import Scheduler
 from blockserve.worker.peers.messages import (

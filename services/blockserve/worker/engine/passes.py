@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from blockserve.common.api.cluster import ChainSpan
 from blockserve.common.api.engine import TokenEvent
 from blockserve.common.errors import ChainNotLoadedError, DeadlineExceededError, EngineFailedError
+from blockserve.worker.blocks.chain import LoadedChain
 from blockserve.worker.blocks.chains import LoadedChains
-from blockserve.worker.blocks.manager import LoadedChain
 from blockserve.worker.compute.executor import Executor
 from blockserve.worker.compute.sampler import collect_prompt, sample_next
 from blockserve.worker.engine.exchange import SpanExchange

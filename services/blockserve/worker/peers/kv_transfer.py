@@ -16,7 +16,7 @@ from torch import Tensor
 
 from blockserve.common.api.cluster import ChainSpan, PathStep, Run
 from blockserve.common.errors import WireError
-from blockserve.worker.blocks.manager import LoadedChain
+from blockserve.worker.blocks.chain import LoadedChain
 from blockserve.worker.kv.pages import Pages
 from blockserve.worker.kv.pool import KvPool
 from blockserve.worker.kv.prefix import TokensDigest, extend_tokens_digests

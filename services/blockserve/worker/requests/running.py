@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from blockserve.common.api.engine import EngineRequest, PositionLogprobs, RequestTiming, TokenEvent
-from blockserve.worker.blocks.manager import LoadedChain
+from blockserve.worker.blocks.chain import LoadedChain
 from blockserve.worker.kv.pool import KvTable
 from blockserve.worker.kv.prefix import TokensDigest
 from blockserve.worker.requests.clock import SpanClock

@@ -10,7 +10,7 @@ import torch
 
 from blockserve.common.api.engine import EngineRequest, SamplingParams, TokenEvent
 from blockserve.common.errors import EngineFailedError
-from blockserve.worker.blocks.manager import LoadedChain
+from blockserve.worker.blocks.chain import LoadedChain
 from blockserve.worker.compute import sampler
 from blockserve.worker.requests.running import Chunk, ChunkLogits, RunningRequest
 from blockzoo.manifest import ChainId

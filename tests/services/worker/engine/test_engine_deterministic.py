@@ -241,7 +241,7 @@ def test_it_needs_packed_products(tiny: TinyZoo) -> None:
     engine = BlockEngine(tiny.zoo, replace(CONFIG, dtype="float16"))
     chain = tiny.chains["base"]
     with pytest.raises(ConfigurationError, match="packed matrix products"):
-        engine._blocks.prepare(ChainSpan(chain, engine._blocks.whole(chain)))
+        engine._blocks.prepare(ChainSpan(chain, engine._reader.whole(chain)))
 
 
 def test_it_is_for_the_cpu() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockserve.common.api.engine import EngineRequest, SamplingParams
-from blockserve.worker.blocks.manager import LoadedChain
+from blockserve.worker.blocks.chain import LoadedChain
 from blockserve.worker.engine.scheduler import Scheduler
 from blockserve.worker.requests.running import Chunk, RunningRequest
 from blockzoo.manifest import ChainId
