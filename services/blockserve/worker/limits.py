@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-PrefixSharing = Literal["off", "variant", "identical_chain"]
-"""See `EngineConfig.prefix_sharing`."""
+from blockserve.worker.kv.prefix import PrefixSharing
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,13 @@
-"""How large the batches of a segment were: three histograms, filled at the forward call."""
+"""What a segment has computed, and how large its batches were; counted at the forward call."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from blockserve.common.api.engine import SegmentBatches, SizeHistogram
+from blockserve.worker.compute.adapters import ChainRun
 
 BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Upper borders of the buckets; sizes above the last have one of their own."""
@@ -45,3 +47,31 @@ class BatchSizes:
     def report(self, segment_id: str) -> SegmentBatches:
         """The state now."""
         return SegmentBatches(segment_id, self.sequences.report(), self.tokens.report(), self.chains.report())
+
+
+@dataclass(slots=True)
+class SegmentCounters:
+    """What a segment has done; `block_calls` is counted at the call of each base block's forward.
+
+    Everything else is counted once for each call of the segment's first block, so a visit that calls no
+    block (a head without a row of logits to compute) counts nothing.
+    """
+
+    block_calls: list[int]
+    tokens: int = 0
+    sequences: int = 0
+    mixed_calls: int = 0
+    largest_batch_sequences: int = 0
+    largest_batch_chains: int = 0
+    batches: BatchSizes = field(default_factory=BatchSizes)
+
+    def record(self, runs: Sequence[ChainRun]) -> None:
+        """Count one batch: chain and rows of each sequence in it."""
+        chains = len({chain.id for chain, _ in runs})
+        tokens = sum(count for _, count in runs)
+        self.tokens += tokens
+        self.sequences += len(runs)
+        self.mixed_calls += chains > 1
+        self.largest_batch_sequences = max(self.largest_batch_sequences, len(runs))
+        self.largest_batch_chains = max(self.largest_batch_chains, chains)
+        self.batches.add(sequences=len(runs), tokens=tokens, chains=chains)

@@ -8,115 +8,28 @@ requests there, whatever their variants; adapters are added for the whole batch.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from blockkernels.attention import PagedAttention, attend, can_attend_paged
-from blockkernels.decoder import DecoderLayer, DecoderLayers, LayerAdapters
-from blockkernels.lora import GroupedRows, LoraBank, RowRange, TokenRun, add_lora, group_rows
+from blockkernels.decoder import DecoderLayer, DecoderLayers
+from blockkernels.lora import add_lora
 from blockkernels.native import library
 from blockkernels.rotary import RopeParameters, RotaryTable, inverse_frequencies
 from blockserve.common.errors import ConfigurationError
 from blockserve.worker.blocks.chain import LoadedChain
 from blockserve.worker.blocks.manager import BlockManager
 from blockserve.worker.blocks.segments import Segment, SegmentId, SegmentMap
-from blockserve.worker.compute.counters import BatchSizes
+from blockserve.worker.compute.adapters import AdapterPlans, ChainRun, merge_runs
+from blockserve.worker.compute.counters import SegmentCounters
 from blockserve.worker.compute.lane_batch import LaneBatch, table_of
 from blockserve.worker.kv.pool import KvPool, KvShape
 from blockserve.worker.requests.running import Chunk, ChunkHidden, ChunkLogits, ChunkResult
 from blockzoo.compute.decoder import LayerBlock
 from blockzoo.compute.ends import EmbeddingBlock, HeadBlock
-from blockzoo.manifest import BlockId, ChainId
-
-_MAX_PLANS = 64
-"""Batches whose adapter plans are kept; each holds masks of [tokens, adapter rows]."""
-
-ChainRun = tuple[LoadedChain, int]
-"""Consecutive tokens of one chain in a batch: (chain, tokens)."""
-ModulePlan = dict[str, tuple[LoraBank, GroupedRows]]
-"""What adapters add at one position of a chain: module -> bank and rows."""
-
-
-class AdapterPlan:
-    """Which adapter rows a batch uses at each position; positions with equal rows share one mask."""
-
-    def __init__(self, blocks: BlockManager, runs: Sequence[ChainRun], exact: bool) -> None:
-        """Plan for tokens of these chains, in this order, all with the same base blocks where asked."""
-        self._blocks = blocks
-        self._exact = exact
-        self._runs = runs
-        self._positions: dict[int, ModulePlan] = {}
-        self._grouped: dict[object, GroupedRows] = {}
-        self._layers: dict[tuple[int, int], LayerAdapters | None] = {}
-
-    def at(self, position: int) -> ModulePlan:
-        """What adapters add at a position."""
-        if position not in self._positions:
-            self._positions[position] = self._plan(position)
-        return self._positions[position]
-
-    def of_layers(self, position: int, count: int) -> LayerAdapters | None:
-        """The same for layers that are computed in one call; None for nothing."""
-        key = (position, count)
-        if key not in self._layers:
-            modules = [self.at(position + offset) for offset in range(count)]
-            self._layers[key] = LayerAdapters(modules) if any(modules) else None
-        return self._layers[key]
-
-    def _plan(self, position: int) -> ModulePlan:
-        dtype = self._runs[0][0].dtype
-        base = (self._runs[0][0].manifest.links[position].base, dtype)
-        token_runs: dict[str, list[TokenRun]] = {}
-        ranges: dict[str, dict[BlockId, tuple[int, RowRange]]] = {}
-        start = 0
-        for chain, count in self._runs:
-            for applied in chain.manifest.links[position].applied:
-                for module, rows in self._blocks.rows(base, applied).items():
-                    known = ranges.setdefault(module, {})
-                    number, _ = known.setdefault(applied, (len(known), rows))
-                    token_runs.setdefault(module, []).append(TokenRun(start, start + count, number))
-            start += count
-        plan: ModulePlan = {}
-        for module, module_runs in token_runs.items():
-            bank = self._blocks.bank(base, module)
-            rows_of = tuple(rows for _, rows in ranges[module].values())
-            key = (tuple(module_runs), rows_of)
-            if key not in self._grouped:
-                self._grouped[key] = group_rows(module_runs, rows_of, bank.down, exact=self._exact)
-            plan[module] = (bank, self._grouped[key])
-        return plan
-
-
-@dataclass(slots=True)
-class SegmentCounters:
-    """What a segment has done; `block_calls` is counted at the call of each base block's forward.
-
-    Everything else is counted once for each call of the segment's first block, so a visit that calls no
-    block (a head without a row of logits to compute) counts nothing.
-    """
-
-    block_calls: list[int]
-    tokens: int = 0
-    sequences: int = 0
-    mixed_calls: int = 0
-    largest_batch_sequences: int = 0
-    largest_batch_chains: int = 0
-    batches: BatchSizes = field(default_factory=BatchSizes)
-
-    def record(self, runs: Sequence[ChainRun]) -> None:
-        """Count one batch: chain and rows of each sequence in it."""
-        chains = len({chain.id for chain, _ in runs})
-        tokens = sum(count for _, count in runs)
-        self.tokens += tokens
-        self.sequences += len(runs)
-        self.mixed_calls += chains > 1
-        self.largest_batch_sequences = max(self.largest_batch_sequences, len(runs))
-        self.largest_batch_chains = max(self.largest_batch_chains, chains)
-        self.batches.add(sequences=len(runs), tokens=tokens, chains=chains)
+from blockzoo.manifest import ChainId
 
 
 class Executor:
@@ -140,13 +53,11 @@ class Executor:
                 "deterministic results need the C kernels, which cannot be built here",
                 hint="Install a C compiler (the log says what went wrong), or serve without deterministic.",
             )
-        self._deterministic = deterministic
-        self._blocks = blocks
         self._pools = pools
         self._device = device
         self._segments = SegmentMap()
         self._rotary_tables: dict[tuple[RopeParameters, torch.dtype], RotaryTable] = {}
-        self._plans: OrderedDict[object, AdapterPlan] = OrderedDict()
+        self.plans = AdapterPlans(blocks, deterministic)
         self._in_one_call: dict[tuple[SegmentId, int], DecoderLayers | None] = {}
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self.counters: dict[SegmentId, SegmentCounters] = {}
@@ -159,7 +70,7 @@ class Executor:
     def use_segments(self, segments: SegmentMap) -> None:
         """Chains came or went: go on with new segments."""
         self._segments = segments
-        self._plans.clear()  # the banks have changed too
+        self.plans.clear()
         self._in_one_call.clear()
         known = self.counters
         self.counters = {
@@ -302,15 +213,6 @@ class Executor:
             self._scratch = torch.empty(num_bytes, dtype=torch.uint8)
         return self._scratch
 
-    def adapter_plan(self, runs: Sequence[ChainRun]) -> AdapterPlan:
-        """What adapters add to a batch of these runs; kept, because decode repeats the same batch."""
-        key = tuple((chain.span, count) for chain, count in runs)
-        plan = self._plans.pop(key, None) or AdapterPlan(self._blocks, tuple(runs), self._deterministic)
-        self._plans[key] = plan
-        while len(self._plans) > _MAX_PLANS:
-            self._plans.popitem(last=False)
-        return plan
-
 
 def _present(hidden: Tensor | None) -> Tensor:
     """The hidden states, which only the embedding may lack."""
@@ -319,7 +221,7 @@ def _present(hidden: Tensor | None) -> Tensor:
 
 
 class _SegmentContext:
-    """What the blocks of one segment ask about the batch; see `blockzoo.compute.context.BlockContext`."""
+    """What the blocks of one segment ask about the batch; see `blockzoo.compute.decoder.BlockContext`."""
 
     def __init__(
         self, executor: Executor, batch: LaneBatch, places: Sequence[int], rows: slice | Tensor
@@ -328,10 +230,10 @@ class _SegmentContext:
         self._batch = batch
         self._chunks = [batch.chunks[place] for place in places]
         self._rows = rows
-        self._runs = _merge([(chunk.running.chain, chunk.num_tokens) for chunk in self._chunks])
+        self._runs = merge_runs([(chunk.running.chain, chunk.num_tokens) for chunk in self._chunks])
         self._tables: dict[RopeParameters, tuple[Tensor, Tensor]] = {}
         self._position = 0
-        self._plan = executor.adapter_plan(self._runs)
+        self._plan = executor.plans.of(self._runs)
         self._paged: PagedAttention | None = None
 
     def move_to(self, position: int) -> None:
@@ -340,7 +242,7 @@ class _SegmentContext:
 
     def narrow_to(self, runs: Iterable[ChainRun]) -> None:
         """Go on with fewer rows of each chunk, at the same block."""
-        self._plan = self._executor.adapter_plan(_merge(runs))
+        self._plan = self._executor.plans.of(merge_runs(runs))
 
     def rotary(self, rope: RopeParameters) -> tuple[Tensor, Tensor]:
         """Cosine and sine for the rows, computed once a pass for each set of parameters."""
@@ -407,14 +309,3 @@ def _paged_attention(pool: KvPool, chunks: Sequence[Chunk]) -> PagedAttention:
         [chunk.end for chunk in chunks],
         [chunk.num_tokens for chunk in chunks],
     )
-
-
-def _merge(runs: Iterable[ChainRun]) -> list[ChainRun]:
-    """Join neighbouring runs of the same chain."""
-    merged: list[ChainRun] = []
-    for chain, count in runs:
-        if merged and merged[-1][0] is chain:
-            merged[-1] = (chain, merged[-1][1] + count)
-        else:
-            merged.append((chain, count))
-    return merged

@@ -23,14 +23,16 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NewType
+from typing import Literal, NewType
 
 import numpy as np
 
 from blockserve.worker.kv.pages import PageAllocator, Pages
-from blockserve.worker.limits import PrefixSharing
 from blockzoo.manifest import ChainId, ChainManifest
 
+PrefixSharing = Literal["off", "variant", "identical_chain"]
+"""Which requests meet each other's cached prefixes: none, those of one chain, or those of chains that are
+identical up to a layer."""
 LayerDigest = NewType("LayerDigest", bytes)
 """What decides the keys and values of a layer, given the tokens."""
 TokensDigest = NewType("TokensDigest", bytes)
