@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -23,7 +24,6 @@ from blockserve.common.api.cluster import ChainSpan, Run, WorkerId
 from blockserve.common.api.engine import (
     EngineReport,
     EngineRequest,
-    SegmentReport,
     TokenEvent,
 )
 from blockserve.common.api.spans import PathTrace, SpanTrace, as_paths
@@ -42,9 +42,10 @@ from blockserve.worker.blocks.manager import BlockManager
 from blockserve.worker.blocks.reading import BlockReader, BlockSource
 from blockserve.worker.compute.executor import Executor
 from blockserve.worker.engine.drivers import Driver, LoopDriver, ThreadDriver
-from blockserve.worker.engine.exchange import Outlet, SpanExchange
+from blockserve.worker.engine.exchange import Outlet, can_send
 from blockserve.worker.engine.memory import KvMemory
 from blockserve.worker.engine.passes import Passes, Sink
+from blockserve.worker.engine.report import Reporter
 from blockserve.worker.engine.scheduler import Scheduler
 from blockserve.worker.engine.traces import SpanTraces
 from blockserve.worker.kv.pool import KvPool, KvShape
@@ -89,15 +90,23 @@ class BlockEngine:
             self._memory,
             max_running=self.config.max_running_requests,
             max_tokens=self.config.max_tokens_per_pass,
-            can_send=lambda running: self._exchange is None or self._exchange.can_send(running),
+            can_send=_always if outlet is None else partial(can_send, outlet),
         )
         self._chains = LoadedChains(self._blocks, self.config.block_bytes, self._executor.use_segments)
         self._traces = SpanTraces(self.config.traced_spans)
-        self._passes = Passes(self._executor, self._scheduler, self._memory, self._chains, self._traces)
-        self._exchange: SpanExchange | None = None
-        if outlet is not None:
-            self._exchange = SpanExchange(self._passes, self._scheduler, self._memory, outlet)
-            self._passes.exchange = self._exchange
+        self._passes = Passes(
+            self._executor, self._scheduler, self._memory, self._chains, self._traces, outlet
+        )
+        self._exchange = self._passes.exchange
+        self._reporter = Reporter(
+            self._device,
+            self._pools,
+            self._chains,
+            self._executor,
+            self._scheduler,
+            self._memory,
+            self._passes,
+        )
         # One chain at a time: two that share blocks would otherwise both read them.
         self._loading = asyncio.Lock()
         self._arriving: deque[RunningRequest] = deque()  # submitted, not yet seen by the driver
@@ -375,55 +384,10 @@ class BlockEngine:
 
     def report(self) -> EngineReport:
         """A snapshot for status and metrics; counters may be one pass apart."""
-        counters = self._executor.counters
-        segments = self._executor.segments.ordered
-        pools = list(self._pools.values())
-        pace = self._passes.pace
-        return EngineReport(
-            device=str(self._device),
-            waiting_requests=len(self._scheduler.waiting) + len(self._arriving),
-            requests_begun_elsewhere=0 if self._exchange is None else self._exchange.num_followers,
-            running_requests=len(self._scheduler.running),
-            passes=self._passes.num_passes,
-            kv_pages_total=sum(pool.allocator.num_pages for pool in pools),
-            kv_pages_used=sum(pool.num_used for pool in pools),
-            kv_pages_cached=sum(pool.prefixes.num_evictable_pages for pool in pools),
-            prefix_queried_tokens=self._memory.num_queried,
-            prefix_hit_tokens=self._memory.num_hits,
-            preemptions=self._scheduler.num_preemptions,
-            chain_evictions=self._chains.num_evictions,
-            kv_bytes_total=sum(pool.num_bytes for pool in pools),
-            block_bytes=self._chains.num_bytes,
-            seconds_since_progress=time.monotonic() - self._driver.last_progress,
-            chains=self._chains.reports(),
-            segments=tuple(
-                SegmentReport(
-                    segment_id=segment.id,
-                    first_position=segment.first,
-                    num_blocks=len(segment.blocks),
-                    num_chains=len(segment.chains),
-                    forward_calls=max(counters[segment.id].block_calls),
-                    tokens=counters[segment.id].tokens,
-                    sequences=counters[segment.id].sequences,
-                    mixed_calls=counters[segment.id].mixed_calls,
-                    largest_batch_sequences=counters[segment.id].largest_batch_sequences,
-                    largest_batch_chains=counters[segment.id].largest_batch_chains,
-                )
-                for segment in segments
-                if segment.id in counters
-            ),
-            batches=tuple(
-                counters[segment.id].batches.report(segment.id)
-                for segment in segments
-                if segment.id in counters
-            ),
-            chain_loads=self._chains.num_loads,
-            chain_unloads=self._chains.num_unloads,
-            kv_token_bytes=max((shape.token_bytes for shape in list(self._pools)), default=0),
-            queued_tokens=sum(one.num_tokens for one in (*self._scheduler.waiting, *self._arriving))
-            + sum(left for one in list(self._scheduler.running) if (left := one.num_uncomputed) > 1),
-            step_seconds=pace.step_seconds,
-            step_requests=pace.step_requests,
-            step_crowding=pace.step_crowding,
-            prefill_tokens_per_second=pace.prefill_tokens_per_second,
-        )
+        return self._reporter.report(self._arriving, self._driver.last_progress)
+
+
+def _always(running: RunningRequest) -> bool:
+    """Without other workers there is nobody to wait for."""
+    del running
+    return True

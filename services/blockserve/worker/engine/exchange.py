@@ -119,11 +119,6 @@ class SpanExchange:
         """Requests that other workers began and this one executes a part of."""
         return len(self._followers)
 
-    def can_send(self, running: RunningRequest) -> bool:
-        """Whether what a pass computes of a split request can be handed on."""
-        step = _next_step(running)
-        return step is None or self._outlet.has_room(step)
-
     # ---- told by the engine
 
     def begin(self, running: RunningRequest) -> None:
@@ -371,6 +366,12 @@ class SpanExchange:
 
     def _post(self, step: PathStep, message: SpanMsg) -> None:
         self._outgoing.setdefault(step.worker, (step, []))[1].append(message)
+
+
+def can_send(outlet: Outlet, running: RunningRequest) -> bool:
+    """Whether what a pass computes of a split request can be handed on."""
+    step = _next_step(running)
+    return step is None or outlet.has_room(step)
 
 
 def attempt_of(running: RunningRequest) -> AttemptId:

@@ -19,7 +19,7 @@ from blockserve.worker.blocks.chain import LoadedChain
 from blockserve.worker.blocks.chains import LoadedChains
 from blockserve.worker.compute.executor import Executor
 from blockserve.worker.compute.sampler import collect_prompt, sample_next
-from blockserve.worker.engine.exchange import SpanExchange
+from blockserve.worker.engine.exchange import Outlet, SpanExchange
 from blockserve.worker.engine.memory import KvMemory
 from blockserve.worker.engine.pace import Pace
 from blockserve.worker.engine.scheduler import Scheduler
@@ -74,8 +74,9 @@ class Passes:
         memory: KvMemory,
         chains: LoadedChains,
         traces: SpanTraces,
+        outlet: Outlet | None = None,
     ) -> None:
-        """Join the parts of an engine."""
+        """Join the parts of an engine; `outlet` leads to the workers that execute requests with this one."""
         self._traces = traces
         self._executor = executor
         self._scheduler = scheduler
@@ -85,7 +86,7 @@ class Passes:
         self.sinks: dict[RunningRequest, Sink] = {}
         self.num_passes = 0
         self.pace = Pace()
-        self.exchange: SpanExchange | None = None
+        self.exchange = None if outlet is None else SpanExchange(self, scheduler, memory, outlet)
 
     # ---- requests
 
