@@ -16,8 +16,8 @@ from blockproto.v1 import worker_pb2, worker_pb2_grpc
 from blockserve.client.aio import AsyncClient
 from blockserve.common.api.cluster import WIRE_VERSION, WorkerState
 from blockserve.common.errors import NoPathError, WireError
-from blockserve.common.rpc_errors import from_rpc_error
 from blockserve.common.state.store import Announcement
+from blockserve.common.wire.errors import from_rpc_error
 from blockserve.worker.peers.streams import FROM_KEY, TO_KEY, WIRE_KEY
 from blockzoo.zoo import Zoo
 from support.cluster import PATIENCE, Cluster, cluster

@@ -13,7 +13,7 @@ from blockproto.v1 import worker_pb2_grpc
 from blockserve.common.api.cluster import ChainSpan, PathStep, Run, WorkerId, WorkerRecord
 from blockserve.common.api.engine import EngineRequest, TokenEvent
 from blockserve.common.rpc.channel import Credentials
-from blockserve.common.wire.errors import ErrorInterceptor
+from blockserve.common.rpc.interceptors import ErrorInterceptor
 from blockserve.worker.engine.engine import BlockEngine
 from blockserve.worker.peers.streams import PeerLinks
 from blockserve.worker.service import WorkerHub

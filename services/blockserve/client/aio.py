@@ -37,11 +37,12 @@ from blockserve.common.api.results import Chunk, Completion, ModelInfo, RequestI
 from blockserve.common.errors import DeadlineExceededError, RemoteError, UnavailableError
 from blockserve.common.placement.servicer import from_message
 from blockserve.common.placement.wishes import WishStatus
-from blockserve.common.rpc.channel import DEFAULT_TARGET, Credentials, open_channel
-from blockserve.common.rpc_errors import from_rpc_error
+from blockserve.common.rpc.address import DEFAULT_TARGET
+from blockserve.common.rpc.channel import Credentials, open_channel
 from blockserve.common.wire import inference as convert
 from blockserve.common.wire import status as status_convert
 from blockserve.common.wire.call_trace import call_from_message
+from blockserve.common.wire.errors import from_rpc_error
 from blockzoo.errors import BlockzooError, InvalidInputError
 
 Message = Mapping[str, str]

@@ -22,7 +22,8 @@ from blockserve.client.aio import AsyncClient, AsyncGeneration, GenerateOptions,
 from blockserve.common.api.call_trace import CallTrace
 from blockserve.common.api.results import Chunk, Completion, ModelInfo, ServerStatus, Tokenized
 from blockserve.common.placement.wishes import WishStatus
-from blockserve.common.rpc.channel import DEFAULT_TARGET, Credentials
+from blockserve.common.rpc.address import DEFAULT_TARGET
+from blockserve.common.rpc.channel import Credentials
 
 __all__ = ["AsyncClient", "Client", "Credentials", "Generation"]
 

@@ -15,7 +15,8 @@ from blockproto.v1 import zoo_pb2
 from blockserve.client.remote_store import PATIENCE_S, RemoteStore
 from blockserve.client.zoo_calls import OPERATION_SECONDS, Calls
 from blockserve.common.errors import RemoteError
-from blockserve.common.rpc.channel import DEFAULT_TARGET, Credentials
+from blockserve.common.rpc.address import DEFAULT_TARGET
+from blockserve.common.rpc.channel import Credentials
 from blockserve.common.wire import zoo as convert
 from blockzoo.care.gc import GRACE_S, GcReport
 from blockzoo.care.verify import VerifyReport

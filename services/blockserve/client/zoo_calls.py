@@ -18,7 +18,7 @@ from blockserve.common.errors import (
     ServerStoppingError,
 )
 from blockserve.common.rpc.channel import Credentials, open_blocking_channel
-from blockserve.common.rpc_errors import from_rpc_error
+from blockserve.common.wire.errors import from_rpc_error
 from blockzoo.errors import BlockzooError, ConflictError
 
 T = TypeVar("T")

@@ -15,17 +15,11 @@ from blockserve.common.placement.servicer import SERVICE as PLACEMENT_SERVICE
 from blockserve.common.placement.servicer import PlacementServicer
 from blockserve.common.placement.wishes import WishKeeper
 from blockserve.common.rpc.health import NOT_SERVING, SERVING, HealthReporter
-from blockserve.common.rpc.listen import (
-    TokenInterceptor,
-    bind,
-    enable_reflection,
-    read_token,
-    remove_socket,
-    server_options,
-)
+from blockserve.common.rpc.interceptors import ErrorInterceptor, TokenInterceptor
+from blockserve.common.rpc.listen import bind, enable_reflection, remove_socket, server_options
+from blockserve.common.rpc.settings import read_token
 from blockserve.common.state.settings import open_store, refuse_unfit
 from blockserve.common.state.store import StateStore
-from blockserve.common.wire.errors import ErrorInterceptor
 from blockserve.controller.metrics import ControllerMetrics
 from blockserve.controller.planning.planner import Planner
 from blockserve.controller.servicer import ZooServicer

@@ -1,7 +1,7 @@
 """The gRPC face of the zoo: a message in, a value to the zoo or a push, a message out.
 
-Errors are raised as they are; `common.status.ErrorInterceptor` translates them. Whatever touches the
-storage runs in threads of the servicer's own, so that answers of variants do not wait for pushes.
+Errors are raised as they are; `common.rpc.interceptors.ErrorInterceptor` translates them. Whatever touches
+the storage runs in threads of the servicer's own, so that answers of variants do not wait for pushes.
 """
 
 from __future__ import annotations

@@ -18,15 +18,9 @@ from blockproto.v1 import (
     zoo_pb2_grpc,
 )
 from blockserve.common.rpc.health import NOT_SERVING, HealthReporter
-from blockserve.common.rpc.listen import (
-    TokenInterceptor,
-    bind,
-    enable_reflection,
-    read_token,
-    remove_socket,
-    server_options,
-)
-from blockserve.common.wire.errors import ErrorInterceptor
+from blockserve.common.rpc.interceptors import ErrorInterceptor, TokenInterceptor
+from blockserve.common.rpc.listen import bind, enable_reflection, remove_socket, server_options
+from blockserve.common.rpc.settings import read_token
 from blockserve.controller.servicer import ZooServicer
 from blockserve.embedded.metrics import ServerMetrics
 from blockserve.embedded.settings import ServeConfig

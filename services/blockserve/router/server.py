@@ -16,17 +16,11 @@ from blockserve.common.placement.wishes import EvictionFeed, WishKeeper
 from blockserve.common.process.tasks import end
 from blockserve.common.process.threads import take_turns
 from blockserve.common.rpc.health import NOT_SERVING, SERVING, HealthReporter
-from blockserve.common.rpc.listen import (
-    TokenInterceptor,
-    bind,
-    enable_reflection,
-    read_token,
-    remove_socket,
-    server_options,
-)
+from blockserve.common.rpc.interceptors import ErrorInterceptor, TokenInterceptor
+from blockserve.common.rpc.listen import bind, enable_reflection, remove_socket, server_options
+from blockserve.common.rpc.settings import read_token
 from blockserve.common.state.settings import open_store, refuse_unfit
 from blockserve.common.state.store import StateStore
-from blockserve.common.wire.errors import ErrorInterceptor
 from blockserve.router.cluster.demand import DemandTeller
 from blockserve.router.cluster.engine import ClusterEngine
 from blockserve.router.cluster.watching import ClusterWatch

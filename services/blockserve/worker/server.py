@@ -13,11 +13,12 @@ import grpc
 from blockproto.v1 import worker_pb2, worker_pb2_grpc
 from blockserve.common.api.cluster import ResidentSegment, WorkerId, WorkerRecord, segment_digest
 from blockserve.common.rpc.health import NOT_SERVING, HealthReporter
-from blockserve.common.rpc.listen import TokenInterceptor, bind, enable_reflection, read_token, server_options
+from blockserve.common.rpc.interceptors import ErrorInterceptor, TokenInterceptor
+from blockserve.common.rpc.listen import bind, enable_reflection, server_options
 from blockserve.common.rpc.listen import remove_socket as remove_socket_file
+from blockserve.common.rpc.settings import read_token
 from blockserve.common.state.settings import open_store, refuse_unfit
 from blockserve.common.state.store import StateStore
-from blockserve.common.wire.errors import ErrorInterceptor
 from blockserve.worker.announcer import Announcer
 from blockserve.worker.engine.engine import BlockEngine
 from blockserve.worker.metrics import WorkerMetrics

@@ -23,8 +23,9 @@ from blockserve.common.errors import (
     ServerStoppingError,
     UnavailableError,
 )
-from blockserve.common.rpc.channel import Credentials, is_local
-from blockserve.common.wire.errors import abort
+from blockserve.common.rpc.address import is_local
+from blockserve.common.rpc.channel import Credentials
+from blockserve.common.rpc.interceptors import abort
 from blockzoo.errors import InvalidInputError, VariantNotFoundError
 from support.edge import ScriptedEngine, async_test, serving, until
 

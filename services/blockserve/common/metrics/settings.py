@@ -6,8 +6,8 @@ from typing import Self
 
 from pydantic import model_validator
 
-from blockserve.common.rpc.channel import is_local
-from blockserve.common.rpc.settings import ServerSettings, is_host_and_port
+from blockserve.common.rpc.address import is_host_and_port, is_local
+from blockserve.common.rpc.settings import ServerSettings
 from blockserve.common.settings import setting
 
 OFF = "off"

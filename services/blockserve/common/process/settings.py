@@ -8,7 +8,7 @@ from pydantic import Field
 
 from blockserve.common.metrics.settings import MetricsSettings
 from blockserve.common.rpc.channel import Credentials
-from blockserve.common.rpc.listen import read_token
+from blockserve.common.rpc.settings import read_token
 from blockserve.common.settings import setting
 from blockserve.common.state.settings import StateConfig
 

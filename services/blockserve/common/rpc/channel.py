@@ -1,16 +1,15 @@
-"""Addresses, credentials and connections of clients."""
+"""Credentials and connections of clients."""
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
 
 from blockserve.common.errors import ConfigurationError
-
-DEFAULT_TARGET = "127.0.0.1:7450"
+from blockserve.common.rpc.address import is_local
+from blockserve.common.rpc.files import read_file
 
 KEEPALIVE_MS = 30_000
 KEEPALIVE_TIMEOUT_MS = 10_000
@@ -63,19 +62,6 @@ class Credentials:
         return () if self.token is None else (("authorization", f"Bearer {self.token}"),)
 
 
-def is_local(address: str) -> bool:
-    """Whether an address (`host:port`, `unix:/path`) can only be reached from this machine."""
-    if address.startswith("unix:"):
-        return True
-    host = address.rpartition(":")[0].strip("[]") or address
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def open_channel(target: str, credentials: Credentials) -> grpc.aio.Channel:
     """A channel for event loops; it connects on first use.
 
@@ -101,7 +87,7 @@ def _check(target: str, credentials: Credentials) -> grpc.ChannelCredentials | N
     """What encrypts the connection, None for a plain one."""
     if credentials.is_encrypted:
         return grpc.ssl_channel_credentials(
-            _read(credentials.ca_file), _read(credentials.key_file), _read(credentials.cert_file)
+            _pem(credentials.ca_file), _pem(credentials.key_file), _pem(credentials.cert_file)
         )
     if credentials.token is not None and not (credentials.insecure or is_local(target)):
         raise ConfigurationError(
@@ -110,10 +96,5 @@ def _check(target: str, credentials: Credentials) -> grpc.ChannelCredentials | N
     return None
 
 
-def _read(path: Path | None) -> bytes | None:
-    if path is None:
-        return None
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise ConfigurationError(f"{path} cannot be read: {error.strerror}", path=path) from error
+def _pem(path: Path | None) -> bytes | None:
+    return None if path is None else read_file(path)

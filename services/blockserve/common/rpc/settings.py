@@ -7,7 +7,9 @@ from typing import Literal, Self
 
 from pydantic import SecretStr, model_validator
 
-from blockserve.common.rpc.channel import DEFAULT_TARGET, is_local
+from blockserve.common.errors import ConfigurationError
+from blockserve.common.rpc.address import DEFAULT_TARGET, is_host_and_port, is_local
+from blockserve.common.rpc.files import read_file
 from blockserve.common.settings import Settings, setting
 
 
@@ -123,7 +125,18 @@ def _check_address(listen: str) -> None:
         raise ValueError(f"listen: {listen!r} is neither host:port nor unix:/path")
 
 
-def is_host_and_port(address: str) -> bool:
-    """Whether an address has the form host:port."""
-    host, _, port = address.rpartition(":")
-    return bool(host) and port.isascii() and port.isdigit() and int(port) <= 65535
+def read_token(config: ServerSettings) -> str | None:
+    """The bearer token callers must send, None when none is asked for.
+
+    Raises:
+        ConfigurationError: the file cannot be read, or the token is empty.
+    """
+    if config.token is not None:
+        token = config.token.get_secret_value()
+    elif config.token_file is not None:
+        token = read_file(config.token_file).decode().strip()
+    else:
+        return None
+    if not token:
+        raise ConfigurationError("the bearer token is empty", hint="Put a long random text into it.")
+    return token

@@ -18,8 +18,7 @@ from blockserve.common.api.engine import (
     SamplingParams,
     TokenEvent,
 )
-from blockserve.common.rpc_errors import from_status
-from blockserve.common.wire.errors import to_status
+from blockserve.common.wire.errors import from_status, to_status
 from blockzoo.errors import BlockzooError
 from blockzoo.manifest import ChainId
 

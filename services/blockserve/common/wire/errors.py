@@ -1,28 +1,36 @@
-"""The one place where errors become gRPC statuses.
+"""The one place where errors become gRPC statuses, and statuses errors.
 
 Going out, an error is a `google.rpc.Status` with an `ErrorInfo` (reason, domain
 "blockzoo", the ids in the error's metadata, the hint), a `RetryInfo` where trying
-again helps, and a `BadRequest` where a request field is at fault. `rpc_errors` is the way back.
+again helps, and a `BadRequest` where a request field is at fault. Coming in, the reason
+names the class, and the details give back its attributes.
 """
 
 from __future__ import annotations
 
-import logging
-import uuid
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import aclosing
-from typing import Any, NoReturn, TypeAlias
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from blockserve.common import errors as serve_errors
-from blockserve.common.errors import CapacityError, NoPathError, PathBrokenError, ServerStoppingError
+from blockserve.common.errors import (
+    CapacityError,
+    NoPathError,
+    PathBrokenError,
+    RemoteError,
+    SamplingError,
+    ServerStoppingError,
+)
 from blockzoo import errors as zoo_errors
-from blockzoo.errors import BlockzooError, InvalidInputError
-
-log = logging.getLogger(__name__)
+from blockzoo.errors import (
+    BlockzooError,
+    InvalidInputError,
+    UnsupportedArchitectureError,
+    VariantNotFoundError,
+)
 
 DOMAIN = "blockzoo"
 DETAILS_KEY = "grpc-status-details-bin"
@@ -33,7 +41,9 @@ MAX_VALUE_CHARS = 256
 MAX_VALUES = 12
 
 _Code = grpc.StatusCode
-Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+
+_RETRYABLE = (CapacityError, ServerStoppingError, PathBrokenError, NoPathError)
+"""Classes that say in `retry_after` when trying again makes sense."""
 
 STATUS: Mapping[type[BlockzooError], grpc.StatusCode] = {
     BlockzooError: _Code.INTERNAL,
@@ -128,10 +138,7 @@ def to_status(error: BlockzooError) -> status_pb2.Status:
     )
     info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=_metadata(error))
     status.details.add().Pack(info)
-    if (
-        isinstance(error, CapacityError | ServerStoppingError | PathBrokenError | NoPathError)
-        and error.retry_after > 0
-    ):
+    if isinstance(error, _RETRYABLE) and error.retry_after > 0:
         delay = Duration()
         delay.FromMilliseconds(max(1, round(error.retry_after * 1000)))
         status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
@@ -159,89 +166,82 @@ def _clip(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-async def abort(context: Any, error: BlockzooError) -> NoReturn:
-    """End a call with the error's status (`context` is a `grpc.aio.ServicerContext`)."""
-    status = to_status(error)
-    await context.abort(
-        status_code(error), status.message, trailing_metadata=((DETAILS_KEY, status.SerializeToString()),)
-    )
-    raise AssertionError("abort returned")  # pragma: no cover
+def from_rpc_error(error: grpc.RpcError) -> BlockzooError:
+    """The typed error a failed call stands for.
 
-
-class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Turns whatever a servicer raises into a status; nothing is dropped silently.
-
-    A `BlockzooError` keeps its meaning. Anything else is a fault of ours: the caller gets INTERNAL
-    with an incident id, and the log has the traceback under the same id.
+    Args:
+        error: what grpc raised (sync or aio); it has `code`, `details` and `trailing_metadata`.
     """
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler | None:
-        """Wrap the method's handler."""
-        handler = await continuation(handler_call_details)
-        method = handler_call_details.method
-        if handler is None:
-            return handler
-        codecs = {
-            "request_deserializer": handler.request_deserializer,
-            "response_serializer": handler.response_serializer,
-        }
-        if handler.unary_unary is not None:
-            return grpc.unary_unary_rpc_method_handler(_unary(handler.unary_unary, method), **codecs)
-        if handler.stream_unary is not None:
-            return grpc.stream_unary_rpc_method_handler(_unary(handler.stream_unary, method), **codecs)
-        if handler.unary_stream is not None:
-            return grpc.unary_stream_rpc_method_handler(_stream(handler.unary_stream, method), **codecs)
-        if handler.stream_stream is not None:
-            return grpc.stream_stream_rpc_method_handler(_stream(handler.stream_stream, method), **codecs)
-        return handler
-
-
-def _unary(inner: Callable[[Any, Any], Awaitable[Any]], method: str) -> Callable[[Any, Any], Awaitable[Any]]:
-    async def call(request: Any, context: Any) -> Any:
-        try:
-            return await inner(request, context)
-        except Exception as error:  # noqa: BLE001 - the boundary: everything is translated or re-raised
-            await _translate(context, method, error)
-
-    return call
-
-
-def _stream(inner: Callable[[Any, Any], Any], method: str) -> Callable[[Any, Any], Any]:
-    async def call(request: Any, context: Any) -> Any:
-        try:
-            responses = inner(request, context)
-            # Servicers that write to the context themselves (Generate, health's Watch) return a coroutine.
-            if not hasattr(responses, "__aiter__"):
-                await responses
-                return
-            # Without aclosing the servicer's cleanup would wait for the garbage collector.
-            async with aclosing(responses) as stream:
-                async for response in stream:
-                    yield response
-        except Exception as error:  # noqa: BLE001 - the boundary: everything is translated or re-raised
-            await _translate(context, method, error)
-
-    return call
-
-
-async def _translate(context: Any, method: str, error: Exception) -> NoReturn:
-    if isinstance(error, grpc.aio.AbortError):
-        raise error
-    if not isinstance(error, BlockzooError):
-        incident = uuid.uuid4().hex[:12]
-        log.error("unexpected error in %s incident=%s", method, incident, exc_info=error)
-        error = BlockzooError(
-            f"internal error, incident {incident}",
-            hint="The server's log has the details under this incident id; please report it.",
-            incident=incident,
+    call: Any = error
+    code: grpc.StatusCode = call.code()
+    message = call.details() or code.name
+    for key, value in call.trailing_metadata() or ():
+        if (
+            key == DETAILS_KEY
+            and (rebuilt := _rebuild(status_pb2.Status.FromString(value), code)) is not None
+        ):
+            return rebuilt
+    if code is _Code.UNAVAILABLE:
+        hint = "Is the server running, and is the address right?"
+        return serve_errors.UnavailableError(message, code=code.name, hint=hint)
+    if code is _Code.DEADLINE_EXCEEDED:
+        return serve_errors.DeadlineExceededError(
+            "the deadline passed", hint="Ask for less, or give more time."
         )
-    else:
-        log.info("refused method=%s code=%s reason=%s", method, status_code(error).name, error.reason)
-    await abort(context, error)
+    if code is _Code.UNAUTHENTICATED:
+        return serve_errors.UnauthenticatedError(message)
+    return RemoteError(message, code=code.name)
+
+
+def from_status(status: status_pb2.Status) -> BlockzooError:
+    """The typed error that a status carried inside a message stands for; see `to_status`."""
+    code = next((one for one in _Code if one.value[0] == status.code), _Code.UNKNOWN)
+    return _rebuild(status, code) or RemoteError(status.message, code=code.name)
+
+
+def _rebuild(status: status_pb2.Status, code: grpc.StatusCode) -> BlockzooError | None:
+    info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+    for detail in status.details:
+        for known in (info, retry):
+            if detail.Is(known.DESCRIPTOR):
+                detail.Unpack(known)
+    if info.domain != DOMAIN:
+        return None
+    metadata = dict(info.metadata)
+    hint = metadata.pop("hint", "")
+    cls = _by_reason().get(info.reason)
+    if cls is None or issubclass(cls, RemoteError):
+        # A fault inside the server, or a kind of error this client is too old to know.
+        remote = RemoteError(status.message, code=code.name, hint=hint)
+        remote.metadata = {**metadata, "code": code.name, "remote_reason": info.reason}
+        return remote
+    # Constructors differ from class to class and make messages of their own; the message is already made.
+    rebuilt = cls.__new__(cls)
+    BlockzooError.__init__(rebuilt, status.message, hint=hint)
+    rebuilt.metadata = metadata
+    _restore(rebuilt, metadata, retry.retry_delay.ToMilliseconds() / 1000)
+    return rebuilt
+
+
+def _by_reason() -> Mapping[str, type[BlockzooError]]:
+    # A class that declares no reason of its own is no kind of its own.
+    return {cls.reason: cls for cls in all_errors() if cls is not BlockzooError and "reason" in vars(cls)}
+
+
+def _restore(error: BlockzooError, metadata: Mapping[str, str], retry_after: float) -> None:
+    """Set the attributes that some classes carry beside the metadata."""
+    if isinstance(error, _RETRYABLE):
+        error.retry_after = retry_after
+    elif isinstance(error, SamplingError):
+        error.field = metadata.get("field", "")
+    elif isinstance(error, VariantNotFoundError):
+        error.suggestions = _split(metadata.get("suggestions", ""))
+    elif isinstance(error, UnsupportedArchitectureError):
+        error.supported = _split(metadata.get("supported", ""))
+
+
+def _split(listed: str) -> tuple[str, ...]:
+    return tuple(listed.split(", ")) if listed else ()
 
 
 def all_errors(root: type[BlockzooError] = BlockzooError) -> Iterator[type[BlockzooError]]:

@@ -17,8 +17,8 @@ from blockserve.common.api.cluster import PathStep, WorkerId
 from blockserve.common.api.engine import EngineRequest, TokenEvent
 from blockserve.common.errors import PathBrokenError
 from blockserve.common.rpc.channel import Credentials, open_channel
-from blockserve.common.rpc_errors import from_rpc_error
 from blockserve.common.wire.engine import error_from_message, request_to_message, token_from_message
+from blockserve.common.wire.errors import from_rpc_error
 from blockzoo.errors import BlockzooError
 
 log = logging.getLogger(__name__)

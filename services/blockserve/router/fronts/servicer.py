@@ -1,6 +1,6 @@
 """The gRPC face of the router: a message in, a value to `Router`, a message out.
 
-Errors are raised as they are; `common.status.ErrorInterceptor` translates them.
+Errors are raised as they are; `common.rpc.interceptors.ErrorInterceptor` translates them.
 """
 
 from __future__ import annotations

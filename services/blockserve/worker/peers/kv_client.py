@@ -21,7 +21,7 @@ from blockproto.v1 import worker_pb2, worker_pb2_grpc
 from blockserve.common.api.cluster import ChainSpan, WorkerId
 from blockserve.common.errors import WireError
 from blockserve.common.rpc.channel import Credentials, open_channel
-from blockserve.common.rpc_errors import from_rpc_error
+from blockserve.common.wire.errors import from_rpc_error
 from blockserve.worker.engine.engine import BlockEngine
 from blockserve.worker.peers.convert import prefix_to_message
 from blockserve.worker.peers.kv_transfer import KvPart, PrefixRef, to_bytes

@@ -15,12 +15,12 @@ import blockserve
 import blockzoo
 from blockserve.common import errors as serve_errors
 from blockserve.common.errors import QueueFullError, RemoteError, SamplingError, ServerStoppingError
-from blockserve.common.rpc_errors import from_rpc_error
+from blockserve.common.rpc.interceptors import ErrorInterceptor
 from blockserve.common.wire.errors import (
     DETAILS_KEY,
     STATUS,
-    ErrorInterceptor,
     all_errors,
+    from_rpc_error,
     status_code,
     to_status,
 )

@@ -24,7 +24,7 @@ CHILD = """
 import asyncio, sys
 import grpc
 from blockproto.v1 import zoo_pb2_grpc
-from blockserve.common.wire.errors import ErrorInterceptor
+from blockserve.common.rpc.interceptors import ErrorInterceptor
 from blockserve.controller.push.limits import ControllerConfig
 from blockserve.controller.servicer import ZooServicer
 from blockzoo.zoo import Zoo
