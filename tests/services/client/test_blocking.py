@@ -23,7 +23,6 @@ from blockserve.common.errors import (
     ServerStoppingError,
     UnavailableError,
 )
-from blockserve.common.rpc.address import is_local
 from blockserve.common.rpc.channel import Credentials
 from blockserve.common.rpc.interceptors import abort
 from blockzoo.errors import InvalidInputError, VariantNotFoundError
@@ -297,34 +296,6 @@ def test_closing_twice_is_fine_and_a_closed_client_leaves_no_thread() -> None:
 
 
 # ---- credentials and names
-
-
-@pytest.mark.parametrize(
-    ("address", "local"),
-    [
-        ("127.0.0.1:7450", True),
-        ("127.9.9.9:1", True),
-        ("[::1]:7450", True),
-        ("localhost:7450", True),
-        ("unix:/run/zoo.sock", True),
-        ("0.0.0.0:7450", False),
-        ("[::]:7450", False),
-        ("10.0.0.7:7450", False),
-        ("zoo.example:7450", False),
-        ("127.0.0.1.example:7450", False),
-    ],
-)
-def test_which_addresses_only_this_machine_can_reach(address: str, local: bool) -> None:
-    assert is_local(address) is local
-
-
-@async_test
-async def test_a_token_does_not_travel_readable() -> None:
-    with pytest.raises(ConfigurationError, match="readable"):
-        AsyncClient("zoo.example:7450", credentials=Credentials(token="t0ken"))
-    await AsyncClient("zoo.example:7450", credentials=Credentials(token="t0ken", insecure=True)).close()
-    await AsyncClient("zoo.example:7450", credentials=Credentials(token="t0ken", tls=True)).close()
-    assert "t0ken" not in repr(Credentials(token="t0ken"))
 
 
 def test_a_missing_certificate_is_named(tmp_path: Path) -> None:

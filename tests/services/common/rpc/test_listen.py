@@ -1,4 +1,4 @@
-"""Who can reach the server, and who is let in."""
+"""Who can reach the server: sockets, ports, TLS, reflection."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import Any
 
 import grpc
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from blockserve.client.aio import AsyncClient
-from blockserve.common.errors import ConfigurationError, UnauthenticatedError, UnavailableError
+from blockserve.common.errors import ConfigurationError, UnavailableError
 from blockserve.common.rpc.channel import Credentials
 from support.edge import async_test, serving
 
@@ -60,41 +59,6 @@ async def test_a_port_that_is_taken_is_an_error_not_a_shared_port() -> None:
             async with serving(listen=rig.server.address):
                 pass
         assert await rig.client.models()
-
-
-@pytest.mark.parametrize("token", [None, "wrong", "t0ken and more", ""])
-@async_test
-async def test_a_call_without_the_token_is_refused(token: str | None) -> None:
-    async with serving(token="t0ken") as rig:
-        credentials = Credentials(token=token)
-        async with AsyncClient(rig.server.address, credentials=credentials) as client:
-            with pytest.raises(UnauthenticatedError, match="bearer token"):
-                await client.models()
-            with pytest.raises(UnauthenticatedError):
-                await client.generate("tale", "x").result()
-            with pytest.raises(UnauthenticatedError):
-                await client.unload("tale")
-        assert rig.engine.requests == []
-
-
-@async_test
-async def test_a_call_with_the_token_passes_and_health_needs_none(tmp_path: Path) -> None:
-    (tmp_path / "token").write_text("t0ken\n")
-    async with serving(token_file=tmp_path / "token") as rig:
-        async with AsyncClient(rig.server.address, credentials=Credentials(token="t0ken")) as client:
-            assert (await client.generate("tale", "x", max_tokens=1).result()).token_ids
-        stub = health_pb2_grpc.HealthStub(rig.client._channel)
-        answer = await stub.Check(health_pb2.HealthCheckRequest())
-        assert answer.status == health_pb2.HealthCheckResponse.SERVING
-
-
-@pytest.mark.parametrize("content", ["", " \n"])
-@async_test
-async def test_an_empty_token_is_no_token(tmp_path: Path, content: str) -> None:
-    (tmp_path / "token").write_text(content)
-    with pytest.raises(ConfigurationError, match="empty"):
-        async with serving(token_file=tmp_path / "token"):
-            pass
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import pkgutil
 from typing import Any
 
@@ -15,7 +14,6 @@ import blockserve
 import blockzoo
 from blockserve.common import errors as serve_errors
 from blockserve.common.errors import QueueFullError, RemoteError, SamplingError, ServerStoppingError
-from blockserve.common.rpc.interceptors import ErrorInterceptor
 from blockserve.common.wire.errors import (
     DETAILS_KEY,
     STATUS,
@@ -26,7 +24,6 @@ from blockserve.common.wire.errors import (
 )
 from blockzoo import errors as zoo_errors
 from blockzoo.errors import BlockzooError, UnsupportedArchitectureError, VariantNotFoundError
-from support.edge import async_test
 
 
 def test_every_error_class_is_mapped_on_purpose() -> None:
@@ -160,94 +157,3 @@ def test_statuses_that_carry_no_details_are_typed_too(
     foreign = status_pb2.Status(message="of another program")
     foreign.details.add().Pack(error_details_pb2.ErrorInfo(reason="QUEUE_FULL", domain="elsewhere"))
     assert type(from_rpc_error(FailedCall(code, "gone", foreign.SerializeToString()))) is kind
-
-
-class Details:
-    """HandlerCallDetails of one method."""
-
-    method = "/test.Service/Method"
-    invocation_metadata = ()
-
-
-async def intercepted(handler: Any) -> Any:
-    async def continuation(details: Any) -> Any:
-        return handler
-
-    return await ErrorInterceptor().intercept_service(continuation, Details())  # type: ignore[arg-type]
-
-
-class Context:
-    """Records how a call was aborted."""
-
-    aborted: tuple[grpc.StatusCode, str, Any] | None = None
-
-    async def abort(self, code: grpc.StatusCode, message: str, trailing_metadata: Any) -> None:
-        self.aborted = code, message, trailing_metadata
-        raise grpc.aio.AbortError
-
-
-@async_test
-async def test_the_interceptor_translates_in_unary_calls_and_streams() -> None:
-    async def unary(request: Any, context: Any) -> Any:
-        raise ServerStoppingError("stopping")
-
-    async def stream(request: Any, context: Any) -> Any:
-        yield 1
-        raise ServerStoppingError("stopping")
-
-    context = Context()
-    handler = await intercepted(grpc.unary_unary_rpc_method_handler(unary))
-    with pytest.raises(grpc.aio.AbortError):
-        await handler.unary_unary(None, context)
-    assert context.aborted is not None
-    assert context.aborted[:2] == (grpc.StatusCode.UNAVAILABLE, "stopping")
-
-    context, received = Context(), list[int]()
-    handler = await intercepted(grpc.unary_stream_rpc_method_handler(stream))
-    responses = handler.unary_stream(None, context)
-    received.append(await anext(responses))
-    with pytest.raises(grpc.aio.AbortError):
-        await anext(responses)
-    assert received == [1]
-    assert context.aborted is not None
-
-
-@async_test
-async def test_leaving_a_stream_runs_its_cleanup_at_once() -> None:
-    closed = []
-
-    async def stream(request: Any, context: Any) -> Any:
-        try:
-            while True:
-                yield 1
-        finally:
-            closed.append(True)
-
-    handler = await intercepted(grpc.unary_stream_rpc_method_handler(stream))
-    responses = handler.unary_stream(None, Context())
-    await anext(responses)
-    await responses.aclose()
-    assert closed == [True]
-
-
-@async_test
-async def test_an_unknown_exception_is_logged_under_the_id_the_caller_gets(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    async def unary(request: Any, context: Any) -> Any:
-        raise ZeroDivisionError("secret of the server")
-
-    context = Context()
-    handler = await intercepted(grpc.unary_unary_rpc_method_handler(unary))
-    caplog.set_level(logging.ERROR)
-    with pytest.raises(grpc.aio.AbortError):
-        await handler.unary_unary(None, context)
-    assert context.aborted is not None
-    code, message, trailers = context.aborted
-    assert code is grpc.StatusCode.INTERNAL
-    assert "secret" not in message
-    incident = from_rpc_error(FailedCall(code, message, trailers[0][1])).metadata["incident"]
-    assert incident in message
-    assert incident in caplog.text
-    assert "ZeroDivisionError" in caplog.text
-    assert "/test.Service/Method" in caplog.text
