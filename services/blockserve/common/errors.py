@@ -43,6 +43,8 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
+
 from blockzoo.errors import BlockzooError, InvalidInputError, NotFoundError
 
 
@@ -229,17 +231,47 @@ class WireError(BlockzooError):
     reason = "WIRE"
 
 
+class BreakCause(StrEnum):
+    """Why a request could not stay on its path. The values are part of the wire format."""
+
+    LOST = "lost"
+    """A worker cannot be reached, or its lease has run out: nothing can be fetched from it."""
+    DRAINING = "draining"
+    """A worker takes no new requests and gave this one back; it still hands out keys and values."""
+    REPLACED = "replaced"
+    """Another process answers at the worker's address: the worker was started again."""
+    SUPERSEDED = "superseded"
+    """The request already runs on another path, with a later epoch."""
+
+
 class PathBrokenError(BlockzooError):
     """A worker on the path was lost or gave the request back; it can go on from its tokens elsewhere.
 
     Attributes:
+        cause: why.
+        worker: id of the worker that is to be avoided; empty where no worker is at fault.
+        seen_by: id of the worker that cannot reach `worker`; empty where the router itself noticed.
         retry_after: seconds after which the same workers may be asked again.
     """
 
     reason = "PATH_BROKEN"
 
-    def __init__(self, message: str, *, retry_after: float = 0.0, hint: str = "", **metadata: object) -> None:
-        super().__init__(message, hint=hint, **metadata)
+    def __init__(
+        self,
+        message: str,
+        *,
+        cause: BreakCause = BreakCause.LOST,
+        worker: str = "",
+        seen_by: str = "",
+        retry_after: float = 0.0,
+        hint: str = "",
+        **metadata: object,
+    ) -> None:
+        ids = {name: value for name, value in (("worker", worker), ("seen_by", seen_by)) if value}
+        super().__init__(message, hint=hint, cause=cause, **ids, **metadata)
+        self.cause = cause
+        self.worker = worker
+        self.seen_by = seen_by
         self.retry_after = retry_after
 
 

@@ -14,7 +14,7 @@ from functools import partial
 
 from blockserve.common.api.cluster import ChainSpan, Run, WorkerId, WorkerRecord, WorkerState
 from blockserve.common.api.engine import EngineRequest
-from blockserve.common.errors import PathBrokenError, ServerStoppingError, WireError
+from blockserve.common.errors import BreakCause, PathBrokenError, ServerStoppingError, WireError
 from blockserve.common.rpc.channel import Credentials
 from blockserve.worker.engine.engine import BlockEngine
 from blockserve.worker.peers.kv_client import Pulled, pull
@@ -151,7 +151,11 @@ class WorkerHub:
             await self.engine.load(request.chain)
             return
         if request.path[0].worker != self._record.id:
-            raise PathBrokenError(f"this is worker {self._record.id}", worker=request.path[0].worker)
+            raise PathBrokenError(
+                f"this is worker {self._record.id}",
+                cause=BreakCause.REPLACED,
+                worker=request.path[0].worker,
+            )
         span = ChainSpan(request.chain, request.path[0].run)
         if not self.engine.is_span_loaded(span):
             await self.load(span)
@@ -279,7 +283,7 @@ class WorkerHub:
 
     def _draining(self) -> PathBrokenError:
         return PathBrokenError(
-            f"worker {self._record.name} is draining", worker=self._record.id, cause="draining"
+            f"worker {self._record.name} is draining", cause=BreakCause.DRAINING, worker=self._record.id
         )
 
     async def close(self) -> None:

@@ -17,6 +17,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from blockserve.common import errors as serve_errors
 from blockserve.common.errors import (
+    BreakCause,
     CapacityError,
     NoPathError,
     PathBrokenError,
@@ -232,12 +233,24 @@ def _restore(error: BlockzooError, metadata: Mapping[str, str], retry_after: flo
     """Set the attributes that some classes carry beside the metadata."""
     if isinstance(error, _RETRYABLE):
         error.retry_after = retry_after
+    if isinstance(error, PathBrokenError):
+        error.cause = _break_cause(metadata.get("cause", ""))
+        error.worker = metadata.get("worker", "")
+        error.seen_by = metadata.get("seen_by", "")
     elif isinstance(error, SamplingError):
         error.field = metadata.get("field", "")
     elif isinstance(error, VariantNotFoundError):
         error.suggestions = _split(metadata.get("suggestions", ""))
     elif isinstance(error, UnsupportedArchitectureError):
         error.supported = _split(metadata.get("supported", ""))
+
+
+def _break_cause(name: str) -> BreakCause:
+    """A cause by its name; one that an earlier version left out, or a later one has added, means LOST."""
+    try:
+        return BreakCause(name)
+    except ValueError:
+        return BreakCause.LOST
 
 
 def _split(listed: str) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from blockserve.common.api.cluster import ClusterView, PathStep, WorkerId
 from blockserve.common.api.engine import EngineReport, EngineRequest, TokenEvent
 from blockserve.common.api.spans import PathTrace
 from blockserve.common.errors import (
+    BreakCause,
     ChainNotLoadedError,
     DeadlineExceededError,
     EngineFailedError,
@@ -264,7 +265,8 @@ class ClusterEngine:
                     leg.finish(str(error))
                     await self._note_failure(request, failures, error, excluded)
                     before = path
-                    lost = None if error.metadata.get("cause") == "draining" else next(iter(excluded), None)
+                    is_lost = isinstance(error, PathBrokenError) and error.cause is not BreakCause.DRAINING
+                    lost = next(iter(excluded), None) if is_lost else None
                 finally:
                     leg.finish()
                     self._chooser.release(path, request)
@@ -302,15 +304,15 @@ class ClusterEngine:
             raise error
         self._check_deadline(request)
         self.num_failovers += 1
-        worker = WorkerId(str(error.metadata.get("worker", "")))
         log.warning(
             "request goes on elsewhere id=%s failures=%d: %s", request.request_id, failures + 1, error
         )
         excluded.clear()
-        if worker:
+        if isinstance(error, PathBrokenError) and error.worker:
+            worker = WorkerId(error.worker)
             excluded.add(worker)
-        if worker and (witness := str(error.metadata.get("seen_by", ""))):
-            self._chooser.note_parted(WorkerId(witness), worker)
+            if error.seen_by:
+                self._chooser.note_parted(WorkerId(error.seen_by), worker)
         if failures:
             await asyncio.sleep(self._failover.backoff_seconds * 2 ** (failures - 1))
 

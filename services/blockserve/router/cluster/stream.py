@@ -15,7 +15,7 @@ import grpc
 from blockproto.v1 import worker_pb2, worker_pb2_grpc
 from blockserve.common.api.cluster import PathStep, WorkerId
 from blockserve.common.api.engine import EngineRequest, TokenEvent
-from blockserve.common.errors import PathBrokenError
+from blockserve.common.errors import BreakCause, PathBrokenError
 from blockserve.common.rpc.channel import Credentials, open_channel
 from blockserve.common.wire.engine import error_from_message, request_to_message, token_from_message
 from blockserve.common.wire.errors import from_rpc_error
@@ -95,7 +95,7 @@ class WorkerStream:
             BlockzooError: whatever the workers refuse it with.
         """
         if self.is_closed:
-            raise self._lost("it has gone")
+            raise _lost(self.worker, "it has gone")
         number, running = next(self._numbers), _Running(request)
         self._running[number] = running
         self._outgoing.start.add(number=number, request=request_to_message(request))
@@ -120,7 +120,7 @@ class WorkerStream:
         """Another worker is lost: the requests whose path goes through it go on elsewhere."""
         for number, running in list(self._running.items()):
             if any(step.worker == worker for step in running.request.path):
-                running.put(PathBrokenError(f"worker {worker}: {reason}", worker=worker))
+                running.put(_lost(worker, reason))
                 del self._running[number]
                 self._cancel(number)
 
@@ -128,7 +128,7 @@ class WorkerStream:
         """The worker is lost: its requests go on elsewhere, and no new ones come here."""
         self.is_closed = True
         for running in self._running.values():
-            running.put(self._lost(reason))
+            running.put(_lost(self.worker, reason))
 
     async def close(self) -> None:
         """End the stream."""
@@ -141,9 +141,6 @@ class WorkerStream:
         if not self.is_closed:
             self._outgoing.cancel.append(number)
             self._wake.set()
-
-    def _lost(self, reason: str) -> PathBrokenError:
-        return PathBrokenError(f"worker {self.worker}: {reason}", worker=self.worker)
 
     async def _serve(self) -> None:
         reason = "it ended the connection"
@@ -187,6 +184,10 @@ class WorkerStream:
         if tokens[-1].finish is not None:
             del self._running[progress.number]
         running.put(tokens)
+
+
+def _lost(worker: WorkerId, reason: str) -> PathBrokenError:
+    return PathBrokenError(f"worker {worker}: {reason}", cause=BreakCause.LOST, worker=worker)
 
 
 async def answers(worker: WorkerId, address: str, credentials: Credentials, seconds: float) -> bool:

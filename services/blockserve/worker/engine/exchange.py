@@ -18,7 +18,7 @@ from typing import Protocol
 
 from blockserve.common.api.cluster import ChainSpan, PathStep, WorkerId
 from blockserve.common.api.engine import TokenEvent
-from blockserve.common.errors import ChainNotLoadedError, KvCapacityError, PathBrokenError
+from blockserve.common.errors import BreakCause, ChainNotLoadedError, KvCapacityError, PathBrokenError
 from blockserve.worker.blocks.chain import LoadedChain
 from blockserve.worker.engine.memory import KvMemory
 from blockserve.worker.engine.scheduler import Scheduler
@@ -204,9 +204,10 @@ class SpanExchange:
                     running,
                     PathBrokenError(
                         f"worker {worker} on the request's path cannot be reached",
-                        hint="The request goes on over other workers.",
+                        cause=BreakCause.LOST,
                         worker=worker,
                         seen_by=running.request.path[running.place].worker,
+                        hint="The request goes on over other workers.",
                     ),
                 )
 
@@ -225,7 +226,10 @@ class SpanExchange:
             if message.id.age <= attempt_of(older).age:
                 return
             # Whoever began the older attempt may have been stopped, and wakes up to wait for our tokens.
-            self._host.fail(older, PathBrokenError("the request goes on along another path"))
+            superseded = PathBrokenError(
+                "the request goes on along another path", cause=BreakCause.SUPERSEDED
+            )
+            self._host.fail(older, superseded)
         head, span = path[0], ChainSpan(request.chain, path[message.place].run)
         chain = self._host.find(span)
         if chain is None:

@@ -13,7 +13,14 @@ from google.rpc import error_details_pb2, status_pb2
 import blockserve
 import blockzoo
 from blockserve.common import errors as serve_errors
-from blockserve.common.errors import QueueFullError, RemoteError, SamplingError, ServerStoppingError
+from blockserve.common.errors import (
+    BreakCause,
+    PathBrokenError,
+    QueueFullError,
+    RemoteError,
+    SamplingError,
+    ServerStoppingError,
+)
 from blockserve.common.wire.errors import (
     DETAILS_KEY,
     STATUS,
@@ -100,6 +107,34 @@ def test_what_classes_carry_beside_metadata_comes_back() -> None:
     assert round_trip(make(SamplingError)).field == "sampling.top_p"
     assert round_trip(make(VariantNotFoundError)).suggestions == ("kjv", "kiv")
     assert round_trip(make(UnsupportedArchitectureError)).supported == ("Llama", "Qwen2")
+
+
+@pytest.mark.parametrize("cause", BreakCause)
+@pytest.mark.parametrize(("worker", "seen_by"), [("b", "a"), ("b", ""), ("", "")])
+def test_a_broken_path_names_its_cause_and_workers(cause: BreakCause, worker: str, seen_by: str) -> None:
+    error = PathBrokenError(
+        "gone", cause=cause, worker=worker, seen_by=seen_by, retry_after=1.5, hint="wait", chain="c0ffee"
+    )
+    back = round_trip(error)
+    assert isinstance(back, PathBrokenError)
+    assert (back.cause, back.worker, back.seen_by, back.retry_after) == (cause, worker, seen_by, 1.5)
+    assert (back.hint, back.metadata) == ("wait", error.metadata)
+
+
+def test_a_broken_path_keeps_its_keys_on_the_wire() -> None:
+    error = PathBrokenError("gone", cause=BreakCause.DRAINING, worker="b", seen_by="a")
+    assert error.metadata == {"cause": "draining", "worker": "b", "seen_by": "a"}
+    assert PathBrokenError("gone").metadata == {"cause": "lost"}
+    assert {cause.value for cause in BreakCause} == {"lost", "draining", "replaced", "superseded"}
+
+
+@pytest.mark.parametrize("said", [{}, {"cause": "eaten"}])
+def test_a_cause_that_is_missing_or_unknown_means_lost(said: dict[str, str]) -> None:
+    error = PathBrokenError("gone", worker="b")
+    error.metadata = {"worker": "b", **said}
+    back = round_trip(error)
+    assert isinstance(back, PathBrokenError)
+    assert (back.cause, back.worker, back.seen_by) == (BreakCause.LOST, "b", "")
 
 
 def details(error: BlockzooError, kind: Any) -> Any:

@@ -11,6 +11,7 @@ import pytest
 from blockserve.common.api.cluster import ChainSpan, PathStep, Run, WorkerId
 from blockserve.common.api.engine import EngineRequest, FinishReason, SamplingParams, TokenEvent
 from blockserve.common.errors import (
+    BreakCause,
     ChainNotLoadedError,
     DeadlineExceededError,
     KvCapacityError,
@@ -326,9 +327,11 @@ def test_a_lost_worker_ends_its_requests_with_a_typed_error(tiny: TinyZoo) -> No
         stream = cluster.engine("a").generate(ask(chain, path, max_tokens=400))
         await anext(stream)
         cluster.engine("a").peer_lost(WorkerId("c"))
-        with pytest.raises(PathBrokenError):
+        with pytest.raises(PathBrokenError) as caught:
             async for _ in stream:
                 pass
+        error = caught.value
+        assert (error.cause, error.worker, error.seen_by) == (BreakCause.LOST, "c", "a")
         await clean(cluster)
 
     with span_cluster(tiny, "a b c") as cluster:
@@ -524,9 +527,10 @@ def test_an_older_head_is_told_that_its_request_has_gone_on(tiny: TinyZoo, engin
         later = replace(request, path=new, epoch=1, output=tuple(told))
         found = await tokens(cluster.engine("c"), later)
         assert told + found == expected
-        with pytest.raises(PathBrokenError):
+        with pytest.raises(PathBrokenError) as caught:
             async for _ in stream:
                 pass
+        assert (caught.value.cause, caught.value.worker) == (BreakCause.SUPERSEDED, "")
         await clean(cluster)
 
     with span_cluster(tiny, "a b c") as cluster:
