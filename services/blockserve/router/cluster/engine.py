@@ -21,22 +21,16 @@ from blockserve.common.api.cluster import ClusterView, PathStep, WorkerId
 from blockserve.common.api.engine import EngineReport, EngineRequest, TokenEvent
 from blockserve.common.api.spans import PathTrace
 from blockserve.common.errors import (
-    BreakCause,
-    ChainNotLoadedError,
-    DeadlineExceededError,
-    EngineFailedError,
     NoPathError,
-    PathBrokenError,
-    ServerStoppingError,
     WorkerNotFoundError,
 )
 from blockserve.common.rpc.channel import Credentials
+from blockserve.router.cluster.failover import RETRYABLE, Failover, FailoverConfig, GiveUp
 from blockserve.router.cluster.kv_moves import KvMover
 from blockserve.router.cluster.kv_plan import KvCosts
 from blockserve.router.cluster.report import summarise
 from blockserve.router.cluster.stream import WorkerStream, answers, drain
 from blockserve.router.cluster.worker_traces import ask_workers
-from blockserve.router.settings import FailoverConfig
 from blockserve.router.traces.journeys import Journeys, NamedStep
 from blockzoo.errors import BlockzooError
 from blockzoo.manifest import ChainId
@@ -45,8 +39,6 @@ log = logging.getLogger(__name__)
 
 CHECK_SECONDS = 0.3
 """How long a worker without a lease may take to say that it lives."""
-RETRYABLE = (PathBrokenError, ServerStoppingError, ChainNotLoadedError)
-"""What another path may cure."""
 
 
 class PathChooser(Protocol):
@@ -122,7 +114,7 @@ class ClusterEngine:
         self._chooser = chooser
         self._loader = loader
         self._credentials = credentials
-        self._failover = failover or FailoverConfig()
+        self._config = failover or FailoverConfig()
         self._view = ClusterView()
         self._changed = asyncio.Event()
         self._streams: dict[WorkerId, WorkerStream] = {}
@@ -237,39 +229,48 @@ class ClusterEngine:
         await self._chooser.prepare(request.chain)
         self.on_request(request.chain)
         request = replace(request, arrival=request.arrival or time.time_ns())
-        told = list(request.output)
-        excluded: set[WorkerId] = set()
-        before: tuple[PathStep, ...] = ()
-        lost: WorkerId | None = None
+        state = Failover(request, self._config)
         with self._journeys.follow(request.request_id) as journey:
-            for failures in range(self._failover.max_failures + 1):
-                leg = journey.begin(request.epoch + failures)
-                path = await self._path(request, excluded)
+            while True:
+                leg = journey.begin(state.epoch)
+                path = await self._path(state)
                 leg.choose(path, self._view)
                 self.path_lengths[len(path)] += 1
-                attempt = replace(request, output=tuple(told), path=path, epoch=request.epoch + failures)
+                attempt = state.attempt(path)
                 try:
-                    moved = ""
-                    if before:
-                        moved = await self.kv.move(attempt, before, path, self._view, lost)
-                    leg.send(moved)
+                    leg.send(await self._move_kv(state, attempt))
                     async with aclosing(self._stream(path[0]).run(attempt)) as batches:
                         async for events in batches:
-                            fresh = events if events[0].index == len(told) else _fresh(events, len(told))
-                            told.extend(event.token_id for event in fresh)
-                            if fresh:
+                            if fresh := state.take(events):
                                 yield fresh
                             if events[-1].finish is not None:
                                 return
                 except RETRYABLE as error:
                     leg.finish(str(error))
-                    await self._note_failure(request, failures, error, excluded)
-                    before = path
-                    is_lost = isinstance(error, PathBrokenError) and error.cause is not BreakCause.DRAINING
-                    lost = next(iter(excluded), None) if is_lost else None
+                    await self._go_on(state, error)
                 finally:
                     leg.finish()
                     self._chooser.release(path, request)
+
+    async def _move_kv(self, state: Failover, attempt: EngineRequest) -> str:
+        """Bring keys and values along from a path that broke; what was done and why."""
+        if not state.previous:
+            return ""
+        return await self.kv.move(attempt, state.previous, attempt.path, self._view, state.lost)
+
+    async def _go_on(self, state: Failover, error: BlockzooError) -> None:
+        """Take the step that follows a broken path: raise what the caller gets, or pause."""
+        step = state.fail(error, time.monotonic())
+        if isinstance(step, GiveUp):
+            raise step.error
+        self.num_failovers += 1
+        log.warning(
+            "request goes on elsewhere id=%s failures=%d: %s", state.request.request_id, state.failures, error
+        )
+        if step.parted is not None:
+            self._chooser.note_parted(*step.parted)
+        if step.pause_seconds:
+            await asyncio.sleep(step.pause_seconds)
 
     def _stream(self, head: PathStep) -> WorkerStream:
         stream = self._streams.get(head.worker)
@@ -277,11 +278,13 @@ class ClusterEngine:
             stream = self._streams[head.worker] = WorkerStream(head.worker, head.address, self._credentials)
         return stream
 
-    async def _path(self, request: EngineRequest, excluded: set[WorkerId]) -> tuple[PathStep, ...]:
-        """A path, waited for as long as the settings say; a worker that failed and lives is taken again."""
-        until = time.monotonic() + self._failover.path_seconds
+    async def _path(self, state: Failover) -> tuple[PathStep, ...]:
+        """A path, waited for as long as the settings say; a worker that failed and lives is used again."""
+        request, excluded = state.request, state.excluded
+        until = time.monotonic() + self._config.path_seconds
         while True:
-            self._check_deadline(request)
+            if (overdue := state.overdue(time.monotonic())) is not None:
+                raise overdue
             with suppress(NoPathError):
                 return self._chooser.choose(request, excluded)
             for worker in list(excluded):
@@ -296,32 +299,8 @@ class ClusterEngine:
             await self._loader.load(request.chain, pinned=None)
             await self._wait_change(until)
 
-    async def _note_failure(
-        self, request: EngineRequest, failures: int, error: BlockzooError, excluded: set[WorkerId]
-    ) -> None:
-        """Decide whether to go on: raises the error when the caller has to be told."""
-        if failures == self._failover.max_failures:
-            raise error
-        self._check_deadline(request)
-        self.num_failovers += 1
-        log.warning(
-            "request goes on elsewhere id=%s failures=%d: %s", request.request_id, failures + 1, error
-        )
-        excluded.clear()
-        if isinstance(error, PathBrokenError) and error.worker:
-            worker = WorkerId(error.worker)
-            excluded.add(worker)
-            if error.seen_by:
-                self._chooser.note_parted(WorkerId(error.seen_by), worker)
-        if failures:
-            await asyncio.sleep(self._failover.backoff_seconds * 2 ** (failures - 1))
-
-    def _check_deadline(self, request: EngineRequest) -> None:
-        if request.deadline is not None and time.monotonic() >= request.deadline:
-            raise DeadlineExceededError("the deadline passed while the request changed workers")
-
     async def _wait_for_path(self, chain: ChainId) -> None:
-        until = time.monotonic() + self._failover.path_seconds
+        until = time.monotonic() + self._config.path_seconds
         while not self._chooser.has_path(chain):
             if time.monotonic() >= until:
                 raise NoPathError(
@@ -338,15 +317,3 @@ class ClusterEngine:
         with suppress(TimeoutError):
             async with asyncio.timeout(max(0.0, until - time.monotonic())):
                 await self._changed.wait()
-
-
-def _fresh(events: Sequence[TokenEvent], known: int) -> Sequence[TokenEvent]:
-    """Those that have not been told.
-
-    Raises:
-        EngineFailedError: one was skipped.
-    """
-    fresh = [event for event in events if event.index >= known]
-    if fresh and fresh[0].index != known:
-        raise EngineFailedError(f"token {fresh[0].index} came where {known} was expected")
-    return fresh
