@@ -106,24 +106,22 @@ class RouterServer:
         self._store = self._store or open_store(settings.state)
         await refuse_unfit(self._store)
         feed = EvictionFeed(WishBook(zoo.store))
-        self._demand = DemandTeller(self._store, f"router-{secrets.token_hex(4)}", evicted=feed)
+        demand = self._demand = DemandTeller(self._store, f"router-{secrets.token_hex(4)}", evicted=feed)
         chooser = ZooPathChooser(zoo)
         approvals = await asyncio.to_thread(Approvals, zoo.store)
-        adaptive = AdaptiveAssembly(approvals, chooser, settings.adaptive)
+        # The demand is for the variant's own chain. A spliced one is made of what is there for others.
+        adaptive = AdaptiveAssembly(approvals, chooser, settings.adaptive, on_substituted=demand.note)
         self._fresh = asyncio.create_task(adaptive.keep_fresh(), name="approvals")
         self.engine = ClusterEngine(
             chooser,
-            self._demand,
+            demand,
             settings.peer_credentials(),
             settings.failover,
             settings.kv,
             # Each answer to a call is a request of the engine.
             traced_requests=settings.router.traced_requests * settings.router.max_choices,
+            on_request=lambda chain: None if approvals.is_spliced(chain) else demand.note(chain),
         )
-        demand = self._demand
-        # What is asked for is the variant's own chain. A spliced one is made of what is there for others.
-        adaptive.on_substituted = demand.note
-        self.engine.on_request = lambda chain: None if approvals.is_spliced(chain) else demand.note(chain)
         engine = self.engine
         keeper = WishKeeper(zoo, lambda: engine.view)
         self._router = Router(
@@ -150,7 +148,7 @@ class RouterServer:
         self._watch = watch = ClusterWatch(self._store, self.engine.update)
         self.metrics.watch(self.engine, lambda: watch.seen)
         watch.start()
-        self._demand.start()
+        demand.start()
         await self._health.set(SERVING)
         log.info("ready address=%s zoo=%s version=%s", self.address, zoo.url, version("blockzoo"))
 

@@ -88,7 +88,6 @@ class ClusterEngine:
         num_failovers: how often a request went on along another path.
         kv: what became of keys and values then.
         path_lengths: how many paths of so many workers requests were given.
-        on_request: told the chain of every request.
     """
 
     def __init__(
@@ -100,6 +99,7 @@ class ClusterEngine:
         kv: KvCosts | None = None,
         *,
         traced_requests: int = 1024,
+        on_request: Callable[[ChainId], None] = lambda _: None,
     ) -> None:
         """Join the parts; nothing is connected yet.
 
@@ -110,6 +110,7 @@ class ClusterEngine:
             failover: how requests go on.
             kv: when keys and values follow them.
             traced_requests: ended requests whose paths are remembered.
+            on_request: called with the chain of every request.
         """
         self._chooser = chooser
         self._loader = loader
@@ -124,7 +125,7 @@ class ClusterEngine:
         self.num_failovers = 0
         self.path_lengths: Counter[int] = Counter()
         self.kv = KvMover(credentials, kv)
-        self.on_request: Callable[[ChainId], None] = lambda _: None
+        self._on_request = on_request
 
     # ---- the cluster
 
@@ -227,7 +228,7 @@ class ClusterEngine:
             NoPathError: no live workers hold all of the chain, and nobody loads it in time.
         """
         await self._chooser.prepare(request.chain)
-        self.on_request(request.chain)
+        self._on_request(request.chain)
         request = replace(request, arrival=request.arrival or time.time_ns())
         state = Failover(request, self._config)
         with self._journeys.follow(request.request_id) as journey:

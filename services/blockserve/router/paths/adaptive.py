@@ -91,26 +91,31 @@ class Estimator(Protocol):
 
 
 class AdaptiveAssembly:
-    """Chooses between a variant's chain and its approved equivalents. One event loop.
+    """Chooses between a variant's chain and its approved equivalents. One event loop."""
 
-    Attributes:
-        on_substituted: told the variant's own chain when another one runs: it is still what is asked for.
-    """
-
-    def __init__(self, approvals: Approvals, estimator: Estimator, config: AdaptiveConfig) -> None:
+    def __init__(
+        self,
+        approvals: Approvals,
+        estimator: Estimator,
+        config: AdaptiveConfig,
+        *,
+        on_substituted: Callable[[ChainId], None] = lambda _: None,
+    ) -> None:
         """Join the parts.
 
         Args:
             approvals: of the zoo.
             estimator: says how long chains would take.
             config: when to switch.
+            on_substituted: called with the variant's own chain when another one runs: it is still the one
+                that is asked for.
         """
         self._approvals = approvals
         self._estimator = estimator
         self._config = config
         self._refreshed = time.monotonic()
         self._refreshing = asyncio.Lock()
-        self.on_substituted: Callable[[ChainId], None] = lambda _: None
+        self._on_substituted = on_substituted
 
     async def choose(self, request: EngineRequest, variant: str) -> Substitute | None:
         """What to run a request on instead of its chain; None for the chain itself.
@@ -140,7 +145,7 @@ class AdaptiveAssembly:
         await self._refresh()
         if best[1] not in [one for _, one in self._candidates(request.chain, variant)]:
             return None
-        self.on_substituted(request.chain)
+        self._on_substituted(request.chain)
         return best[1]
 
     async def resume(self, request: EngineRequest, variant: str, chain: ChainId) -> Substitute:

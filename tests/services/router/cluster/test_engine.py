@@ -85,8 +85,7 @@ def tokens(*indices: int) -> list[TokenEvent]:
 def rig(*streams: Stream, **failover: float) -> tuple[ClusterEngine, Chooser, list[ChainId]]:
     chooser, asked = Chooser(*(stream.worker for stream in streams)), list[ChainId]()
     config = FailoverConfig.model_validate(failover)
-    engine = ClusterEngine(chooser, Loader(), Credentials(), config)
-    engine.on_request = asked.append
+    engine = ClusterEngine(chooser, Loader(), Credentials(), config, on_request=asked.append)
     engine._streams = {stream.worker: stream for stream in streams}
     return engine, chooser, asked
 

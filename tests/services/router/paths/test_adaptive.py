@@ -130,9 +130,11 @@ def test_what_is_asked_for_is_told_when_something_else_runs() -> None:
     told: list[ChainId] = []
     for exact in (9.0, 1.0):
         assembly = AdaptiveAssembly(
-            FakeApprovals(substitute()), FakeEstimator(exact=exact, other=1.0), AdaptiveConfig()
+            FakeApprovals(substitute()),
+            FakeEstimator(exact=exact, other=1.0),
+            AdaptiveConfig(),
+            on_substituted=told.append,
         )
-        assembly.on_substituted = told.append
         asyncio.run(assembly.choose(EngineRequest("r", EXACT, (1,), SamplingParams(), 10), REF))
     assert told == [EXACT]
 
