@@ -27,6 +27,7 @@ from blockzoo.errors import (
     InvalidInputError,
     NotFoundError,
 )
+from blockzoo.store.objects import damaged
 from blockzoo.store.zoo_store import ZooStore
 
 MIN_PREFIX = 6
@@ -67,7 +68,7 @@ class Ledger:
         try:
             return record_from_json(parse_json(self.body(record)), record)
         except (InvalidInputError, CorruptManifestError) as error:
-            raise _damaged(layout.equivalence_key(record)) from error
+            raise damaged(layout.equivalence_key(record)) from error
 
     def body(self, record: RecordId) -> bytes:
         """Return a record as it is stored, verified against its id; raises as `get` does."""
@@ -77,7 +78,7 @@ class Ledger:
         except NotFoundError as error:
             raise _not_found(record) from error
         if digest_bytes(data) != record:
-            raise _damaged(key)
+            raise damaged(key)
         return data
 
     def ids(self) -> list[RecordId]:
@@ -133,12 +134,12 @@ class Ledger:
         try:
             fields = parse_json(data)
             if not isinstance(fields, dict) or digest_json(fields.get("record")) != fields.get("digest"):
-                raise _damaged(key)
+                raise damaged(key)
             decision = decision_from_json(fields["record"])
         except BlockzooError as error:
-            raise _damaged(key) from error
+            raise damaged(key) from error
         if (decision.record, decision.number) != (record, number):
-            raise _damaged(key)
+            raise damaged(key)
         return decision
 
     def decisions(self, record: RecordId) -> list[Decision]:
@@ -163,10 +164,4 @@ def _not_found(record: str) -> EquivalenceNotFoundError:
         f"there is no equivalence record {record[:64]!r}",
         hint="List records with `blockzoo equivalence list`.",
         record=record[:64],
-    )
-
-
-def _damaged(key: str) -> CorruptManifestError:
-    return CorruptManifestError(
-        f"{key} is damaged", hint="Run `blockzoo verify --repair FROM` with a backup.", key=key
     )

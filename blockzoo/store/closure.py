@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from blockzoo import layout
 from blockzoo.errors import BlockzooError
 from blockzoo.manifest import BlobId, BlockId, ChainId, VariantRecord
-
-if TYPE_CHECKING:
-    from blockzoo.store.zoo_store import ZooStore
+from blockzoo.store.objects import Objects
 
 Problem = Callable[[str, BlockzooError], None]
 """Told a digest and why it could not be followed."""
@@ -55,9 +52,7 @@ class Walker:
         with_bases: also follow encoded blobs to their bases, which costs a read for each blob.
     """
 
-    def __init__(
-        self, store: ZooStore, on_problem: Problem | None = None, *, with_bases: bool = True
-    ) -> None:
+    def __init__(self, store: Objects, on_problem: Problem | None = None, *, with_bases: bool = True) -> None:
         self.closure = Closure()
         self._store = store
         self._on_problem = on_problem

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 from blockzoo.canonical import canonical_json, digest_bytes
 from blockzoo.digest import blob_id
@@ -26,10 +25,8 @@ from blockzoo.storage.base import Staged
 from blockzoo.store.blobs import TensorData, file_data
 from blockzoo.store.closure import Walker
 from blockzoo.store.leases import LEASE_TTL_S, Entry, LeaseHolder
+from blockzoo.store.objects import Objects
 from blockzoo.store.writing import Stored
-
-if TYPE_CHECKING:
-    from blockzoo.store.zoo_store import ZooStore
 
 _GROUP_BYTES = 512 << 20
 """Tensor bytes written under one lease object; bounds what an interrupted upload has to repeat."""
@@ -42,6 +39,8 @@ _REMOTE_WORKERS = 16
 class Registration:
     """A write into the zoo, as a context manager. Used by one thread; works with several of its own.
 
+    Callers begin one with `ZooStore.registration`, which checks the format of the zoo first.
+
     Args:
         store: the zoo.
         purpose: what is being written, for people who look at leases.
@@ -53,7 +52,7 @@ class Registration:
 
     def __init__(
         self,
-        store: ZooStore,
+        store: Objects,
         purpose: str,
         *,
         ttl_s: float = LEASE_TTL_S,
@@ -61,7 +60,6 @@ class Registration:
         on_bytes: Callable[[int], None] | None = None,
         on_wait: Callable[[Entry], None] | None = None,
     ) -> None:
-        store.check_writable()
         self._store = store
         self._storage = store.storage
         self._lease = LeaseHolder(store.storage, store.clock, purpose, ttl_s)

@@ -1,0 +1,243 @@
+"""What is in a zoo on a storage: manifests by digest, refs by name and number.
+
+Refs are created only, never changed. The highest number of a name is current. A tombstone above
+all others removes the name, and every ref below a tombstone counts as deleted, whether or not it
+is still stored. Numbers are therefore never used twice.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+
+from blockzoo import layout
+from blockzoo.canonical import canonical_json, digest_bytes, digest_json, parse_json
+from blockzoo.clock import Clock
+from blockzoo.errors import (
+    BlockzooError,
+    CorruptManifestError,
+    InvalidInputError,
+    ManifestNotFoundError,
+    NotFoundError,
+    VariantNotFoundError,
+)
+from blockzoo.manifest import (
+    BlockId,
+    BlockManifest,
+    ChainId,
+    ChainManifest,
+    JsonValue,
+    VariantName,
+    VariantRecord,
+)
+from blockzoo.manifest_json import block_from_json, chain_from_json, variant_from_json, variant_to_json
+from blockzoo.names import MAX_VERSION, check_name, near_names
+from blockzoo.storage.base import ObjectInfo, Stamp, Storage
+from blockzoo.store.blobs import BlobStore
+
+
+class Objects:
+    """The blobs, manifests and refs of a zoo. Reading is safe from several threads.
+
+    It checks no format and holds no lease: what writes goes through `blockzoo.store.zoo_store.ZooStore`.
+
+    Args:
+        storage: where the zoo is.
+        clock: for leases, and for times that are stored.
+    """
+
+    def __init__(self, storage: Storage, clock: Clock) -> None:
+        self.storage = storage
+        self.clock = clock
+        self.blobs = BlobStore(storage)
+
+    def get_block(self, block: BlockId) -> BlockManifest:
+        """Return a block manifest; raises ManifestNotFoundError or CorruptManifestError."""
+        return block_from_json(self.read_manifest(layout.block_key(block), block))
+
+    def get_chain(self, chain: ChainId) -> ChainManifest:
+        """Return a chain manifest; raises ManifestNotFoundError or CorruptManifestError."""
+        return chain_from_json(self.read_manifest(layout.chain_key(chain), chain))
+
+    def has_manifest(self, digest: str) -> bool:
+        """Tell whether a block or chain of this digest is stored."""
+        return any(self.storage.size(key(digest)) is not None for key in (layout.block_key, layout.chain_key))
+
+    def read_manifest(self, key: str, digest: str) -> JsonValue:
+        """Return the JSON at `key`, verified against its digest."""
+        try:
+            data = self.storage.get(key)
+        except NotFoundError as error:
+            raise ManifestNotFoundError(
+                f"manifest {key} is not in the zoo",
+                hint="Run `blockzoo verify --repair FROM`.",
+                digest=digest,
+            ) from error
+        if digest_bytes(data) != digest:
+            raise damaged(key)
+        try:
+            return parse_json(data)
+        except InvalidInputError as error:
+            raise damaged(key) from error
+
+    def numbers(self) -> dict[VariantName, list[int]]:
+        """Return the stored version numbers of every name, ascending, tombstones too."""
+        found: dict[VariantName, list[int]] = defaultdict(list)
+        for info in self.storage.list(layout.REFS):
+            parsed = layout.version_of(info.key)
+            if parsed is not None:
+                found[VariantName(parsed[0])].append(parsed[1])
+        return {name: sorted(numbers) for name, numbers in sorted(found.items())}
+
+    def versions(self, name: str) -> list[VariantRecord]:
+        """Return the versions of a variant, oldest first; empty when it is not registered."""
+        return self._live(check_name(name), self._numbers_of(name))
+
+    def records(self) -> list[VariantRecord]:
+        """Return every version of every variant: the roots of the zoo."""
+        return [record for name, numbers in self.numbers().items() for record in self._live(name, numbers)]
+
+    def dead_refs(self) -> Iterator[ObjectInfo]:
+        """Yield the refs below a tombstone, which count as deleted and which a crash left behind."""
+        tombstones: dict[str, int] = {}
+        for info in self.storage.list(layout.REFS):
+            parsed = layout.version_of(info.key)
+            if parsed is None:
+                continue
+            name, version = parsed
+            if name not in tombstones:
+                tombstones[name] = self._last_tombstone(name)
+            if version < tombstones[name]:
+                yield info
+
+    def variants(self) -> list[VariantRecord]:
+        """Return the current version of every variant, by name."""
+        current = (self._newest(name, numbers) for name, numbers in self.numbers().items())
+        return [record for record in current if record is not None and not record.deleted]
+
+    def names(self) -> list[str]:
+        """Return the names of the registered variants."""
+        return [record.name for record in self.variants()]
+
+    def resolve(self, name: str, version: int | None = None) -> VariantRecord:
+        """Return a version of a variant, the current one when None.
+
+        Raises:
+            VariantNotFoundError: it is not registered; suggests near names.
+        """
+        check_name(name)
+        if version is None:
+            record = self._newest(VariantName(name), self._numbers_of(name))
+            if record is not None and not record.deleted:
+                return record
+        else:
+            for record in self.versions(name):
+                if record.version == version:
+                    return record
+        ref = name if version is None else f"{name}@{version}"
+        raise VariantNotFoundError(ref, self._suggest(name, version))
+
+    def stamp(self, name: str) -> Stamp | None:
+        """Return what changes with the versions of a variant; see `Storage.stamp`."""
+        return self.storage.stamp(f"{layout.REFS}/{check_name(name)}")
+
+    def add_version(self, draft: VariantRecord) -> VariantRecord:
+        """Store a record under the next free number. For `Registration` and tombstones only."""
+        while True:
+            numbers = self._numbers_of(draft.name)
+            record = replace(draft, version=(numbers[-1] if numbers else 0) + 1)
+            if record.version > MAX_VERSION:
+                raise InvalidInputError(
+                    f"{draft.name} has no version numbers left", hint="Register another name."
+                )
+            if self.put_ref(record):
+                return record
+
+    def put_ref(self, record: VariantRecord) -> bool:
+        """Create the ref of a record unless its number is taken; tell whether it was free."""
+        return self.storage.put_if_absent(layout.ref_key(record.name, record.version), [ref_body(record)])
+
+    def withdraw(self, record: VariantRecord) -> None:
+        """Take back a version that was committed a moment ago and turned out incomplete."""
+        self._delete_refs(record.name, [record.version])
+
+    def read_ref(self, name: str, version: int) -> VariantRecord:
+        """Return a stored record, tombstone or not.
+
+        Raises:
+            NotFoundError: there is none.
+            CorruptManifestError: it is damaged.
+        """
+        key = layout.ref_key(name, version)
+        data = self.storage.get(key)
+        try:
+            fields = parse_json(data)
+            if not isinstance(fields, dict) or digest_json(fields.get("record")) != fields.get("digest"):
+                raise damaged(key)
+            record = variant_from_json(fields["record"])
+        except BlockzooError as error:
+            raise damaged(key) from error
+        if (record.name, record.version) != (name, version):
+            raise damaged(key)
+        return record
+
+    def _numbers_of(self, name: str) -> list[int]:
+        parsed = (layout.version_of(info.key) for info in self.storage.list(f"{layout.REFS}/{name}"))
+        return sorted(item[1] for item in parsed if item is not None)
+
+    def _live(self, name: VariantName, numbers: list[int]) -> list[VariantRecord]:
+        """Read from the newest down to the first tombstone."""
+        live: list[VariantRecord] = []
+        for version in reversed(numbers):
+            try:
+                record = self.read_ref(name, version)
+            except NotFoundError:
+                continue  # removed since the listing
+            if record.deleted:
+                break
+            live.append(record)
+        return live[::-1]
+
+    def _last_tombstone(self, name: str) -> int:
+        for version in reversed(self._numbers_of(name)):
+            try:
+                if self.read_ref(name, version).deleted:
+                    return version
+            except NotFoundError:
+                continue
+        return 0
+
+    def _newest(self, name: VariantName, numbers: list[int]) -> VariantRecord | None:
+        for version in reversed(numbers):
+            try:
+                return self.read_ref(name, version)
+            except NotFoundError:
+                continue  # removed since the listing
+        return None
+
+    def _delete_refs(self, name: str, versions: list[int]) -> None:
+        keys = [layout.ref_key(name, version) for version in versions]
+        for key in keys:
+            self.storage.delete(key)
+        self.storage.sync(keys)
+
+    def _suggest(self, name: str, version: int | None) -> list[str]:
+        if version is not None:
+            known = [f"{name}@{record.version}" for record in self.versions(name)]
+            if known:
+                return known[-3:]
+        return near_names(name, [record.name for record in self.variants()])
+
+
+def ref_body(record: VariantRecord) -> bytes:
+    """Return the bytes that a version of a variant is stored as."""
+    value = variant_to_json(record)
+    return canonical_json({"record": value, "digest": digest_json(value)})
+
+
+def damaged(key: str) -> CorruptManifestError:
+    """Return the error for an object that is not what its key says."""
+    return CorruptManifestError(
+        f"{key} is damaged", hint="Run `blockzoo verify --repair FROM` with a backup.", key=key
+    )
