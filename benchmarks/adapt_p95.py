@@ -26,7 +26,8 @@ from served import MODEL, START_SECONDS, top_quarter_variants
 
 from blockserve.client.aio import AsyncClient
 from blockserve.common.api.cluster import Run
-from blockzoo.equivalence import EquivalenceRecord, Ledger, approve, evaluate
+from blockzoo.equivalence import EquivalenceRecord, Ledger, approve
+from blockzoo.evaluation.evaluate import evaluate
 from blockzoo.zoo import Zoo
 
 REQUESTS, PROMPT_TOKENS, OUTPUT_TOKENS = 60, 64, 32

@@ -1,15 +1,16 @@
 """Blocks that may stand in for each other: measured on held-out text, approved by people.
 
     from blockzoo import Zoo
-    from blockzoo.equivalence import Ledger, approve, approved_substitutes, evaluate
+    from blockzoo.equivalence import Ledger, approve, approved_substitutes
+    from blockzoo.evaluation.evaluate import evaluate
 
     zoo = Zoo.open("my-zoo")
     (record,) = evaluate(zoo, "support-bot:20-28", "base:20-28", text)
     approve(Ledger(zoo.store), record.id, by="ann", reason="overload", max_kl=0.02)
-    approved_substitutes(zoo, record.original.chain)
+    approved_substitutes(zoo.store, record.original.chain)
 
-Weight distance is measured too, and decides nothing. `forward` and `measure` need torch and are
-imported when an evaluation runs.
+Records, decisions and what is approved by them are here, and none of it needs torch; `blockzoo.evaluation`
+makes the records. It measures the distance of weights too, which no decision depends on.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ from blockzoo.equivalence.records import (
     chain_digest,
     splice,
 )
-from blockzoo.evaluation.evaluate import evaluate
 
 __all__ = [
     "Action",
@@ -49,7 +49,6 @@ __all__ = [
     "approve",
     "approved_substitutes",
     "chain_digest",
-    "evaluate",
     "revoke",
     "splice",
     "substituted_chain",

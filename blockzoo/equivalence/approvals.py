@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 from blockzoo.equivalence.ledger import Ledger
 from blockzoo.equivalence.records import (
@@ -25,10 +24,9 @@ from blockzoo.equivalence.records import (
 )
 from blockzoo.errors import BlockzooError, CorruptionError, CorruptManifestError, NotFoundError
 from blockzoo.manifest import ChainId, ChainManifest, VariantName, VariantRecord
+from blockzoo.store.objects import Objects
+from blockzoo.store.writing import Manifests
 from blockzoo.store.zoo_store import ZooStore
-
-if TYPE_CHECKING:
-    from blockzoo.zoo import Zoo
 
 _CACHED = 1 << 16
 """Records, decisions and refs kept in memory, a kilobyte each; what can be read never changes."""
@@ -161,16 +159,16 @@ class Approvals:
         )
 
 
-def approved_substitutes(zoo: Zoo, chain: ChainId) -> Substitutes:
+def approved_substitutes(store: ZooStore, chain: ChainId) -> Substitutes:
     """Return what may stand in for runs of a chain, by what the zoo says at this moment.
 
-    Who asks often keeps an `Approvals` and refreshes it, which reads what is new only.
+    Callers that ask often keep an `Approvals` and refresh it, which reads only what is new.
     """
-    return Approvals(zoo.store).substitutes(chain)
+    return Approvals(store).substitutes(chain)
 
 
 def substituted_chain(
-    zoo: Zoo, chain: ChainId, positions: Positions, substitute: Substitute
+    manifests: Manifests, chain: ChainId, positions: Positions, substitute: Substitute
 ) -> ChainManifest:
     """Return the chain that runs when a substitute is taken; it need not be stored in the zoo.
 
@@ -178,8 +176,8 @@ def substituted_chain(
         CorruptManifestError: it is not the chain that was evaluated.
         ManifestNotFoundError: a chain is gone.
     """
-    links = zoo.chain(substitute.chain).links[slice(*substitute.positions)]
-    result = splice(zoo.chain(chain), positions, links)
+    links = manifests.get_chain(substitute.chain).links[slice(*substitute.positions)]
+    result = splice(manifests.get_chain(chain), positions, links)
     if chain_digest(result) != substitute.result:
         raise CorruptManifestError(
             f"equivalence record {substitute.record} is not about the chain it names",
@@ -192,7 +190,7 @@ def substituted_chain(
 class _LiveVariants:
     """Which versions are registered, and the chains they run; a damaged ref counts as none."""
 
-    def __init__(self, store: ZooStore) -> None:
+    def __init__(self, store: Objects) -> None:
         self._store = store
         self._read = lru_cache(_CACHED)(store.read_ref)
         self._chains: dict[str, ChainId] = {}

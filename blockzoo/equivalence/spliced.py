@@ -16,11 +16,12 @@ from blockzoo.equivalence.records import EquivalenceRecord, RecordId, chain_dige
 from blockzoo.errors import CorruptManifestError, NotFoundError
 from blockzoo.manifest import ChainManifest
 from blockzoo.manifest_json import chain_to_json
+from blockzoo.store.objects import Objects
 from blockzoo.store.registration import Registration
 from blockzoo.store.zoo_store import ZooStore
 
 
-def spliced_chain(store: ZooStore, record: EquivalenceRecord) -> ChainManifest:
+def spliced_chain(store: Objects, record: EquivalenceRecord) -> ChainManifest:
     """Return the chain that a record measured, made of the original's links and the record's.
 
     Raises:
@@ -38,7 +39,7 @@ def spliced_chain(store: ZooStore, record: EquivalenceRecord) -> ChainManifest:
     return chain
 
 
-def put_spliced(registration: Registration, store: ZooStore, record: EquivalenceRecord) -> int:
+def put_spliced(registration: Registration, store: Objects, record: EquivalenceRecord) -> int:
     """Store the chain of a record unless it is stored; gc leaves it alone until the registration ends.
 
     Returns the bytes of its manifest; 0 when it is the substitute's own chain, which a variant holds. Raises

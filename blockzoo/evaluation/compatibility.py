@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from blockzoo.errors import IncompatibleBlocksError
 from blockzoo.evaluation.selection import Pair
 from blockzoo.manifest import BlockKind, BlockManifest
-
-if TYPE_CHECKING:
-    from blockzoo.zoo import Zoo
+from blockzoo.zoo import Zoo
 
 _LAYER_FIELDS = {
     "hidden_size": "hidden size",

@@ -15,10 +15,10 @@ from blockzoo.evaluation.selection import Pair, select
 from blockzoo.evaluation.tokens import check_lengths, tokenise, windows
 from blockzoo.manifest import BlobId
 from blockzoo.progress import NoProgress, Progress
+from blockzoo.zoo import Zoo
 
 if TYPE_CHECKING:
     from blockzoo.evaluation.forward import LinkLoader
-    from blockzoo.zoo import Zoo
 
 MAX_TOKENS = 4096
 """Tokens compared unless told otherwise: half a minute on one core for a model of 135 million parameters."""

@@ -15,15 +15,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from blockzoo.digest import is_digest
 from blockzoo.equivalence.records import Positions, Side
 from blockzoo.errors import IncompatibleBlocksError, InvalidInputError, NotFoundError
 from blockzoo.manifest import ChainManifest, VariantRecord
-
-if TYPE_CHECKING:
-    from blockzoo.zoo import Zoo
+from blockzoo.zoo import Zoo
 
 _RUN = re.compile(r"([0-9]{1,6})(?:-([0-9]{1,6}))?")
 _HINT = "Write NAME, NAME@N, NAME:POSITION, NAME:FIRST-END (END is one past the last), or a block id."

@@ -12,11 +12,10 @@ from blockzoo.errors import (
 )
 from blockzoo.evaluation.selection import Pair
 from blockzoo.manifest import BlobId, VariantRecord
+from blockzoo.zoo import Zoo
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-    from blockzoo.zoo import Zoo
 
 TOKENIZER_FILE = "tokenizer.json"
 

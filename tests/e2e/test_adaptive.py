@@ -15,8 +15,9 @@ from transformers import AutoTokenizer
 from blockserve.client.aio import AsyncClient
 from blockserve.common.api.results import Completion
 from blockserve.common.errors import NoPathError
-from blockzoo.equivalence import EquivalenceRecord, Ledger, approve, evaluate, revoke
+from blockzoo.equivalence import EquivalenceRecord, Ledger, approve, revoke
 from blockzoo.errors import BlockzooError
+from blockzoo.evaluation.evaluate import evaluate
 from blockzoo.zoo import Zoo
 from support.cluster import PATIENCE, Cluster, cluster
 from support.models import CONTEXT_LENGTH, checkpoint_tensors, edit_checkpoint, tune_layers

@@ -15,8 +15,9 @@ from transformers import AutoTokenizer
 from blockserve.client.aio import AsyncClient
 from blockserve.common.api.cluster import WorkerState
 from blockserve.common.errors import WorkerNotFoundError
-from blockzoo.equivalence import Ledger, approve, evaluate
+from blockzoo.equivalence import Ledger, approve
 from blockzoo.errors import BlockzooError
+from blockzoo.evaluation.evaluate import evaluate
 from blockzoo.zoo import Zoo
 from support.cluster import PATIENCE, Cluster, Process, cluster
 from support.variants import Variant, VariantFactory

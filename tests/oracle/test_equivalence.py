@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from blockzoo.equivalence import evaluate
+from blockzoo.evaluation.evaluate import evaluate
 from blockzoo.evaluation.forward import LinkLoader, Windows
 from blockzoo.evaluation.tokens import windows
 from blockzoo.zoo import Zoo

@@ -63,7 +63,7 @@ def ledger(store):
 
 
 def substitutes(store: ZooStore, name: str = "a"):
-    return approved_substitutes(Zoo(store), store.resolve(name).chain)
+    return approved_substitutes(store, store.resolve(name).chain)
 
 
 def overwrite(store: ZooStore, key: str, data: bytes) -> None:
@@ -350,7 +350,7 @@ def test_a_new_version_is_not_approved(store, ledger):
     approve(ledger, put(store, "a", "b").id, max_kl=1.0, **WHO)
     register(store, "a", [tensor(1), tensor(9)])
     assert substitutes(store, "a") == {}
-    assert len(approved_substitutes(Zoo(store), store.resolve("a", 1).chain)) == 1
+    assert len(approved_substitutes(store, store.resolve("a", 1).chain)) == 1
 
 
 @pytest.mark.parametrize("gone", ["a", "b"])
@@ -390,10 +390,10 @@ def test_the_chain_that_runs(store, ledger):
     record = put(store, "a", "b", at=1)
     approve(ledger, record.id, max_kl=1.0, **WHO)
     ((run, (found,)),) = substitutes(store).items()
-    chain = substituted_chain(Zoo(store), store.resolve("a").chain, run, found)
+    chain = substituted_chain(store, store.resolve("a").chain, run, found)
     assert chain_digest(chain) == found.result == store.resolve("b").chain
     with pytest.raises(CorruptManifestError, match="is not about the chain"):
-        substituted_chain(Zoo(store), store.resolve("c").chain, Positions(0, 1), found)
+        substituted_chain(store, store.resolve("c").chain, Positions(0, 1), found)
 
 
 def test_revoking_what_nobody_approved(store, ledger):

@@ -10,7 +10,7 @@ import torch
 
 from blockzoo import layout
 from blockzoo.canonical import digest_bytes
-from blockzoo.equivalence import Ledger, evaluate
+from blockzoo.equivalence import Ledger
 from blockzoo.errors import (
     CorruptBlobError,
     EvaluationError,
@@ -20,6 +20,7 @@ from blockzoo.errors import (
     VariantNotFoundError,
 )
 from blockzoo.evaluation import measure
+from blockzoo.evaluation.evaluate import evaluate
 from blockzoo.evaluation.measure import kl_divergence
 from blockzoo.evaluation.selection import select
 from blockzoo.evaluation.tokens import MIN_TOKENS, decode_text, windows
@@ -380,7 +381,7 @@ def test_without_torch_it_says_what_is_missing(zoo):
         "import sys\n"
         "sys.modules['torch'] = None\n"
         "from blockzoo import Zoo\n"
-        "from blockzoo.equivalence import evaluate\n"
+        "from blockzoo.evaluation.evaluate import evaluate\n"
         "from blockzoo.errors import MissingPackageError\n"
         "try:\n"
         f"    evaluate(Zoo.open({zoo.url!r}), 'base', 'tuned', {TEXT!r})\n"

@@ -86,7 +86,7 @@ def evaluate(
       blockzoo equivalence evaluate legal@2:5 legal@1:5 --text held-out.txt --max-tokens 20000
       cat *.txt | blockzoo equivalence evaluate a b --text - --json | jq '.records[].mean_kl'
     """
-    from blockzoo.equivalence import evaluate as measure
+    from blockzoo.evaluation.evaluate import evaluate as measure
     from blockzoo.evaluation.tokens import MAX_TEXT_BYTES, decode_text
 
     place = open_zoo(zoo)
