@@ -79,7 +79,7 @@ def wish_of(key: str) -> tuple[str, int] | None:
 def version_of(key: str) -> tuple[str, int] | None:
     """Return name and version that a ref's key names, or None for a stray object."""
     name, _, version = key.removeprefix(f"{REFS}/").rpartition("/")
-    if "/" in name or not name or not _is_number(version):
+    if not key.startswith(f"{REFS}/") or "/" in name or not name or not _is_number(version):
         return None
     return name, int(version)
 

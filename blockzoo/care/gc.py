@@ -7,12 +7,14 @@ what is gone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from blockzoo import layout
-from blockzoo.equivalence.spliced import needed_keys
-from blockzoo.errors import BlockzooError, ConflictError, CorruptionError, NotFoundError
+from blockzoo.care.base import Holding
+from blockzoo.care.holdings import HOLDINGS
+from blockzoo.care.variants import is_difference
+from blockzoo.errors import ConflictError
 from blockzoo.manifest import BlobId, BlockId, ChainId
 from blockzoo.storage.base import ObjectInfo
 from blockzoo.store.closure import Walker, ignore_problem
@@ -64,8 +66,9 @@ def collect(
     sweep_s: float = SWEEP_S,
     dry_run: bool = False,
     on_object: Callable[[ObjectInfo], None] | None = None,
+    kinds: Sequence[Holding] = HOLDINGS,
 ) -> GcReport:
-    """Delete everything that no version of any variant and no approval in force needs.
+    """Delete everything that nothing kept needs: no version of any variant, no approval in force.
 
     Args:
         store: the zoo.
@@ -73,6 +76,7 @@ def collect(
         sweep_s: most seconds to spend deleting.
         dry_run: only tell what would go.
         on_object: called after each object is dealt with.
+        kinds: what a zoo keeps.
 
     Raises:
         CorruptManifestError, CorruptBlobError, NotFoundError: something reachable is damaged or missing,
@@ -81,7 +85,7 @@ def collect(
     """
     store.check_writable()
     objects = {info.key: info for info in _objects(store)}
-    needed = _needed_keys(store)
+    needed = _needed_keys(store, kinds)
     condemned = [info for key, info in objects.items() if key not in needed]
     kept = [info for key, info in objects.items() if key in needed]
     if dry_run or not condemned:
@@ -92,7 +96,7 @@ def collect(
     marker = write_entry(store.storage, layout.CONDEMNED, digests, expires, "gc")
     try:
         store.clock.sleep(grace_s)
-        doomed, deleted = _sweep(store, marker, condemned, on_object)
+        doomed, deleted = _sweep(store, marker, condemned, on_object, kinds)
     finally:
         drop_marker(store.storage, marker)
     spared = [info for info in condemned if info not in set(doomed)]
@@ -113,10 +117,11 @@ def _sweep(
     marker: Entry,
     condemned: list[ObjectInfo],
     on_object: Callable[[ObjectInfo], None] | None,
+    kinds: Sequence[Holding],
 ) -> tuple[list[ObjectInfo], list[ObjectInfo]]:
     """Look a last time, then delete. Returns what was doomed and what of it is deleted."""
     publish_sweep(store.storage, marker)
-    needed = _needed_keys(store)
+    needed = _needed_keys(store, kinds)
     doomed = [info for info in condemned if info.key not in needed]
     deleted: list[ObjectInfo] = []
     for stage in _in_order(store, doomed):
@@ -126,19 +131,16 @@ def _sweep(
             store.storage.delete(info.key)
             deleted.append(info)
             if store.clock.now() >= marker.expires:
-                _own_up(store, info.key)
+                _own_up(store, info.key, kinds)
             if on_object is not None:
                 on_object(info)
         store.storage.sync(info.key for info in stage)
     return doomed, deleted
 
 
-def _own_up(store: ZooStore, key: str) -> None:
+def _own_up(store: ZooStore, key: str, kinds: Sequence[Holding]) -> None:
     """Raise ConflictError when a delete that came too late has hit something that is needed by now."""
-    walker = Walker(store, ignore_problem)
-    for record in store.records():
-        walker.add_record(record)
-    if key in walker.closure.objects() or key in needed_keys(store):
+    if any(key in kind.needed(store, ignore_problem) for kind in kinds):
         raise ConflictError(
             f"this gc was suspended in the middle of deleting {key}, which is needed again",
             hint="Register that checkpoint again, or run `blockzoo verify --repair FROM`.",
@@ -154,34 +156,19 @@ def _objects(store: ZooStore) -> Iterator[ObjectInfo]:
     yield from store.dead_refs()
 
 
-def _needed_keys(store: ZooStore) -> set[str]:
-    """Return the keys that leases, refs and approvals protect, reading leases first.
+def _needed_keys(store: ZooStore, kinds: Sequence[Holding]) -> set[str]:
+    """Return the keys that leases and kept things protect, reading leases first.
 
     A registration publishes its ref before it drops its lease, so in this order one of the two is seen; an
     approval does the same with its decision.
     """
     leased = {digest for lease in active_leases(store.storage, store.clock) for digest in lease.digests}
-    walker = _walk_roots(store)
+    needed = {key for kind in kinds for key in kind.needed(store, None)}
     # What is leased may not be written yet, or be a damaged leftover.
     loose = Walker(store, ignore_problem)
     for digest in leased:
         _add_leased(store, loose, digest)
-    return {*walker.closure.objects(), *loose.closure.objects(), *needed_keys(store)}
-
-
-def _walk_roots(store: ZooStore) -> Walker:
-    while True:
-        records = store.records()
-        walker = Walker(store)
-        try:
-            for record in records:
-                walker.add_record(record)
-        except BlockzooError:
-            # Another collection may have deleted what a variant needed that was removed meanwhile.
-            if store.records() == records:
-                raise
-        else:
-            return walker
+    return {*needed, *loose.closure.objects()}
 
 
 def _add_leased(store: ZooStore, walker: Walker, digest: str) -> None:
@@ -202,17 +189,10 @@ def _in_order(store: ZooStore, doomed: Iterable[ObjectInfo]) -> Iterator[list[Ob
     for folder in ("refs", layout.CHAINS, layout.BLOCKS):
         yield folders.get(folder, [])
     blobs = folders.get(layout.BLOBS, [])
-    differences = [info for info in blobs if _is_difference(store, info.key)]
+    # A damaged leftover counts as raw: it needs nothing that can be known.
+    differences = [info for info in blobs if is_difference(store, info.key)]
     yield differences
     yield [info for info in blobs if info not in set(differences)]
-
-
-def _is_difference(store: ZooStore, key: str) -> bool:
-    digest = layout.digest_of(key)
-    try:
-        return digest is not None and store.blobs.info(BlobId(digest)).base is not None
-    except (CorruptionError, NotFoundError):
-        return False  # a damaged leftover needs nothing that can be known
 
 
 def _tidy(store: ZooStore) -> int:

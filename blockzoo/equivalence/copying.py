@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 
 from blockzoo.equivalence.ledger import Ledger, decision_body
 from blockzoo.equivalence.records import RecordId
-from blockzoo.equivalence.spliced import restore_chains
 from blockzoo.manifest import ChainId
 from blockzoo.store.zoo_store import ZooStore
 
@@ -38,7 +37,7 @@ def copy_equivalence(
 ) -> CopiedEquivalence:
     """Copy the records about two of these chains, all records when None, and the decisions about them.
 
-    The chains that approvals let run are made anew at the destination, of what it has.
+    The chains that approvals let run are not copied; `spliced.restore_chains` makes them at the destination.
 
     Raises:
         CorruptManifestError: the source is damaged, or what the destination has of the same name.
@@ -53,8 +52,6 @@ def copy_equivalence(
         body = ours.body(record_id)
         done.count(len(body), new=record_id not in present and theirs.put_body(record_id, body))
         _copy_decisions(ours, theirs, record_id, numbers.get(record_id, []), done)
-    for size in restore_chains(destination):
-        done.count(size, new=True)
     return done
 
 

@@ -267,7 +267,7 @@ def test_formats(store):
 
 
 def test_groups_bound_what_is_held(store, monkeypatch):
-    monkeypatch.setattr("blockzoo.care.backup._GROUP_BYTES", 1500)
+    monkeypatch.setattr("blockzoo.care.copying._GROUP_BYTES", 1500)
     copy = open_memory()
     storage = HookedStorage(copy.storage)
     copy_zoo(store, through(copy, storage))
