@@ -206,5 +206,8 @@ def _names(value: JsonValue, key: str) -> tuple[str, ...]:
 
 def _damaged(key: str) -> CorruptManifestError:
     return CorruptManifestError(
-        f"{key} is damaged", hint="Say again what is wished: that takes its place.", key=key
+        f"{key} is damaged",
+        hint="Set the placement again with `blockzoo pin`, `place` or `replicas`; it replaces the damaged "
+        "record.",
+        key=key,
     )
