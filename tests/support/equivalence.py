@@ -2,9 +2,31 @@
 
 from dataclasses import replace
 
-from blockzoo.equivalence import EquivalenceRecord, Ledger, Positions, Side, chain_digest, splice
+from blockzoo.equivalence import (
+    EquivalenceRecord,
+    Ledger,
+    Positions,
+    Side,
+    Substitutes,
+    approved_substitutes,
+    chain_digest,
+    splice,
+)
 from blockzoo.manifest import BlobId, VariantRecord
 from blockzoo.store.zoo_store import ZooStore
+from support.zoo_faults import open_memory, register, tensor
+
+WHO = {"by": "ann", "reason": "tried on our tickets"}
+"""Who decides, and why."""
+
+
+def three_variants() -> ZooStore:
+    """A zoo with the variants a, b and c, which share their first link."""
+    store = open_memory()
+    register(store, "a", [tensor(1), tensor(2)])
+    register(store, "b", [tensor(1), tensor(3)])
+    register(store, "c", [tensor(1), tensor(4)])
+    return store
 
 
 def draft(
@@ -44,3 +66,13 @@ def put(store: ZooStore, original: str, substitute: str, **options: float) -> Eq
 def without_id(record: EquivalenceRecord) -> EquivalenceRecord:
     """The record as it was before it was stored."""
     return replace(record, id="")
+
+
+def substitutes(store: ZooStore, name: str = "a") -> Substitutes:
+    """What may stand in for runs of a variant's chain right now."""
+    return approved_substitutes(store, store.resolve(name).chain)
+
+
+def overwrite(store: ZooStore, key: str, data: bytes) -> None:
+    """Damage an object."""
+    store.storage.replace(key, [data])
