@@ -39,15 +39,10 @@ def can_attend_paged(pool_keys: Tensor) -> bool:
 
 
 class PagedAttention:
-    """The attention of one batch at every layer; made once a pass.
+    """See `BatchAttention`; float32 and bfloat16 on the CPU.
 
     Attributes:
         num_tokens: rows of the batch.
-
-    Semantics, for request i with c = counts[i] rows of the batch and n = lengths[i]:
-        slot(p) = tables[i][layer, p // page_tokens] * page_tokens + p % page_tokens
-        pool_keys[slot(n - c + t)] = key[row(i) + t], values likewise
-        out[row(i) + t] = attend_reference(query[row(i)..], pool_keys[slot(0..n-1)], ...)[t]
     """
 
     def __init__(
@@ -91,11 +86,7 @@ class PagedAttention:
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, *, layer: int, scale: float, window: int | None
     ) -> Tensor:
-        """Store the new keys and values and attend.
-
-        Shape: query [tokens, heads, head_dim], key and value [tokens, kv_heads, head_dim], the last two
-        dimensions contiguous, result [tokens, heads, head_dim]. DType: of the pool, inside float32.
-        """
+        """See `BatchAttention`. DType: of the pool, inside float32."""
         tokens, heads, _ = query.shape
         assert tokens == self.num_tokens
         assert heads % self._kv_heads == 0
