@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from blockkernels.backends import Backend
 from blockzoo.compute.decoder import LayerBlock
 from blockzoo.compute.ends import EmbeddingBlock, HeadBlock
 from blockzoo.errors import InvalidConfigError
@@ -16,15 +17,16 @@ ExecutableBlock = EmbeddingBlock | LayerBlock | HeadBlock
 
 
 def build_block(
-    manifest: BlockManifest, tensors: Mapping[str, Tensor], *, exact: bool = False
+    manifest: BlockManifest, tensors: Mapping[str, Tensor], backend: Backend, *, exact: bool = False
 ) -> ExecutableBlock:
-    """Make a base block executable; matrices are laid out for the device they are on.
+    """Make a base block executable; matrices are laid out for the device.
 
     Args:
         manifest: says kind and config.
-        tensors: the block's tensors by name, all of one dtype, on the target device.
-        exact: a token's result must not depend, in any bit, on the tokens computed with it. Holds with the
-            C kernels and packed weights only; who asks for it checks that they are there.
+        tensors: the block's tensors by name, all of one dtype, on the backend's device.
+        backend: computes the block.
+        exact: a token's result must not depend, in any bit, on the tokens computed with it. Callers that
+            ask for this have checked `Backend.why_inexact`.
 
     Raises:
         InvalidConfigError: the kind is not executable, or config and tensors do not fit.
@@ -33,9 +35,9 @@ def build_block(
         if manifest.kind == BlockKind.EMBEDDING:
             return EmbeddingBlock(tensors)
         if manifest.kind == BlockKind.LAYER:
-            return LayerBlock(manifest.config, tensors, exact=exact)
+            return LayerBlock(manifest.config, tensors, backend, exact=exact)
         if manifest.kind == BlockKind.HEAD:
-            return HeadBlock(manifest.config, tensors, exact=exact)
+            return HeadBlock(manifest.config, tensors, backend, exact=exact)
     except KeyError as error:
         raise InvalidConfigError(f"{manifest.kind} block lacks {error}", family=manifest.family) from error
     raise InvalidConfigError(

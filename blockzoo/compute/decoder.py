@@ -10,7 +10,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from blockkernels.decoder import DecoderLayer, LayerSizes, LayerWeights
+from blockkernels.backends import Backend
+from blockkernels.decoder import LayerSizes, LayerSlot, LayerWeights
 from blockkernels.gated_mlp import gated_activation
 from blockkernels.rms_norm import rms_norm
 from blockkernels.rotary import rotary
@@ -19,7 +20,11 @@ from blockzoo.compute.parts import fused, integer, real, rope_parameters
 from blockzoo.manifest import JsonValue
 
 ATTENTION_INPUTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+OUT_MODULE = "self_attn.o_proj"
 MLP_INPUTS = ("mlp.gate_proj", "mlp.up_proj")
+DOWN_MODULE = "mlp.down_proj"
+SLOTS = dict(zip((*ATTENTION_INPUTS, OUT_MODULE, *MLP_INPUTS, DOWN_MODULE), LayerSlot, strict=True))
+"""The slot of a layer that each module of a checkpoint fills."""
 
 
 class LayerBlock:
@@ -29,12 +34,17 @@ class LayerBlock:
     reads its input once.
 
     Attributes:
-        kernel: computes the whole layer in one call, bit for bit as the call of this block does part by
-            part; None where there is no such kernel.
+        kernel: for the whole layer in one call, bit for bit as the call of this block does part by part;
+            None where the backend has no such kernel.
     """
 
     def __init__(
-        self, config: Mapping[str, JsonValue], tensors: Mapping[str, Tensor], *, exact: bool = False
+        self,
+        config: Mapping[str, JsonValue],
+        tensors: Mapping[str, Tensor],
+        backend: Backend,
+        *,
+        exact: bool = False,
     ) -> None:
         self.hidden_size = integer(config, "hidden_size")
         self.num_heads = integer(config, "num_heads")
@@ -50,10 +60,10 @@ class LayerBlock:
         self._mlp_norm = tensors["post_attention_layernorm.weight"]
         self._query_norm = tensors.get("self_attn.q_norm.weight")
         self._key_norm = tensors.get("self_attn.k_norm.weight")
-        self._qkv = fused(tensors, ATTENTION_INPUTS, exact)
-        self._out = fused(tensors, ("self_attn.o_proj",), exact)
-        self._gate_up = fused(tensors, MLP_INPUTS, exact)
-        self._down = fused(tensors, ("mlp.down_proj",), exact)
+        self._qkv = fused(tensors, ATTENTION_INPUTS, backend, exact=exact)
+        self._out = fused(tensors, (OUT_MODULE,), backend, exact=exact)
+        self._gate_up = fused(tensors, MLP_INPUTS, backend, exact=exact)
+        self._down = fused(tensors, (DOWN_MODULE,), backend, exact=exact)
         norms = (self._input_norm, self._mlp_norm, self._query_norm, self._key_norm)
         linears = (self._qkv, self._out, self._gate_up, self._down)
         self.num_bytes = sum(norm.nbytes for norm in norms if norm is not None) + sum(
@@ -73,22 +83,20 @@ class LayerBlock:
             "self_attn.o_proj": (self.hidden_size, query),
             "mlp.down_proj": (self.hidden_size, wide),
         }
-        self.kernel = self._as_one_call()
+        self.kernel = backend.layer(*self._as_layer())
 
     def __call__(self, hidden: Tensor, context: BlockContext) -> Tensor:
         """Shape: hidden [tokens, hidden_size], result likewise (a new tensor)."""
         hidden = hidden + self._attention(rms_norm(hidden, self._input_norm, self._eps), context)
         return hidden.add_(self._feed_forward(rms_norm(hidden, self._mlp_norm, self._eps), context))
 
-    def _as_one_call(self) -> DecoderLayer | None:
-        """The C kernel of a whole layer, where there is one for these weights."""
+    def _as_layer(self) -> tuple[LayerWeights, LayerSizes]:
+        """The layer in the words of the kernels."""
         norms = (self._input_norm, self._mlp_norm, self._query_norm, self._key_norm)
         weights = LayerWeights(*norms, self._qkv, self._out, self._gate_up, self._down)
-        if self._activation != "silu" or not DecoderLayer.can_compute(weights):
-            return None
         heads = (self.num_heads, self.num_kv_heads, self.head_dim)
-        sizes = LayerSizes(self.hidden_size, *heads, self.window, self._eps, self._scale)
-        return DecoderLayer(weights, sizes)
+        sizes = LayerSizes(self.hidden_size, *heads, self.window, self._eps, self._scale, self._activation)
+        return weights, sizes
 
     def _attention(self, x: Tensor, context: BlockContext) -> Tensor:
         tokens = x.shape[0]
@@ -108,7 +116,7 @@ class LayerBlock:
         mixed = context.attend(query, key, value, scale=self._scale, window=self.window)
         mixed = mixed.reshape(tokens, heads * self.head_dim)
         out = self._out(mixed)
-        context.adapt("self_attn.o_proj", mixed, out)
+        context.adapt(OUT_MODULE, mixed, out)
         return out
 
     def _feed_forward(self, x: Tensor, context: BlockContext) -> Tensor:
@@ -116,7 +124,7 @@ class LayerBlock:
         self._adapt(MLP_INPUTS, x, gate_up, context)
         middle = gated_activation(gate_up, self._activation, exact=self._exact)
         out = self._down(middle)
-        context.adapt("mlp.down_proj", middle, out)
+        context.adapt(DOWN_MODULE, middle, out)
         return out
 
     def _adapt(self, modules: tuple[str, ...], x: Tensor, y: Tensor, context: BlockContext) -> None:

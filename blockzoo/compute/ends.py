@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 from torch.nn import functional
 
+from blockkernels.backends import Backend
 from blockkernels.rms_norm import rms_norm
 from blockzoo.compute.context import BlockContext
 from blockzoo.compute.parts import fused, real
@@ -33,11 +34,16 @@ class HeadBlock:
     """Final norm and projection to the vocabulary."""
 
     def __init__(
-        self, config: Mapping[str, JsonValue], tensors: Mapping[str, Tensor], *, exact: bool = False
+        self,
+        config: Mapping[str, JsonValue],
+        tensors: Mapping[str, Tensor],
+        backend: Backend,
+        *,
+        exact: bool = False,
     ) -> None:
         self._eps = real(config, "norm_eps")
         self._norm = tensors["norm.weight"]
-        self._lm_head = fused(tensors, (HEAD_MODULE,), exact)
+        self._lm_head = fused(tensors, (HEAD_MODULE,), backend, exact=exact)
         self.hidden_size = self._norm.shape[0]
         self.vocab_size = self._lm_head.out_features
         self.num_bytes = self._norm.nbytes + self._lm_head.num_bytes

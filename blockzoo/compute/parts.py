@@ -8,7 +8,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from blockkernels.linear import PackedLinear
+from blockkernels.backends import Backend
+from blockkernels.linear import Linear
 from blockkernels.rotary import RopeParameters
 from blockzoo.errors import InvalidConfigError
 from blockzoo.manifest import JsonValue
@@ -42,12 +43,15 @@ def rope_parameters(config: Mapping[str, JsonValue]) -> RopeParameters:
     )
 
 
-def fused(tensors: Mapping[str, Tensor], modules: tuple[str, ...], exact: bool) -> PackedLinear:
+def fused(
+    tensors: Mapping[str, Tensor], modules: tuple[str, ...], backend: Backend, *, exact: bool
+) -> Linear:
     """One linear map for modules that read the same input; a missing bias counts as zero.
 
     Args:
         tensors: of the block; `MODULE.weight` [out, in] and perhaps `MODULE.bias` [out], of one dtype.
         modules: whose rows of the result stand one after the other.
+        backend: lays the weight out.
         exact: see `blockzoo.compute.build.build_block`.
 
     Raises:
@@ -63,7 +67,7 @@ def fused(tensors: Mapping[str, Tensor], modules: tuple[str, ...], exact: bool) 
                 for weight, part in zip(weights, biases, strict=True)
             ]
         )
-    return PackedLinear(weights[0] if len(weights) == 1 else torch.cat(weights), bias, exact=exact)
+    return backend.linear(weights[0] if len(weights) == 1 else torch.cat(weights), bias, exact=exact)
 
 
 def integer(config: Mapping[str, JsonValue], key: str) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from blockkernels.attention import attend
+from blockkernels.backends import backend_for
 from blockkernels.rotary import RopeParameters, RotaryTable, inverse_frequencies
 from blockzoo.compute.build import ExecutableBlock, build_block
 from blockzoo.compute.ends import EmbeddingBlock, HeadBlock
@@ -56,6 +57,7 @@ class LinkLoader:
         self.dtype = dtype
         self.device = device
         self._zoo = zoo
+        self._backend = backend_for(device)
         self._blocks: dict[BlockId, ExecutableBlock] = {}
         self._adapters: dict[BlockId, Adapter] = {}
 
@@ -89,7 +91,7 @@ class LinkLoader:
         if block not in self._blocks:
             manifest = self._zoo.block(block)
             tensors = {name: self.tensor(ref) for name, ref in manifest.tensors.items()}
-            self._blocks[block] = build_block(manifest, tensors)
+            self._blocks[block] = build_block(manifest, tensors, self._backend)
         return self._blocks[block]
 
     def _read_adapter(self, manifest: BlockManifest) -> Adapter:

@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from blockkernels.linear import can_pack
-from blockserve.worker.compute import executor
+from blockkernels.backends import CpuBackend
 from blockzoo.zoo import Zoo
 from support.chaos import FEW, KINDS, WITHOUT_CONTROLLERS, ChaosCluster, chaos_cluster, make_script
 from support.chaos_requests import make_wishes
@@ -31,7 +30,7 @@ FP32 = {"BLOCKZOO_ENGINE_DTYPE": "float32"}
 BF16 = {"BLOCKZOO_ENGINE_DTYPE": "bfloat16", "BLOCKZOO_ENGINE_DETERMINISTIC": "true"}
 
 needs_bf16 = pytest.mark.skipif(
-    executor.library() is None or not can_pack(torch.bfloat16, torch.device("cpu")),
+    CpuBackend().why_inexact(torch.bfloat16) is not None,
     reason="this machine has no compiler, or no bfloat16 products",
 )
 

@@ -7,6 +7,8 @@ is the one the other tests use.
 import pytest
 import torch
 
+from blockkernels.attention import gathered
+from blockkernels.backends import cpu as cpu_backend
 from blockkernels.lora import LoraBank
 from blockserve.worker.compute import executor
 from support.engine import EngineHarness
@@ -62,12 +64,12 @@ def test_grouped_query_mapping_in_our_code(variants, report_on, monkeypatch, nam
 
         return with_wrong_heads
 
-    class AlteredPagedAttention(executor.PagedAttention):
+    class AlteredPagedAttention(cpu_backend.PagedAttention):
         def __call__(self, query, key, value, **options):
             return altered(super().__call__)(query, key, value, **options)
 
-    monkeypatch.setattr(executor, "attend", altered(executor.attend))  # where no C compiler is
-    monkeypatch.setattr(executor, "PagedAttention", AlteredPagedAttention)
+    monkeypatch.setattr(gathered, "attend", altered(gathered.attend))  # where no C compiler is
+    monkeypatch.setattr(cpu_backend, "PagedAttention", AlteredPagedAttention)
     assert_all_different(report_on(variants.checkpoint(name)))
 
 

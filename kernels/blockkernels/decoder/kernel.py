@@ -3,63 +3,29 @@
 A batch of few tokens takes tens of microseconds for a matrix product, and a layer has
 a dozen operations around its four: called one by one from Python they cost as much as a
 product does, and each waits for the interpreter's lock. What is computed, and where it is rounded, is what
-`blockzoo.compute.decoder.LayerBlock` computes part by part.
+`reference` spells out, with the bits of the operations called one by one.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from blockkernels.attention import PagedAttention
-from blockkernels.linear import PackedLinear
+from blockkernels.attention import BatchAttention, PagedAttention
+from blockkernels.decoder.layer import LayerSizes, LayerSlot, LayerWeights
+from blockkernels.linear import Linear, PackedLinear
 from blockkernels.lora import GroupedRows, LoraBank, LoraJob, fill_lora_job
 from blockkernels.native import library
 
-MODULES = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
-"""In the order of layer.c."""
+_LINEARS = ("qkv", "out", "gate_up", "down")
 _STAGES = (0, 0, 0, 1, 2, 2, 3)
-"""Modules of one stage read the same input."""
-
-
-@dataclass(frozen=True, slots=True)
-class LayerSizes:
-    """Sizes and constants of a layer; `window` as in `attend_reference`, `eps` that of all norms."""
-
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    window: int | None
-    eps: float
-    scale: float
-
-
-@dataclass(frozen=True, slots=True)
-class LayerWeights:
-    """Tensors of a layer: norms [hidden] and, where the family has them, of queries and keys [head_dim]."""
-
-    input_norm: Tensor
-    mlp_norm: Tensor
-    query_norm: Tensor | None
-    key_norm: Tensor | None
-    qkv: PackedLinear
-    out: PackedLinear
-    gate_up: PackedLinear
-    down: PackedLinear
+"""Slots of one stage read the same input."""
+SlotPlan = Mapping[LayerSlot, tuple[LoraBank, GroupedRows]]
+"""The adapters of a batch on one layer."""
 
 
 class _Weight(ctypes.Structure):
@@ -78,7 +44,7 @@ class _Layer(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("input_norm", "mlp_norm", "query_norm", "key_norm")),
-        *((name, _Weight) for name in ("qkv", "out", "gate_up", "down")),
+        *((name, _Weight) for name in _LINEARS),
         *((name, ctypes.c_int64) for name in ("hidden", "heads", "kv_heads", "head_dim", "wide", "window")),
         ("eps", ctypes.c_float),
         ("scale", ctypes.c_float),
@@ -109,21 +75,21 @@ class _Job(ctypes.Structure):
 class LayerAdapters:
     """The adapters of a batch on some layers, prepared for the C kernel; they may serve many passes."""
 
-    def __init__(self, layers: Sequence[Mapping[str, tuple[LoraBank, GroupedRows]]]) -> None:
-        """Take the banks of each layer's modules that have adapters in the batch.
+    def __init__(self, layers: Sequence[SlotPlan]) -> None:
+        """Take the banks of each layer's slots that have adapters in the batch.
 
         Banks must not change afterwards.
         """
         self._keep: list[object] = []  # what the addresses point into
         self._layers = (_Adapters * len(layers))()
-        for adapters, modules in zip(self._layers, layers, strict=True):
-            self._fill(adapters, modules)
+        for adapters, plan in zip(self._layers, layers, strict=True):
+            self._fill(adapters, plan)
         self.address = ctypes.addressof(self._layers)
 
-    def _fill(self, adapters: _Adapters, modules: Mapping[str, tuple[LoraBank, GroupedRows]]) -> None:
+    def _fill(self, adapters: _Adapters, plan: SlotPlan) -> None:
         entries = [
-            (MODULES.index(name), turn, bank, arrays)
-            for name, (bank, grouped) in modules.items()
+            (int(slot), turn, bank, arrays)
+            for slot, (bank, grouped) in plan.items()
             for turn, arrays in enumerate(grouped.all_rounds)
         ]
         entries.sort(key=lambda entry: (_STAGES[entry[0]], entry[1], entry[0]))
@@ -131,7 +97,7 @@ class LayerAdapters:
         for job, (*_, bank, arrays) in zip(jobs, entries, strict=True):
             fill_lora_job(job, bank, arrays)
             self._keep.append((bank.down, bank.up, arrays))
-        places = np.array([(module, turn) for module, turn, *_ in entries], dtype=np.int64)
+        places = np.array([(slot, turn) for slot, turn, *_ in entries], dtype=np.int64)
         self._keep.append((jobs, places))
         adapters.places, adapters.jobs = places.ctypes.data, ctypes.addressof(jobs)
         adapters.count = len(entries)
@@ -158,7 +124,7 @@ class DecoderLayer:
             norm: Tensor | None = getattr(weights, name)
             assert norm is None or norm.is_contiguous()
             setattr(layer, name, None if norm is None else norm.data_ptr())
-        for name in ("qkv", "out", "gate_up", "down"):
+        for name in _LINEARS:
             setattr(layer, name, _weight(getattr(weights, name)))
         layer.hidden, layer.wide = sizes.hidden_size, weights.down.in_features
         layer.heads, layer.kv_heads, layer.head_dim = sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
@@ -166,12 +132,13 @@ class DecoderLayer:
         self.address = ctypes.addressof(layer)
 
     @staticmethod
-    def can_compute(weights: LayerWeights) -> bool:
-        """Whether the C kernel can take these weights: bfloat16, and laid out for it."""
-        linears = (weights.qkv, weights.out, weights.gate_up, weights.down)
+    def can_compute(weights: LayerWeights, sizes: LayerSizes) -> bool:
+        """Whether the C kernel can take this layer: SiLU, bfloat16, and weights laid out for it."""
         norms = (weights.input_norm, weights.mlp_norm, weights.query_norm, weights.key_norm)
-        return all(linear.panels is not None for linear in linears) and all(
-            norm is None or norm.dtype == torch.bfloat16 for norm in norms
+        return (
+            sizes.activation == "silu"
+            and all(_panels(getattr(weights, name)) is not None for name in _LINEARS)
+            and all(norm is None or norm.dtype == torch.bfloat16 for norm in norms)
         )
 
     def scratch_bytes(self, num_tokens: int) -> int:
@@ -204,7 +171,7 @@ class DecoderLayers:
         cos: Tensor,
         sin: Tensor,
         *,
-        attention: PagedAttention,
+        attention: BatchAttention,
         number: int,
         adapters: LayerAdapters | None,
         scratch: Tensor,
@@ -214,12 +181,13 @@ class DecoderLayers:
         Args:
             hidden: [tokens, hidden], contiguous bfloat16.
             cos, sin: [tokens, 1, head_dim / 2], contiguous, of the dtype.
-            attention: the batch's requests and pages.
+            attention: the batch's requests and pages; a `PagedAttention`.
             number: of the first layer among those of the pages.
             adapters: of the batch on each of the layers.
             scratch: `scratch_bytes` bytes of uint8.
         """
         tokens = hidden.shape[0]
+        assert isinstance(attention, PagedAttention)
         for part in (hidden, cos, sin):
             assert part.is_contiguous()
             assert part.dtype == torch.bfloat16
@@ -240,7 +208,13 @@ class DecoderLayers:
         self._native.decoder_layers(ctypes.byref(job))
 
 
-def _weight(linear: PackedLinear) -> _Weight:
+def _panels(linear: Linear) -> Tensor | None:
+    """A weight as the C kernel reads it."""
+    return linear.panels if isinstance(linear, PackedLinear) else None
+
+
+def _weight(linear: Linear) -> _Weight:
+    assert isinstance(linear, PackedLinear)
     assert linear.panels is not None
     bias = None if linear.bias is None else linear.bias.data_ptr()
     return _Weight(linear.panels.data_ptr(), bias, linear.in_features, linear.out_features)

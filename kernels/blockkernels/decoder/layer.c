@@ -17,15 +17,15 @@ typedef struct {
     float eps, scale;
 } decoder_layer;
 
-/* Modules that adapters may be on, in the order in which a layer reaches them. */
+/* Slots that adapters may be on, in the order in which a layer reaches them: LayerSlot of layer.py. */
 enum { QUERY, KEY, VALUE, OUT, GATE, UP, DOWN };
 
-/* Adapters on a module; of a token with several, each is in a round of its own. x and y are filled in here. */
+/* Adapters on a slot; of a token with several, each is in a round of its own. x and y are filled in here. */
 typedef struct {
-    int64_t module, round;
+    int64_t slot, round;
 } adapter_place;
 
-/* Of one layer, sorted by the module's stage, then by round. */
+/* Of one layer, sorted by the stage of the slot, then by round. */
 typedef struct {
     const adapter_place *places;
     lora_job *jobs;
@@ -66,17 +66,17 @@ static void multiply(const packed_weight *weight, const char *x, char *y, const 
     linear_bf16(&product);
 }
 
-/* Adds the adapters on modules first .. last, whose outputs lie beside each other in y. */
+/* Adds the adapters on slots first .. last, whose outputs lie beside each other in y. */
 static void adapt(const layer_adapters *adapters, int64_t *next, int64_t first, int64_t last, const int64_t *columns, const char *x,
                   int64_t x_stride, char *y, int64_t y_stride) {
     const adapter_place *places = adapters->places;
-    while (*next < adapters->count && places[*next].module <= last) {
+    while (*next < adapters->count && places[*next].slot <= last) {
         int64_t start = *next, round = places[start].round;
-        for (; *next < adapters->count && places[*next].module <= last && places[*next].round == round; ++*next) {
+        for (; *next < adapters->count && places[*next].slot <= last && places[*next].round == round; ++*next) {
             lora_job *adapter = adapters->jobs + *next;
             adapter->x = x;
             adapter->x_stride = x_stride;
-            adapter->y = y + columns[places[*next].module - first] * 2;
+            adapter->y = y + columns[places[*next].slot - first] * 2;
             adapter->y_stride = y_stride;
         }
         lora_grouped_jobs_bf16(adapters->jobs + start, *next - start);

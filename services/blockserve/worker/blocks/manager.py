@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from blockkernels.linear import can_pack
+from blockkernels.backends import Backend
 from blockkernels.lora import LoraBank, RowRange
 from blockserve.common.api.cluster import ChainSpan
 from blockserve.common.errors import ConfigurationError
@@ -58,11 +58,11 @@ class BlockManager:
     `prepare` runs in a loader thread, for one chain at a time; the rest belongs to the engine's thread.
     """
 
-    def __init__(self, reader: BlockReader, config: EngineConfig) -> None:
-        """Make an empty manager that loads what `reader` reads."""
+    def __init__(self, reader: BlockReader, config: EngineConfig, backend: Backend) -> None:
+        """Make an empty manager that loads what `reader` reads, to be computed by `backend`."""
         self._reader = reader
         self._config = config
-        self._device = torch.device(config.device)
+        self._backend = backend
         self._blocks: dict[BlockKey, _Resident] = {}
         self._adapters: dict[AdapterKey, _ResidentAdapter] = {}
 
@@ -115,11 +115,8 @@ class BlockManager:
         """
         run = self._reader.open(span)
         blocks, dtype = run.blocks, run.dtype
-        if self._config.deterministic and not can_pack(dtype, self._device):
-            raise ConfigurationError(
-                f"deterministic results need packed matrix products, which {dtype} has not on this machine",
-                hint="Set dtype to float32, or serve without deterministic.",
-            )
+        if self._config.deterministic:
+            refuse_inexact(self._backend, dtype)
         bases = [base for base in blocks if (base, dtype) not in self._blocks]
         pairs = [pair for pair in run.adapters() if ((pair[0], dtype), pair[1]) not in self._adapters]
         adapters = {applied: self._reader.manifest(applied) for _, applied in pairs}
@@ -210,6 +207,13 @@ class BlockManager:
             rows[module] = bank.add(down, up, scale)
             num_bytes += down.nbytes + up.nbytes
         self._adapters[key] = _ResidentAdapter(rows, num_bytes)
+
+
+def refuse_inexact(backend: Backend, dtype: torch.dtype | None = None) -> None:
+    """Raise ConfigurationError where a backend's results may depend on what they are computed with."""
+    missing = backend.why_inexact(dtype)
+    if missing is not None:
+        raise ConfigurationError(f"deterministic results need {missing.need}", hint=missing.hint)
 
 
 def _return_free_memory() -> None:

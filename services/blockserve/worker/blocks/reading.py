@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from blockkernels.linear import can_pack
+from blockkernels.backends import Backend
 from blockserve.common.api.cluster import ChainSpan, Run
 from blockserve.common.errors import SpanError
 from blockserve.worker.blocks.chain import AdapterTensors, adapters_on, layer_positions, links_of
@@ -79,11 +79,11 @@ class OpenedRun:
 class BlockReader:
     """Reads blocks from a zoo in the type they are computed in. Any thread may use it."""
 
-    def __init__(self, zoo: BlockSource, config: EngineConfig) -> None:
-        """Read from `zoo`, for the device and the type that `config` names."""
+    def __init__(self, zoo: BlockSource, config: EngineConfig, backend: Backend) -> None:
+        """Read from `zoo` what `backend` will compute, in the type that `config` names."""
         self._zoo = zoo
         self._config = config
-        self._device = torch.device(config.device)
+        self._backend = backend
 
     def whole(self, chain_id: ChainId) -> Run:
         """All positions of a chain (ManifestNotFoundError, CorruptManifestError)."""
@@ -137,10 +137,8 @@ class BlockReader:
         if self._config.dtype != "auto":
             chosen: torch.dtype = getattr(torch, self._config.dtype)
             return chosen
-        dtype = _TORCH_DTYPES.get(embedding.tensors["weight"].dtype, torch.float32)
-        if dtype == torch.float64 or (dtype == torch.float16 and self._device.type == "cpu"):
-            return torch.float32
-        return dtype
+        stored = _TORCH_DTYPES.get(embedding.tensors["weight"].dtype, torch.float32)
+        return self._backend.compute_dtype(stored)
 
     def build(self, manifest: BlockManifest, dtype: torch.dtype) -> ExecutableBlock:
         """Read, check and lay out a base block.
@@ -150,7 +148,7 @@ class BlockReader:
             InvalidConfigError: the block cannot be run by this version.
         """
         tensors = {name: self._read(ref, dtype) for name, ref in manifest.tensors.items()}
-        return build_block(manifest, tensors, exact=self._config.deterministic)
+        return build_block(manifest, tensors, self._backend, exact=self._config.deterministic)
 
     def read_adapter(self, manifest: BlockManifest, dtype: torch.dtype) -> AdapterTensors:
         """Read and check an adapter; raises as `build`."""
@@ -179,10 +177,9 @@ class BlockReader:
             for data, shape in zip(self._zoo.read_tensor(ref), ref.chunk_shapes(), strict=True)
         ]
         tensor = chunks[0] if len(chunks) == 1 else torch.cat(chunks)
-        if tensor.dtype != dtype or self._device.type != "cpu":
-            return tensor.to(self._device, dtype)
-        copied_later = len(ref.shape) == 2 and can_pack(dtype, self._device)
-        return tensor if len(chunks) > 1 or copied_later else tensor.clone()
+        moved = tensor.to(self._backend.device, dtype)
+        copied_later = len(ref.shape) == 2 and self._backend.copies_weights(dtype)
+        return moved if moved is not tensor or len(chunks) > 1 or copied_later else moved.clone()
 
 
 def _computed_bytes(manifest: BlockManifest, dtype: torch.dtype) -> int:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
-from blockkernels.decoder import LayerAdapters
+from blockkernels.backends import Backend, PlannedAdapters
 from blockkernels.lora import GroupedRows, LoraBank, RowRange, TokenRun, group_rows
 from blockserve.worker.blocks.chain import LoadedChain
 from blockserve.worker.blocks.manager import BlockManager
+from blockzoo.compute.decoder import SLOTS
 from blockzoo.manifest import BlockId
 
 _MAX_PLANS = 64
@@ -23,14 +24,15 @@ ModulePlan = dict[str, tuple[LoraBank, GroupedRows]]
 class AdapterPlan:
     """Which adapter rows a batch uses at each position; positions with equal rows share one mask."""
 
-    def __init__(self, blocks: BlockManager, runs: Sequence[ChainRun], exact: bool) -> None:
+    def __init__(self, blocks: BlockManager, backend: Backend, runs: Sequence[ChainRun], exact: bool) -> None:
         """Plan for tokens of these chains, in this order, all with the same base blocks where asked."""
         self._blocks = blocks
+        self._backend = backend
         self._exact = exact
         self._runs = runs
         self._positions: dict[int, ModulePlan] = {}
         self._grouped: dict[object, GroupedRows] = {}
-        self._layers: dict[tuple[int, int], LayerAdapters | None] = {}
+        self._layers: dict[tuple[int, int], PlannedAdapters | None] = {}
 
     def at(self, position: int) -> ModulePlan:
         """What adapters add at a position."""
@@ -38,12 +40,15 @@ class AdapterPlan:
             self._positions[position] = self._plan(position)
         return self._positions[position]
 
-    def of_layers(self, position: int, count: int) -> LayerAdapters | None:
+    def of_layers(self, position: int, count: int) -> PlannedAdapters | None:
         """The same for layers that are computed in one call; None for nothing."""
         key = (position, count)
         if key not in self._layers:
-            modules = [self.at(position + offset) for offset in range(count)]
-            self._layers[key] = LayerAdapters(modules) if any(modules) else None
+            layers = [
+                {SLOTS[module]: planned for module, planned in self.at(position + offset).items()}
+                for offset in range(count)
+            ]
+            self._layers[key] = self._backend.plan_adapters(layers) if any(layers) else None
         return self._layers[key]
 
     def _plan(self, position: int) -> ModulePlan:
@@ -73,16 +78,19 @@ class AdapterPlan:
 class AdapterPlans:
     """The plans of recent batches; kept, because decode repeats the same batch."""
 
-    def __init__(self, blocks: BlockManager, exact: bool) -> None:
+    def __init__(self, blocks: BlockManager, backend: Backend, exact: bool) -> None:
         """Plan over the banks of `blocks`; `exact` as in `blockkernels.lora.group_rows`."""
         self._blocks = blocks
+        self._backend = backend
         self._exact = exact
         self._plans: OrderedDict[object, AdapterPlan] = OrderedDict()
 
     def of(self, runs: Sequence[ChainRun]) -> AdapterPlan:
         """What adapters add to a batch of these runs."""
         key = tuple((chain.span, count) for chain, count in runs)
-        plan = self._plans.pop(key, None) or AdapterPlan(self._blocks, tuple(runs), self._exact)
+        plan = self._plans.pop(key, None) or AdapterPlan(
+            self._blocks, self._backend, tuple(runs), self._exact
+        )
         self._plans[key] = plan
         while len(self._plans) > _MAX_PLANS:
             self._plans.popitem(last=False)

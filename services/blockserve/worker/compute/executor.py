@@ -13,14 +13,11 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from blockkernels.attention import PagedAttention, attend, can_attend_paged
-from blockkernels.decoder import DecoderLayer, DecoderLayers
-from blockkernels.lora import add_lora
-from blockkernels.native import library
+from blockkernels.attention import BatchAttention
+from blockkernels.backends import Backend, FusedLayer, FusedLayers
 from blockkernels.rotary import RopeParameters, RotaryTable, inverse_frequencies
-from blockserve.common.errors import ConfigurationError
 from blockserve.worker.blocks.chain import LoadedChain
-from blockserve.worker.blocks.manager import BlockManager
+from blockserve.worker.blocks.manager import BlockManager, refuse_inexact
 from blockserve.worker.blocks.segments import Segment, SegmentId, SegmentMap
 from blockserve.worker.compute.adapters import AdapterPlans, ChainRun, merge_runs
 from blockserve.worker.compute.counters import SegmentCounters
@@ -33,33 +30,36 @@ from blockzoo.manifest import ChainId
 
 
 class Executor:
-    """Computes passes. Only the engine's thread uses it."""
+    """Computes passes. Only the engine's thread uses it.
+
+    Attributes:
+        backend: computes.
+        plans: what adapters add to a batch.
+        counters: of each segment.
+    """
 
     def __init__(
         self,
         blocks: BlockManager,
         pools: dict[KvShape, KvPool],
-        device: torch.device,
+        backend: Backend,
         *,
         deterministic: bool = False,
     ) -> None:
         """Compute with the given blocks and pages.
 
         Raises:
-            ConfigurationError: `deterministic`, and the C kernels it needs cannot be had here.
+            ConfigurationError: `deterministic`, and the backend cannot compute so here.
         """
-        if deterministic and library() is None:
-            raise ConfigurationError(
-                "deterministic results need the C kernels, which cannot be built here",
-                hint="Install a C compiler (the log says what went wrong), or serve without deterministic.",
-            )
+        if deterministic:
+            refuse_inexact(backend)
+        self.backend = backend
         self._pools = pools
-        self._device = device
         self._segments = SegmentMap()
         self._rotary_tables: dict[tuple[RopeParameters, torch.dtype], RotaryTable] = {}
-        self.plans = AdapterPlans(blocks, deterministic)
-        self._in_one_call: dict[tuple[SegmentId, int], DecoderLayers | None] = {}
-        self._scratch = torch.empty(0, dtype=torch.uint8)
+        self.plans = AdapterPlans(blocks, backend, deterministic)
+        self._in_one_call: dict[tuple[SegmentId, int], FusedLayers | None] = {}
+        self._scratch = backend.scratch(0)
         self.counters: dict[SegmentId, SegmentCounters] = {}
 
     @property
@@ -93,7 +93,7 @@ class Executor:
         for members in by_lane.values():
             members.sort(key=self._path_order)
             pool = self._pools[members[0].running.chain.lane.kv_shape]
-            batches.append(LaneBatch(members, pool, self._device))
+            batches.append(LaneBatch(members, pool, self.backend.device))
         if before is not None:
             before()
         for batch in batches:
@@ -149,11 +149,11 @@ class Executor:
         batch.put(rows, _present(hidden))
         return []
 
-    def _layers_from(self, segment: Segment, offset: int, chain: LoadedChain) -> DecoderLayers | None:
+    def _layers_from(self, segment: Segment, offset: int, chain: LoadedChain) -> FusedLayers | None:
         """The segment's layers from there on that one call can compute."""
         key = (segment.id, offset)
         if key not in self._in_one_call:
-            kernels: list[DecoderLayer] = []
+            kernels: list[FusedLayer] = []
             alike = None
             for position in range(segment.first + offset, segment.first + len(segment.blocks)):
                 block = chain.block_at(position)
@@ -163,7 +163,7 @@ class Executor:
                 if (block.rope, block.kernel.sizes) != alike:
                     break
                 kernels.append(block.kernel)
-            self._in_one_call[key] = DecoderLayers(kernels) if kernels else None
+            self._in_one_call[key] = self.backend.join_layers(kernels) if kernels else None
         return self._in_one_call[key]
 
     def _run_head(
@@ -204,13 +204,13 @@ class Executor:
         """Angles of all positions of a rotary embedding, computed once."""
         key = (rope, dtype)
         if key not in self._rotary_tables:
-            self._rotary_tables[key] = RotaryTable(inverse_frequencies(rope, self._device), dtype)
+            self._rotary_tables[key] = RotaryTable(inverse_frequencies(rope, self.backend.device), dtype)
         return self._rotary_tables[key]
 
     def scratch(self, num_bytes: int) -> Tensor:
         """Memory for one call of a kernel; kept, because fresh memory costs a page fault for each page."""
         if self._scratch.numel() < num_bytes:
-            self._scratch = torch.empty(num_bytes, dtype=torch.uint8)
+            self._scratch = self.backend.scratch(num_bytes)
         return self._scratch
 
 
@@ -227,6 +227,7 @@ class _SegmentContext:
         self, executor: Executor, batch: LaneBatch, places: Sequence[int], rows: slice | Tensor
     ) -> None:
         self._executor = executor
+        self._add_lora = executor.backend.add_lora
         self._batch = batch
         self._chunks = [batch.chunks[place] for place in places]
         self._rows = rows
@@ -234,7 +235,7 @@ class _SegmentContext:
         self._tables: dict[RopeParameters, tuple[Tensor, Tensor]] = {}
         self._position = 0
         self._plan = executor.plans.of(self._runs)
-        self._paged: PagedAttention | None = None
+        self._attention: BatchAttention | None = None
 
     def move_to(self, position: int) -> None:
         """Stand at a block of the chain."""
@@ -258,23 +259,11 @@ class _SegmentContext:
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
     ) -> Tensor:
-        """Store the new keys and values and attend, request by request: nothing is padded or mixed."""
-        pool, layer = self._batch.pool, self._position - self._batch.first_layer
-        if can_attend_paged(pool.keys):
-            return self._in_pages()(query, key, value, layer=layer, scale=scale, window=window)
-        slots = self._batch.slots[layer, self._rows]
-        pool.keys.index_copy_(0, slots, key)
-        pool.values.index_copy_(0, slots, value)
-        out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        row = 0
-        for chunk in self._chunks:
-            end = row + chunk.num_tokens
-            keys, values = pool.read(table_of(chunk), layer, chunk.end)
-            out[row:end] = attend(query[row:end], keys, values, scale=scale, window=window)
-            row = end
-        return out
+        """Store the new keys and values and attend."""
+        layer = self._position - self._batch.first_layer
+        return self._in_pages()(query, key, value, layer=layer, scale=scale, window=window)
 
-    def run_layers(self, layers: DecoderLayers, rope: RopeParameters, hidden: Tensor) -> None:
+    def run_layers(self, layers: FusedLayers, rope: RopeParameters, hidden: Tensor) -> None:
         """Compute the layers from here on in one call, the result in place of `hidden`."""
         cos, sin = self.rotary(rope)
         layers(
@@ -287,25 +276,22 @@ class _SegmentContext:
             scratch=self._executor.scratch(layers.scratch_bytes(hidden.shape[0])),
         )
 
-    def _in_pages(self) -> PagedAttention:
-        if self._paged is None:
-            self._paged = _paged_attention(self._batch.pool, self._chunks)
-        return self._paged
+    def _in_pages(self) -> BatchAttention:
+        """The attention of the chunks, for all layers of the segment."""
+        if self._attention is None:
+            pool, chunks = self._batch.pool, self._chunks
+            self._attention = self._executor.backend.attention(
+                pool.keys,
+                pool.values,
+                pool.page_tokens,
+                [table_of(chunk).index for chunk in chunks],
+                [chunk.end for chunk in chunks],
+                [chunk.num_tokens for chunk in chunks],
+            )
+        return self._attention
 
     def adapt(self, module: str, x: Tensor, y: Tensor) -> None:
         """Add the batch's adapters on a module."""
         planned = self._plan.at(self._position).get(module)
         if planned is not None:
-            add_lora(y, x, *planned)
-
-
-def _paged_attention(pool: KvPool, chunks: Sequence[Chunk]) -> PagedAttention:
-    """The attention of a batch for all layers of a segment."""
-    return PagedAttention(
-        pool.keys,
-        pool.values,
-        pool.page_tokens,
-        [table_of(chunk).index for chunk in chunks],
-        [chunk.end for chunk in chunks],
-        [chunk.num_tokens for chunk in chunks],
-    )
+            self._add_lora(y, x, *planned)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,16 +45,6 @@ class LaneBatch:
         """int64 [tokens]."""
         ids = [token for chunk in self.chunks for token in chunk.running.tokens(chunk.start, chunk.end)]
         return torch.tensor(ids, device=self._device)
-
-    @cached_property
-    def slots(self) -> Tensor:
-        """KV slot of each token at each layer, int64 [layers, tokens]."""
-        num_layers = max(chunk.running.chain.num_layers for chunk in self.chunks)
-        slots = np.zeros((num_layers, self.offsets[-1]), dtype=np.int64)
-        for chunk, row in zip(self.chunks, self.offsets, strict=False):
-            part = self.pool.slots(table_of(chunk), chunk.start, chunk.end)
-            slots[: part.shape[0], row : row + chunk.num_tokens] = part
-        return torch.from_numpy(slots).to(self._device)
 
     def angles(self, table: RotaryTable) -> tuple[Tensor, Tensor]:
         """Cosine and sine of all rows, each [tokens, 1, head_dim / 2]."""

@@ -20,7 +20,7 @@ from typing import Protocol
 
 import torch
 
-from blockkernels.native import library
+from blockkernels.backends import Backend
 from blockserve.common.errors import EngineFailedError, ServerStoppingError
 from blockserve.worker.engine.passes import Pass, Passes
 
@@ -80,9 +80,10 @@ def _ended() -> EngineFailedError:
 class ThreadDriver:
     """A thread of its own; see `Driver`."""
 
-    def __init__(self, passes: Passes, num_threads: int) -> None:
-        """Drive `passes`, with so many threads in a matrix product."""
+    def __init__(self, passes: Passes, backend: Backend, num_threads: int) -> None:
+        """Drive `passes`, computed by `backend` with so many threads."""
         self._passes = passes
+        self._backend = backend
         self._num_threads = num_threads
         self._commands: deque[Command] = deque()
         self._wake = threading.Condition()
@@ -132,7 +133,7 @@ class ThreadDriver:
             raise
 
     def _work(self) -> None:
-        prepare_thread(self._num_threads)
+        self._backend.prepare_thread(self._num_threads)
         has_computed = False
         while True:
             if not has_computed:
@@ -180,12 +181,19 @@ class LoopDriver:
     """In the event loop, long passes in a thread; see `Driver`. `stop` is called from another thread."""
 
     def __init__(
-        self, passes: Passes, num_threads: int, loop: asyncio.AbstractEventLoop, *, inline_seconds: float
+        self,
+        passes: Passes,
+        backend: Backend,
+        num_threads: int,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        inline_seconds: float,
     ) -> None:
         """Drive `passes`.
 
         Args:
             passes: what to drive.
+            backend: computes them.
             num_threads: of a matrix product.
             loop: the event loop.
             inline_seconds: a pass that is expected to take longer is computed in a thread.
@@ -196,7 +204,7 @@ class LoopDriver:
         self._inline_seconds = inline_seconds
         self._loop_thread = threading.get_ident()
         self._commands: deque[Command] = deque()
-        self._pool = ThreadPoolExecutor(1, "block-engine", prepare_thread, (num_threads,))
+        self._pool = ThreadPoolExecutor(1, "block-engine", backend.prepare_thread, (num_threads,))
         self._next: asyncio.Handle | None = None
         self._is_busy = False  # in a turn, or while a thread computes
         self._stopping = False
@@ -308,9 +316,3 @@ class LoopDriver:
             sink(_ended())
         self._passes.deliver()
         self._ended.set()
-
-
-def prepare_thread(num_threads: int) -> None:
-    """Have this thread compute with so many others; the first use on a machine compiles the C kernels."""
-    library()
-    torch.set_num_threads(num_threads)

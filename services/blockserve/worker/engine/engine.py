@@ -17,9 +17,9 @@ from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
+from blockkernels.backends import backend_for
 from blockserve.common.api.cluster import ChainSpan, Run, WorkerId
 from blockserve.common.api.engine import (
     EngineReport,
@@ -78,12 +78,12 @@ class BlockEngine:
             outlet: the way to other workers; without one every chain has to be here as a whole.
         """
         self.config = config or EngineConfig()
-        self._device = torch.device(self.config.device)
-        self._reader = BlockReader(zoo, self.config)
-        self._blocks = BlockManager(self._reader, self.config)
+        self._backend = backend_for(self.config.device)
+        self._reader = BlockReader(zoo, self.config, self._backend)
+        self._blocks = BlockManager(self._reader, self.config, self._backend)
         self._pools: dict[KvShape, KvPool] = {}
         self._executor = Executor(
-            self._blocks, self._pools, self._device, deterministic=self.config.deterministic
+            self._blocks, self._pools, self._backend, deterministic=self.config.deterministic
         )
         self._memory = KvMemory(self._pools, self.config.kv_reserve_tokens)
         self._scheduler = Scheduler(
@@ -99,7 +99,7 @@ class BlockEngine:
         )
         self._exchange = self._passes.exchange
         self._reporter = Reporter(
-            self._device,
+            self._backend.device,
             self._pools,
             self._chains,
             self._executor,
@@ -112,7 +112,7 @@ class BlockEngine:
         self._arriving: deque[RunningRequest] = deque()  # submitted, not yet seen by the driver
         self._arrivals = 0
         self._num_threads = self.config.num_threads or usable_cores()
-        self._driver: Driver = ThreadDriver(self._passes, self._num_threads)
+        self._driver: Driver = ThreadDriver(self._passes, self._backend, self._num_threads)
 
     # ---- its life
 
@@ -127,7 +127,9 @@ class BlockEngine:
         seconds = self.config.inline_seconds
         if in_loop and seconds and self._num_threads == 1:
             loop = asyncio.get_running_loop()
-            self._driver = LoopDriver(self._passes, self._num_threads, loop, inline_seconds=seconds)
+            self._driver = LoopDriver(
+                self._passes, self._backend, self._num_threads, loop, inline_seconds=seconds
+            )
         self._driver.start()
 
     def stop(self) -> None:
@@ -203,7 +205,7 @@ class BlockEngine:
         loaded = self._chains.attach(prepared)
         if loaded is not None and (shape := loaded.lane.kv_shape) not in self._pools:
             size, page = self.config.kv_cache_bytes, self.config.kv_page_tokens
-            self._pools[shape] = KvPool(shape, size, page, self._device)
+            self._pools[shape] = KvPool(shape, size, page, self._backend.device)
 
     async def unload(self, chain: ChainId) -> None:
         """Let go of a chain; returns at once, the blocks go when the chain's last request ends."""

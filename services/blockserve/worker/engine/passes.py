@@ -18,7 +18,7 @@ from blockserve.common.errors import ChainNotLoadedError, DeadlineExceededError,
 from blockserve.worker.blocks.chain import LoadedChain
 from blockserve.worker.blocks.chains import LoadedChains
 from blockserve.worker.compute.executor import Executor
-from blockserve.worker.compute.sampler import collect_prompt, sample_next
+from blockserve.worker.compute.sampler import Sampler
 from blockserve.worker.engine.exchange import Outlet, SpanExchange
 from blockserve.worker.engine.memory import KvMemory
 from blockserve.worker.engine.pace import Pace
@@ -79,6 +79,7 @@ class Passes:
         """Join the parts of an engine; `outlet` leads to the workers that execute requests with this one."""
         self._traces = traces
         self._executor = executor
+        self._sampler = Sampler(executor.backend)
         self._scheduler = scheduler
         self._memory = memory
         self._chains = chains
@@ -225,14 +226,14 @@ class Passes:
         told = [result for result in results if isinstance(result, ChunkLogits)]
         for result in told:
             if result.chunk.running.wants_prompt_logits:
-                collect_prompt(result)
+                self._sampler.collect_prompt(result)
         by_vocab: dict[int, list[ChunkLogits]] = {}
         for result in told:
             if result.chunk.samples:
                 by_vocab.setdefault(result.rows.shape[1], []).append(result)
         outcomes: list[tuple[RunningRequest, Outcome]] = []
         for group in by_vocab.values():
-            outcomes.extend(sample_next(group))
+            outcomes.extend(self._sampler.sample_next(group))
         failed = {running for running, outcome in outcomes if isinstance(outcome, BlockzooError)}
         for chunk in chunks:
             if chunk.running not in failed:

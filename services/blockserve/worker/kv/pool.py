@@ -13,18 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from blockserve.worker.kv.pages import PageAllocator, Pages
 from blockserve.worker.kv.prefix import CachedBlock, PrefixCache
-
-Run = tuple[int, int]
-"""Neighbouring token slots as (first, end)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +44,11 @@ class KvTable:
             array takes its place when pages come or go, never during a pass.
         num_used: columns that the request's tokens need; those behind are set aside and may be taken.
         cached: cached blocks the request holds: those it began with, then those it gave the cache.
-        runs: for each layer the token slots of `index` as runs of neighbours, in order.
     """
 
     index: Pages
     num_used: int
     cached: list[CachedBlock] = field(default_factory=list)
-    runs: list[list[Run]] = field(default_factory=list)
 
     @property
     def num_spare(self) -> int:
@@ -137,7 +129,6 @@ class KvPool:
         assert own is not None
         index = np.concatenate([*(block.pages[:, None] for block in cached), own], axis=1)
         table = KvTable(index, columns, list(cached))
-        self._find_runs(table)
         self._tables.append(table)
         return table
 
@@ -156,7 +147,6 @@ class KvPool:
                 pages = self.allocator.try_allocate(layers, wanted)
             assert pages is not None
             table.index = np.concatenate([table.index, pages], axis=1)
-            self._find_runs(table)
         table.num_used = max(table.num_used, columns)
         return True
 
@@ -165,32 +155,6 @@ class KvPool:
         self._tables.remove(table)
         self.prefixes.let_go(table.cached)
         self.allocator.let_go(table.index.reshape(-1))
-
-    def slots(self, table: KvTable, start: int, end: int) -> npt.NDArray[np.int64]:
-        """Slots of tokens start .. end - 1 at every layer, int64 [layers, end - start]."""
-        positions = np.arange(start, end)
-        return table.index[:, positions // self.page_tokens] * self.page_tokens + positions % self.page_tokens
-
-    def read(self, table: KvTable, layer: int, length: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the first `length` tokens at a layer, each [length, kv_heads, head_dim].
-
-        A view where the pages are neighbours, else a copy of the runs joined.
-        """
-        runs = table.runs[layer]
-        first, end = runs[0]
-        if end - first >= length:
-            return self.keys[first : first + length], self.values[first : first + length]
-        parts: list[Run] = []
-        for first, end in runs:
-            end = min(end, first + length)
-            parts.append((first, end))
-            length -= end - first
-            if not length:
-                break
-        return (
-            torch.cat([self.keys[first:end] for first, end in parts]),
-            torch.cat([self.values[first:end] for first, end in parts]),
-        )
 
     def _columns(self, num_tokens: int) -> int:
         """Pages of one layer for that many tokens."""
@@ -209,16 +173,5 @@ class KvPool:
             if table.num_spare:
                 self.allocator.let_go(table.index[:, table.num_used :].reshape(-1))
                 table.index = table.index[:, : table.num_used].copy()
-                self._find_runs(table)
         self.prefixes.evict(count)
         return True
-
-    def _find_runs(self, table: KvTable) -> None:
-        size = self.page_tokens
-        breaks = np.diff(table.index, axis=1) != 1
-        table.runs = []
-        for row, broken in zip(table.index, breaks, strict=True):
-            cuts = [0, *(np.flatnonzero(broken) + 1).tolist(), len(row)]
-            table.runs.append(
-                [(int(row[first]) * size, int(row[end - 1] + 1) * size) for first, end in pairwise(cuts)]
-            )

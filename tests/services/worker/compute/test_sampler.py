@@ -8,6 +8,7 @@ from typing import Any, cast
 import pytest
 import torch
 
+from blockkernels.backends import CpuBackend
 from blockserve.common.api.engine import EngineRequest, SamplingParams, TokenEvent
 from blockserve.common.errors import EngineFailedError
 from blockserve.worker.blocks.chain import LoadedChain
@@ -16,6 +17,7 @@ from blockserve.worker.requests.running import Chunk, ChunkLogits, RunningReques
 from blockzoo.manifest import ChainId
 
 VOCAB = 50
+SAMPLER = sampler.Sampler(CpuBackend())
 
 
 def running(*, logprobs: int | None = None, min_tokens: int = 0, **sampling: Any) -> RunningRequest:
@@ -34,7 +36,7 @@ def logits_of(requests: list[RunningRequest]) -> list[ChunkLogits]:
 
 def drawn(requests: list[RunningRequest]) -> list[int]:
     tokens = []
-    for _, outcome in sampler.sample_next(logits_of(requests)):
+    for _, outcome in SAMPLER.sample_next(logits_of(requests)):
         assert not isinstance(outcome, EngineFailedError)
         (event,) = cast(list[TokenEvent], outcome)
         tokens.append(event.token_id)
@@ -49,7 +51,7 @@ def test_rows_that_use_nothing_are_neither_copied_nor_looked_at(monkeypatch: pyt
         raise AssertionError(arguments)
 
     requests = [running(**GREEDY), running(seed=1), running(logprobs=3, **GREEDY)]
-    monkeypatch.setattr(sampler, "edit_logits", never)
+    monkeypatch.setattr(CpuBackend, "edit_logits", never)
     monkeypatch.setattr(sampler, "RequestEdits", never)
     assert drawn(requests)[0] == VOCAB - 1
     assert all(one.edits is None for one in requests)
@@ -71,7 +73,7 @@ def test_what_is_told_is_not_what_was_edited() -> None:
     plain, edited = running(logprobs=2, **GREEDY), running(logprobs=2, presence_penalty=2.0, **GREEDY)
     for _ in range(3):
         outcomes = [
-            cast(list[TokenEvent], told) for _, told in sampler.sample_next(logits_of([plain, edited]))
+            cast(list[TokenEvent], told) for _, told in SAMPLER.sample_next(logits_of([plain, edited]))
         ]
     (one,), (other,) = outcomes
     assert other.token_id != one.token_id
@@ -84,6 +86,6 @@ def test_logits_that_are_not_finite_fail_their_request_only() -> None:
     requests = [running(repetition_penalty=1.5, **GREEDY), running(presence_penalty=1.0, **GREEDY)]
     results = logits_of(requests)
     results[0].rows[0, 3] = math.nan
-    (_, broken), (_, whole) = sampler.sample_next(results)
+    (_, broken), (_, whole) = SAMPLER.sample_next(results)
     assert isinstance(broken, EngineFailedError)
     assert cast(list[TokenEvent], whole)[0].token_id == VOCAB - 1

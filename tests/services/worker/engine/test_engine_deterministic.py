@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from blockkernels.decoder import DecoderLayers
-from blockkernels.linear import can_pack
+from blockkernels.backends import CpuBackend, FusedLayers
+from blockkernels.backends import cpu as cpu_backend
+from blockkernels.decoder import DecoderLayer
+from blockkernels.native import library
 from blockserve.common.api.cluster import ChainSpan
 from blockserve.common.api.engine import EngineRequest, SamplingParams, TokenEvent
 from blockserve.common.errors import ConfigurationError
@@ -20,14 +22,13 @@ from blockserve.worker.compute import executor
 from blockserve.worker.engine.debug import prompt_logits
 from blockserve.worker.engine.engine import BlockEngine
 from blockserve.worker.limits import EngineConfig
-from blockzoo.compute.decoder import LayerBlock
 from blockzoo.manifest import ChainId
 from support.engine import EngineHarness
 from support.tiny import TinyZoo
 from support.variants import Variant, VariantFactory
 
 needs_bf16 = pytest.mark.skipif(
-    executor.library() is None or not can_pack(torch.bfloat16, torch.device("cpu")),
+    CpuBackend().why_inexact(torch.bfloat16) is not None,
     reason="this machine has no compiler, or no bfloat16 products",
 )
 
@@ -203,13 +204,13 @@ def test_a_layer_in_one_call_has_the_bits_of_its_parts(
     tmp_path: Path, family: list[Variant], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With adapters, norms of queries and keys, biases and windows; GELU has no kernel of its own."""
-    native = executor.library()
+    native = library()
     if native is None or not native.linear_panel:
         pytest.skip("this processor does not multiply pairs of bfloat16")
     in_one_call: list[int] = []
     run_layers = executor._SegmentContext.run_layers
 
-    def watched(context: Any, layers: DecoderLayers, *args: Any) -> None:
+    def watched(context: Any, layers: FusedLayers, *args: Any) -> None:
         in_one_call.append(len(layers))
         run_layers(context, layers, *args)
 
@@ -220,7 +221,7 @@ def test_a_layer_in_one_call_has_the_bits_of_its_parts(
         registered = engine._registered
     assert (max(in_one_call, default=0) > 1) == (family[0].name == "llama-even")
     in_one_call.clear()
-    monkeypatch.setattr(LayerBlock, "_as_one_call", lambda self: None)
+    monkeypatch.setattr(DecoderLayer, "can_compute", staticmethod(lambda *layer: False))
     with EngineHarness(tmp_path / "zoo", CONFIG) as engine:
         engine._registered = registered
         for one in family:
@@ -230,7 +231,7 @@ def test_a_layer_in_one_call_has_the_bits_of_its_parts(
 
 
 def test_it_needs_the_c_kernels(tiny: TinyZoo, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(executor, "library", lambda: None)
+    monkeypatch.setattr(cpu_backend, "library", lambda: None)
     with pytest.raises(ConfigurationError, match="need the C kernels") as caught:
         BlockEngine(tiny.zoo, CONFIG)
     assert "compiler" in caught.value.hint
