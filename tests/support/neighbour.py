@@ -44,8 +44,8 @@ def speak(wire: int) -> None:
 
 def say_something_unknown(after: int) -> None:
     """Add a message that this version does not know to one frame of a worker."""
-    links: Any = importlib.import_module("blockserve.worker.peers.streams")
-    to_frame, numbers = links.to_frame, itertools.count()
+    streams: Any = importlib.import_module("blockserve.worker.peers.streams")
+    to_frame, numbers = streams.to_frame, itertools.count()
 
     def newer(messages: Sequence[Any]) -> Any:
         frame = to_frame(messages)
@@ -53,7 +53,7 @@ def say_something_unknown(after: int) -> None:
             frame.messages.add().MergeFromString(UNKNOWN_FIELD)
         return frame
 
-    links.to_frame = newer
+    streams.to_frame = newer
 
 
 def main() -> None:

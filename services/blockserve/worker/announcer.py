@@ -16,7 +16,7 @@ from blockserve.common.api.cluster import LoadReport, ResidentSegment
 from blockserve.common.errors import ConfigurationError, StateStoreError
 from blockserve.common.process.tasks import end
 from blockserve.common.state.store import Announcement, StateStore
-from blockserve.worker.service import WorkerHub
+from blockserve.worker.service import WorkerService
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class Announcer:
 
     def __init__(
         self,
-        hub: WorkerHub,
+        service: WorkerService,
         store: StateStore,
         segments: Callable[[], frozenset[ResidentSegment]],
         *,
@@ -40,20 +40,19 @@ class Announcer:
         """Prepare; `start` makes the worker known.
 
         Args:
-            hub: the worker.
+            service: the worker.
             store: shared state.
             segments: what the worker holds now.
             lease_seconds: how long others believe that the worker lives after they heard of it last.
             renew_seconds: how often they hear of it.
         """
-        self._hub = hub
+        self._service = service
         self._store = store
         self._segments = segments
         self._lease_seconds = lease_seconds
         self._renew_seconds = renew_seconds
         self._told: tuple[object, ...] = ()
         self.told_at = 0.0
-        self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -66,22 +65,18 @@ class Announcer:
         """Whether the shared state took the lease when it was last told."""
         return bool(self._told)
 
-    def hurry(self) -> None:
-        """Something changed that others should know at once."""
-        self._wake.set()
-
     async def stop(self) -> None:
         """Let everybody know that the worker is going."""
         if self._task is not None:
             await end(self._task)
             try:
-                await self._store.withdraw(self._hub.record().id)
+                await self._store.withdraw(self._service.record().id)
             except (StateStoreError, ConfigurationError) as error:
                 log.warning("the lease runs out by itself: %s", error)
 
     def load(self) -> LoadReport:
         """How busy the worker is."""
-        report = self._hub.engine.report()
+        report = self._service.engine.report()
         return LoadReport(
             waiting_requests=report.waiting_requests,
             running_requests=report.running_requests,
@@ -94,19 +89,19 @@ class Announcer:
             kv_pages_total=report.kv_pages_total,
             block_bytes_used=report.block_bytes,
             kv_token_bytes=report.kv_token_bytes,
-            hop_seconds=self._hub.hop_seconds(),
+            hop_seconds=self._service.hop_seconds(),
         )
 
     async def _keep(self) -> None:
         while True:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._renew_seconds):
-                    await self._wake.wait()
-            self._wake.clear()
+                    await self._service.changed.wait()
+            self._service.changed.clear()
             await self._tell()
 
     async def _tell(self) -> None:
-        record, segments = self._hub.record(), self._segments()
+        record, segments = self._service.record(), self._segments()
         lease = self._lease_seconds
         try:
             if self._told == (record, segments) and await self._store.renew(

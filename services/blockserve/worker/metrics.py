@@ -1,4 +1,4 @@
-"""The metrics of a worker: its engine, its links to other workers, and whether the cluster knows it."""
+"""The metrics of a worker: its engine, its streams to other workers, and whether the cluster knows it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from blockserve.common.metrics import cluster_catalogue as catalogue
 from blockserve.common.metrics.engine import Values, family
 from blockserve.common.metrics.labels import BoundedLabels
 from blockserve.worker.announcer import Announcer
-from blockserve.worker.peers.streams import PeerLinks
+from blockserve.worker.peers.streams import PeerStreams
 from blockserve.worker.settings import WorkerSettings
 
 
@@ -27,7 +27,7 @@ class WorkerMetrics(ProcessMetrics):
         self._settings = settings
         self._peers = BoundedLabels(settings.metrics_max_labels)
 
-    def watch(self, report: Callable[[], EngineReport], links: PeerLinks, announcer: Announcer) -> None:
+    def watch(self, report: Callable[[], EngineReport], streams: PeerStreams, announcer: Announcer) -> None:
         """Show from now on what these say."""
         settings = self._settings
         self.registry.register(
@@ -35,16 +35,16 @@ class WorkerMetrics(ProcessMetrics):
                 report, model_name=settings.metrics_model_name, max_labels=settings.metrics_max_labels
             )
         )
-        self.show(lambda: link_families(links, self._peers))
+        self.show(lambda: stream_families(streams, self._peers))
         self.show(lambda: _families(report(), announcer))
 
 
-def link_families(links: PeerLinks, labels: BoundedLabels) -> Iterable[Family]:
-    """What is known of each link that is open; the labels of those that have ended become free."""
-    in_flight = links.in_flight_bytes()
+def stream_families(streams: PeerStreams, labels: BoundedLabels) -> Iterable[Family]:
+    """What is known of each stream that is open; the labels of those that have ended become free."""
+    in_flight = streams.in_flight_bytes()
     labels.retain(in_flight)
-    hops = {worker: seconds for worker, seconds in links.hop_seconds().items() if worker in in_flight}
-    pauses = links.window_pauses()
+    hops = {worker: seconds for worker, seconds in streams.hop_seconds().items() if worker in in_flight}
+    pauses = streams.window_pauses()
     yield family(catalogue.HOP_SECONDS, _by_label(hops, labels, max))
     yield family(catalogue.IN_FLIGHT_BYTES, _by_label(in_flight, labels, _add))
     yield family(

@@ -15,7 +15,7 @@ from blockserve.common.api.cluster import Assignment, ChainSpan, Placement
 from blockserve.common.errors import StateStoreError
 from blockserve.common.process.tasks import end
 from blockserve.common.state.store import StateStore
-from blockserve.worker.service import WorkerHub
+from blockserve.worker.service import WorkerService
 from blockzoo.errors import BlockzooError
 from blockzoo.manifest import ChainId, ChainManifest, Link
 
@@ -34,16 +34,16 @@ class Reconciler:
     """Brings a worker's memory to what the placement wants. One event loop."""
 
     def __init__(
-        self, hub: WorkerHub, store: StateStore, manifest: Callable[[ChainId], ChainManifest]
+        self, service: WorkerService, store: StateStore, manifest: Callable[[ChainId], ChainManifest]
     ) -> None:
         """Prepare; `start` begins.
 
         Args:
-            hub: the worker.
+            service: the worker.
             store: shared state; one of its own, because it waits for changes.
             manifest: reads a chain (blocking).
         """
-        self._hub = hub
+        self._service = service
         self._store = store
         self._manifest = manifest
         self._failed: dict[ChainSpan, float] = {}
@@ -60,7 +60,7 @@ class Reconciler:
     async def _follow(self) -> None:
         while True:
             try:
-                await self.reconcile(await self._store.wanted(self._hub.record().id))
+                await self.reconcile(await self._store.wanted(self._service.record().id))
                 await self._store.wait_change(LOOK_SECONDS)
             except StateStoreError:
                 await asyncio.sleep(LOOK_SECONDS)
@@ -70,12 +70,12 @@ class Reconciler:
 
     async def reconcile(self, placement: Placement) -> None:
         """Load and let go until the worker holds what a placement says; nothing when it does not name it."""
-        wanted = placement.workers.get(self._hub.record().id)
-        if wanted is None or self._hub.is_draining:
+        wanted = placement.workers.get(self._service.record().id)
+        if wanted is None or self._service.is_draining:
             return
         content = await asyncio.to_thread(self._content, wanted)
         await self._let_go(content)
-        held = {(chain.chain, chain.run): chain for chain in self._hub.engine.report().chains}
+        held = {(chain.chain, chain.run): chain for chain in self._service.engine.report().chains}
         for one in wanted:
             span = ChainSpan(one.chain, one.run)
             known = held.get((one.chain, one.run))
@@ -87,7 +87,7 @@ class Reconciler:
         if self._failed.get(span, 0.0) > now:
             return
         try:
-            await self._hub.load(span, pinned)
+            await self._service.load(span, pinned)
         except BlockzooError as error:
             self._failed[span] = now + RETRY_SECONDS
             log.error("not loaded chain=%s from=%d: %s", span.chain[:12], span.run.first, error)
@@ -102,14 +102,14 @@ class Reconciler:
         )
 
     async def _let_go(self, content: Content) -> None:
-        for chain in self._hub.engine.report().chains:
+        for chain in self._service.engine.report().chains:
             if chain.run is None or chain.running_requests:
                 continue
             links = (await asyncio.to_thread(self._manifest, chain.chain)).links
             held = {(position, links[position]) for position in range(chain.run.first, chain.run.end)}
             if not held <= content:
                 log.info("let go chain=%s run=%d:%d", chain.chain[:12], chain.run.first, chain.run.end)
-                await self._hub.unload(ChainSpan(chain.chain, chain.run))
+                await self._service.unload(ChainSpan(chain.chain, chain.run))
 
     def _content(self, wanted: Iterable[Assignment]) -> Content:
         content: Content = set()

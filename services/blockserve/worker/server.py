@@ -1,4 +1,4 @@
-"""One worker process: engine, links to other workers, a gRPC server, and its lease in the shared state."""
+"""One worker process: engine, streams to other workers, a gRPC server, and its lease in the shared state."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from blockserve.common.state.store import StateStore
 from blockserve.worker.announcer import Announcer
 from blockserve.worker.engine.engine import BlockEngine
 from blockserve.worker.metrics import WorkerMetrics
-from blockserve.worker.peers.streams import PeerLinks
+from blockserve.worker.peers.streams import PeerStreams
 from blockserve.worker.reconciler import Reconciler
-from blockserve.worker.service import WorkerHub
+from blockserve.worker.service import WorkerService
 from blockserve.worker.servicer import WorkerServicer
 from blockserve.worker.settings import WorkerSettings
 from blockzoo.manifest import ChainId, ChainManifest
@@ -45,7 +45,7 @@ class WorkerServer:
 
     Attributes:
         address: where others reach it; known after `start`.
-        hub: the worker behind the server; known after `start`.
+        service: the worker behind the server; known after `start`.
         metrics: what is counted, and where it is shown.
     """
 
@@ -63,7 +63,7 @@ class WorkerServer:
         self._reconciler: Reconciler | None = None
         self._second_store: StateStore | None = None
         self._chains: dict[ChainId, ChainManifest] = {}
-        self.hub: WorkerHub
+        self.service: WorkerService
 
     async def start(self) -> None:
         """Open the zoo, start the engine, take calls, and make the worker known.
@@ -92,11 +92,12 @@ class WorkerServer:
         zoo = await asyncio.to_thread(Zoo.open, settings.zoo)
         record = self._record()
         credentials = settings.peer_credentials()
-        links = PeerLinks(record.id, credentials, settings.window_bytes)
-        self._engine = await asyncio.to_thread(BlockEngine, zoo, settings.engine, outlet=links)
+        streams = PeerStreams(record.id, credentials, settings.window_bytes)
+        self._engine = await asyncio.to_thread(BlockEngine, zoo, settings.engine, outlet=streams)
         self._engine.start(in_loop=True)
-        self.hub = WorkerHub(record, zoo, self._engine, links, credentials)
-        worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(self.hub), self._server)
+        self.service = WorkerService(record, zoo, self._engine, streams, credentials)
+        streams.attach(self.service)
+        worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(self.service), self._server)
         self._health.add_to(self._server)
         if settings.serves_reflection:
             enable_reflection(self._server, SERVICES)
@@ -105,17 +106,18 @@ class WorkerServer:
         self._store = open_store(settings.state)
         await refuse_unfit(self._store)
         self._announcer = Announcer(
-            self.hub,
+            self.service,
             self._store,
             lambda: self._segments(zoo),
             lease_seconds=settings.state.lease_seconds,
             renew_seconds=settings.state.renew_seconds,
         )
-        self.hub.on_change = self._announcer.hurry
-        self.metrics.watch(self._engine.report, links, self._announcer)
+        self.metrics.watch(self._engine.report, streams, self._announcer)
         await self._announcer.start()
         self._second_store = open_store(settings.state)
-        self._reconciler = Reconciler(self.hub, self._second_store, lambda chain: self._manifest(zoo, chain))
+        self._reconciler = Reconciler(
+            self.service, self._second_store, lambda chain: self._manifest(zoo, chain)
+        )
         self._reconciler.start()
         self._health.watch(self._engine.report, stall_seconds=STALL_SECONDS, every=HEALTH_SECONDS)
         log.info(
@@ -137,12 +139,10 @@ class WorkerServer:
         if self._reconciler is not None:
             await self._reconciler.stop()
         if self._announcer is not None:
-            self.hub.is_draining = True
-            self._announcer.hurry()
-            given_back = await self.hub.drain(seconds)
-            log.info("drained worker=%s given_back=%d", self.hub.record().id, given_back)
+            given_back = await self.service.drain(seconds)
+            log.info("drained worker=%s given_back=%d", self.service.record().id, given_back)
             await self._announcer.stop()
-            await self.hub.close()
+            await self.service.close()
         if self._server is not None:
             if self._is_bound and self._announcer is None:
                 # gRPC lets go of a port only when a server that was started is stopped.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -20,7 +20,7 @@ from blockserve.worker.engine.engine import BlockEngine
 from blockserve.worker.peers.kv_client import Pulled, pull
 from blockserve.worker.peers.kv_transfer import KvBlock, KvPart, PrefixRef
 from blockserve.worker.peers.messages import CloseMsg, FailMsg, OpenMsg, SpanMsg
-from blockserve.worker.peers.streams import PeerLinks
+from blockserve.worker.peers.streams import PeerStreams
 from blockserve.worker.sessions import RouterSession
 from blockzoo.errors import BlockzooError
 from blockzoo.manifest import ChainId
@@ -65,33 +65,36 @@ class Inbound:
                 yield taken
 
 
-class WorkerHub:
+class WorkerService:
     """A worker's state beside its engine. One event loop.
 
     Attributes:
         engine: executes spans.
         is_draining: whether it takes no new requests.
         is_stopping: whether it takes nothing at all.
-        on_change: called when blocks have come or gone.
+        changed: set when blocks have come or gone and when a drain begins or ends; the announcer clears it.
     """
 
     def __init__(
-        self, record: WorkerRecord, zoo: Zoo, engine: BlockEngine, links: PeerLinks, credentials: Credentials
+        self,
+        record: WorkerRecord,
+        zoo: Zoo,
+        engine: BlockEngine,
+        streams: PeerStreams,
+        credentials: Credentials,
     ) -> None:
-        """Join the parts; `links` must be the engine's outlet."""
+        """Join the parts; `streams` are the engine's outlet, and have to be attached to this service."""
         self._credentials = credentials
         self._exports = 0
         self.engine = engine
         self.is_draining = self.is_stopping = False
         self._record = record
         self._zoo = zoo
-        self._links = links
+        self._streams = streams
         self._sessions: set[RouterSession] = set()
         self._inbound: dict[WorkerId, Inbound] = {}
         self._opening: dict[str, asyncio.Task[None]] = {}  # loads for requests of others, by request id
-        self.on_change: Callable[[], None] = lambda: None
-        links.on_lost = self._on_lost
-        links.on_taken = self._on_taken
+        self.changed = asyncio.Event()
 
     def record(self) -> WorkerRecord:
         """What the worker is."""
@@ -105,8 +108,8 @@ class WorkerHub:
         return report.running_requests + report.waiting_requests
 
     def hop_seconds(self) -> Mapping[WorkerId, float]:
-        """What one way to each worker takes that this one has a link to."""
-        return self._links.hop_seconds()
+        """What one way to each worker takes that this one has a stream to."""
+        return self._streams.hop_seconds()
 
     # ---- blocks
 
@@ -118,12 +121,12 @@ class WorkerHub:
     async def load(self, span: ChainSpan, pinned: bool | None = None) -> None:
         """Have a run of a chain in memory."""
         await self.engine.load_span(span, pinned=pinned)
-        self.on_change()
+        self.changed.set()
 
     async def unload(self, span: ChainSpan) -> None:
         """Let go of a run of a chain once its requests have ended."""
         await self.engine.unload_span(span)
-        self.on_change()
+        self.changed.set()
 
     # ---- routers
 
@@ -171,14 +174,14 @@ class WorkerHub:
         """Another worker's stream has ended: what it had begun here is over."""
         if self._inbound.get(sender) is inbound:
             del self._inbound[sender]
-            self._on_lost(sender)
+            self.peer_lost(sender)
 
     def receive(self, sender: WorkerId, messages: Sequence[SpanMsg]) -> None:
         """Take what another worker says; a request's opening waits until its blocks are in memory."""
         now: list[SpanMsg] = []
         for message in messages:
             if isinstance(message, OpenMsg) and self.is_draining:
-                self._links.send(message.request.path[0], [FailMsg(message.id, self._draining())])
+                self._streams.send(message.request.path[0], [FailMsg(message.id, self._draining())])
                 continue
             if isinstance(message, OpenMsg) and not self.engine.is_span_loaded(_span(message)):
                 name = message.id.request_id
@@ -196,7 +199,7 @@ class WorkerHub:
         try:
             await self.load(_span(message))
         except BlockzooError as error:
-            self._links.send(message.request.path[0], [FailMsg(message.id, error)])
+            self._streams.send(message.request.path[0], [FailMsg(message.id, error)])
             return
         self._tell_engine(sender, [message])
 
@@ -210,13 +213,15 @@ class WorkerHub:
         except ServerStoppingError:
             log.debug("messages of %s came after the engine's end", sender)
 
-    def _on_lost(self, worker: WorkerId) -> None:
+    def peer_lost(self, worker: WorkerId) -> None:
+        """Give up every request that goes through another worker, which cannot be reached."""
         try:
             self.engine.peer_lost(worker)
         except ServerStoppingError:
             log.debug("worker %s was lost after the engine's end", worker)
 
-    def _on_taken(self, sender: WorkerId, num_bytes: int) -> None:
+    def note_taken(self, sender: WorkerId, num_bytes: int) -> None:
+        """Tell a worker that this many bytes of its hidden states wait here no longer."""
         if (inbound := self._inbound.get(sender)) is not None:
             inbound.note_taken(num_bytes)
 
@@ -260,7 +265,7 @@ class WorkerHub:
     async def drain(self, seconds: float) -> int:
         """Take no new requests, let the running ones end, give the rest back; how many those were."""
         self.is_draining = True
-        self.on_change()
+        self.changed.set()
         loop = asyncio.get_running_loop()
         until = loop.time() + seconds
         while self.num_requests and loop.time() < until:
@@ -279,7 +284,7 @@ class WorkerHub:
     def resume(self) -> None:
         """Take requests again after a drain."""
         self.is_draining = False
-        self.on_change()
+        self.changed.set()
 
     def _draining(self) -> PathBrokenError:
         return PathBrokenError(
@@ -291,7 +296,7 @@ class WorkerHub:
         self.is_stopping = True
         for task in list(self._opening.values()):
             task.cancel()
-        await self._links.close()
+        await self._streams.close()
 
 
 def _span(message: OpenMsg) -> ChainSpan:

@@ -1,4 +1,4 @@
-"""WorkerService: messages in, messages out. What happens is in `sessions`, `links` and the engine."""
+"""WorkerService: messages in, messages out. What happens is in `sessions`, `streams` and the engine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from blockserve.worker.peers.convert import from_frame, parts_from_message, pref
 from blockserve.worker.peers.kv_client import checksum
 from blockserve.worker.peers.kv_transfer import to_bytes
 from blockserve.worker.peers.streams import FROM_KEY, TO_KEY, WIRE_KEY
-from blockserve.worker.service import WorkerHub
+from blockserve.worker.service import WorkerService
 from blockserve.worker.sessions import Progress
 from blockzoo.errors import BlockzooError
 from blockzoo.manifest import ChainId
@@ -35,15 +35,15 @@ log = logging.getLogger(__name__)
 class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     """Speaks for one worker."""
 
-    def __init__(self, hub: WorkerHub) -> None:
-        self._hub = hub
+    def __init__(self, service: WorkerService) -> None:
+        self._service = service
 
     async def Serve(  # noqa: N802 - the wire's name
         self, request_iterator: AsyncIterator[worker_pb2.ServeRequest], context: Any
     ) -> AsyncIterator[worker_pb2.ServeResponse]:
         """Run a router's requests until it ends the stream."""
         del context
-        session = self._hub.open_session()
+        session = self._service.open_session()
 
         async def read() -> None:
             async for message in request_iterator:
@@ -59,7 +59,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                 yield worker_pb2.ServeResponse(progress=[_progress(one) for one in news])
         finally:
             reader.cancel()
-            self._hub.close_session(session)
+            self._service.close_session(session)
             await asyncio.gather(reader, return_exceptions=True)
 
     async def Exchange(  # noqa: N802 - the wire's name
@@ -67,11 +67,11 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     ) -> AsyncIterator[worker_pb2.ExchangeResponse]:
         """Take what another worker says; tell it how much of that has been dealt with."""
         sender = self._check_peer(context)
-        inbound = self._hub.open_inbound(sender)
+        inbound = self._service.open_inbound(sender)
 
         async def read() -> None:
             async for frame in request_iterator:
-                self._hub.receive(sender, from_frame(frame))
+                self._service.receive(sender, from_frame(frame))
 
         reader = asyncio.create_task(read())
         reader.add_done_callback(lambda _: inbound.end())
@@ -81,7 +81,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             await reader
         finally:
             reader.cancel()
-            self._hub.close_inbound(sender, inbound)
+            self._service.close_inbound(sender, inbound)
             await asyncio.gather(reader, return_exceptions=True)
 
     async def LoadSpan(  # noqa: N802 - the wire's name
@@ -90,8 +90,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         """Read the blocks of a run of a chain into memory."""
         del context
         started = time.monotonic()
-        span = await self._hub.span(ChainId(request.chain_digest), request.first, request.end)
-        await self._hub.load(span, request.pinned if request.HasField("pinned") else None)
+        span = await self._service.span(ChainId(request.chain_digest), request.first, request.end)
+        await self._service.load(span, request.pinned if request.HasField("pinned") else None)
         return worker_pb2.LoadSpanResponse(seconds=time.monotonic() - started)
 
     async def UnloadSpan(  # noqa: N802 - the wire's name
@@ -99,8 +99,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     ) -> worker_pb2.UnloadSpanResponse:
         """Let go of a run of a chain once its requests have ended."""
         del context
-        span = await self._hub.span(ChainId(request.chain_digest), request.first, request.end)
-        await self._hub.unload(span)
+        span = await self._service.span(ChainId(request.chain_digest), request.first, request.end)
+        await self._service.unload(span)
         return worker_pb2.UnloadSpanResponse()
 
     async def PullKv(  # noqa: N802 - the wire's name
@@ -109,8 +109,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         """Fetch a request's keys and values from other workers."""
         del context
         prefix = prefix_from_message(request.prefix)
-        pulled = await self._hub.pull_kv(prefix, parts_from_message(request))
-        tokens = pulled.pages * self._hub.engine.config.kv_page_tokens
+        pulled = await self._service.pull_kv(prefix, parts_from_message(request))
+        tokens = pulled.pages * self._service.engine.config.kv_page_tokens
         return worker_pb2.PullKvResponse(tokens=tokens, bytes=pulled.num_bytes, seconds=pulled.seconds)
 
     async def ExportKv(  # noqa: N802 - the wire's name
@@ -120,7 +120,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         del context
         prefix = prefix_from_message(request.prefix)
         layers = Run(request.part_first, request.part_end) if request.part_end else None
-        async with aclosing(self._hub.export_kv(prefix, request.kv_fingerprint, layers)) as blocks:
+        async with aclosing(self._service.export_kv(prefix, request.kv_fingerprint, layers)) as blocks:
             async for block in blocks:
                 keys, values = to_bytes(block.keys), to_bytes(block.values)
                 yield worker_pb2.ExportKvResponse(
@@ -133,22 +133,22 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         """Take no new requests and give back those that do not end in time; or take requests again."""
         del context
         if request.resume:
-            self._hub.resume()
+            self._service.resume()
             return worker_pb2.DrainResponse()
-        return worker_pb2.DrainResponse(given_back=await self._hub.drain(request.seconds))
+        return worker_pb2.DrainResponse(given_back=await self._service.drain(request.seconds))
 
     async def Describe(  # noqa: N802 - the wire's name
         self, request: worker_pb2.DescribeRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> worker_pb2.DescribeResponse:
         """What the worker is and how busy it is."""
         del request, context
-        record, report = self._hub.record(), self._hub.engine.report()
+        record, report = self._service.record(), self._service.engine.report()
         return worker_pb2.DescribeResponse(
             worker_id=record.id,
             name=record.name,
             wire_version=record.wire_version,
             kv_fingerprint=record.kv_fingerprint,
-            draining=self._hub.is_draining,
+            draining=self._service.is_draining,
             waiting_requests=report.waiting_requests,
             running_requests=report.running_requests,
             kv_pages_total=report.kv_pages_total,
@@ -186,15 +186,15 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     ) -> worker_pb2.TraceSpansResponse:
         """Where the time of requests went that are executed here, or were lately."""
         del context
-        spans = await self._hub.engine.span_traces(request.request_ids)
+        spans = await self._service.engine.span_traces(request.request_ids)
         return worker_pb2.TraceSpansResponse(
-            worker_id=self._hub.record().id, spans=[span_to_message(span) for span in spans]
+            worker_id=self._service.record().id, spans=[span_to_message(span) for span in spans]
         )
 
     def _check_peer(self, context: Any) -> WorkerId:
         """Who speaks, if it means this life of this worker and speaks its language (WireError)."""
         said = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
-        me = self._hub.record().id
+        me = self._service.record().id
         if said.get(TO_KEY) != me:
             raise WireError(f"this is worker {me}, not {said.get(TO_KEY)}", hint="It has been started again.")
         if said.get(WIRE_KEY) != str(WIRE_VERSION):
@@ -202,7 +202,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                 f"wire version {said.get(WIRE_KEY)} is not {WIRE_VERSION}",
                 hint="Run neighbouring releases; docs/compatibility.md says which go together.",
             )
-        if self._hub.is_stopping:
+        if self._service.is_stopping:
             raise ServerStoppingError("the worker is stopping")
         return WorkerId(said.get(FROM_KEY, ""))
 

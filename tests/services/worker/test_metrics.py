@@ -1,4 +1,4 @@
-"""What a worker shows of its links, with bounded labels."""
+"""What a worker shows of its streams, with bounded labels."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from blockserve.common.api.cluster import PathStep, Run, WorkerId
 from blockserve.common.metrics.cluster_catalogue import WORKER
 from blockserve.common.metrics.labels import OTHER, BoundedLabels
 from blockserve.common.rpc.channel import Credentials
-from blockserve.worker.metrics import WorkerMetrics, link_families
-from blockserve.worker.peers.streams import PeerLinks
+from blockserve.worker.metrics import WorkerMetrics, stream_families
+from blockserve.worker.peers.streams import PeerStreams
 from blockserve.worker.server import WorkerServer
 from blockserve.worker.settings import WorkerSettings
 from support.edge import async_test
@@ -21,7 +21,7 @@ Figures = dict[str, float]
 
 @dataclass
 class Links:
-    """Figures of links, as `PeerLinks` has them."""
+    """Figures of streams, as `PeerStreams` has them."""
 
     hops: Figures
     in_flight: Figures
@@ -37,29 +37,32 @@ class Links:
         return self.pauses
 
 
-def shown(links: Links, labels: BoundedLabels) -> dict[str, Figures]:
-    families = link_families(links, labels)  # type: ignore[arg-type]
+def shown(streams: Links, labels: BoundedLabels) -> dict[str, Figures]:
+    families = stream_families(streams, labels)  # type: ignore[arg-type]
     return {one.name: {sample.labels["peer"]: sample.value for sample in one.samples} for one in families}
 
 
 def test_peers_beyond_the_bound_share_a_label_and_those_that_left_make_room() -> None:
     labels = BoundedLabels(1)
-    links = Links({"a": 0.1, "b": 0.2, "c": 0.3}, {"a": 1, "b": 2, "c": 3}, {"b": 5, "gone": 9})
-    found = shown(links, labels)
+    streams = Links({"a": 0.1, "b": 0.2, "c": 0.3}, {"a": 1, "b": 2, "c": 3}, {"b": 5, "gone": 9})
+    found = shown(streams, labels)
     assert found["blockzoo_hop_seconds"] == {"a": 0.1, OTHER: 0.3}
     assert found["blockzoo_link_in_flight_bytes"] == {"a": 1, OTHER: 5}
     assert found["blockzoo_link_window_full"] == {"a": 0, OTHER: 5}
-    del links.in_flight["a"]
-    assert shown(links, labels)["blockzoo_link_in_flight_bytes"] == {"b": 2, OTHER: 3}
+    del streams.in_flight["a"]
+    assert shown(streams, labels)["blockzoo_link_in_flight_bytes"] == {"b": 2, OTHER: 3}
 
 
 @async_test
 async def test_a_full_window_is_counted() -> None:
-    links, step = PeerLinks(WorkerId("me"), Credentials(), 0), PathStep(WorkerId("a"), "unix:/a", Run(0, 1))
-    assert not links.has_room(step)
-    assert not links.has_room(step)
-    assert links.window_pauses() == {"a": 2}
-    assert links.in_flight_bytes() == {}
+    streams, step = (
+        PeerStreams(WorkerId("me"), Credentials(), 0),
+        PathStep(WorkerId("a"), "unix:/a", Run(0, 1)),
+    )
+    assert not streams.has_room(step)
+    assert not streams.has_room(step)
+    assert streams.window_pauses() == {"a": 2}
+    assert streams.in_flight_bytes() == {}
 
 
 @async_test

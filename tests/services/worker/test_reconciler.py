@@ -7,9 +7,9 @@ from blockserve.common.api.cluster import Assignment, ChainSpan, Placement, Run,
 from blockserve.common.rpc.channel import Credentials
 from blockserve.common.state.memory import InProcessStore
 from blockserve.worker.engine.engine import BlockEngine
-from blockserve.worker.peers.streams import PeerLinks
+from blockserve.worker.peers.streams import PeerStreams
 from blockserve.worker.reconciler import Reconciler
-from blockserve.worker.service import WorkerHub
+from blockserve.worker.service import WorkerService
 from support.tiny import SMALL, TinyZoo
 
 ME = WorkerId("me")
@@ -20,11 +20,12 @@ def follow(tiny: TinyZoo, placements: Sequence[Placement]) -> list[set[tuple[str
     names = {chain: name for name, chain in tiny.chains.items()}
 
     async def work() -> list[set[tuple[str, Run, bool]]]:
-        links = PeerLinks(ME, Credentials(), 1 << 20)
-        engine = BlockEngine(tiny.zoo, SMALL, outlet=links)
+        streams = PeerStreams(ME, Credentials(), 1 << 20)
+        engine = BlockEngine(tiny.zoo, SMALL, outlet=streams)
         engine.start()
-        hub = WorkerHub(WorkerRecord(ME, "me", "unix:/me"), tiny.zoo, engine, links, Credentials())
-        reconciler = Reconciler(hub, InProcessStore(), tiny.zoo.chain)
+        service = WorkerService(WorkerRecord(ME, "me", "unix:/me"), tiny.zoo, engine, streams, Credentials())
+        streams.attach(service)
+        reconciler = Reconciler(service, InProcessStore(), tiny.zoo.chain)
         seen = []
         try:
             for placement in placements:
@@ -38,7 +39,7 @@ def follow(tiny: TinyZoo, placements: Sequence[Placement]) -> list[set[tuple[str
                 {(names[one.chain], one.run or Run(0, 1), one.pinned) for one in engine.report().chains}
             )
         finally:
-            await hub.close()
+            await service.close()
             await asyncio.to_thread(engine.stop)
         return seen
 

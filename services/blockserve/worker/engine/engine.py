@@ -43,7 +43,7 @@ from blockserve.worker.blocks.reading import BlockReader, BlockSource
 from blockserve.worker.compute.executor import Executor
 from blockserve.worker.engine.drivers import Driver, LoopDriver, ThreadDriver
 from blockserve.worker.engine.exchange import Outlet, can_send
-from blockserve.worker.engine.memory import KvMemory
+from blockserve.worker.engine.kv_memory import KvMemory
 from blockserve.worker.engine.passes import Passes, Sink
 from blockserve.worker.engine.report import Reporter
 from blockserve.worker.engine.scheduler import Scheduler
@@ -85,18 +85,16 @@ class BlockEngine:
         self._executor = Executor(
             self._blocks, self._pools, self._backend, deterministic=self.config.deterministic
         )
-        self._memory = KvMemory(self._pools, self.config.kv_reserve_tokens)
+        self._kv = KvMemory(self._pools, self.config.kv_reserve_tokens)
         self._scheduler = Scheduler(
-            self._memory,
+            self._kv,
             max_running=self.config.max_running_requests,
             max_tokens=self.config.max_tokens_per_pass,
             can_send=_always if outlet is None else partial(can_send, outlet),
         )
         self._chains = LoadedChains(self._blocks, self.config.block_bytes, self._executor.use_segments)
         self._traces = SpanTraces(self.config.traced_spans)
-        self._passes = Passes(
-            self._executor, self._scheduler, self._memory, self._chains, self._traces, outlet
-        )
+        self._passes = Passes(self._executor, self._scheduler, self._kv, self._chains, self._traces, outlet)
         self._exchange = self._passes.exchange
         self._reporter = Reporter(
             self._backend.device,
@@ -104,7 +102,7 @@ class BlockEngine:
             self._chains,
             self._executor,
             self._scheduler,
-            self._memory,
+            self._kv,
             self._passes,
         )
         # One chain at a time: two that share blocks would otherwise both read them.
@@ -267,7 +265,7 @@ class BlockEngine:
         self._arrivals += 1
         order = self._arrivals if request.arrival is None else request.arrival
         running = RunningRequest(request, chain, order, probe=probe, output=list(request.output))
-        pool = self._memory.pool(running)
+        pool = self._kv.pool(running)
         if pool.pages_needed(chain.num_layers, running.max_kv_tokens) > pool.allocator.num_pages:
             raise KvCapacityError(
                 f"prompt and answer of {running.max_kv_tokens + 1} tokens need more pages than the pool has",

@@ -20,7 +20,7 @@ from blockserve.common.api.cluster import ChainSpan, PathStep, WorkerId
 from blockserve.common.api.engine import TokenEvent
 from blockserve.common.errors import BreakCause, ChainNotLoadedError, KvCapacityError, PathBrokenError
 from blockserve.worker.blocks.chain import LoadedChain
-from blockserve.worker.engine.memory import KvMemory
+from blockserve.worker.engine.kv_memory import KvMemory
 from blockserve.worker.engine.scheduler import Scheduler
 from blockserve.worker.peers.messages import (
     AttemptId,
@@ -96,14 +96,14 @@ class SpanExchange:
         self,
         host: Host,
         scheduler: Scheduler,
-        memory: KvMemory,
+        kv: KvMemory,
         outlet: Outlet,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Begin with none."""
         self._host = host
         self._scheduler = scheduler
-        self._memory = memory
+        self._kv = kv
         self._outlet = outlet
         self._clock = clock
         # Larger than any of an earlier life: a request may come again under its old name.
@@ -245,7 +245,7 @@ class SpanExchange:
             attempt=message.id.attempt,
             cache_limit=message.have,
         )
-        pool = self._memory.pool(running)
+        pool = self._kv.pool(running)
         if pool.pages_needed(chain.num_layers, running.max_kv_tokens) > pool.allocator.num_pages:
             error = KvCapacityError(
                 f"prompt and answer of {running.max_kv_tokens + 1} tokens need more pages than a worker has",
@@ -291,9 +291,9 @@ class SpanExchange:
 
         Pages of the cache are only read, so the request needs its own for what it computes again.
         """
-        self._memory.release(running)
+        self._kv.release(running)
         running.cache_limit = start
-        return running.num_computed if self._memory.try_admit(running, ()) else -1
+        return running.num_computed if self._kv.try_admit(running, ()) else -1
 
     def _on_close(self, message: CloseMsg) -> None:
         name = message.id.request_id

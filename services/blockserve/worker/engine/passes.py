@@ -20,7 +20,7 @@ from blockserve.worker.blocks.chains import LoadedChains
 from blockserve.worker.compute.executor import Executor
 from blockserve.worker.compute.sampler import Sampler
 from blockserve.worker.engine.exchange import Outlet, SpanExchange
-from blockserve.worker.engine.memory import KvMemory
+from blockserve.worker.engine.kv_memory import KvMemory
 from blockserve.worker.engine.pace import Pace
 from blockserve.worker.engine.scheduler import Scheduler
 from blockserve.worker.engine.traces import SpanTraces
@@ -71,7 +71,7 @@ class Passes:
         self,
         executor: Executor,
         scheduler: Scheduler,
-        memory: KvMemory,
+        kv: KvMemory,
         chains: LoadedChains,
         traces: SpanTraces,
         outlet: Outlet | None = None,
@@ -81,13 +81,13 @@ class Passes:
         self._executor = executor
         self._sampler = Sampler(executor.backend)
         self._scheduler = scheduler
-        self._memory = memory
+        self._kv = kv
         self._chains = chains
         self._outbox: list[tuple[asyncio.AbstractEventLoop, Letter]] = []
         self.sinks: dict[RunningRequest, Sink] = {}
         self.num_passes = 0
         self.pace = Pace()
-        self.exchange = None if outlet is None else SpanExchange(self, scheduler, memory, outlet)
+        self.exchange = None if outlet is None else SpanExchange(self, scheduler, kv, outlet)
 
     # ---- requests
 
@@ -113,7 +113,7 @@ class Passes:
         del self.sinks[running]
         self._traces.end(running)
         self._scheduler.remove(running)
-        self._memory.release(running)
+        self._kv.release(running)
         self._chains.release(running.chain)
         if self.exchange is not None and running.is_split:
             self.exchange.forget(running)
@@ -237,7 +237,7 @@ class Passes:
         failed = {running for running, outcome in outcomes if isinstance(outcome, BlockzooError)}
         for chunk in chunks:
             if chunk.running not in failed:
-                self._memory.note_computed(chunk.running)
+                self._kv.note_computed(chunk.running)
         return outcomes
 
     # ---- outcomes for event loops

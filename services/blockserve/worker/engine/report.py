@@ -12,7 +12,7 @@ from blockserve.worker.blocks.chains import LoadedChains
 from blockserve.worker.blocks.segments import Segment
 from blockserve.worker.compute.counters import SegmentCounters
 from blockserve.worker.compute.executor import Executor
-from blockserve.worker.engine.memory import KvMemory
+from blockserve.worker.engine.kv_memory import KvMemory
 from blockserve.worker.engine.passes import Passes
 from blockserve.worker.engine.scheduler import Scheduler
 from blockserve.worker.kv.pool import KvPool, KvShape
@@ -29,7 +29,7 @@ class Reporter:
         chains: LoadedChains,
         executor: Executor,
         scheduler: Scheduler,
-        memory: KvMemory,
+        kv: KvMemory,
         passes: Passes,
     ) -> None:
         """Report on these."""
@@ -38,7 +38,7 @@ class Reporter:
         self._chains = chains
         self._executor = executor
         self._scheduler = scheduler
-        self._memory = memory
+        self._kv = kv
         self._passes = passes
 
     def report(self, arriving: Collection[RunningRequest], last_progress: float) -> EngineReport:
@@ -61,8 +61,8 @@ class Reporter:
             kv_pages_total=sum(pool.allocator.num_pages for pool in pools),
             kv_pages_used=sum(pool.num_used for pool in pools),
             kv_pages_cached=sum(pool.prefixes.num_evictable_pages for pool in pools),
-            prefix_queried_tokens=self._memory.num_queried,
-            prefix_hit_tokens=self._memory.num_hits,
+            prefix_queried_tokens=self._kv.num_queried,
+            prefix_hit_tokens=self._kv.num_hits,
             preemptions=self._scheduler.num_preemptions,
             chain_evictions=self._chains.num_evictions,
             kv_bytes_total=sum(pool.num_bytes for pool in pools),

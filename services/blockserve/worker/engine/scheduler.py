@@ -30,7 +30,7 @@ from typing import Protocol
 from blockserve.worker.requests.running import Chunk, RunningRequest
 
 
-class Memory(Protocol):
+class KvAllocator(Protocol):
     """Pages, as the scheduler sees them."""
 
     def compete(self, one: RunningRequest, other: RunningRequest) -> bool:
@@ -61,7 +61,7 @@ class Scheduler:
 
     def __init__(
         self,
-        memory: Memory,
+        kv: KvAllocator,
         *,
         max_running: int,
         max_tokens: int,
@@ -71,13 +71,13 @@ class Scheduler:
         """Make an empty scheduler.
 
         Args:
-            memory: gives pages.
+            kv: gives pages.
             max_running: most requests in one pass.
             max_tokens: most tokens of one pass, all requests together.
             can_send: whether the next worker on a split request's path takes more from us now.
             clock: seconds.
         """
-        self._memory = memory
+        self._kv = kv
         self._can_send = can_send
         self._clock = clock
         self._max_running = max_running
@@ -120,7 +120,7 @@ class Scheduler:
     def try_start(self, running: RunningRequest) -> bool:
         """Admit a follower at once, or not at all: whoever began it must not wait holding pages elsewhere."""
         older = any(
-            one.rank < running.rank and self._memory.compete(one, running)
+            one.rank < running.rank and self._kv.compete(one, running)
             for one in self.waiting
             if one.not_before <= self._clock()
         )
@@ -128,7 +128,7 @@ class Scheduler:
 
     def put_back(self, running: RunningRequest, not_before: float = 0.0) -> None:
         """Have a running request wait again, its pages given up."""
-        self._memory.release(running)
+        self._kv.release(running)
         self.running.remove(running)
         running.is_opening = False
         running.not_before = not_before
@@ -157,14 +157,12 @@ class Scheduler:
     def _grow(self) -> None:
         """Pages for the tokens that running requests have; the last in rank pay for it where they must."""
         for running in list(self.running):
-            while running in self.running and not self._memory.try_grow(running):
-                self._preempt(
-                    next(one for one in reversed(self.running) if self._memory.compete(one, running))
-                )
+            while running in self.running and not self._kv.try_grow(running):
+                self._preempt(next(one for one in reversed(self.running) if self._kv.compete(one, running)))
 
     def _preempt(self, running: RunningRequest) -> None:
         if running.is_follower:  # who began it will begin it again
-            self._memory.release(running)
+            self._kv.release(running)
             self.running.remove(running)
         else:
             self.put_back(running)
@@ -187,8 +185,8 @@ class Scheduler:
     def _try_admit(self, running: RunningRequest) -> bool:
         if len(self.running) >= self._max_running:
             return False
-        rivals = [one for one in self.running if self._memory.compete(one, running)]
-        if not self._memory.try_admit(running, rivals):
+        rivals = [one for one in self.running if self._kv.compete(one, running)]
+        if not self._kv.try_admit(running, rivals):
             return False
         insort(self.running, running, key=attrgetter("rank"))
         return True

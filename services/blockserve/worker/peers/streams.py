@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -36,33 +36,43 @@ NEW_SHARE = 0.2
 """What the newest measurement counts in the moving mean."""
 
 
-class PeerLinks:
-    """Streams to other workers; see `blockserve.worker.engine.exchange.Outlet`.
+class StreamListener(Protocol):
+    """Who hears of streams, in the event loop."""
 
-    Attributes:
-        on_lost: told in the event loop that a worker cannot be reached.
-        on_taken: told in the event loop how many bytes of a sender's hidden states wait no longer.
-    """
+    def peer_lost(self, worker: WorkerId) -> None:
+        """A worker cannot be reached."""
+        ...
+
+    def note_taken(self, sender: WorkerId, num_bytes: int) -> None:
+        """The engine has computed on or dropped so many bytes of a sender's hidden states."""
+        ...
+
+
+class PeerStreams:
+    """Streams to other workers; see `blockserve.worker.engine.exchange.Outlet`."""
 
     def __init__(self, me: WorkerId, credentials: Credentials, window_bytes: int) -> None:
-        """Begin with no links; to be made in the event loop that will run them.
+        """Begin with no streams; to be made in the event loop that will run them.
 
         Args:
             me: the worker that speaks.
             credentials: how it proves itself.
-            window_bytes: hidden states that may wait at another worker, at most, for each link.
+            window_bytes: hidden states that may wait at another worker, at most, for each stream.
         """
         self._me = me
         self._credentials = credentials
         self._window_bytes = window_bytes
         self._loop = asyncio.get_running_loop()
         self._loop_thread = threading.get_ident()
-        self._links: dict[WorkerId, _Link] = {}
+        self._streams: dict[WorkerId, _Stream] = {}
         self._in_flight: dict[WorkerId, int] = {}  # changed in the event loop, read by the engine's thread
         self._hops: dict[WorkerId, float] = {}
         self._pauses: dict[WorkerId, int] = {}  # changed in the engine's thread
-        self.on_lost: Callable[[WorkerId], None] = _ignore
-        self.on_taken: Callable[[WorkerId, int], None] = lambda _sender, _count: None
+        self._listener: StreamListener | None = None
+
+    def attach(self, listener: StreamListener) -> None:
+        """Tell `listener` from now on. It is made after the engine, which is made after its streams."""
+        self._listener = listener
 
     # ---- called by who drives the engine
 
@@ -84,7 +94,8 @@ class PeerLinks:
 
     def taken(self, sender: WorkerId, num_bytes: int) -> None:
         """Tell a worker that this much of what it sent waits no longer."""
-        self._call(lambda: self.on_taken(sender, num_bytes))
+        if (listener := self._listener) is not None:
+            self._call(partial(listener.note_taken, sender, num_bytes))
 
     def _call(self, action: Callable[[], None]) -> None:
         if threading.get_ident() == self._loop_thread:
@@ -98,64 +109,65 @@ class PeerLinks:
     # ---- called in any thread
 
     def in_flight_bytes(self) -> Mapping[WorkerId, int]:
-        """Hidden states that were sent to each worker with a link and wait there."""
+        """Hidden states that were sent to each worker with a stream and wait there."""
         return dict(self._in_flight)
 
     def window_pauses(self) -> Mapping[WorkerId, int]:
-        """How often `has_room` said no of each worker with a link."""
+        """How often `has_room` said no of each worker with a stream."""
         return dict(self._pauses)
 
     # ---- called in the event loop
 
     def hop_seconds(self) -> Mapping[WorkerId, float]:
-        """One way to each worker with a link, a moving mean: half the round trip of a small call.
+        """One way to each worker with a stream, a moving mean: half the round trip of a small call.
 
         Acknowledgements of hidden states tell nothing here: they come after the other side has computed.
         """
         return dict(self._hops)
 
     async def close(self) -> None:
-        """End all links; what has not been sent is dropped."""
-        links = list(self._links.values())
-        self._links.clear()
-        await asyncio.gather(*(link.close() for link in links))
+        """End all streams; what has not been sent is dropped."""
+        streams = list(self._streams.values())
+        self._streams.clear()
+        await asyncio.gather(*(stream.close() for stream in streams))
 
     def _push(self, step: PathStep, frame: worker_pb2.ExchangeRequest, size: int) -> None:
-        link = self._links.get(step.worker)
-        if link is None:
-            link = self._links[step.worker] = _Link(self, step)
+        stream = self._streams.get(step.worker)
+        if stream is None:
+            stream = self._streams[step.worker] = _Stream(self, step)
         self._in_flight[step.worker] = self._in_flight.get(step.worker, 0) + size
-        link.push(frame)
+        stream.push(frame)
 
     def _note_taken(self, worker: WorkerId, num_bytes: int) -> None:
         self._in_flight[worker] = max(0, self._in_flight.get(worker, 0) - num_bytes)
 
-    def _note_hop(self, link: _Link, seconds: float) -> None:
-        worker = link.step.worker
-        if self._links.get(worker) is link:
+    def _note_hop(self, stream: _Stream, seconds: float) -> None:
+        worker = stream.step.worker
+        if self._streams.get(worker) is stream:
             known = self._hops.get(worker, seconds)
             self._hops[worker] = known + NEW_SHARE * (seconds - known)
 
-    def _note_end(self, link: _Link, reason: str) -> None:
-        if self._links.get(link.step.worker) is not link:
+    def _note_end(self, stream: _Stream, reason: str) -> None:
+        if self._streams.get(stream.step.worker) is not stream:
             return
-        del self._links[link.step.worker]
-        self._in_flight.pop(link.step.worker, None)
-        self._pauses.pop(link.step.worker, None)
-        self._hops.pop(link.step.worker, None)
-        log.warning("worker lost worker=%s address=%s: %s", link.step.worker, link.step.address, reason)
-        self.on_lost(link.step.worker)
+        del self._streams[stream.step.worker]
+        self._in_flight.pop(stream.step.worker, None)
+        self._pauses.pop(stream.step.worker, None)
+        self._hops.pop(stream.step.worker, None)
+        log.warning("worker lost worker=%s address=%s: %s", stream.step.worker, stream.step.address, reason)
+        if self._listener is not None:
+            self._listener.peer_lost(stream.step.worker)
 
 
-class _Link:
+class _Stream:
     """One stream to one worker."""
 
-    def __init__(self, links: PeerLinks, step: PathStep) -> None:
+    def __init__(self, streams: PeerStreams, step: PathStep) -> None:
         self.step = step
-        self._links = links
+        self._streams = streams
         self._frames: deque[worker_pb2.ExchangeRequest] = deque()
         self._wake = asyncio.Event()
-        self._task = asyncio.create_task(self._run(), name=f"link to {step.worker}")
+        self._task = asyncio.create_task(self._run(), name=f"stream to {step.worker}")
 
     def push(self, frame: worker_pb2.ExchangeRequest) -> None:
         """Send a frame after those before it."""
@@ -169,19 +181,19 @@ class _Link:
 
     async def _run(self) -> None:
         reason = "it ended the connection"
-        channel = open_channel(self.step.address, self._links._credentials)
+        channel = open_channel(self.step.address, self._streams._credentials)
         try:
             metadata = (
-                (FROM_KEY, self._links._me),
+                (FROM_KEY, self._streams._me),
                 (TO_KEY, self.step.worker),
                 (WIRE_KEY, str(WIRE_VERSION)),
-                *self._links._credentials.metadata(),
+                *self._streams._credentials.metadata(),
             )
             call = worker_pb2_grpc.WorkerServiceStub(channel).Exchange(metadata=metadata)
             helpers = [asyncio.create_task(self._write(call)), asyncio.create_task(self._probe(channel))]
             try:
                 async for response in call:
-                    self._links._note_taken(self.step.worker, response.taken_bytes)
+                    self._streams._note_taken(self.step.worker, response.taken_bytes)
             finally:
                 for helper in helpers:
                     helper.cancel()
@@ -190,7 +202,7 @@ class _Link:
             reason = f"{error.code().name} {error.details()}"
         finally:
             await channel.close(None)
-            self._links._note_end(self, reason)
+            self._streams._note_end(self, reason)
 
     async def _write(self, call: Any) -> None:
         while True:
@@ -201,7 +213,7 @@ class _Link:
 
     async def _probe(self, channel: grpc.aio.Channel) -> None:
         """Measure the hop now and then; a failed call measures nothing, the stream itself tells of a loss."""
-        stub, metadata = health_pb2_grpc.HealthStub(channel), self._links._credentials.metadata()
+        stub, metadata = health_pb2_grpc.HealthStub(channel), self._streams._credentials.metadata()
         while True:
             begun = time.perf_counter()
             try:
@@ -211,9 +223,5 @@ class _Link:
             except grpc.aio.AioRpcError as error:
                 log.debug("hop not measured worker=%s: %s", self.step.worker, error.code().name)
             else:
-                self._links._note_hop(self, (time.perf_counter() - begun) / 2)
+                self._streams._note_hop(self, (time.perf_counter() - begun) / 2)
             await asyncio.sleep(PROBE_SECONDS)
-
-
-def _ignore(worker: WorkerId) -> None:
-    del worker

@@ -17,7 +17,7 @@ from blockserve.common.api.cluster import PathStep, Run, WorkerId
 from blockserve.common.rpc.channel import Credentials
 from blockserve.worker.peers.convert import from_frame
 from blockserve.worker.peers.messages import AttemptId, ChunkMsg
-from blockserve.worker.peers.streams import PeerLinks
+from blockserve.worker.peers.streams import PeerStreams
 from support.edge import async_test
 
 WINDOW = 1 << 16
@@ -49,19 +49,50 @@ class SlowWorker(worker_pb2_grpc.WorkerServiceServicer):
 
 
 @asynccontextmanager
-async def joined(folder: Path) -> AsyncIterator[tuple[PeerLinks, SlowWorker, PathStep]]:
+async def joined(folder: Path) -> AsyncIterator[tuple[PeerStreams, SlowWorker, PathStep]]:
     limit = ("grpc.max_receive_message_length", 16 << 20)  # the default of `max_message_bytes`
     worker, server = SlowWorker(), grpc.aio.server(options=[limit])
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(worker, server)
     address = f"unix:{folder}/slow.sock"
     server.add_insecure_port(address)
     await server.start()
-    links = PeerLinks(WorkerId("me"), Credentials(), WINDOW)
+    streams = PeerStreams(WorkerId("me"), Credentials(), WINDOW)
     try:
-        yield links, worker, PathStep(PEER, address, Run(2, 4))
+        yield streams, worker, PathStep(PEER, address, Run(2, 4))
     finally:
-        await links.close()
+        await streams.close()
         await server.stop(0)
+
+
+class Listener:
+    """Notes what it hears."""
+
+    def __init__(self) -> None:
+        self.lost: list[WorkerId] = []
+        self.taken: list[tuple[WorkerId, int]] = []
+
+    def peer_lost(self, worker: WorkerId) -> None:
+        self.lost.append(worker)
+
+    def note_taken(self, sender: WorkerId, num_bytes: int) -> None:
+        self.taken.append((sender, num_bytes))
+
+
+def attach(streams: PeerStreams) -> list[WorkerId]:
+    """The workers that are lost from now on."""
+    listener = Listener()
+    streams.attach(listener)
+    return listener.lost
+
+
+@async_test
+async def test_what_the_engine_has_taken_is_told_in_the_event_loop() -> None:
+    streams, listener = PeerStreams(WorkerId("me"), Credentials(), WINDOW), Listener()
+    streams.taken(PEER, 1)  # nobody listens yet
+    streams.attach(listener)
+    await asyncio.to_thread(streams.taken, PEER, 20)
+    await until(lambda: listener.taken)
+    assert listener.taken == [(PEER, 20)]
 
 
 def chunk(start: int) -> ChunkMsg:
@@ -71,21 +102,21 @@ def chunk(start: int) -> ChunkMsg:
 
 @async_test
 async def test_a_pass_larger_than_a_message_arrives(tmp_path: Path) -> None:
-    async with joined(tmp_path) as (links, worker, step):
-        links.on_lost = lambda _: worker.starts.append(-1)
+    async with joined(tmp_path) as (streams, worker, step):
+        lost = attach(streams)
         hidden = torch.zeros(5000, 1024)  # 20 MB
         large = ChunkMsg(AttemptId("r", 0, 1), 1, 0, tuple(range(5000)), hidden)
-        await asyncio.to_thread(links.send, step, [large, chunk(7777)])
-        await until(lambda: 7777 in worker.starts or -1 in worker.starts)
+        await asyncio.to_thread(streams.send, step, [large, chunk(7777)])
+        await until(lambda: 7777 in worker.starts or lost)
         assert worker.starts == [*range(0, 5000, 1024), 7777]
 
 
-async def push_while_room(links: PeerLinks, step: PathStep, first: int, most: int = 100) -> int:
+async def push_while_room(streams: PeerStreams, step: PathStep, first: int, most: int = 100) -> int:
     """As the engine does: a pass, whose messages go out, as long as there is room; says how many went."""
     for sent in range(most):
-        if not links.has_room(step):
+        if not streams.has_room(step):
             return sent
-        await asyncio.to_thread(links.send, step, [chunk(first + sent)])
+        await asyncio.to_thread(streams.send, step, [chunk(first + sent)])
         await asyncio.sleep(0)
     raise AssertionError("a worker that takes nothing was sent everything")
 
@@ -97,16 +128,16 @@ async def until(is_so: Any) -> None:
 
 @async_test
 async def test_what_waits_at_a_slow_worker_is_bounded(tmp_path: Path) -> None:
-    async with joined(tmp_path) as (links, worker, step):
-        sent = await push_while_room(links, step, 0)
+    async with joined(tmp_path) as (streams, worker, step):
+        sent = await push_while_room(streams, step, 0)
         assert sent * CHUNK == WINDOW
         # Having arrived is not having been computed on.
         await until(lambda: len(worker.starts) == sent)
-        assert not links.has_room(step)
+        assert not streams.has_room(step)
         for _ in range(5):
             worker.takes.put_nowait(2 * CHUNK)
-            await until(lambda: links.has_room(step))
-            sent += (more := await push_while_room(links, step, sent))
+            await until(lambda: streams.has_room(step))
+            sent += (more := await push_while_room(streams, step, sent))
             assert more == 2
         await until(lambda: len(worker.starts) == sent)
         assert worker.starts == list(range(sent))
@@ -114,15 +145,14 @@ async def test_what_waits_at_a_slow_worker_is_bounded(tmp_path: Path) -> None:
 
 @async_test
 async def test_a_loss_is_told_once_and_begins_anew(tmp_path: Path) -> None:
-    lost: list[WorkerId] = []
-    async with joined(tmp_path) as (links, worker, step):
-        links.on_lost = lost.append
-        await push_while_room(links, step, 0)
+    async with joined(tmp_path) as (streams, worker, step):
+        lost = attach(streams)
+        await push_while_room(streams, step, 0)
         await until(lambda: worker.starts)
         worker.takes.put_nowait(-1)  # ends the stream
         await until(lambda: lost)
-        assert links.has_room(step)
+        assert streams.has_room(step)
         worker.starts.clear()
-        await push_while_room(links, step, 0)
+        await push_while_room(streams, step, 0)
         await until(lambda: len(worker.starts) == WINDOW // CHUNK)
         assert lost == [PEER]

@@ -15,20 +15,20 @@ from blockserve.common.api.engine import EngineRequest, TokenEvent
 from blockserve.common.rpc.channel import Credentials
 from blockserve.common.rpc.interceptors import ErrorInterceptor
 from blockserve.worker.engine.engine import BlockEngine
-from blockserve.worker.peers.streams import PeerLinks
-from blockserve.worker.service import WorkerHub
+from blockserve.worker.peers.streams import PeerStreams
+from blockserve.worker.service import WorkerService
 from blockserve.worker.servicer import WorkerServicer
 from blockzoo.manifest import ChainId
 from support.tiny import SMALL, TinyZoo
 
 
 @dataclass
-class Hubs:
+class Workers:
     """Workers by name."""
 
     tiny: TinyZoo
     folder: Path
-    hubs: dict[str, WorkerHub] = field(default_factory=dict)
+    services: dict[str, WorkerService] = field(default_factory=dict)
 
     def step(self, name: str, first: int, end: int) -> PathStep:
         """A worker's part of a path."""
@@ -36,7 +36,7 @@ class Hubs:
 
     def engine(self, name: str) -> BlockEngine:
         """A worker's engine."""
-        return self.hubs[name].engine
+        return self.services[name].engine
 
     async def load(self, chain: ChainId, path: Sequence[PathStep]) -> None:
         """Have each worker of a path hold its run."""
@@ -50,33 +50,34 @@ class Hubs:
 
 
 @asynccontextmanager
-async def running_hubs(
+async def running_workers(
     tiny: TinyZoo,
     folder: Path,
     names: Sequence[str],
     servicers: Mapping[str, type[WorkerServicer]] | None = None,
-) -> AsyncIterator[Hubs]:
+) -> AsyncIterator[Workers]:
     """Workers that take calls; `servicers` for those that speak in a way of their own."""
-    made = Hubs(tiny, folder)
+    made = Workers(tiny, folder)
     servers: list[grpc.aio.Server] = []
     try:
         for name in names:
-            links = PeerLinks(WorkerId(name), Credentials(), 1 << 20)
-            engine = BlockEngine(tiny.zoo, SMALL, outlet=links)
+            streams = PeerStreams(WorkerId(name), Credentials(), 1 << 20)
+            engine = BlockEngine(tiny.zoo, SMALL, outlet=streams)
             engine.start()
             record = WorkerRecord(WorkerId(name), name, f"unix:{folder}/{name}", kv_fingerprint="v1")
-            hub = made.hubs[name] = WorkerHub(record, tiny.zoo, engine, links, Credentials())
+            service = made.services[name] = WorkerService(record, tiny.zoo, engine, streams, Credentials())
+            streams.attach(service)
             server = grpc.aio.server(interceptors=[ErrorInterceptor()])
-            servicer = (servicers or {}).get(name, WorkerServicer)(hub)
+            servicer = (servicers or {}).get(name, WorkerServicer)(service)
             worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, server)
             server.add_insecure_port(record.address)
             await server.start()
             servers.append(server)
         yield made
     finally:
-        for hub in made.hubs.values():
-            await hub.close()
+        for service in made.services.values():
+            await service.close()
         for server in servers:
             await server.stop(None)
-        for hub in made.hubs.values():
-            hub.engine.stop()
+        for service in made.services.values():
+            service.engine.stop()

@@ -10,7 +10,7 @@ from blockserve.worker.requests.running import RunningRequest
 
 
 class KvMemory:
-    """Gives requests pages and takes them back; see `blockserve.worker.engine.scheduler.Memory`.
+    """Gives requests pages and takes them back; see `blockserve.worker.engine.scheduler.KvAllocator`.
 
     Attributes:
         num_queried: prompt tokens of requests that looked into the prefix cache.

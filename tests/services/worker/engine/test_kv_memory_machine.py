@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from blockserve.common.api.cluster import Run
 from blockserve.common.api.engine import EngineRequest, SamplingParams
 from blockserve.worker.blocks.chain import Lane, LoadedChain
-from blockserve.worker.engine.memory import KvMemory
+from blockserve.worker.engine.kv_memory import KvMemory
 from blockserve.worker.engine.scheduler import Scheduler
 from blockserve.worker.kv.pool import KvPool, KvShape
 from blockserve.worker.kv.prefix import PrefixSharing, layer_digests
