@@ -13,18 +13,18 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Protocol
 
 import grpc
 from blake3 import blake3
 
 from blockproto.v1 import worker_pb2, worker_pb2_grpc
-from blockserve.common.api.cluster import ChainSpan, WorkerId
+from blockserve.common.api.cluster import ChainSpan, Run, WorkerId
 from blockserve.common.errors import WireError
 from blockserve.common.rpc.channel import Credentials, open_channel
 from blockserve.common.wire.errors import from_rpc_error
-from blockserve.worker.engine.engine import BlockEngine
 from blockserve.worker.peers.convert import prefix_to_message
-from blockserve.worker.peers.kv_transfer import KvPart, PrefixRef, to_bytes
+from blockserve.worker.peers.kv_transfer import KvBlock, KvPart, PrefixRef, to_bytes
 
 BATCH_PAGES = 8
 """Pages imported at a time: a few milliseconds between two passes."""
@@ -33,6 +33,25 @@ Page = tuple[int, bytes, bytes]
 """Which page of the prefix, from 0, and its keys and values, layer after layer."""
 Batches = AsyncGenerator[Sequence[Page], None]
 """Pages from 0 on, `BATCH_PAGES` at a time; the last batch may have fewer."""
+
+
+class PrefixStore(Protocol):
+    """This worker's prefix cache; its engine."""
+
+    async def export_kv(
+        self, prefix: PrefixRef, first: int, count: int, layers: Run | None = None
+    ) -> list[KvBlock]:
+        """Cached pages of a prefix; see `blockserve.worker.peers.kv_transfer.export_blocks`."""
+        ...
+
+    async def import_kv(self, prefix: PrefixRef, pages: Sequence[Page]) -> int:
+        """Keep pages of a prefix; how many were kept.
+
+        Raises:
+            ChainNotLoadedError: its run is not in memory.
+            WireError: they have another shape.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +75,7 @@ def checksum(keys: bytes, values: bytes) -> bytes:
 
 
 async def pull(
-    engine: BlockEngine,
+    store: PrefixStore,
     prefix: PrefixRef,
     parts: Sequence[KvPart],
     *,
@@ -67,7 +86,7 @@ async def pull(
     """Have a prefix's pages sent and keep them.
 
     Args:
-        engine: keeps them.
+        store: keeps them.
         prefix: which.
         parts: who has which layers; together, in order, they are those of the prefix's run.
         me: this worker; what it has itself is copied.
@@ -86,7 +105,7 @@ async def pull(
         sources: list[Batches] = []
         for part in parts:
             made = (
-                _from_here(engine, prefix, part)
+                _from_here(store, prefix, part)
                 if part.source.worker == me
                 else _from_other(prefix, part, fingerprint, credentials)
             )
@@ -94,7 +113,7 @@ async def pull(
         while all(batches := await _next_of_each(sources)):
             num_bytes += sum(len(keys) + len(values) for i in others for _, keys, values in batches[i])
             pages = _join(parts, batches)
-            taken = await engine.import_kv(prefix, pages)
+            taken = await store.import_kv(prefix, pages)
             kept += taken
             if taken < BATCH_PAGES:
                 break  # a source has no more, or we have no room for more
@@ -151,11 +170,11 @@ def _join(parts: Sequence[KvPart], batches: Sequence[Sequence[Page]]) -> list[Pa
     return pages
 
 
-async def _from_here(engine: BlockEngine, prefix: PrefixRef, part: KvPart) -> Batches:
+async def _from_here(store: PrefixStore, prefix: PrefixRef, part: KvPart) -> Batches:
     """What this worker's own cache has, kept there for another run."""
     held = replace(prefix, span=ChainSpan(prefix.span.chain, part.source.run))
     first = 0
-    while blocks := await engine.export_kv(held, first, BATCH_PAGES, part.layers):
+    while blocks := await store.export_kv(held, first, BATCH_PAGES, part.layers):
         yield [(block.place, to_bytes(block.keys), to_bytes(block.values)) for block in blocks]
         first += len(blocks)
 
