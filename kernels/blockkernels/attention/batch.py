@@ -1,4 +1,4 @@
-"""The attention of a batch as its callers know it."""
+"""The protocol of attention over a batch."""
 
 from __future__ import annotations
 

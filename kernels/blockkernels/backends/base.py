@@ -1,8 +1,8 @@
 """What a device must be able to do for blocks to be computed on it.
 
-Rule: who computes asks a backend, and knows neither the device nor the libraries behind it. A backend chooses
-among the operations of this package once, when weights are laid out or a batch is made; small operations
-(norms, rotation, activation) choose by the tensors they get.
+Rule: code that computes asks a backend and knows neither the device nor the libraries behind it. A backend
+chooses among the operations of this package once, when weights are laid out or a batch is made; small
+operations (norms, rotation, activation) choose by the tensors they get.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Inexact:
     """Why results here can depend, in some bit, on what they are computed with.
 
     Attributes:
-        need: what exact results need and this machine has not; a noun phrase.
-        hint: what to do.
+        need: a noun phrase: what exact results need and this machine lacks.
+        hint: what the user can do.
     """
 
     need: str
@@ -47,7 +47,7 @@ class FusedLayer(Protocol):
 
 
 class PlannedAdapters(Protocol):
-    """The adapters of a batch on some layers, prepared for `FusedLayers`; made by the same backend."""
+    """The adapters of a batch on some layers, prepared for `FusedLayers` of the same backend."""
 
 
 class FusedLayers(Protocol):
@@ -56,7 +56,7 @@ class FusedLayers(Protocol):
     def __len__(self) -> int: ...
 
     def scratch_bytes(self, num_tokens: int) -> int:
-        """Memory that a call for so many tokens needs beside its arguments."""
+        """Bytes of scratch memory that a call over `num_tokens` tokens needs."""
         ...
 
     def __call__(
@@ -102,13 +102,13 @@ class Backend(Protocol):
         ...
 
     def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
-        """The type to compute in with weights that are stored in another, where nobody says otherwise."""
+        """The type to compute in when weights are stored in `stored` and the settings name no type."""
         ...
 
     # ---- threads and memory
 
     def prepare_thread(self, num_threads: int) -> None:
-        """Make the calling thread one that computes, together with others: `num_threads` in all.
+        """Prepare the calling thread to compute, as one of `num_threads` threads of a product.
 
         The first call on a machine may take seconds, for example to compile.
         """
@@ -121,7 +121,7 @@ class Backend(Protocol):
     # ---- weights
 
     def copies_weights(self, dtype: torch.dtype) -> bool:
-        """Whether `linear` keeps a copy in a layout of its own and lets go of the weight that it is given."""
+        """Whether `linear` copies a weight into a layout of its own and does not keep the given one."""
         ...
 
     def linear(self, weight: Tensor, bias: Tensor | None, *, exact: bool) -> Linear:
@@ -165,7 +165,10 @@ class Backend(Protocol):
         ...
 
     def plan_adapters(self, layers: Sequence[SlotPlan]) -> PlannedAdapters:
-        """Prepare a batch's adapters on layers that are computed in one call; banks must not change then."""
+        """Prepare a batch's adapters on layers that are computed in one call.
+
+        Banks must not change afterwards.
+        """
         ...
 
     def add_lora(self, y: Tensor, x: Tensor, bank: LoraBank, grouped: GroupedRows) -> None:

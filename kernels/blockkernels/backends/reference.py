@@ -1,4 +1,4 @@
-"""Torch's own operations, on any device that torch has; what CUDA computes with."""
+"""Torch's own operations, on any device that torch has. CUDA uses this backend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a pre-norm decoder layer is made of, in the words of no checkpoint."""
+"""Sizes, weights and slots of a pre-norm decoder layer, free of the module names of checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Linear layers as their callers know them, and the one that keeps its weight as it came."""
+"""The protocol of linear layers, and a layer that keeps its weight in the layout of the checkpoint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from blockkernels.linear.reference import linear_reference
 
 
 class Linear(Protocol):
-    """y = x @ weight.T + bias, however the weight is kept: packed, quantised, as it came."""
+    """y = x @ weight.T + bias, in whatever layout the weight is: packed, quantised, as in the checkpoint."""
 
     @property
     def in_features(self) -> int:
@@ -33,7 +33,7 @@ class Linear(Protocol):
 
 
 class PlainLinear:
-    """A weight [out, in] as it came, multiplied by torch on whatever device it is.
+    """A weight [out, in] in row-major order, multiplied by torch on any device.
 
     Attributes:
         in_features, out_features, num_bytes: see `Linear`.

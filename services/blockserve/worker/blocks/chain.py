@@ -1,4 +1,4 @@
-"""A run of a chain in memory, and what one has to be read for before it is.
+"""Runs of chains: prepared to be attached, and loaded.
 
 Pure values; `blockserve.worker.blocks.manager` holds the blocks that they name.
 """

@@ -1,4 +1,4 @@
-"""What a run of a chain is made of, read from the zoo: manifests, base blocks ready to compute, adapters."""
+"""Reads a run of a chain from the zoo: manifests, base blocks ready to compute, adapters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which adapters a batch uses where, prepared once for as long as the batch stays the same."""
+"""Which adapters a batch uses at which position, prepared once while the batch stays the same."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ class ThreadDriver:
     """A thread of its own; see `Driver`."""
 
     def __init__(self, passes: Passes, backend: Backend, num_threads: int) -> None:
-        """Drive `passes`, computed by `backend` with so many threads."""
+        """Drive `passes`, which `backend` computes with `num_threads` threads."""
         self._passes = passes
         self._backend = backend
         self._num_threads = num_threads

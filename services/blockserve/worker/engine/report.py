@@ -1,4 +1,4 @@
-"""What an engine says about itself: a snapshot of its parts for status, metrics and placement."""
+"""The report of an engine: a snapshot of its parts for status, metrics and placement."""
 
 from __future__ import annotations
 

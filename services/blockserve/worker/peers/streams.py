@@ -37,14 +37,14 @@ NEW_SHARE = 0.2
 
 
 class StreamListener(Protocol):
-    """Who hears of streams, in the event loop."""
+    """Receives news of streams, in the event loop."""
 
     def peer_lost(self, worker: WorkerId) -> None:
         """A worker cannot be reached."""
         ...
 
     def note_taken(self, sender: WorkerId, num_bytes: int) -> None:
-        """The engine has computed on or dropped so many bytes of a sender's hidden states."""
+        """The engine has computed on, or dropped, `num_bytes` of a sender's hidden states."""
         ...
 
 
@@ -71,7 +71,7 @@ class PeerStreams:
         self._listener: StreamListener | None = None
 
     def attach(self, listener: StreamListener) -> None:
-        """Tell `listener` from now on. It is made after the engine, which is made after its streams."""
+        """Send news of streams to `listener`, which can only be made after its engine and the streams."""
         self._listener = listener
 
     # ---- called by who drives the engine
