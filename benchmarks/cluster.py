@@ -26,7 +26,8 @@ from blockserve.client.aio import AsyncClient
 from blockserve.common.api.cluster import ClusterView, PathStep, Run, WorkerId
 from blockserve.common.process.redis_child import RedisChild
 from blockserve.common.rpc.channel import Credentials, open_channel
-from blockserve.common.state.settings import StateConfig, open_store
+from blockserve.common.state.opening import open_store
+from blockserve.common.state.settings import StateConfig
 from blockzoo.manifest import ChainManifest
 from blockzoo.zoo import Zoo
 

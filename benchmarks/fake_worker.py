@@ -24,7 +24,8 @@ from blockserve.common.api.cluster import (
     segment_digest,
 )
 from blockserve.common.process.event_loop import run_in_event_loop
-from blockserve.common.state.settings import StateConfig, open_store
+from blockserve.common.state.opening import open_store
+from blockserve.common.state.settings import StateConfig
 from blockserve.common.state.store import Announcement
 from blockzoo.zoo import Zoo
 

@@ -28,7 +28,8 @@ from blockserve.common.api.cluster import (
     WorkerRecord,
 )
 from blockserve.common.process.redis_child import RedisChild
-from blockserve.common.state.settings import StateConfig, open_store
+from blockserve.common.state.opening import open_store
+from blockserve.common.state.settings import StateConfig
 from blockserve.common.state.store import Announcement
 from blockzoo.manifest import ChainId
 

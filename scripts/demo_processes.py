@@ -18,7 +18,8 @@ from rich.console import Console
 
 from blockproto.v1 import worker_pb2, worker_pb2_grpc
 from blockserve.common.process.redis_child import RedisChild
-from blockserve.common.state.settings import StateConfig, open_store
+from blockserve.common.state.opening import open_store
+from blockserve.common.state.settings import StateConfig
 from blockzoo.errors import BlockzooError
 from blockzoo.zoo import Zoo
 

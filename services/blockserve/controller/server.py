@@ -18,7 +18,7 @@ from blockserve.common.rpc.health import NOT_SERVING, SERVING, HealthReporter
 from blockserve.common.rpc.interceptors import ErrorInterceptor, TokenInterceptor
 from blockserve.common.rpc.listen import bind, enable_reflection, remove_socket, server_options
 from blockserve.common.rpc.settings import read_token
-from blockserve.common.state.settings import open_store, refuse_unfit
+from blockserve.common.state.opening import open_store, refuse_unfit
 from blockserve.common.state.store import StateStore
 from blockserve.controller.metrics import ControllerMetrics
 from blockserve.controller.planning.planner import Planner

@@ -17,7 +17,7 @@ from blockserve.common.rpc.interceptors import ErrorInterceptor, TokenIntercepto
 from blockserve.common.rpc.listen import bind, enable_reflection, server_options
 from blockserve.common.rpc.listen import remove_socket as remove_socket_file
 from blockserve.common.rpc.settings import read_token
-from blockserve.common.state.settings import open_store, refuse_unfit
+from blockserve.common.state.opening import open_store, refuse_unfit
 from blockserve.common.state.store import StateStore
 from blockserve.worker.announcer import Announcer
 from blockserve.worker.engine.engine import BlockEngine

@@ -1,17 +1,12 @@
-"""Settings of the shared state: URLs, secrets, and what they open."""
+"""Settings of the shared state: URLs and secrets."""
 
 from __future__ import annotations
-
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from blockserve.common.errors import ConfigurationError
 from blockserve.common.settings import Settings
-from blockserve.common.state.memory import InProcessStore
-from blockserve.common.state.settings import StateConfig, open_store
+from blockserve.common.state.settings import StateConfig
 from blockserve.common.state.url import Kind, StateUrl, parse_url
 
 SECRET = "h0p3-nobody-reads-it"
@@ -111,37 +106,3 @@ def test_the_environment_names_the_state(monkeypatch: pytest.MonkeyPatch) -> Non
     settings = Process.load()
     assert settings.state.place.hosts == (("db", 7),)
     assert SECRET not in f"{settings!r} {settings}"
-
-
-def test_the_default_is_in_process() -> None:
-    assert isinstance(open_store(StateConfig()), InProcessStore)
-
-
-def test_a_state_that_nobody_else_finds_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    open_store(StateConfig())
-    assert "no other finds it" in caplog.text
-
-
-@pytest.mark.parametrize("name", ["password_file", "ca_file"])
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ConfigurationError, match="nowhere"):
-        open_store(StateConfig(url="rediss://a", **{name: tmp_path / "nowhere"}))
-
-
-def run_without_redis(code: str) -> str:
-    blocked = f"import sys; sys.modules['redis'] = None\n{code}"
-    done = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_the_library_is_needed_by_servers_only() -> None:
-    said = run_without_redis(
-        "from blockserve.common.state.settings import StateConfig, open_store\n"
-        "open_store(StateConfig())\n"
-        "try:\n"
-        "    open_store(StateConfig(url='redis://a'))\n"
-        "except Exception as error:\n"
-        "    print(type(error).__name__, error.hint)\n"
-    )
-    assert said == "ConfigurationError pip install 'blockzoo[cluster]'\n"
