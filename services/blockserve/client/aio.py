@@ -33,16 +33,16 @@ from blockproto.v1 import (
 )
 from blockserve.common.api.call_trace import CallTrace
 from blockserve.common.api.calls import Conversation, GenerateCall, Prompt, SamplingWishes, StoppingWishes
+from blockserve.common.api.placement import WishStatus
 from blockserve.common.api.results import Chunk, Completion, ModelInfo, RequestInfo, ServerStatus, Tokenized
 from blockserve.common.errors import DeadlineExceededError, RemoteError, UnavailableError
-from blockserve.common.placement.servicer import from_message
-from blockserve.common.placement.wishes import WishStatus
 from blockserve.common.rpc.address import DEFAULT_TARGET
 from blockserve.common.rpc.channel import Credentials, open_channel
 from blockserve.common.wire import inference as convert
 from blockserve.common.wire import status as status_convert
 from blockserve.common.wire.call_trace import call_from_message
 from blockserve.common.wire.errors import from_rpc_error
+from blockserve.common.wire.placement import wish_from_message
 from blockzoo.errors import BlockzooError, InvalidInputError
 
 Message = Mapping[str, str]
@@ -277,17 +277,17 @@ class AsyncClient:
         request = placement_pb2.SetWishRequest(variant=variant, pinned=pinned, replicas=replicas)
         if workers is not None:
             request.workers.CopyFrom(placement_pb2.WorkerNames(names=workers))
-        return from_message((await self._call(self._placement.SetWish, request)).wish)
+        return wish_from_message((await self._call(self._placement.SetWish, request)).wish)
 
     async def evict(self, variant: str, worker: str = "") -> WishStatus:
         """Withdraw a variant's wishes and have workers let go of it; with `worker`, only that one."""
         request = placement_pb2.EvictVariantRequest(variant=variant, worker=worker)
-        return from_message((await self._call(self._placement.EvictVariant, request)).wish)
+        return wish_from_message((await self._call(self._placement.EvictVariant, request)).wish)
 
     async def wishes(self) -> list[WishStatus]:
         """What is wished about which variants, by name."""
         answer = await self._call(self._placement.ListWishes, placement_pb2.ListWishesRequest())
-        return [from_message(wish) for wish in answer.wishes]
+        return [wish_from_message(wish) for wish in answer.wishes]
 
     async def _call(self, method: Any, request: Any) -> Any:
         try:

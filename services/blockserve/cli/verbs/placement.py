@@ -15,7 +15,7 @@ from blockserve.cli.verbs.server import CALL_TIMEOUT_S
 from blockserve.cli.views.tables import add_row, make_table, print_json, say
 
 if TYPE_CHECKING:
-    from blockserve.common.placement.wishes import WishStatus
+    from blockserve.common.api.placement import WishStatus
 
 NO_CLUSTER = "UNIMPLEMENTED"
 """The status with which a process that serves alone answers."""

@@ -1,11 +1,12 @@
-"""The gRPC face of operators' wishes about placement, at controllers and routers; and its messages."""
+"""The gRPC face of operators' wishes about placement, at controllers and routers."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from blockproto.v1 import placement_pb2, placement_pb2_grpc
-from blockserve.common.placement.wishes import WishKeeper, WishStatus
+from blockserve.common.placement.wishes import WishKeeper
+from blockserve.common.wire.placement import wish_to_message
 
 SERVICE: str = placement_pb2.DESCRIPTOR.services_by_name["PlacementService"].full_name
 
@@ -27,7 +28,7 @@ class PlacementServicer(placement_pb2_grpc.PlacementServiceServicer):
             replicas=request.replicas if request.HasField("replicas") else None,
             workers=list(request.workers.names) if request.HasField("workers") else None,
         )
-        return placement_pb2.SetWishResponse(wish=to_message(status))
+        return placement_pb2.SetWishResponse(wish=wish_to_message(status))
 
     async def EvictVariant(  # noqa: N802
         self, request: placement_pb2.EvictVariantRequest, context: Any
@@ -35,7 +36,7 @@ class PlacementServicer(placement_pb2_grpc.PlacementServiceServicer):
         """Withdraw a variant's wishes and have workers let go of it."""
         del context
         status = await self._keeper.evict(request.variant, request.worker)
-        return placement_pb2.EvictVariantResponse(wish=to_message(status))
+        return placement_pb2.EvictVariantResponse(wish=wish_to_message(status))
 
     async def ListWishes(  # noqa: N802
         self, request: placement_pb2.ListWishesRequest, context: Any
@@ -43,33 +44,5 @@ class PlacementServicer(placement_pb2_grpc.PlacementServiceServicer):
         """All wishes."""
         del request, context
         return placement_pb2.ListWishesResponse(
-            wishes=[to_message(status) for status in await self._keeper.list()]
+            wishes=[wish_to_message(status) for status in await self._keeper.list()]
         )
-
-
-def to_message(status: WishStatus) -> placement_pb2.WishStatus:
-    """A wish as a message."""
-    return placement_pb2.WishStatus(
-        variant=status.variant,
-        pinned=status.pinned,
-        replicas=status.replicas,
-        workers=status.workers,
-        avoid=status.avoid,
-        since=status.since,
-        chain_digest=status.chain,
-        placed=status.placed,
-    )
-
-
-def from_message(message: placement_pb2.WishStatus) -> WishStatus:
-    """A message as a wish."""
-    return WishStatus(
-        variant=message.variant,
-        pinned=message.pinned,
-        replicas=message.replicas,
-        workers=tuple(message.workers),
-        avoid=tuple(message.avoid),
-        since=message.since,
-        chain=message.chain_digest,
-        placed=tuple(message.placed),
-    )

@@ -10,9 +10,10 @@ import asyncio
 import datetime
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from blockserve.common.api.cluster import ClusterView
+from blockserve.common.api.placement import WishStatus
 from blockserve.common.errors import WorkerNotFoundError
 from blockzoo.errors import (
     BlockzooError,
@@ -33,28 +34,6 @@ EVICT_SECONDS = 6.0
 before; what is asked for after that loads it again."""
 MAX_WORKERS = 1000
 """Copies that may be wished for, and workers that may be named: what placement is measured with."""
-
-
-@dataclass(frozen=True, slots=True)
-class WishStatus:
-    """What is wished about a variant, and what has come of it.
-
-    Attributes:
-        variant: its name.
-        pinned, replicas, workers, avoid: see `blockzoo.store.wishes.PlacementWish`.
-        since: ISO 8601, UTC; "" when nobody ever wished anything.
-        chain: that the name stands for now; "" when it is not registered any more.
-        placed: names of the workers that are to hold the chain or a part of it, by the placement.
-    """
-
-    variant: str
-    pinned: bool = False
-    replicas: int = 0
-    workers: tuple[str, ...] = ()
-    avoid: tuple[str, ...] = ()
-    since: str = ""
-    chain: str = ""
-    placed: tuple[str, ...] = ()
 
 
 class WishKeeper:
