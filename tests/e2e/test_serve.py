@@ -291,7 +291,7 @@ def blobs(zoo: Zoo, name: str) -> set[str]:
 @async_test
 async def test_health_follows_the_real_engine(zoo: Zoo) -> None:
     async with served(zoo, health_seconds=0.005) as rig:
-        health = rig.server._health
+        health = rig.server._host.health
         await until(lambda: health.is_serving)
         await rig.client.generate("base", PROMPT, max_tokens=50, ignore_eos=True).result()
         assert health.is_serving

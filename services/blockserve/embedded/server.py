@@ -17,10 +17,7 @@ from blockproto.v1 import (
     zoo_pb2,
     zoo_pb2_grpc,
 )
-from blockserve.common.rpc.health import NOT_SERVING, HealthReporter
-from blockserve.common.rpc.interceptors import ErrorInterceptor, TokenInterceptor
-from blockserve.common.rpc.listen import bind, enable_reflection, remove_socket, server_options
-from blockserve.common.rpc.settings import read_token
+from blockserve.common.rpc.host import RpcHost
 from blockserve.controller.servicer import ZooServicer
 from blockserve.embedded.metrics import ServerMetrics
 from blockserve.embedded.settings import ServeConfig
@@ -46,15 +43,12 @@ SERVICES = (
     admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name,
     zoo_pb2.DESCRIPTOR.services_by_name["ZooService"].full_name,
 )
-CLOSE_SECONDS = 2.0
-"""How long connections may take to close once no answer is left."""
 
 
 class EmbeddedServer:
     """One server. `start` it in the event loop that will run it, and `stop` it there.
 
     Attributes:
-        address: where clients reach it; known after `start`.
         timeline: where the time of the start went.
         metrics: what is counted, and where it is shown.
     """
@@ -62,17 +56,19 @@ class EmbeddedServer:
     def __init__(self, config: ServeConfig, *, parts: Parts | None = None) -> None:
         """Make a server; nothing is opened yet."""
         self.config = config
-        self.address = config.listen
         self.timeline = Timeline(process_age())
         self.metrics = ServerMetrics(config)
         self._parts = parts or Parts()
-        self._health = HealthReporter(SERVICES)
-        self._is_bound = False
-        self._server: grpc.aio.Server | None = None
+        self._host = RpcHost(config, SERVICES)
         self._engine: RunnableEngine | None = None
         self._router: Router | None = None
         self._zoo_servicer: ZooServicer | None = None
         self._renderer: ChatRenderer | None = None
+
+    @property
+    def address(self) -> str:
+        """Where clients reach it; the real port is known after `start`."""
+        return self._host.address
 
     async def start(self) -> None:
         """Open the zoo, start the engine, take calls, read what is to be preloaded, say SERVING.
@@ -93,14 +89,7 @@ class EmbeddedServer:
 
     async def _start(self) -> None:
         config = self.config
-        token = read_token(config)
-        interceptors: list[grpc.aio.ServerInterceptor] = [ErrorInterceptor()]
-        if token is not None:
-            interceptors.insert(0, TokenInterceptor(token))
-        self._server = grpc.aio.server(interceptors=interceptors, options=server_options(config))
-        # Bound before the long work: an address that is taken is told at once.
-        self.address = bind(self._server, config)
-        self._is_bound = True
+        self._host.bind()
         self.metrics.listen()
         self._renderer = ChatRenderer(chat_limits(config.router))
         with self.timeline.stage("prepare"):
@@ -118,13 +107,12 @@ class EmbeddedServer:
             metrics=self.metrics.requests,
         )
         self.metrics.watch(self._engine, zoo)
-        self._add_services(self._server, self._router, zoo)
-        await self._health.set(NOT_SERVING)
-        await self._server.start()
+        self._add_services(self._host.server, self._router, zoo)
+        await self._host.start()
         log.info("listening address=%s zoo=%s version=%s", self.address, zoo.url, blockserve.__version__)
         with self.timeline.stage("preload"):
             await self._preload(self._router, wanted)
-        self._health.watch(
+        self._host.health.watch(
             self._engine.report, stall_seconds=config.stall_seconds, every=config.health_seconds
         )
         log.info("ready address=%s timeline: %s", self.address, self.timeline)
@@ -172,9 +160,6 @@ class EmbeddedServer:
             config = self.config.controller.within_messages(self.config.max_message_bytes)
             self._zoo_servicer = ZooServicer(zoo, config, on_change=router.forget)
             zoo_pb2_grpc.add_ZooServiceServicer_to_server(self._zoo_servicer, server)
-        self._health.add_to(server)
-        if self.config.serves_reflection:
-            enable_reflection(server, SERVICES)
 
     async def _preload(self, router: Router, refs: Sequence[str]) -> None:
         """Load variants one after another; one that cannot be loaded does not hold up the others."""
@@ -191,19 +176,14 @@ class EmbeddedServer:
             drain_seconds: instead of the settings' value.
         """
         seconds = self.config.drain_seconds if drain_seconds is None else drain_seconds
-        await self._health.stop()
+        await self._host.say_stopping()
         if self._router is not None:
             running = self._router.admission.num_requests
             log.info("stopping requests=%d drain_seconds=%g", running, seconds)
             cut_off = await self._router.admission.drain(seconds)
             if cut_off:
                 log.warning("answers cut off count=%d", cut_off)
-        if self._server is not None:
-            if self._is_bound and self._router is None:
-                # gRPC lets go of a port only when a server that was started is stopped.
-                await self._server.start()
-            await self._server.stop(CLOSE_SECONDS)
-            self.remove_own_socket()
+        await self._host.close()
         if self._zoo_servicer is not None:
             await self._zoo_servicer.close()
             self._zoo_servicer = None
@@ -214,13 +194,12 @@ class EmbeddedServer:
         if self._engine is not None:
             await asyncio.to_thread(self._engine.stop)
         await asyncio.to_thread(self.metrics.close)
-        self._server = self._router = self._engine = self._renderer = None
+        self._router = self._engine = self._renderer = None
         log.info("stopped")
 
     def remove_own_socket(self) -> None:
-        """Take away the socket file, if it is this server's: at a failed start another's may lie there."""
-        if self._is_bound:
-            remove_socket(self.address)
+        """Take away the socket file, if it is this server's."""
+        self._host.remove_own_socket()
 
     def cut_off(self) -> None:
         """End a drain in progress: the answers still running break off now."""

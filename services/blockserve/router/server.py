@@ -7,18 +7,13 @@ import logging
 import secrets
 from importlib.metadata import version
 
-import grpc
-
 from blockproto.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc, placement_pb2_grpc
 from blockserve.common.placement.servicer import SERVICE as PLACEMENT_SERVICE
 from blockserve.common.placement.servicer import PlacementServicer
 from blockserve.common.placement.wishes import EvictionFeed, WishKeeper
 from blockserve.common.process.tasks import end
 from blockserve.common.process.threads import take_turns
-from blockserve.common.rpc.health import NOT_SERVING, SERVING, HealthReporter
-from blockserve.common.rpc.interceptors import ErrorInterceptor, TokenInterceptor
-from blockserve.common.rpc.listen import bind, enable_reflection, remove_socket, server_options
-from blockserve.common.rpc.settings import read_token
+from blockserve.common.rpc.host import RpcHost
 from blockserve.common.state.opening import open_store, refuse_unfit
 from blockserve.common.state.store import StateStore
 from blockserve.router.cluster.demand import DemandTeller
@@ -42,15 +37,12 @@ SERVICES = (
     admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name,
     PLACEMENT_SERVICE,
 )
-CLOSE_SECONDS = 2.0
-"""How long connections may take to close once no answer is left."""
 
 
 class RouterServer:
     """One router. `start` it in the event loop that will run it, and `stop` it there.
 
     Attributes:
-        address: where clients reach it; known after `start`.
         engine: the cluster behind it; known after `start`.
         metrics: what is counted, and where it is shown.
     """
@@ -63,18 +55,20 @@ class RouterServer:
             store: instead of the one that the settings name.
         """
         self.settings = settings
-        self.address = settings.listen
         self.metrics = RouterMetrics(settings)
         self._store = store
-        self._health = HealthReporter(SERVICES)
-        self._is_bound = False
-        self._server: grpc.aio.Server | None = None
+        self._host = RpcHost(settings, SERVICES)
         self._router: Router | None = None
         self._renderer: ChatRenderer | None = None
         self._watch: ClusterWatch | None = None
         self._demand: DemandTeller | None = None
         self._fresh: asyncio.Task[None] | None = None
         self.engine: ClusterEngine
+
+    @property
+    def address(self) -> str:
+        """Where clients reach it; the real port is known after `start`."""
+        return self._host.address
 
     async def start(self) -> None:
         """Open the zoo, follow the cluster, take calls.
@@ -93,13 +87,7 @@ class RouterServer:
         settings = self.settings
         if settings.own_cores:
             take_turns()  # before there are threads, which do as the one that starts them
-        token = read_token(settings)
-        interceptors: list[grpc.aio.ServerInterceptor] = [ErrorInterceptor()]
-        if token is not None:
-            interceptors.insert(0, TokenInterceptor(token))
-        self._server = grpc.aio.server(interceptors=interceptors, options=server_options(settings))
-        self.address = bind(self._server, settings)
-        self._is_bound = True
+        self._host.bind()
         self.metrics.listen()
         zoo = await asyncio.to_thread(Zoo.open, settings.zoo)
         self._renderer = ChatRenderer(chat_limits(settings.router))
@@ -135,21 +123,16 @@ class RouterServer:
             operator=self.engine,
             wishes=keeper,
         )
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(
-            InferenceServicer(self._router), self._server
-        )
-        admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(self._router), self._server)
-        placement_pb2_grpc.add_PlacementServiceServicer_to_server(PlacementServicer(keeper), self._server)
-        self._health.add_to(self._server)
-        if settings.serves_reflection:
-            enable_reflection(self._server, SERVICES)
-        await self._health.set(NOT_SERVING)
-        await self._server.start()
+        server = self._host.server
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(self._router), server)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(self._router), server)
+        placement_pb2_grpc.add_PlacementServiceServicer_to_server(PlacementServicer(keeper), server)
+        await self._host.start()
         self._watch = watch = ClusterWatch(self._store, self.engine.update)
         self.metrics.watch(self.engine, lambda: watch.seen)
         watch.start()
         demand.start()
-        await self._health.set(SERVING)
+        await self._host.say_serving()
         log.info("ready address=%s zoo=%s version=%s", self.address, zoo.url, version("blockzoo"))
 
     async def stop(self, *, drain_seconds: float | None = None) -> None:
@@ -159,17 +142,12 @@ class RouterServer:
             drain_seconds: instead of the settings' value.
         """
         seconds = self.settings.drain_seconds if drain_seconds is None else drain_seconds
-        await self._health.stop()
+        await self._host.say_stopping()
         if self._router is not None:
             cut_off = await self._router.admission.drain(seconds)
             if cut_off:
                 log.warning("answers cut off count=%d", cut_off)
-        if self._server is not None:
-            if self._is_bound and self._watch is None:
-                # gRPC lets go of a port only when a server that was started is stopped.
-                await self._server.start()
-            await self._server.stop(CLOSE_SECONDS)
-            self.remove_own_socket()
+        await self._host.close()
         await end(self._fresh)
         for part in (self._watch, self._demand):
             if part is not None:
@@ -182,10 +160,9 @@ class RouterServer:
         if self._store is not None:
             await self._store.close()
         await asyncio.to_thread(self.metrics.close)
-        self._server = self._router = self._renderer = self._watch = self._demand = self._store = None
+        self._router = self._renderer = self._watch = self._demand = self._store = None
         log.info("stopped")
 
     def remove_own_socket(self) -> None:
         """Take away the socket file, if it is this server's."""
-        if self._is_bound:
-            remove_socket(self.address)
+        self._host.remove_own_socket()

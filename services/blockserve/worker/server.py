@@ -8,15 +8,9 @@ import platform
 import secrets
 from importlib.metadata import version
 
-import grpc
-
 from blockproto.v1 import worker_pb2, worker_pb2_grpc
 from blockserve.common.api.cluster import ResidentSegment, WorkerId, WorkerRecord, segment_digest
-from blockserve.common.rpc.health import NOT_SERVING, HealthReporter
-from blockserve.common.rpc.interceptors import ErrorInterceptor, TokenInterceptor
-from blockserve.common.rpc.listen import bind, enable_reflection, server_options
-from blockserve.common.rpc.listen import remove_socket as remove_socket_file
-from blockserve.common.rpc.settings import read_token
+from blockserve.common.rpc.host import RpcHost
 from blockserve.common.state.opening import open_store, refuse_unfit
 from blockserve.common.state.store import StateStore
 from blockserve.worker.announcer import Announcer
@@ -55,9 +49,7 @@ class WorkerServer:
         self.address = settings.listen
         self.metrics = WorkerMetrics(settings)
         self._store: StateStore | None = None
-        self._health = HealthReporter(SERVICES)
-        self._is_bound = False
-        self._server: grpc.aio.Server | None = None
+        self._host = RpcHost(settings, SERVICES, close_seconds=CLOSE_SECONDS)
         self._engine: BlockEngine | None = None
         self._announcer: Announcer | None = None
         self._reconciler: Reconciler | None = None
@@ -80,14 +72,8 @@ class WorkerServer:
 
     async def _start(self) -> None:
         settings = self.settings
-        token = read_token(settings)
-        interceptors: list[grpc.aio.ServerInterceptor] = [ErrorInterceptor()]
-        if token is not None:
-            interceptors.insert(0, TokenInterceptor(token))
-        self._server = grpc.aio.server(interceptors=interceptors, options=server_options(settings))
-        bound = bind(self._server, settings)
-        self._is_bound = True
-        self.address = settings.advertise or bound
+        self._host.bind()
+        self.address = settings.advertise or self._host.address
         self.metrics.listen()
         zoo = await asyncio.to_thread(Zoo.open, settings.zoo)
         record = self._record()
@@ -97,12 +83,8 @@ class WorkerServer:
         self._engine.start(in_loop=True)
         self.service = WorkerService(record, zoo, self._engine, streams, credentials)
         streams.attach(self.service)
-        worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(self.service), self._server)
-        self._health.add_to(self._server)
-        if settings.serves_reflection:
-            enable_reflection(self._server, SERVICES)
-        await self._health.set(NOT_SERVING)
-        await self._server.start()
+        worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(self.service), self._host.server)
+        await self._host.start()
         self._store = open_store(settings.state)
         await refuse_unfit(self._store)
         self._announcer = Announcer(
@@ -119,7 +101,7 @@ class WorkerServer:
             self.service, self._second_store, lambda chain: self._manifest(zoo, chain)
         )
         self._reconciler.start()
-        self._health.watch(self._engine.report, stall_seconds=STALL_SECONDS, every=HEALTH_SECONDS)
+        self._host.health.watch(self._engine.report, stall_seconds=STALL_SECONDS, every=HEALTH_SECONDS)
         log.info(
             "ready worker=%s address=%s zoo=%s version=%s",
             record.id,
@@ -135,7 +117,7 @@ class WorkerServer:
             drain_seconds: instead of the settings' value.
         """
         seconds = self.settings.drain_seconds if drain_seconds is None else drain_seconds
-        await self._health.stop()
+        await self._host.say_stopping()
         if self._reconciler is not None:
             await self._reconciler.stop()
         if self._announcer is not None:
@@ -143,26 +125,20 @@ class WorkerServer:
             log.info("drained worker=%s given_back=%d", self.service.record().id, given_back)
             await self._announcer.stop()
             await self.service.close()
-        if self._server is not None:
-            if self._is_bound and self._announcer is None:
-                # gRPC lets go of a port only when a server that was started is stopped.
-                await self._server.start()
-            await self._server.stop(CLOSE_SECONDS)
-            self.remove_own_socket()
+        await self._host.close()
         if self._engine is not None:
             await asyncio.to_thread(self._engine.stop)
         for store in (self._store, self._second_store):
             if store is not None:
                 await store.close()
         await asyncio.to_thread(self.metrics.close)
-        self._server = self._engine = self._announcer = self._store = None
+        self._engine = self._announcer = self._store = None
         self._reconciler = self._second_store = None
         log.info("stopped")
 
     def remove_own_socket(self) -> None:
         """Take away the socket file, if it is this server's."""
-        if self._is_bound:
-            remove_socket_file(self.settings.listen)
+        self._host.remove_own_socket()
 
     def _record(self) -> WorkerRecord:
         engine, host = self.settings.engine, platform.node()
