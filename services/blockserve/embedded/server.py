@@ -32,7 +32,10 @@ from blockserve.embedded.startup import (
 from blockserve.router.fronts.servicer import AdminServicer, InferenceServicer
 from blockserve.router.intake.catalog import VariantCatalog, ZooReader
 from blockserve.router.intake.chat import ChatRenderer
+from blockserve.router.intake.loading import ChainLoader
+from blockserve.router.operations import Operations
 from blockserve.router.service import Router, chat_limits
+from blockserve.router.traces.book import TraceBook
 from blockzoo.errors import BlockzooError
 from blockzoo.zoo import Zoo
 
@@ -97,21 +100,24 @@ class EmbeddedServer:
         with self.timeline.stage("engine"):
             self._engine = await asyncio.to_thread(self._parts.make_engine, zoo, config.engine)
             self._engine.start()
+        loader, traces = ChainLoader(self._engine), TraceBook(config.router.traced_requests)
         self._router = Router(
-            zoo,
+            catalog,
             self._engine,
+            loader,
             config.router,
-            version=blockserve.__version__,
-            catalog=catalog,
+            traces=traces,
             renderer=self._renderer,
             metrics=self.metrics.requests,
         )
+        operations = Operations(catalog, self._engine, loader, traces, version=blockserve.__version__)
         self.metrics.watch(self._engine, zoo)
-        self._add_services(self._host.server, self._router, zoo)
+        self._add_services(self._host.server, self._router, operations)
+        self._add_zoo_service(self._host.server, zoo, catalog)
         await self._host.start()
         log.info("listening address=%s zoo=%s version=%s", self.address, zoo.url, blockserve.__version__)
         with self.timeline.stage("preload"):
-            await self._preload(self._router, wanted)
+            await self._preload(operations, wanted)
         self._host.health.watch(
             self._engine.report, stall_seconds=config.stall_seconds, every=config.health_seconds
         )
@@ -153,19 +159,21 @@ class EmbeddedServer:
             parse_ahead(catalog, wanted)
         return zoo, catalog, wanted
 
-    def _add_services(self, server: grpc.aio.Server, router: Router, zoo: ZooReader) -> None:
+    def _add_services(self, server: grpc.aio.Server, router: Router, operations: Operations) -> None:
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(router), server)
-        admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(router), server)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(operations), server)
+
+    def _add_zoo_service(self, server: grpc.aio.Server, zoo: ZooReader, catalog: VariantCatalog) -> None:
         if isinstance(zoo, Zoo):
             config = self.config.controller.within_messages(self.config.max_message_bytes)
-            self._zoo_servicer = ZooServicer(zoo, config, on_change=router.forget)
+            self._zoo_servicer = ZooServicer(zoo, config, on_change=catalog.forget)
             zoo_pb2_grpc.add_ZooServiceServicer_to_server(self._zoo_servicer, server)
 
-    async def _preload(self, router: Router, refs: Sequence[str]) -> None:
+    async def _preload(self, operations: Operations, refs: Sequence[str]) -> None:
         """Load variants one after another; one that cannot be loaded does not hold up the others."""
         for ref in refs:
             try:
-                await router.load(ref, pinned=True if ref in self.config.pin else None)
+                await operations.load(ref, pinned=True if ref in self.config.pin else None)
             except BlockzooError as error:
                 log.error("variant not loaded variant=%s reason=%s: %s", ref, error.reason, error)
 

@@ -20,12 +20,16 @@ from blockserve.router.cluster.demand import DemandTeller
 from blockserve.router.cluster.engine import ClusterEngine
 from blockserve.router.cluster.watching import ClusterWatch
 from blockserve.router.fronts.servicer import AdminServicer, InferenceServicer
+from blockserve.router.intake.catalog import VariantCatalog
 from blockserve.router.intake.chat import ChatRenderer
+from blockserve.router.intake.loading import ChainLoader
 from blockserve.router.metrics import RouterMetrics
+from blockserve.router.operations import Operations
 from blockserve.router.paths.adaptive import AdaptiveAssembly
 from blockserve.router.paths.chooser import ZooPathChooser
 from blockserve.router.service import Router, chat_limits
 from blockserve.router.settings import RouterSettings
+from blockserve.router.traces.book import TraceBook
 from blockzoo.equivalence import Approvals
 from blockzoo.store.wishes import WishBook
 from blockzoo.zoo import Zoo
@@ -112,20 +116,24 @@ class RouterServer:
         )
         engine = self.engine
         keeper = WishKeeper(zoo, lambda: engine.view)
+        catalog = VariantCatalog(zoo, settings.router)
+        loader, traces = ChainLoader(engine), TraceBook(settings.router.traced_requests)
         self._router = Router(
-            zoo,
-            self.engine,
+            catalog,
+            engine,
+            loader,
             settings.router,
-            version=version("blockzoo"),
+            traces=traces,
             renderer=self._renderer,
             metrics=self.metrics.requests,
             adaptive=adaptive,
-            operator=self.engine,
-            wishes=keeper,
+        )
+        operations = Operations(
+            catalog, engine, loader, traces, version=version("blockzoo"), operator=engine, wishes=keeper
         )
         server = self._host.server
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(self._router), server)
-        admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(self._router), server)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(operations), server)
         placement_pb2_grpc.add_PlacementServiceServicer_to_server(PlacementServicer(keeper), server)
         await self._host.start()
         self._watch = watch = ClusterWatch(self._store, self.engine.update)

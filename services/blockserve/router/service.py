@@ -1,4 +1,4 @@
-"""What the router does, free of any wire format: calls in, results out.
+"""How callers are answered, free of any wire format: calls in, results out.
 
 A Generate call goes through: check, admit, resolve, tokenise, plan, load, stream; it is counted all along.
 """
@@ -12,28 +12,23 @@ import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
-from typing import Protocol
 
-from blockserve.common.api.call_trace import CallTrace
 from blockserve.common.api.calls import Conversation, GenerateCall
 from blockserve.common.api.engine import Engine
-from blockserve.common.api.results import Chunk, LoadedChain, ModelInfo, ServerStatus, Tokenized
+from blockserve.common.api.results import Chunk, ModelInfo, Tokenized
 from blockserve.common.errors import (
     ChainNotLoadedError,
     DeadlineExceededError,
     DeadlineTooShortError,
     QueueFullError,
     ResumeError,
-    WorkerNotFoundError,
 )
 from blockserve.common.metrics import AnswerMeter, MetricsRegistry, RequestMeter, RequestMetrics
-from blockserve.common.placement.wishes import WishKeeper
 from blockserve.router.admission.gate import Admission
 from blockserve.router.admission.pacing import Pacer
 from blockserve.router.answers.answer import Answer, stream_answer
 from blockserve.router.answers.choices import Choices
-from blockserve.router.cluster.report import KnowsCluster, describe
-from blockserve.router.intake.catalog import DamagedVariant, ServedVariant, VariantCatalog, ZooReader
+from blockserve.router.intake.catalog import DamagedVariant, ServedVariant, VariantCatalog
 from blockserve.router.intake.chat import ChatLimits, ChatRenderer
 from blockserve.router.intake.loading import ChainLoader
 from blockserve.router.intake.plan import Plan, check_call, check_conversation, plan
@@ -48,61 +43,51 @@ DEADLINE_MARGIN = 2.0
 """A request is refused when its queue is estimated to take this many times what is left to its deadline."""
 
 
-class WorkerOperator(Protocol):
-    """Acts on single workers of a cluster."""
-
-    async def drain_worker(self, worker: str, seconds: float, *, resume: bool) -> int:
-        """Have a worker take no new requests; how many it gave back (WorkerNotFoundError)."""
-        ...
-
-
 class Router:
-    """Serves the variants of a zoo with an engine. One event loop."""
+    """Serves the variants of a zoo with an engine. One event loop.
+
+    Attributes:
+        limits: on requests.
+        admission: who is let in; the server drains it.
+        metrics: where requests are counted.
+    """
 
     def __init__(
         self,
-        zoo: ZooReader,
+        catalog: VariantCatalog,
         engine: Engine,
-        config: RouterConfig | None = None,
+        loader: ChainLoader,
+        limits: RouterConfig | None = None,
         *,
-        version: str = "",
-        catalog: VariantCatalog | None = None,
+        traces: TraceBook | None = None,
         renderer: ChatRenderer | None = None,
         metrics: RequestMetrics | None = None,
         adaptive: AdaptiveAssembly | None = None,
-        operator: WorkerOperator | None = None,
-        wishes: WishKeeper | None = None,
     ) -> None:
         """Put the parts together.
 
         Args:
-            zoo: where variants are looked up.
-            engine: what runs them.
-            config: the limits.
-            version: of the program, for `status`.
-            catalog: one made earlier over the same zoo, with tokenizers already parsed.
-            renderer: one made earlier, with its child process already started.
+            catalog: where variants are looked up.
+            engine: what runs requests.
+            loader: brings chains into memory; `close` closes it.
+            limits: on requests.
+            traces: records where the time of calls goes; None records what nobody reads.
+            renderer: one made earlier, with its child process already started; `close` closes it.
             metrics: where requests are counted; None counts into a registry that nobody reads.
             adaptive: chooses among approved equivalents; None always runs a variant's own chain.
-            operator: acts on workers; None where there are none.
-            wishes: keeps what is to stay loaded in a cluster; None where there is one process.
         """
-        self._wishes = wishes
-        self._operator = operator
         self._adaptive = adaptive
         self._instance = secrets.token_hex(3)
-        self.config = config or RouterConfig()
-        self.admission = Admission(self.config.max_requests, self.config.retry_after_seconds)
+        self.limits = limits or RouterConfig()
+        self.admission = Admission(self.limits.max_requests, self.limits.retry_after_seconds)
         self.metrics = metrics or RequestMetrics(MetricsRegistry())
-        self._pacer = Pacer(self.config.retry_after_seconds, self.config.max_retry_after_seconds)
-        self._catalog = catalog or VariantCatalog(zoo, self.config)
-        self._renderer = renderer or ChatRenderer(chat_limits(self.config))
+        self._pacer = Pacer(self.limits.retry_after_seconds, self.limits.max_retry_after_seconds)
+        self._catalog = catalog
+        self._renderer = renderer or ChatRenderer(chat_limits(self.limits))
         self._engine = engine
-        self._loader = ChainLoader(engine)
-        self._version = version
-        self._started = time.monotonic()
+        self._loader = loader
         self._numbers = itertools.count()
-        self._traces = TraceBook(self.config.traced_requests)
+        self._traces = traces or TraceBook(self.limits.traced_requests)
 
     async def close(self) -> None:
         """Let go of child processes and loads; requests have to be drained before."""
@@ -125,7 +110,7 @@ class Router:
         arrival = time.monotonic() if arrival is None else arrival
         with self.metrics.request(arrival) as meter:
             try:
-                check_call(call, self.config)
+                check_call(call, self.limits)
                 with self.admission.admit(call.num_choices), self._traces.follow(call, arrival) as times:
                     resolved, answer = await self._prepare(call, arrival, deadline, times)
                     meter.resolve(resolved.variant.record.name, len(resolved.request.prompt))
@@ -147,7 +132,7 @@ class Router:
         times.tokenise(len(prompt))
         # Workers serve several routers, and callers may reuse their ids.
         engine_id = f"{call.request_id}#{self._instance}.{next(self._numbers)}"
-        resolved = plan(call, variant, prompt, self.config, engine_id=engine_id, deadline=deadline)
+        resolved = plan(call, variant, prompt, self.limits, engine_id=engine_id, deadline=deadline)
         self._check_deadline(resolved)
         resolved = await self._adapt(resolved)
         tokenizer = await self._catalog.tokenizer(variant)
@@ -203,7 +188,7 @@ class Router:
             BlockzooError: the variant, its template or its tokenizer is at fault.
         """
         if isinstance(prompt, Conversation):
-            check_conversation(prompt, self.config)
+            check_conversation(prompt, self.limits)
         variant = await self._catalog.get(model)
         ids, text = await self._encode(variant, prompt)
         return Tokenized(ids, text, variant.chain.context_length)
@@ -219,85 +204,6 @@ class Router:
     async def model(self, ref: str) -> ModelInfo:
         """One variant (VariantNotFoundError)."""
         return self._model(await self._catalog.get(ref))
-
-    async def load(self, ref: str, *, pinned: bool | None = None) -> tuple[str, float]:
-        """Bring a variant's blocks into memory; its chain's digest and the seconds it took.
-
-        Args:
-            ref: `name` or `name@version`.
-            pinned: whether they must stay when others need room; None leaves that as it is.
-        """
-        started = time.monotonic()
-        variant = await self._catalog.get(ref)
-        if self._wishes is not None and pinned is not None:
-            await self._wishes.wish(ref, pinned=pinned)
-        await self._loader.ensure(variant.record.chain)
-        if pinned is not None:
-            await self._engine.load(variant.record.chain, pinned=pinned)
-        return variant.record.chain, time.monotonic() - started
-
-    async def unload(self, ref: str) -> str:
-        """Let go of a variant's blocks once its requests have ended; its chain's digest."""
-        variant = await self._catalog.get(ref)
-        if self._wishes is not None and "@" not in ref:
-            await self._wishes.wish(ref, pinned=False)
-        await self._engine.unload(variant.record.chain)
-        return variant.record.chain
-
-    async def drain_worker(self, worker: str, seconds: float, *, resume: bool = False) -> int:
-        """Have a worker take no new requests; how many it gave back.
-
-        Raises:
-            WorkerNotFoundError: there is none of this name, or this server is one process.
-        """
-        if self._operator is None:
-            raise WorkerNotFoundError(
-                f"there is no worker {worker!r}: this server is one process", hint="Stop the server instead."
-            )
-        return await self._operator.drain_worker(worker, seconds, resume=resume)
-
-    async def trace(self, request_id: str) -> tuple[CallTrace, ...]:
-        """Where the time of a request went (RequestNotFoundError); see `TraceBook.trace`."""
-        return await self._traces.trace(request_id, self._engine)
-
-    def forget(self, name: str) -> None:
-        """Let requests see at once what was changed about a name."""
-        self._catalog.forget(name)
-
-    async def status(self) -> ServerStatus:
-        """What is loaded, the segments, the queues and the use of KV pages."""
-        report, refs = self._engine.report(), await self._catalog.refs_by_chain()
-        return ServerStatus(
-            version=self._version,
-            uptime_seconds=time.monotonic() - self._started,
-            zoo_url=self._catalog.zoo_url,
-            device=report.device,
-            waiting_requests=report.waiting_requests,
-            running_requests=report.running_requests,
-            passes=report.passes,
-            kv_pages_total=report.kv_pages_total,
-            kv_pages_used=report.kv_pages_used,
-            kv_bytes_total=report.kv_bytes_total,
-            block_bytes=report.block_bytes,
-            kv_pages_cached=report.kv_pages_cached,
-            prefix_queried_tokens=report.prefix_queried_tokens,
-            prefix_hit_tokens=report.prefix_hit_tokens,
-            preemptions=report.preemptions,
-            chain_evictions=report.chain_evictions,
-            chains=tuple(
-                LoadedChain(
-                    chain_digest=chain.chain,
-                    models=refs.get(chain.chain, ()),
-                    running_requests=chain.running_requests,
-                    private_bytes=chain.private_bytes,
-                    total_bytes=chain.total_bytes,
-                    pinned=chain.pinned,
-                )
-                for chain in report.chains
-            ),
-            segments=report.segments,
-            cluster=describe(self._engine) if isinstance(self._engine, KnowsCluster) else None,
-        )
 
     def _run_all(
         self, choices: Choices, meter: RequestMeter, times: CallTimes
@@ -361,13 +267,13 @@ class Router:
         )
 
 
-def chat_limits(config: RouterConfig) -> ChatLimits:
-    """The renderer's part of the settings."""
+def chat_limits(limits: RouterConfig) -> ChatLimits:
+    """The renderer's part of the limits."""
     return ChatLimits(
-        seconds=config.chat_seconds,
-        memory_bytes=config.chat_memory_bytes,
-        max_chars=config.chat_max_chars,
-        processes=config.chat_processes,
+        seconds=limits.chat_seconds,
+        memory_bytes=limits.chat_memory_bytes,
+        max_chars=limits.chat_max_chars,
+        processes=limits.chat_processes,
     )
 
 

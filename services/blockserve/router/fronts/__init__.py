@@ -1,1 +1,1 @@
-"""Protocols that callers speak, each translated to `blockserve.router.service`."""
+"""Protocols that callers speak, each translated to `blockserve.router.service` and `operations`."""

@@ -1,6 +1,6 @@
-"""The gRPC face of the router: a message in, a value to `Router`, a message out.
+"""The gRPC face of the router: a message in, a value to `Router` or `Operations`, a message out.
 
-Errors are raised as they are; `common.rpc.interceptors.ErrorInterceptor` translates them.
+Errors are raised as they are; `blockserve.common.rpc.interceptors.ErrorInterceptor` translates them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from blockproto.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb
 from blockserve.common.wire import inference as convert
 from blockserve.common.wire import status as status_convert
 from blockserve.common.wire.call_trace import call_to_message
+from blockserve.router.operations import Operations
 from blockserve.router.service import Router
 
 
@@ -52,8 +53,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> inference_pb2.ListModelsResponse:
         """One page of the zoo's variants."""
         del context
-        config = self._router.config
-        size = min(request.page_size or config.page_size, config.max_page_size)
+        limits = self._router.limits
+        size = min(request.page_size or limits.page_size, limits.max_page_size)
         models, more = await self._router.models(convert.name_from_page_token(request.page_token), size)
         return inference_pb2.ListModelsResponse(
             models=[convert.model_to_message(model) for model in models],
@@ -72,8 +73,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     """`blockproto.v1.AdminService`."""
 
-    def __init__(self, router: Router) -> None:
-        self._router = router
+    def __init__(self, operations: Operations) -> None:
+        self._operations = operations
 
     async def LoadModel(  # noqa: N802
         self, request: admin_pb2.LoadModelRequest, context: Any
@@ -81,7 +82,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         """Read a variant's blocks into memory."""
         del context
         pinned = request.pinned if request.HasField("pinned") else None
-        chain, seconds = await self._router.load(convert.model_name(request.model), pinned=pinned)
+        chain, seconds = await self._operations.load(convert.model_name(request.model), pinned=pinned)
         return admin_pb2.LoadModelResponse(chain_digest=chain, seconds=seconds)
 
     async def UnloadModel(  # noqa: N802
@@ -89,7 +90,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     ) -> admin_pb2.UnloadModelResponse:
         """Let go of a variant's blocks."""
         del context
-        chain = await self._router.unload(convert.model_name(request.model))
+        chain = await self._operations.unload(convert.model_name(request.model))
         return admin_pb2.UnloadModelResponse(chain_digest=chain)
 
     async def DrainWorker(  # noqa: N802
@@ -97,7 +98,9 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     ) -> admin_pb2.DrainWorkerResponse:
         """Have a worker give its requests back, or take some again."""
         del context
-        given_back = await self._router.drain_worker(request.worker, request.seconds, resume=request.resume)
+        given_back = await self._operations.drain_worker(
+            request.worker, request.seconds, resume=request.resume
+        )
         return admin_pb2.DrainWorkerResponse(given_back=given_back)
 
     async def TraceRequest(  # noqa: N802
@@ -105,7 +108,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     ) -> admin_pb2.TraceRequestResponse:
         """Where the time of a request went."""
         del context
-        calls = await self._router.trace(request.request_id)
+        calls = await self._operations.trace(request.request_id)
         return admin_pb2.TraceRequestResponse(calls=[call_to_message(call) for call in calls])
 
     async def GetStatus(  # noqa: N802
@@ -113,4 +116,4 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     ) -> admin_pb2.GetStatusResponse:
         """What the server holds and does."""
         del request, context
-        return status_convert.status_to_message(await self._router.status())
+        return status_convert.status_to_message(await self._operations.status())

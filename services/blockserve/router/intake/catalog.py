@@ -115,14 +115,14 @@ class VariantCatalog:
     def __init__(
         self,
         zoo: ZooReader,
-        config: RouterConfig | None = None,
+        limits: RouterConfig | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._zoo = zoo
-        self._config = config or RouterConfig()
+        self._limits = limits or RouterConfig()
         self._clock = clock
-        self._tokenizers = TokenizerCache(self._config.cached_tokenizers)
+        self._tokenizers = TokenizerCache(self._limits.cached_tokenizers)
         self._lock = threading.Lock()
         self._served: OrderedDict[tuple[str, int, ChainId], ServedVariant] = OrderedDict()
         self._current: dict[str, _Look] = {}
@@ -244,7 +244,7 @@ class VariantCatalog:
             seen = self._current.get(ref)
         if seen is None:
             return None
-        is_fresh = self._clock() - seen.at < self._config.refresh_seconds
+        is_fresh = self._clock() - seen.at < self._limits.refresh_seconds
         if is_fresh or (seen.stamp is not None and seen.stamp == self._zoo.stamp(ref)):
             return seen.record
         return None
@@ -256,7 +256,7 @@ class VariantCatalog:
         now, stamp = self._clock(), self._zoo.stamp(ref)
         record = self._zoo.resolve(ref)
         with self._lock:
-            if len(self._current) >= self._config.cached_variants:
+            if len(self._current) >= self._limits.cached_variants:
                 self._current.clear()
             self._current[ref] = _Look(now, stamp, record)
         return record
@@ -268,7 +268,7 @@ class VariantCatalog:
         served = self._describe(record)
         with self._lock:
             self._served[key] = served
-            while len(self._served) > self._config.cached_variants:
+            while len(self._served) > self._limits.cached_variants:
                 self._served.popitem(last=False)
         return served
 
