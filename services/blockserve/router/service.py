@@ -30,8 +30,9 @@ from blockserve.router.answers.answer import Answer, stream_answer
 from blockserve.router.answers.choices import Choices
 from blockserve.router.intake.catalog import DamagedVariant, ServedVariant, VariantCatalog
 from blockserve.router.intake.chat import ChatLimits, ChatRenderer
+from blockserve.router.intake.checks import check_call, check_conversation
 from blockserve.router.intake.loading import ChainLoader
-from blockserve.router.intake.plan import Plan, check_call, check_conversation, plan
+from blockserve.router.intake.plan import Plan, plan
 from blockserve.router.limits import RouterConfig
 from blockserve.router.paths.adaptive import AdaptiveAssembly
 from blockserve.router.traces.book import CallTimes, ChoiceTimes, TraceBook

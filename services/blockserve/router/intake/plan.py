@@ -1,16 +1,14 @@
-"""A call and a variant to an engine request: every value checked and resolved. Pure.
+"""A checked call and a variant to an engine request: every value resolved. Pure.
 
-Checks that need no variant come first (`check_call`), so a senseless request costs no look-up; `plan`
-checks what depends on the variant's vocabulary and context.
+What depends on the variant (its vocabulary, context and defaults) is checked here; `checks` did the rest.
 """
 
 from __future__ import annotations
 
-import math
 import secrets
 from dataclasses import dataclass
 
-from blockserve.common.api.calls import Conversation, GenerateCall, SamplingWishes, StoppingWishes
+from blockserve.common.api.calls import GenerateCall, SamplingWishes
 from blockserve.common.api.engine import EngineRequest, SamplingParams
 from blockserve.common.errors import (
     EmptyPromptError,
@@ -20,18 +18,7 @@ from blockserve.common.errors import (
     SamplingError,
 )
 from blockserve.router.intake.catalog import ServedVariant
-from blockserve.router.intake.checks import (
-    check_choices,
-    check_held,
-    check_logit_edits,
-    check_resolved,
-)
 from blockserve.router.limits import RouterConfig
-
-MIN_TEMPERATURE = 1e-3
-"""Below it, logits over temperature leave float32's range; such a caller means greedy, which is 0."""
-
-MAX_SEED = 2**64 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,44 +38,6 @@ class Plan:
     approximations: tuple[str, ...] = ()
 
 
-def check_call(call: GenerateCall, limits: RouterConfig) -> None:
-    """Refuse values that no variant could take.
-
-    Raises:
-        SamplingError: naming the field.
-        ResumeError: it is not said where each choice goes on.
-        PromptError: a conversation with no or too many turns.
-        EmptyPromptError: no text and no tokens.
-    """
-    _check_sampling(call.sampling, limits)
-    check_logit_edits(call.sampling, limits)
-    check_choices(call, limits)
-    _check_stopping(call.stopping, limits)
-    if call.logprobs is not None and call.logprobs > limits.max_logprobs:
-        raise SamplingError("response.logprobs", f"{call.logprobs} is more than {limits.max_logprobs}")
-    if isinstance(call.prompt, Conversation):
-        check_conversation(call.prompt, limits)
-    elif not call.prompt:
-        raise EmptyPromptError("the prompt is empty", hint="Send at least one token or character.")
-
-
-def check_conversation(conversation: Conversation, limits: RouterConfig) -> None:
-    """Refuse a conversation of no or too many turns.
-
-    Raises:
-        EmptyPromptError: no turns.
-        PromptError: too many turns.
-    """
-    turns = len(conversation.messages)
-    if not turns:
-        raise EmptyPromptError("the conversation has no messages", hint="Send at least one message.")
-    if turns > limits.max_messages:
-        raise PromptError(
-            f"the conversation has {turns} messages, at most {limits.max_messages} are taken",
-            field="chat.messages",
-        )
-
-
 def plan(
     call: GenerateCall,
     variant: ServedVariant,
@@ -101,7 +50,7 @@ def plan(
     """Resolve a checked call against the variant that answers it.
 
     Args:
-        call: passed `check_call`.
+        call: passed `blockserve.router.intake.checks.check_call`.
         variant: resolved from `call.model`.
         prompt: the call's prompt as token ids.
         limits: the server's.
@@ -120,12 +69,12 @@ def plan(
             raise SamplingError(f"stopping.stop_token_ids[{i}]", _outside(token, vocab))
     sampling = _sampling(call.sampling, variant)
     max_tokens = _max_tokens(call.stopping.max_tokens, variant, len(prompt), limits)
-    check_resolved(call, sampling, vocab=vocab, max_tokens=max_tokens)
+    _check_resolved(call, sampling, vocab=vocab, max_tokens=max_tokens)
     _check_resume(call, sampling, max_tokens)
     eos = frozenset() if call.stopping.ignore_eos else variant.defaults.eos_token_ids
     # End tokens that are ignored are held back all the same, as in vLLM: a longer answer is wanted.
     held = variant.defaults.eos_token_ids | frozenset(call.stopping.stop_token_ids)
-    check_held(held, call.stopping.min_tokens, vocab)
+    _check_held(held, call.stopping.min_tokens, vocab)
     request = EngineRequest(
         request_id=engine_id,
         chain=variant.record.chain,
@@ -142,50 +91,6 @@ def plan(
         cache_salt=call.cache_salt,
     )
     return Plan(call, variant, request)
-
-
-def _check_sampling(wishes: SamplingWishes, limits: RouterConfig) -> None:
-    temperature = wishes.temperature
-    if temperature is not None:
-        if not math.isfinite(temperature) or not 0 <= temperature <= limits.max_temperature:
-            raise SamplingError(
-                "sampling.temperature", f"{temperature:g} is outside 0 to {limits.max_temperature:g}"
-            )
-        if 0 < temperature < MIN_TEMPERATURE:
-            raise SamplingError(
-                "sampling.temperature", f"{temperature:g} is too close to 0; send 0 for greedy"
-            )
-    # Written so that NaN is refused too.
-    if wishes.top_p is not None and not 0 < wishes.top_p <= 1:
-        raise SamplingError("sampling.top_p", f"{wishes.top_p:g} is not above 0 and at most 1")
-    if wishes.min_p is not None and not 0 <= wishes.min_p <= 1:
-        raise SamplingError("sampling.min_p", f"{wishes.min_p:g} is outside 0 to 1")
-
-
-def _check_stopping(wishes: StoppingWishes, limits: RouterConfig) -> None:
-    if wishes.max_tokens == 0:
-        raise SamplingError("stopping.max_tokens", "0 asks for no answer; leave it unset for the default")
-    if wishes.max_tokens is not None and wishes.max_tokens > limits.max_output_tokens:
-        raise SamplingError(
-            "stopping.max_tokens",
-            f"{wishes.max_tokens} is more than the server's limit of {limits.max_output_tokens}",
-        )
-    if len(wishes.stop) > limits.max_stop_strings:
-        raise SamplingError(
-            "stopping.stop", f"{len(wishes.stop)} stop strings, at most {limits.max_stop_strings}"
-        )
-    for i, stop in enumerate(wishes.stop):
-        if not stop:
-            raise SamplingError(f"stopping.stop[{i}]", "an empty string would end every answer at once")
-        if len(stop) > limits.max_stop_chars:
-            raise SamplingError(
-                f"stopping.stop[{i}]", f"{len(stop)} characters, at most {limits.max_stop_chars}"
-            )
-    if len(wishes.stop_token_ids) > limits.max_stop_token_ids:
-        raise SamplingError(
-            "stopping.stop_token_ids",
-            f"{len(wishes.stop_token_ids)} ids, at most {limits.max_stop_token_ids}",
-        )
 
 
 def _check_prompt(call: GenerateCall, variant: ServedVariant, prompt: tuple[int, ...]) -> None:
@@ -206,6 +111,38 @@ def _check_prompt(call: GenerateCall, variant: ServedVariant, prompt: tuple[int,
             f"{field}: {_outside(largest, vocab)}",
             hint="Tokenise with the variant's own tokenizer (`Tokenize`).",
             field=field,
+        )
+
+
+def _check_resolved(call: GenerateCall, sampling: SamplingParams, *, vocab: int, max_tokens: int) -> None:
+    """Refuse what does not fit the variant's vocabulary, its defaults or the length of the answer.
+
+    Raises:
+        SamplingError: naming the field.
+    """
+    for token, _ in sampling.logit_bias:
+        if token >= vocab:
+            raise SamplingError(
+                f"sampling.logit_bias[{token}]", f"token {token} is outside the vocabulary of {vocab}"
+            )
+    if call.stopping.min_tokens > max_tokens:
+        raise SamplingError(
+            "stopping.min_tokens",
+            f"{call.stopping.min_tokens} is more than the {max_tokens} tokens that the answer can have",
+        )
+    if call.num_choices > 1 and sampling.is_greedy:
+        raise SamplingError("sampling.n", "greedy choices would all be the same; set a temperature above 0")
+
+
+def _check_held(held: frozenset[int], min_tokens: int, vocab: int) -> None:
+    """Refuse a least length that leaves no token to choose.
+
+    Raises:
+        SamplingError: every token of the vocabulary would be held back.
+    """
+    if min_tokens and len(held) >= vocab:
+        raise SamplingError(
+            "stopping.min_tokens", f"end and stop tokens are all {vocab} tokens of the vocabulary"
         )
 
 

@@ -12,7 +12,8 @@ import pytest
 from blockserve.common.api.calls import GenerateCall, SamplingWishes, StoppingWishes
 from blockserve.common.errors import ResumeError, SamplingError
 from blockserve.router.intake.catalog import VariantCatalog
-from blockserve.router.intake.plan import Plan, check_call, plan
+from blockserve.router.intake.checks import check_call
+from blockserve.router.intake.plan import Plan, plan
 from blockserve.router.limits import RouterConfig
 from support.edge import FakeZoo, byte_level_tokenizer, variant_files
 

@@ -18,7 +18,8 @@ from blockserve.common.errors import (
     SamplingError,
 )
 from blockserve.router.intake.catalog import ServedVariant, VariantCatalog
-from blockserve.router.intake.plan import Plan, check_call, plan
+from blockserve.router.intake.checks import check_call
+from blockserve.router.intake.plan import Plan, plan
 from blockserve.router.limits import RouterConfig
 from support.edge import FakeZoo, byte_level_tokenizer, variant_files
 
