@@ -70,7 +70,8 @@ class SamplingError(InvalidInputError):
     """A sampling, stopping or response value is out of range.
 
     Attributes:
-        field: path of the request field, for example "sampling.temperature".
+        field: what the value is called, for example "temperature" or "stop[2]" (see
+            `blockserve.common.api.calls.CallField`); in an answer, as the protocol of the caller spells it.
     """
 
     reason = "INVALID_SAMPLING"

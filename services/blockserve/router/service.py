@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
 
-from blockserve.common.api.calls import Conversation, GenerateCall
+from blockserve.common.api.calls import CallField, Conversation, GenerateCall
 from blockserve.common.api.engine import Engine
 from blockserve.common.api.results import Chunk, ModelInfo, Tokenized
 from blockserve.common.errors import (
@@ -146,7 +146,7 @@ class Router:
             if call.resume_chain in ("", request.chain):
                 return resolved
             if self._adaptive is None:
-                raise ResumeError("this server runs no equivalents", field="resume_chain")
+                raise ResumeError("this server runs no equivalents", field=CallField.RESUME_CHAIN)
             chosen = await self._adaptive.resume(request, ref, ChainId(call.resume_chain))
         elif self._adaptive is None or not call.allow_equivalents:
             return resolved

@@ -4,7 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import StrEnum, auto
 from typing import Any
+
+
+class CallField(StrEnum):
+    """A value of a call that an error can be about, by the name that it has in Python.
+
+    Protocols spell it in their own way; each front of the router translates.
+    """
+
+    PROMPT = auto()
+    TOKEN_IDS = auto()
+    MESSAGES = auto()
+    TEMPERATURE = auto()
+    TOP_K = auto()
+    TOP_P = auto()
+    MIN_P = auto()
+    SEED = auto()
+    REPETITION_PENALTY = auto()
+    PRESENCE_PENALTY = auto()
+    FREQUENCY_PENALTY = auto()
+    LOGIT_BIAS = auto()
+    N = auto()
+    MAX_TOKENS = auto()
+    MIN_TOKENS = auto()
+    STOP = auto()
+    STOP_TOKEN_IDS = auto()
+    LOGPROBS = auto()
+    RESUME_FROM = auto()
+    RESUME_CHOICES = auto()
+    RESUME_CHAIN = auto()
+
+    def at(self, key: int) -> str:
+        """One entry of a list or a mapping, for example `stop[2]`."""
+        return f"{self}[{key}]"
 
 
 @dataclass(frozen=True, slots=True)

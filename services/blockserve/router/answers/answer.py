@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from typing import Any
 
+from blockserve.common.api.calls import CallField
 from blockserve.common.api.engine import Engine, FinishReason, PositionLogprobs, RequestTiming, TokenEvent
 from blockserve.common.api.results import Chunk, Finish, RequestInfo, Usage
 from blockserve.common.errors import EngineFailedError, ResumeError
@@ -93,7 +94,7 @@ class Answer:
             raise ResumeError(
                 f"resume_from is {self._plan.call.resume_from}, but the answer has {self._count} tokens",
                 hint="Check that seed, prompt and model version are those of the first answer.",
-                field="resume_from",
+                field=CallField.RESUME_FROM,
             )
         if not self._tokens and self._finish is None:
             return None

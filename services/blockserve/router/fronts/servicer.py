@@ -1,6 +1,7 @@
 """The gRPC face of the router: a message in, a value to `Router` or `Operations`, a message out.
 
-Errors are raised as they are; `blockserve.common.rpc.interceptors.ErrorInterceptor` translates them.
+Errors name values of a call by the paths of protobuf fields;
+`blockserve.common.rpc.interceptors.ErrorInterceptor` turns them into statuses.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from blockproto.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb
 from blockserve.common.wire import inference as convert
 from blockserve.common.wire import status as status_convert
 from blockserve.common.wire.call_trace import call_to_message
+from blockserve.router.fronts.fields import PROTOBUF_PATHS, named_by
 from blockserve.router.operations import Operations
 from blockserve.router.service import Router
 
@@ -36,9 +38,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         with self._router.metrics.request(arrival):
             call = convert.call_from_message(request, made_up_id=uuid.uuid4().hex)
         deadline = None if remaining is None else arrival + remaining
-        async with aclosing(self._router.generate(call, arrival=arrival, deadline=deadline)) as chunks:
-            async for chunk in chunks:
-                await context.write(convert.chunk_to_message(chunk))
+        with named_by(PROTOBUF_PATHS):
+            async with aclosing(self._router.generate(call, arrival=arrival, deadline=deadline)) as chunks:
+                async for chunk in chunks:
+                    await context.write(convert.chunk_to_message(chunk))
 
     async def Tokenize(  # noqa: N802
         self, request: inference_pb2.TokenizeRequest, context: Any
@@ -46,7 +49,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         """Token ids of a prompt."""
         del context
         model, prompt = convert.model_name(request.model), convert.tokenize_prompt(request)
-        return convert.tokenized_to_message(await self._router.tokenize(model, prompt))
+        with named_by(PROTOBUF_PATHS):
+            return convert.tokenized_to_message(await self._router.tokenize(model, prompt))
 
     async def ListModels(  # noqa: N802
         self, request: inference_pb2.ListModelsRequest, context: Any

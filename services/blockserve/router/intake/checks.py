@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from blockserve.common.api.calls import Conversation, GenerateCall, SamplingWishes, StoppingWishes
+from blockserve.common.api.calls import CallField, Conversation, GenerateCall, SamplingWishes, StoppingWishes
 from blockserve.common.errors import EmptyPromptError, PromptError, ResumeError, SamplingError
 from blockserve.router.limits import RouterConfig
 
@@ -19,7 +19,7 @@ def check_call(call: GenerateCall, limits: RouterConfig) -> None:
     """Refuse values that no variant could take.
 
     Raises:
-        SamplingError: naming the field.
+        SamplingError: naming the field, as `CallField` does.
         ResumeError: it is not said where each choice goes on.
         PromptError: a conversation with no or too many turns.
         EmptyPromptError: no text and no tokens.
@@ -29,7 +29,7 @@ def check_call(call: GenerateCall, limits: RouterConfig) -> None:
     _check_choices(call, limits)
     _check_stopping(call.stopping, limits)
     if call.logprobs is not None and call.logprobs > limits.max_logprobs:
-        raise SamplingError("response.logprobs", f"{call.logprobs} is more than {limits.max_logprobs}")
+        raise SamplingError(CallField.LOGPROBS, f"{call.logprobs} is more than {limits.max_logprobs}")
     if isinstance(call.prompt, Conversation):
         check_conversation(call.prompt, limits)
     elif not call.prompt:
@@ -49,7 +49,7 @@ def check_conversation(conversation: Conversation, limits: RouterConfig) -> None
     if turns > limits.max_messages:
         raise PromptError(
             f"the conversation has {turns} messages, at most {limits.max_messages} are taken",
-            field="chat.messages",
+            field=CallField.MESSAGES,
         )
 
 
@@ -58,17 +58,17 @@ def _check_sampling(wishes: SamplingWishes, limits: RouterConfig) -> None:
     if temperature is not None:
         if not math.isfinite(temperature) or not 0 <= temperature <= limits.max_temperature:
             raise SamplingError(
-                "sampling.temperature", f"{temperature:g} is outside 0 to {limits.max_temperature:g}"
+                CallField.TEMPERATURE, f"{temperature:g} is outside 0 to {limits.max_temperature:g}"
             )
         if 0 < temperature < MIN_TEMPERATURE:
             raise SamplingError(
-                "sampling.temperature", f"{temperature:g} is too close to 0; send 0 for greedy"
+                CallField.TEMPERATURE, f"{temperature:g} is too close to 0; send 0 for greedy"
             )
     # Written so that NaN is refused too.
     if wishes.top_p is not None and not 0 < wishes.top_p <= 1:
-        raise SamplingError("sampling.top_p", f"{wishes.top_p:g} is not above 0 and at most 1")
+        raise SamplingError(CallField.TOP_P, f"{wishes.top_p:g} is not above 0 and at most 1")
     if wishes.min_p is not None and not 0 <= wishes.min_p <= 1:
-        raise SamplingError("sampling.min_p", f"{wishes.min_p:g} is outside 0 to 1")
+        raise SamplingError(CallField.MIN_P, f"{wishes.min_p:g} is outside 0 to 1")
 
 
 def _check_logit_edits(wishes: SamplingWishes, limits: RouterConfig) -> None:
@@ -80,48 +80,50 @@ def _check_logit_edits(wishes: SamplingWishes, limits: RouterConfig) -> None:
     most = limits.max_repetition_penalty
     penalty = wishes.repetition_penalty
     if penalty is not None and not 1 / most <= penalty <= most:
-        raise SamplingError("sampling.repetition_penalty", f"{penalty:g} is outside {1 / most:g} to {most:g}")
-    for name in ("presence_penalty", "frequency_penalty"):
-        value: float = getattr(wishes, name)
+        raise SamplingError(CallField.REPETITION_PENALTY, f"{penalty:g} is outside {1 / most:g} to {most:g}")
+    for field, value in (
+        (CallField.PRESENCE_PENALTY, wishes.presence_penalty),
+        (CallField.FREQUENCY_PENALTY, wishes.frequency_penalty),
+    ):
         if not abs(value) <= limits.max_penalty:
             raise SamplingError(
-                f"sampling.{name}", f"{value:g} is outside {-limits.max_penalty:g} to {limits.max_penalty:g}"
+                field, f"{value:g} is outside {-limits.max_penalty:g} to {limits.max_penalty:g}"
             )
     if len(wishes.logit_bias) > limits.max_logit_bias_tokens:
         raise SamplingError(
-            "sampling.logit_bias",
+            CallField.LOGIT_BIAS,
             f"{len(wishes.logit_bias)} tokens, at most {limits.max_logit_bias_tokens}",
         )
     for token, bias in wishes.logit_bias:
         if not abs(bias) <= limits.max_logit_bias:
             raise SamplingError(
-                f"sampling.logit_bias[{token}]",
+                CallField.LOGIT_BIAS.at(token),
                 f"{bias:g} is outside {-limits.max_logit_bias:g} to {limits.max_logit_bias:g}",
             )
 
 
 def _check_stopping(wishes: StoppingWishes, limits: RouterConfig) -> None:
     if wishes.max_tokens == 0:
-        raise SamplingError("stopping.max_tokens", "0 asks for no answer; leave it unset for the default")
+        raise SamplingError(CallField.MAX_TOKENS, "0 asks for no answer; leave it unset for the default")
     if wishes.max_tokens is not None and wishes.max_tokens > limits.max_output_tokens:
         raise SamplingError(
-            "stopping.max_tokens",
+            CallField.MAX_TOKENS,
             f"{wishes.max_tokens} is more than the server's limit of {limits.max_output_tokens}",
         )
     if len(wishes.stop) > limits.max_stop_strings:
         raise SamplingError(
-            "stopping.stop", f"{len(wishes.stop)} stop strings, at most {limits.max_stop_strings}"
+            CallField.STOP, f"{len(wishes.stop)} stop strings, at most {limits.max_stop_strings}"
         )
     for i, stop in enumerate(wishes.stop):
         if not stop:
-            raise SamplingError(f"stopping.stop[{i}]", "an empty string would end every answer at once")
+            raise SamplingError(CallField.STOP.at(i), "an empty string would end every answer at once")
         if len(stop) > limits.max_stop_chars:
             raise SamplingError(
-                f"stopping.stop[{i}]", f"{len(stop)} characters, at most {limits.max_stop_chars}"
+                CallField.STOP.at(i), f"{len(stop)} characters, at most {limits.max_stop_chars}"
             )
     if len(wishes.stop_token_ids) > limits.max_stop_token_ids:
         raise SamplingError(
-            "stopping.stop_token_ids",
+            CallField.STOP_TOKEN_IDS,
             f"{len(wishes.stop_token_ids)} ids, at most {limits.max_stop_token_ids}",
         )
 
@@ -130,21 +132,21 @@ def _check_choices(call: GenerateCall, limits: RouterConfig) -> None:
     """Refuse no choices, too many, and resuming that does not say where each goes on.
 
     Raises:
-        SamplingError: `sampling.n` is out of range.
+        SamplingError: the number of choices is out of range.
         ResumeError: `resume_from` for several choices, or not one of `resume_choices` for each.
     """
     count = call.num_choices
     if not 1 <= count <= limits.max_choices:
-        raise SamplingError("sampling.n", f"{count} is outside 1 to {limits.max_choices}")
+        raise SamplingError(CallField.N, f"{count} is outside 1 to {limits.max_choices}")
     if call.resume_from and (count > 1 or call.resume_choices):
         raise ResumeError(
             "resume_from is for an answer of one choice",
             hint="Send resume_choices alone: for each choice, the number of tokens already received.",
-            field="resume_from",
+            field=CallField.RESUME_FROM,
         )
     if call.resume_choices and len(call.resume_choices) != count:
         raise ResumeError(
             f"resume_choices has {len(call.resume_choices)} entries for {count} choices",
             hint="Send for each choice the number of tokens already received.",
-            field="resume_choices",
+            field=CallField.RESUME_CHOICES,
         )

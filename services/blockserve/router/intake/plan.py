@@ -8,7 +8,7 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass
 
-from blockserve.common.api.calls import GenerateCall, SamplingWishes
+from blockserve.common.api.calls import CallField, GenerateCall, SamplingWishes
 from blockserve.common.api.engine import EngineRequest, SamplingParams
 from blockserve.common.errors import (
     EmptyPromptError,
@@ -66,7 +66,7 @@ def plan(
     vocab = variant.chain.vocab_size
     for i, token in enumerate(call.stopping.stop_token_ids):
         if token >= vocab:
-            raise SamplingError(f"stopping.stop_token_ids[{i}]", _outside(token, vocab))
+            raise SamplingError(CallField.STOP_TOKEN_IDS.at(i), _outside(token, vocab))
     sampling = _sampling(call.sampling, variant)
     max_tokens = _max_tokens(call.stopping.max_tokens, variant, len(prompt), limits)
     _check_resolved(call, sampling, vocab=vocab, max_tokens=max_tokens)
@@ -106,7 +106,7 @@ def _check_prompt(call: GenerateCall, variant: ServedVariant, prompt: tuple[int,
         )
     if (largest := max(prompt)) >= vocab:
         index = prompt.index(largest)
-        field = f"token_ids.ids[{index}]" if isinstance(call.prompt, tuple) else "prompt"
+        field = CallField.TOKEN_IDS.at(index) if isinstance(call.prompt, tuple) else CallField.PROMPT
         raise PromptError(
             f"{field}: {_outside(largest, vocab)}",
             hint="Tokenise with the variant's own tokenizer (`Tokenize`).",
@@ -123,15 +123,15 @@ def _check_resolved(call: GenerateCall, sampling: SamplingParams, *, vocab: int,
     for token, _ in sampling.logit_bias:
         if token >= vocab:
             raise SamplingError(
-                f"sampling.logit_bias[{token}]", f"token {token} is outside the vocabulary of {vocab}"
+                CallField.LOGIT_BIAS.at(token), f"token {token} is outside the vocabulary of {vocab}"
             )
     if call.stopping.min_tokens > max_tokens:
         raise SamplingError(
-            "stopping.min_tokens",
+            CallField.MIN_TOKENS,
             f"{call.stopping.min_tokens} is more than the {max_tokens} tokens that the answer can have",
         )
     if call.num_choices > 1 and sampling.is_greedy:
-        raise SamplingError("sampling.n", "greedy choices would all be the same; set a temperature above 0")
+        raise SamplingError(CallField.N, "greedy choices would all be the same; set a temperature above 0")
 
 
 def _check_held(held: frozenset[int], min_tokens: int, vocab: int) -> None:
@@ -142,14 +142,14 @@ def _check_held(held: frozenset[int], min_tokens: int, vocab: int) -> None:
     """
     if min_tokens and len(held) >= vocab:
         raise SamplingError(
-            "stopping.min_tokens", f"end and stop tokens are all {vocab} tokens of the vocabulary"
+            CallField.MIN_TOKENS, f"end and stop tokens are all {vocab} tokens of the vocabulary"
         )
 
 
 def _sampling(wishes: SamplingWishes, variant: ServedVariant) -> SamplingParams:
     defaults, vocab = variant.defaults, variant.chain.vocab_size
     if wishes.top_k is not None and wishes.top_k > vocab:
-        raise SamplingError("sampling.top_k", f"{wishes.top_k} is more than the vocabulary's {vocab}")
+        raise SamplingError(CallField.TOP_K, f"{wishes.top_k} is more than the vocabulary's {vocab}")
 
     def first(wish: float | None, default: float | None, otherwise: float) -> float:
         if wish is not None:
@@ -170,11 +170,11 @@ def _sampling(wishes: SamplingWishes, variant: ServedVariant) -> SamplingParams:
 
 
 def _max_tokens(asked: int | None, variant: ServedVariant, prompt_tokens: int, limits: RouterConfig) -> int:
-    """Output tokens to allow: what was asked, ended earlier by the context, as FINISH_REASON_LENGTH says."""
+    """Output tokens to allow: what was asked, ended earlier by the context, as `FinishReason.LENGTH` says."""
     context = variant.chain.context_length
     if asked is not None and asked > context:
         raise SamplingError(
-            "stopping.max_tokens", f"{asked} is more than the {context} tokens that {variant.ref} holds"
+            CallField.MAX_TOKENS, f"{asked} is more than the {context} tokens that {variant.ref} holds"
         )
     return min(context - prompt_tokens, limits.max_output_tokens if asked is None else asked)
 
@@ -186,11 +186,11 @@ def _check_resume(call: GenerateCall, sampling: SamplingParams, max_tokens: int)
     if call.sampling.seed is None and not sampling.is_greedy:
         raise ResumeError(
             "resume_from needs the seed of the answer it goes on with",
-            hint="Send `info.seed` of the first answer as sampling.seed.",
-            field="sampling.seed",
+            hint="Send `info.seed` of the first answer as the seed.",
+            field=CallField.SEED,
         )
     if furthest > max_tokens:
-        field = "resume_choices" if call.resume_choices else "resume_from"
+        field = CallField.RESUME_CHOICES if call.resume_choices else CallField.RESUME_FROM
         raise ResumeError(
             f"{field} is {furthest}, but the answer has at most {max_tokens} tokens",
             hint="Send the number of tokens already received.",

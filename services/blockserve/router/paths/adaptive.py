@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
+from blockserve.common.api.calls import CallField
 from blockserve.common.api.engine import EngineRequest
 from blockserve.common.errors import ResumeError
 from blockserve.common.settings import Section, setting
@@ -163,7 +164,7 @@ class AdaptiveAssembly:
         raise ResumeError(
             f"the answer began on chain {chain}, which may not stand in for {variant} now",
             hint="Ask again from the start.",
-            field="resume_chain",
+            field=CallField.RESUME_CHAIN,
         )
 
     def _candidates(self, chain: ChainId, variant: str) -> list[tuple[Positions, Substitute]]:

@@ -19,6 +19,7 @@ from blockserve.common.errors import (
     EmptyPromptError,
     EngineFailedError,
     MemoryBudgetError,
+    PromptError,
     PromptTooLongError,
     QueueFullError,
     RemoteError,
@@ -300,6 +301,23 @@ async def test_the_details_are_there_for_other_languages_too() -> None:
         violations = error_details_pb2.BadRequest()
         assert any(detail.Unpack(violations) for detail in status.details)
         assert violations.field_violations[0].field == "sampling.top_p"
+
+
+@async_test
+async def test_errors_name_values_by_the_paths_of_the_messages() -> None:
+    turns = [{"role": "user", "content": "x"}] * 2
+    async with serving(router=RouterConfig(max_messages=1)) as rig:
+        for error, field in (
+            (await refused(rig, prompt=[5, 10**6]), "token_ids.ids[1]"),
+            (await refused(rig, stop=["a", ""]), "stopping.stop[1]"),
+            (await refused(rig, min_tokens=9, max_tokens=8), "stopping.min_tokens"),
+        ):
+            assert str(error).startswith(f"{field}: ")
+            assert error.metadata["field"] == field
+        for conversation in (rig.client.tokenize("tale", turns), rig.client.chat("tale", turns).result()):
+            with pytest.raises(PromptError, match="the conversation has 2 messages") as caught:
+                await conversation
+            assert caught.value.metadata["field"] == "chat.messages"
 
 
 @async_test
