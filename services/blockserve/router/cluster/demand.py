@@ -27,7 +27,7 @@ SMOOTHING = 0.2
 
 
 class DemandTeller:
-    """Counts requests by chain and tells their rates. One event loop. See `cluster.Loader`."""
+    """Counts requests by chain and tells their rates. One event loop. See `engine.Loader`."""
 
     def __init__(
         self, store: StateStore, router: str, *, evicted: Callable[[], Collection[ChainId]] = tuple
