@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Collection, Sequence
+from typing import Protocol
 
 from blockserve.common.api.cluster import ClusterView, PathStep, WorkerId
 from blockserve.common.api.engine import EngineRequest
 from blockserve.common.errors import NoPathError
-from blockserve.router.intake.catalog import ZooReader
 from blockserve.router.paths.assemble import Path, assemble
 from blockserve.router.paths.costs import CostModel, RequestSize
 from blockserve.router.paths.index import Parent, PathIndex
 from blockserve.router.paths.locality import PrefixLocality
-from blockzoo.manifest import ChainId, Link
+from blockzoo.manifest import ChainId, ChainManifest, Link
 
 EXPECTED_OUTPUT_TOKENS = 256
 """Most output tokens to reckon with: few answers are as long as they may be."""
@@ -23,12 +23,20 @@ PARTED_SECONDS = 30.0
 _NO_PROMPT = RequestSize(prompt_tokens=1, output_tokens=1)
 
 
+class ChainReader(Protocol):
+    """The part of a zoo that paths depend on. Blocking, safe to call from several threads."""
+
+    def chain(self, chain: ChainId) -> ChainManifest:
+        """A chain's manifest (ManifestNotFoundError)."""
+        ...
+
+
 class ZooPathChooser:
     """See `blockserve.router.cluster.engine.PathChooser`. One event loop."""
 
     def __init__(
         self,
-        zoo: ZooReader,
+        zoo: ChainReader,
         model: CostModel | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
