@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,6 +22,8 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     """Import on first use: gRPC takes longer to import than a help text takes to print."""
     if name == "__version__":
+        from importlib import metadata
+
         return metadata.version("blockzoo")
     if name in _HOMES:
         from importlib import import_module
