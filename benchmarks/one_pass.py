@@ -9,7 +9,8 @@ from harness import RUNS, Benchmark, Row, check
 from served import MODEL, fresh_folder, random_adapters, run_client, serve
 
 from blockserve.client.blocking import AsyncClient
-from blockserve.common.api.results import Completion, ServerStatus
+from blockserve.common.api.results import Completion
+from blockserve.common.api.status import ServerStatus
 from blockzoo.zoo import Zoo
 
 VARIANTS = 8

@@ -39,7 +39,7 @@ from rich.rule import Rule
 from blockserve.cli.views.tables import add_row, format_bytes, make_table
 from blockserve.client.blocking import AsyncClient
 from blockserve.common.api.engine import SegmentReport
-from blockserve.common.api.results import ServerStatus
+from blockserve.common.api.status import ServerStatus
 from blockserve.common.errors import UnavailableError
 from blockzoo.errors import BlockzooError
 from blockzoo.zoo import Zoo

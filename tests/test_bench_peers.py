@@ -11,8 +11,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from blockserve.common.api.engine import FinishReason, PositionLogprobs
 from blockserve.common.api.results import Completion, Finish, RequestInfo, Usage
+from blockserve.common.api.tokens import FinishReason, PositionLogprobs
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from blockserve.client.aio import AsyncClient, continued
 from blockserve.client.blocking import Client
 from blockserve.common.api.calls import GenerateCall
-from blockserve.common.api.engine import FinishReason
+from blockserve.common.api.tokens import FinishReason
 from blockserve.embedded.server import EmbeddedServer
 from blockserve.embedded.settings import ServeConfig
 from blockserve.worker.limits import EngineConfig

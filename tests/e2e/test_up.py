@@ -16,7 +16,7 @@ from urllib.request import urlopen
 import pytest
 
 from blockserve.client.blocking import Client
-from blockserve.common.api.results import ClusterStatus
+from blockserve.common.api.status import ClusterStatus
 from blockserve.local import record
 from blockserve.local.identity import is_alive
 from blockserve.local.record import ClusterRecord

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from blockserve.client.aio import AsyncClient
-from blockserve.common.api.engine import PositionLogprobs
 from blockserve.common.api.results import Chunk, Finish
+from blockserve.common.api.tokens import PositionLogprobs
 from blockzoo.errors import BlockzooError
 from support.models import SENTENCES
 

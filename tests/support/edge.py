@@ -14,15 +14,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from blockserve.client.aio import AsyncClient
-from blockserve.common.api.engine import (
-    ChainReport,
-    EngineReport,
-    EngineRequest,
-    FinishReason,
-    PositionLogprobs,
-    SegmentReport,
-    TokenEvent,
-)
+from blockserve.common.api.engine import ChainReport, EngineReport, EngineRequest, SegmentReport, TokenEvent
+from blockserve.common.api.tokens import FinishReason, PositionLogprobs
 from blockserve.common.errors import ChainNotLoadedError
 from blockserve.embedded.server import EmbeddedServer
 from blockserve.embedded.settings import ServeConfig

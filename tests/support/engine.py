@@ -10,7 +10,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from blockserve.common.api.engine import EngineReport, EngineRequest, FinishReason, SamplingParams, TokenEvent
+from blockserve.common.api.engine import EngineReport, EngineRequest, SamplingParams, TokenEvent
+from blockserve.common.api.tokens import FinishReason
 from blockserve.worker.engine.debug import prompt_logits
 from blockserve.worker.engine.engine import BlockEngine
 from blockserve.worker.limits import EngineConfig

@@ -34,7 +34,8 @@ from blockproto.v1 import (
 from blockserve.common.api.call_trace import CallTrace
 from blockserve.common.api.calls import Conversation, GenerateCall, Prompt, SamplingWishes, StoppingWishes
 from blockserve.common.api.placement import WishStatus
-from blockserve.common.api.results import Chunk, Completion, ModelInfo, RequestInfo, ServerStatus, Tokenized
+from blockserve.common.api.results import Chunk, Completion, ModelInfo, RequestInfo, Tokenized
+from blockserve.common.api.status import ServerStatus
 from blockserve.common.errors import DeadlineExceededError, RemoteError, UnavailableError
 from blockserve.common.rpc.address import DEFAULT_TARGET
 from blockserve.common.rpc.channel import Credentials, open_channel

@@ -21,7 +21,8 @@ from typing import Any, Self, TypeVar, Unpack
 from blockserve.client.aio import AsyncClient, AsyncGeneration, GenerateOptions, Message
 from blockserve.common.api.call_trace import CallTrace
 from blockserve.common.api.placement import WishStatus
-from blockserve.common.api.results import Chunk, Completion, ModelInfo, ServerStatus, Tokenized
+from blockserve.common.api.results import Chunk, Completion, ModelInfo, Tokenized
+from blockserve.common.api.status import ServerStatus
 from blockserve.common.rpc.address import DEFAULT_TARGET
 from blockserve.common.rpc.channel import Credentials
 

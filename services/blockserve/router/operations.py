@@ -10,7 +10,7 @@ from typing import Protocol
 
 from blockserve.common.api.call_trace import CallTrace
 from blockserve.common.api.engine import ChainReport, Engine
-from blockserve.common.api.results import LoadedChain, ServerStatus
+from blockserve.common.api.status import LoadedChain, ServerStatus
 from blockserve.common.errors import WorkerNotFoundError
 from blockserve.common.placement.wishes import WishKeeper
 from blockserve.router.cluster.report import KnowsCluster, describe

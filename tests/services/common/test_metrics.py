@@ -18,12 +18,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from blockserve.common.api.engine import (
     ChainReport,
     EngineReport,
-    FinishReason,
     RequestTiming,
     SegmentBatches,
     SegmentReport,
     SizeHistogram,
 )
+from blockserve.common.api.tokens import FinishReason
 from blockserve.common.errors import ConfigurationError, QueueFullError, ServerStoppingError
 from blockserve.common.metrics import (
     EngineCollector,

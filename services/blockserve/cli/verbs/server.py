@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Group
 
     from blockserve.client.blocking import Client
-    from blockserve.common.api.results import ServerStatus
+    from blockserve.common.api.status import ServerStatus
 
 CALL_TIMEOUT_S = 10.0
 """A status answer takes milliseconds; a server that needs longer is in trouble, and that is worth knowing."""

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
-    from blockserve.common.api.results import ClusterStatus, ResidentRun, ServerStatus, WorkerStatus
+    from blockserve.common.api.status import ClusterStatus, ResidentRun, ServerStatus, WorkerStatus
 
 
 def draw_cluster(report: ServerStatus, cluster: ClusterStatus) -> Group:

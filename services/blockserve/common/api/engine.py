@@ -6,20 +6,13 @@ The router depends on this module only; `blockserve.worker` implements it and
 
 from __future__ import annotations
 
-import enum
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from blockserve.common.api.cluster import PathStep, Run
+from blockserve.common.api.tokens import FinishReason, PositionLogprobs
 from blockzoo.manifest import ChainId
-
-
-class FinishReason(enum.StrEnum):
-    """Why a request ended."""
-
-    STOP = "stop"
-    LENGTH = "length"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,15 +96,6 @@ class EngineRequest:
     arrival: int | None = None
     path: tuple[PathStep, ...] = ()
     epoch: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class PositionLogprobs:
-    """Natural log-probabilities at one position, under the unmodified logits."""
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,8 @@ from typing import Self, TypeVar, cast
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
-from blockserve.common.api.engine import FinishReason, RequestTiming
+from blockserve.common.api.engine import RequestTiming
+from blockserve.common.api.tokens import FinishReason
 from blockserve.common.metrics import catalogue
 from blockserve.common.metrics.catalogue import Metric
 from blockserve.common.metrics.labels import BoundedLabels

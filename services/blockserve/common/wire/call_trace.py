@@ -5,8 +5,8 @@ from __future__ import annotations
 from blockproto.v1 import admin_pb2, trace_pb2
 from blockserve.common.api.call_trace import CallTrace, ChoiceTrace
 from blockserve.common.api.cluster import Run, WorkerId
-from blockserve.common.api.results import RunningPath, RunningStep
 from blockserve.common.api.spans import PathTrace, StepTrace
+from blockserve.common.api.status import RunningPath, RunningStep
 from blockserve.common.wire.spans import times_from_message, times_to_message
 
 

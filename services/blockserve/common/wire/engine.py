@@ -10,14 +10,8 @@ from google.rpc import status_pb2
 
 from blockproto.v1 import inference_pb2, worker_pb2
 from blockserve.common.api.cluster import PathStep, Run, WorkerId
-from blockserve.common.api.engine import (
-    EngineRequest,
-    FinishReason,
-    PositionLogprobs,
-    RequestTiming,
-    SamplingParams,
-    TokenEvent,
-)
+from blockserve.common.api.engine import EngineRequest, RequestTiming, SamplingParams, TokenEvent
+from blockserve.common.api.tokens import FinishReason, PositionLogprobs
 from blockserve.common.wire.errors import from_status, to_status
 from blockzoo.errors import BlockzooError
 from blockzoo.manifest import ChainId

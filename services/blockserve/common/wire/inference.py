@@ -10,7 +10,6 @@ from typing import Any
 
 from blockproto.v1 import inference_pb2
 from blockserve.common.api.calls import Conversation, GenerateCall, Prompt, SamplingWishes, StoppingWishes
-from blockserve.common.api.engine import FinishReason, PositionLogprobs
 from blockserve.common.api.results import (
     Chunk,
     Finish,
@@ -19,6 +18,7 @@ from blockserve.common.api.results import (
     Tokenized,
     Usage,
 )
+from blockserve.common.api.tokens import FinishReason, PositionLogprobs
 from blockserve.common.errors import PromptError
 from blockzoo.errors import InvalidInputError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from blockproto.v1 import admin_pb2
 from blockserve.common.api.engine import SegmentReport
-from blockserve.common.api.results import ClusterStatus, LoadedChain, ResidentRun, ServerStatus, WorkerStatus
+from blockserve.common.api.status import ClusterStatus, LoadedChain, ResidentRun, ServerStatus, WorkerStatus
 from blockserve.common.wire.call_trace import running_path_from_message, running_path_to_message
 from blockserve.common.wire.inference import fields_of
 

@@ -12,8 +12,9 @@ from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from typing import Any
 
 from blockserve.common.api.calls import CallField
-from blockserve.common.api.engine import Engine, FinishReason, PositionLogprobs, RequestTiming, TokenEvent
+from blockserve.common.api.engine import Engine, RequestTiming, TokenEvent
 from blockserve.common.api.results import Chunk, Finish, RequestInfo, Usage
+from blockserve.common.api.tokens import FinishReason, PositionLogprobs
 from blockserve.common.errors import EngineFailedError, ResumeError
 from blockserve.router.answers.detokenizer import detokenizer
 from blockserve.router.answers.stopping import StopMatcher

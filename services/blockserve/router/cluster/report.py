@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 
 from blockserve.common.api.cluster import ClusterView, ResidentSegment, WorkerView
 from blockserve.common.api.engine import EngineReport
-from blockserve.common.api.results import ClusterStatus, ResidentRun, RunningPath, RunningStep, WorkerStatus
+from blockserve.common.api.status import ClusterStatus, ResidentRun, RunningPath, RunningStep, WorkerStatus
 from blockserve.router.traces.journeys import NamedStep
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from blockkernels.backends import Backend
 from blockkernels.penalties import RowEdit
 from blockkernels.sampling import SamplingBatch
-from blockserve.common.api.engine import FinishReason, PositionLogprobs, TokenEvent
+from blockserve.common.api.engine import TokenEvent
+from blockserve.common.api.tokens import FinishReason, PositionLogprobs
 from blockserve.common.errors import EngineFailedError
 from blockserve.worker.requests.edits import RequestEdits, edits_logits
 from blockserve.worker.requests.running import ChunkLogits, Outcome, RunningRequest

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from blockserve.common.api.engine import EngineRequest, PositionLogprobs, RequestTiming, TokenEvent
+from blockserve.common.api.engine import EngineRequest, RequestTiming, TokenEvent
+from blockserve.common.api.tokens import PositionLogprobs
 from blockserve.worker.blocks.chain import LoadedChain
 from blockserve.worker.kv.pool import KvTable
 from blockserve.worker.kv.prefix import TokensDigest

@@ -20,7 +20,7 @@ from blockserve.common.api.cluster import (
     WorkerState,
     WorkerView,
 )
-from blockserve.common.api.results import ServerStatus
+from blockserve.common.api.status import ServerStatus
 from blockserve.router.cluster.report import KnowsCluster, describe
 from blockserve.router.traces.journeys import NamedStep
 

@@ -6,14 +6,8 @@ from dataclasses import fields, replace
 import pytest
 
 from blockserve.common.api.cluster import PathStep, Run, WorkerId
-from blockserve.common.api.engine import (
-    EngineRequest,
-    FinishReason,
-    PositionLogprobs,
-    RequestTiming,
-    SamplingParams,
-    TokenEvent,
-)
+from blockserve.common.api.engine import EngineRequest, RequestTiming, SamplingParams, TokenEvent
+from blockserve.common.api.tokens import FinishReason, PositionLogprobs
 from blockserve.common.errors import KvCapacityError, PathBrokenError
 from blockserve.common.wire import engine as convert
 from blockzoo.manifest import ChainId

@@ -9,22 +9,18 @@ import pytest
 
 from blockproto.v1 import inference_pb2
 from blockserve.common.api.calls import Conversation, GenerateCall, Prompt, SamplingWishes, StoppingWishes
-from blockserve.common.api.engine import FinishReason, PositionLogprobs, SegmentReport
-from blockserve.common.api.results import (
-    Chunk,
+from blockserve.common.api.engine import SegmentReport
+from blockserve.common.api.results import Chunk, Finish, ModelInfo, RequestInfo, Tokenized, Usage
+from blockserve.common.api.status import (
     ClusterStatus,
-    Finish,
     LoadedChain,
-    ModelInfo,
-    RequestInfo,
     ResidentRun,
     RunningPath,
     RunningStep,
     ServerStatus,
-    Tokenized,
-    Usage,
     WorkerStatus,
 )
+from blockserve.common.api.tokens import FinishReason, PositionLogprobs
 from blockserve.common.errors import PromptError
 from blockserve.common.wire import inference as convert
 from blockserve.common.wire import status as status_convert

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockserve.common.api.calls import GenerateCall, SamplingWishes, StoppingWishes
-from blockserve.common.api.engine import EngineRequest, FinishReason, TokenEvent
+from blockserve.common.api.engine import EngineRequest, TokenEvent
 from blockserve.common.api.results import Chunk
+from blockserve.common.api.tokens import FinishReason
 from blockserve.common.errors import EngineFailedError, ResumeError
 from blockserve.router.answers.answer import Answer, stream_answer
 from blockserve.router.intake.catalog import VariantCatalog

@@ -7,7 +7,8 @@ from collections.abc import AsyncGenerator, Collection, Sequence
 import pytest
 
 from blockserve.common.api.cluster import ClusterView, PathStep, Run, WorkerId
-from blockserve.common.api.engine import EngineRequest, FinishReason, SamplingParams, TokenEvent
+from blockserve.common.api.engine import EngineRequest, SamplingParams, TokenEvent
+from blockserve.common.api.tokens import FinishReason
 from blockserve.common.errors import BreakCause, NoPathError, PathBrokenError
 from blockserve.common.rpc.channel import Credentials
 from blockserve.router.cluster.engine import ClusterEngine

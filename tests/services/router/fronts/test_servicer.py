@@ -12,7 +12,7 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 from blockproto.v1 import inference_pb2, inference_pb2_grpc
-from blockserve.common.api.engine import FinishReason
+from blockserve.common.api.tokens import FinishReason
 from blockserve.common.errors import (
     ChatTemplateError,
     DeadlineExceededError,

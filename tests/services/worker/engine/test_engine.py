@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from blockserve.common.api.engine import EngineRequest, FinishReason, SamplingParams, TokenEvent
+from blockserve.common.api.engine import EngineRequest, SamplingParams, TokenEvent
+from blockserve.common.api.tokens import FinishReason
 from blockserve.common.errors import (
     ChainNotLoadedError,
     DeadlineExceededError,

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from blockserve.common.api.cluster import ChainSpan, PathStep, Run, WorkerId
-from blockserve.common.api.engine import EngineRequest, FinishReason, SamplingParams, TokenEvent
+from blockserve.common.api.engine import EngineRequest, SamplingParams, TokenEvent
+from blockserve.common.api.tokens import FinishReason
 from blockserve.common.errors import (
     BreakCause,
     ChainNotLoadedError,

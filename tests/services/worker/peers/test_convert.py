@@ -7,7 +7,8 @@ import torch
 
 from blockproto.v1 import worker_pb2
 from blockserve.common.api.cluster import PathStep, Run, WorkerId
-from blockserve.common.api.engine import EngineRequest, PositionLogprobs, SamplingParams, TokenEvent
+from blockserve.common.api.engine import EngineRequest, SamplingParams, TokenEvent
+from blockserve.common.api.tokens import PositionLogprobs
 from blockserve.common.errors import KvCapacityError, WireError
 from blockserve.worker.peers.convert import from_frame, hidden_bytes, to_frame
 from blockserve.worker.peers.messages import (
