@@ -6,13 +6,12 @@ import time
 from collections.abc import Sequence
 
 from google.protobuf import any_pb2
-from google.rpc import status_pb2
 
-from blockproto.v1 import inference_pb2, worker_pb2
+from blockproto.v1 import errors_pb2, inference_pb2, worker_pb2
 from blockserve.common.api.cluster import PathStep, Run, WorkerId
 from blockserve.common.api.engine import EngineRequest, RequestTiming, SamplingParams, TokenEvent
 from blockserve.common.api.tokens import FinishReason, PositionLogprobs
-from blockserve.common.wire.errors import from_status, to_status
+from blockserve.common.wire.errors import from_status, pack, to_status, unpack
 from blockzoo.errors import BlockzooError
 from blockzoo.manifest import ChainId
 
@@ -132,16 +131,12 @@ def _timing_from_message(message: worker_pb2.OutputToken) -> RequestTiming:
 
 def error_to_message(error: BlockzooError) -> any_pb2.Any:
     """A typed error for the wire, as the status that would stand for it."""
-    packed = any_pb2.Any()
-    packed.Pack(to_status(error))
-    return packed
+    return pack(to_status(error))
 
 
 def error_from_message(message: any_pb2.Any) -> BlockzooError:
     """The inverse of `error_to_message`."""
-    status = status_pb2.Status()
-    message.Unpack(status)
-    return from_status(status)
+    return from_status(unpack(message, errors_pb2.Status) or errors_pb2.Status())
 
 
 def _sampling_to_message(sampling: SamplingParams) -> worker_pb2.ResolvedSampling:

@@ -3,18 +3,20 @@
 Going out, an error is a `google.rpc.Status` with an `ErrorInfo` (reason, domain
 "blockzoo", the ids in the error's metadata, the hint), a `RetryInfo` where trying
 again helps, and a `BadRequest` where a request field is at fault. Coming in, the reason
-names the class, and the details give back its attributes.
+names the class, and the details give back its attributes. `blockproto.v1` declares
+these messages field for field as google.rpc does; on the wire they carry the names of the originals.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
-from google.protobuf.duration_pb2 import Duration
-from google.rpc import code_pb2, error_details_pb2, status_pb2
+from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import Message
 
+from blockproto.v1 import errors_pb2
 from blockserve.common import errors as serve_errors
 from blockserve.common.errors import (
     BreakCause,
@@ -32,6 +34,8 @@ from blockzoo.errors import (
     UnsupportedArchitectureError,
     VariantNotFoundError,
 )
+
+M = TypeVar("M", bound=Message)
 
 DOMAIN = "blockzoo"
 DETAILS_KEY = "grpc-status-details-bin"
@@ -132,22 +136,34 @@ def status_code(error: BlockzooError) -> grpc.StatusCode:
     return next(STATUS[cls] for cls in type(error).__mro__ if cls in STATUS)
 
 
-def to_status(error: BlockzooError) -> status_pb2.Status:
+def pack(message: Message) -> any_pb2.Any:
+    """A message of `blockproto.v1.errors_pb2` under the name of its original in google.rpc."""
+    url = f"type.googleapis.com/google.rpc.{message.DESCRIPTOR.name}"
+    return any_pb2.Any(type_url=url, value=message.SerializeToString())
+
+
+def unpack(packed: any_pb2.Any, kind: type[M]) -> M | None:
+    """The inverse of `pack`; None when something else is packed."""
+    if packed.TypeName() != f"google.rpc.{kind.DESCRIPTOR.name}":
+        return None
+    return kind.FromString(packed.value)
+
+
+def to_status(error: BlockzooError) -> errors_pb2.Status:
     """The error as a `google.rpc.Status` whose details a program can read."""
-    status = status_pb2.Status(
-        code=code_pb2.Code.Value(status_code(error).name), message=_clip(str(error), MAX_MESSAGE_CHARS)
+    status = errors_pb2.Status(code=status_code(error).value[0], message=_clip(str(error), MAX_MESSAGE_CHARS))
+    status.details.append(
+        pack(errors_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=_metadata(error)))
     )
-    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=_metadata(error))
-    status.details.add().Pack(info)
     if isinstance(error, _RETRYABLE) and error.retry_after > 0:
-        delay = Duration()
+        delay = duration_pb2.Duration()
         delay.FromMilliseconds(max(1, round(error.retry_after * 1000)))
-        status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
+        status.details.append(pack(errors_pb2.RetryInfo(retry_delay=delay)))
     if isinstance(error, InvalidInputError) and (field := error.metadata.get("field")):
-        violation = error_details_pb2.BadRequest.FieldViolation(
+        violation = errors_pb2.BadRequest.FieldViolation(
             field=_clip(field, MAX_VALUE_CHARS), description=_clip(str(error), MAX_MESSAGE_CHARS)
         )
-        status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+        status.details.append(pack(errors_pb2.BadRequest(field_violations=[violation])))
     return status
 
 
@@ -179,7 +195,7 @@ def from_rpc_error(error: grpc.RpcError) -> BlockzooError:
     for key, value in call.trailing_metadata() or ():
         if (
             key == DETAILS_KEY
-            and (rebuilt := _rebuild(status_pb2.Status.FromString(value), code)) is not None
+            and (rebuilt := _rebuild(errors_pb2.Status.FromString(value), code)) is not None
         ):
             return rebuilt
     if code is _Code.UNAVAILABLE:
@@ -194,18 +210,17 @@ def from_rpc_error(error: grpc.RpcError) -> BlockzooError:
     return RemoteError(message, code=code.name)
 
 
-def from_status(status: status_pb2.Status) -> BlockzooError:
+def from_status(status: errors_pb2.Status) -> BlockzooError:
     """The typed error that a status carried inside a message stands for; see `to_status`."""
     code = next((one for one in _Code if one.value[0] == status.code), _Code.UNKNOWN)
     return _rebuild(status, code) or RemoteError(status.message, code=code.name)
 
 
-def _rebuild(status: status_pb2.Status, code: grpc.StatusCode) -> BlockzooError | None:
-    info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+def _rebuild(status: errors_pb2.Status, code: grpc.StatusCode) -> BlockzooError | None:
+    info, retry = errors_pb2.ErrorInfo(), errors_pb2.RetryInfo()
     for detail in status.details:
-        for known in (info, retry):
-            if detail.Is(known.DESCRIPTOR):
-                detail.Unpack(known)
+        info = unpack(detail, errors_pb2.ErrorInfo) or info
+        retry = unpack(detail, errors_pb2.RetryInfo) or retry
     if info.domain != DOMAIN:
         return None
     metadata = dict(info.metadata)

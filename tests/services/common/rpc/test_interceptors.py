@@ -8,9 +8,9 @@ from typing import Any
 
 import grpc
 import pytest
-from google.rpc import status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from blockproto.v1 import errors_pb2
 from blockserve.client.aio import AsyncClient
 from blockserve.common.errors import ServerStoppingError, UnauthenticatedError
 from blockserve.common.rpc.channel import Credentials
@@ -129,7 +129,7 @@ async def test_an_unknown_exception_is_logged_under_the_id_the_caller_gets(
     code, message, trailers = context.aborted
     assert code is grpc.StatusCode.INTERNAL
     assert "secret" not in message
-    incident = from_status(status_pb2.Status.FromString(trailers[0][1])).metadata["incident"]
+    incident = from_status(errors_pb2.Status.FromString(trailers[0][1])).metadata["incident"]
     assert incident in message
     assert incident in caplog.text
     assert "ZeroDivisionError" in caplog.text

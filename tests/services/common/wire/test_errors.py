@@ -12,6 +12,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 import blockserve
 import blockzoo
+from blockproto.v1 import errors_pb2
 from blockserve.common import errors as serve_errors
 from blockserve.common.errors import (
     BreakCause,
@@ -26,8 +27,10 @@ from blockserve.common.wire.errors import (
     STATUS,
     all_errors,
     from_rpc_error,
+    pack,
     status_code,
     to_status,
+    unpack,
 )
 from blockzoo import errors as zoo_errors
 from blockzoo.errors import BlockzooError, UnsupportedArchitectureError, VariantNotFoundError
@@ -154,6 +157,31 @@ def test_the_details_are_the_standard_ones() -> None:
     assert retry.retry_delay.ToMilliseconds() == 1500
     request = details(make(SamplingError), error_details_pb2.BadRequest)
     assert [violation.field for violation in request.field_violations] == ["sampling.top_p"]
+
+
+@pytest.mark.parametrize(
+    ("ours", "original"),
+    [
+        (errors_pb2.Status, status_pb2.Status),
+        (errors_pb2.ErrorInfo, error_details_pb2.ErrorInfo),
+        (errors_pb2.RetryInfo, error_details_pb2.RetryInfo),
+        (errors_pb2.BadRequest, error_details_pb2.BadRequest),
+        (errors_pb2.BadRequest.FieldViolation, error_details_pb2.BadRequest.FieldViolation),
+    ],
+)
+def test_our_messages_are_those_of_google_rpc(ours: Any, original: Any) -> None:
+    theirs = {
+        (field.number, field.name): (field.type, field.is_repeated) for field in original.DESCRIPTOR.fields
+    }
+    for field in ours.DESCRIPTOR.fields:
+        assert theirs[field.number, field.name] == (field.type, field.is_repeated)
+
+
+def test_what_is_packed_goes_by_the_name_of_the_original() -> None:
+    packed = pack(errors_pb2.ErrorInfo(reason="QUEUE_FULL"))
+    assert packed.type_url == "type.googleapis.com/google.rpc.ErrorInfo"
+    assert unpack(packed, errors_pb2.ErrorInfo) == errors_pb2.ErrorInfo(reason="QUEUE_FULL")
+    assert unpack(packed, errors_pb2.RetryInfo) is None
 
 
 def test_no_retry_is_promised_where_it_cannot_help() -> None:
