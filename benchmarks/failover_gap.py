@@ -22,7 +22,8 @@ from harness import Row, check
 from program import Bar, Program, Say, Scale
 
 from blockproto.v1 import worker_pb2, worker_pb2_grpc
-from blockserve.client.aio import AsyncClient, AsyncGeneration
+from blockserve.client.aio import AsyncClient
+from blockserve.client.generation import AsyncGeneration
 from blockserve.common.api.cluster import Run
 from blockserve.common.rpc.channel import Credentials, open_channel
 from blockserve.common.state.settings import StateConfig

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from blockserve.client.aio import AsyncClient, collect_choices, continued
+from blockserve.client.aio import AsyncClient
+from blockserve.client.generation import collect_choices
+from blockserve.client.inference import continued
 from blockserve.common.api.calls import GenerateCall, SamplingWishes, StoppingWishes
 from blockserve.common.errors import KvCapacityError, SamplingError
 from blockserve.embedded.server import EmbeddedServer

@@ -17,8 +17,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from blockserve.client.aio import AsyncClient, continued
+from blockserve.client.aio import AsyncClient
 from blockserve.client.blocking import Client
+from blockserve.client.inference import continued
 from blockserve.common.api.calls import GenerateCall
 from blockserve.common.api.tokens import FinishReason
 from blockserve.embedded.server import EmbeddedServer

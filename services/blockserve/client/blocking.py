@@ -16,15 +16,19 @@ import threading
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import Any, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
-from blockserve.client.aio import AsyncClient, AsyncGeneration, GenerateOptions, Message
-from blockserve.common.api.call_trace import CallTrace
-from blockserve.common.api.placement import WishStatus
-from blockserve.common.api.results import Chunk, Completion, ModelInfo, Tokenized
-from blockserve.common.api.status import ServerStatus
+from blockserve.client.aio import AsyncClient
 from blockserve.common.rpc.address import DEFAULT_TARGET
 from blockserve.common.rpc.channel import Credentials
+
+if TYPE_CHECKING:
+    from blockserve.client.generation import AsyncGeneration
+    from blockserve.client.options import GenerateOptions, Message
+    from blockserve.common.api.call_trace import CallTrace
+    from blockserve.common.api.placement import WishStatus
+    from blockserve.common.api.results import Chunk, Completion, ModelInfo, Tokenized
+    from blockserve.common.api.status import ServerStatus
 
 __all__ = ["AsyncClient", "Client", "Credentials", "Generation"]
 

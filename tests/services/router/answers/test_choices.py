@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from blockproto.v1 import inference_pb2, inference_pb2_grpc
-from blockserve.client import aio as aio_client
+from blockserve.client import generation, inference
 from blockserve.common.api.calls import GenerateCall, SamplingWishes
 from blockserve.common.api.engine import EngineRequest, TokenEvent
 from blockserve.common.api.results import Chunk
@@ -238,8 +238,8 @@ async def test_each_choice_is_resumed_where_it_was(points: tuple[int, ...]) -> N
 @async_test
 async def test_the_client_takes_up_every_choice_where_it_broke_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """The connection breaks after every few chunks; the caller sees each token and each end once."""
-    monkeypatch.setattr(aio_client, "FIRST_BACKOFF_SECONDS", 0.0)
-    read = aio_client.AsyncClient._attempt
+    monkeypatch.setattr(inference, "FIRST_BACKOFF_SECONDS", 0.0)
+    read = inference.Inference._attempt
 
     async def breaking(self: Any, *arguments: Any) -> Any:
         count = 0
@@ -252,10 +252,10 @@ async def test_the_client_takes_up_every_choice_where_it_broke_off(monkeypatch: 
 
     async with serving() as rig:
         whole = await rig.client.generate("tale", "x", n=3, **OPTIONS).results()
-        monkeypatch.setattr(aio_client.AsyncClient, "_attempt", breaking)
-        rig.client._resume_attempts = 3
+        monkeypatch.setattr(inference.Inference, "_attempt", breaking)
+        rig.client._inference._resume_attempts = 3
         chunks = [chunk async for chunk in rig.client.generate("tale", "x", n=3, **OPTIONS)]
-    pieces = aio_client.collect_choices(chunks, 3)
+    pieces = generation.collect_choices(chunks, 3)
     assert {one.finish.usage.completion_tokens for one in pieces} == {21}
     assert [one.token_ids for one in pieces] == [one.token_ids for one in whole]
     assert [one.text for one in pieces] == [one.text for one in whole]
@@ -266,9 +266,9 @@ async def test_the_client_takes_up_every_choice_where_it_broke_off(monkeypatch: 
 @async_test
 async def test_ends_that_come_again_are_no_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     """Choice 0 has ended and the server breaks off behind its end each time: patience is bounded."""
-    monkeypatch.setattr(aio_client, "FIRST_BACKOFF_SECONDS", 0.0)
+    monkeypatch.setattr(inference, "FIRST_BACKOFF_SECONDS", 0.0)
     engine = ByChoice(held=[1])
-    read = aio_client.AsyncClient._attempt
+    read = inference.Inference._attempt
     attempts = []
 
     async def breaking(self: Any, *arguments: Any) -> Any:
@@ -279,9 +279,9 @@ async def test_ends_that_come_again_are_no_progress(monkeypatch: pytest.MonkeyPa
                 if chunk.finish is not None:
                     raise UnavailableError("cut", code="UNAVAILABLE")
 
-    monkeypatch.setattr(aio_client.AsyncClient, "_attempt", breaking)
+    monkeypatch.setattr(inference.Inference, "_attempt", breaking)
     async with serving(engine=engine) as rig:
-        rig.client._resume_attempts = 2
+        rig.client._inference._resume_attempts = 2
         with pytest.raises(UnavailableError):
             await rig.client.generate("tale", "x", n=2, **OPTIONS).results()
     # Two at most bring the tokens of choice 1 before it waits; then nothing comes any more.
