@@ -118,8 +118,8 @@ def _root(
 ) -> None:
     """Serve many fine-tuned variants of a language model from shared blocks.
 
-    A zoo keeps checkpoints and adapters cut into content-addressed blocks; what is equal is kept once.
-    A server answers requests of all variants together wherever their blocks are shared.
+    A zoo stores checkpoints and adapters as content-addressed blocks; equal blocks are stored once. A server
+    computes requests of all variants in one batch wherever their blocks are shared.
 
     \b
     Start here:

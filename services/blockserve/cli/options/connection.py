@@ -115,7 +115,7 @@ def unreachable(server: str) -> Iterator[None]:
     except UnavailableError as error:
         raise UnavailableError(
             f"no server answers at {server}",
-            hint="Start one with `blockzoo serve`, or say where it is with --server.",
+            hint="Start one with `blockzoo serve`, or give its address with --server.",
             code=error.code,
             server=server,
         ) from error

@@ -55,7 +55,7 @@ def report(error: Exception, *, as_json: bool = False) -> int:
     else:
         reason, metadata = "INTERNAL", {}
         message = f"internal error: {type(error).__name__}: {error}"
-        hint = "This is a fault of blockzoo; run the command again with --debug and report what it prints."
+        hint = "This is a bug in blockzoo: run the command again with --debug and report the output."
     if as_json:
         value = {"reason": reason, "message": message, "hint": hint, "metadata": metadata}
         sys.stderr.write(json.dumps({"error": value}, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""Which zoo a verb is about: one at hand (`--zoo`), or the one behind a server (`--server`)."""
+"""Which zoo a verb is about: a local one (`--zoo`), or that of a server (`--server`)."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ RemoteOption = Annotated[
         metavar="ADDRESS",
         envvar="BLOCKZOO_SERVER",
         rich_help_panel=PANEL,
-        help="Use the zoo of this server (host:port, or unix:/path/to/socket) instead of one at hand. "
-        "From the environment only when no zoo is named.",
+        help="Use the zoo of this server (host:port, or unix:/path/to/socket) instead of a local one. "
+        "The environment variable counts only if no zoo is named.",
     ),
 ]
 
@@ -107,7 +107,7 @@ def _choose(context: typer.Context, options: dict[str, Any]) -> Place:
     if server_said == "COMMANDLINE":
         if zoo_said == "COMMANDLINE":
             raise typer.BadParameter(
-                "--zoo names a zoo at hand, --server one behind a server: say one of them."
+                "--zoo names a local zoo, --server the zoo of a server: give one of the two."
             )
         return place
     return place if zoo_said == "DEFAULT" else replace(place, server=None)

@@ -18,7 +18,7 @@ def confirm(question: str, *, yes: bool) -> None:
     if yes:
         return
     if not sys.stdin.isatty():
-        note(f"{question} Nobody is there to answer: say --yes.")
+        note(f"{question} There is no terminal to answer on: pass --yes.")
         raise typer.Exit(USAGE)
     sys.stderr.write(f"{question} [y/N] ")
     sys.stderr.flush()

@@ -24,24 +24,26 @@ NamesOption = Annotated[
 
 @at_a_place
 def gc(
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be deleted.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be deleted, and delete nothing.")
+    ] = False,
     grace: Annotated[
         float | None,
         typer.Option(
             "--grace",
             metavar="SECONDS",
             min=0,
-            help="Seconds between condemning and deleting: a server finishes loading what was just removed. "
-            "0 is safe when no server uses the zoo. Default: 60.",
+            help="Seconds between marking objects and deleting them, so that servers finish loading a "
+            "variant that was just removed. 0 is safe when no server uses the zoo. Default: 60.",
         ),
     ] = None,
     as_json: JsonOption = False,
     *,
     place: Place,
 ) -> None:
-    """Delete what no variant needs any more.
+    """Delete objects that no variant needs any more.
 
-    Safe beside running registrations and servers, and safe to interrupt: the next gc goes on.
+    Safe while registrations and servers run, and safe to interrupt: the next gc continues.
 
     \b
     Examples:
@@ -65,14 +67,14 @@ def verify(
     repair_from: Annotated[
         str | None,
         typer.Option(
-            "--repair", metavar="FROM", help="Another zoo, a backup for example, to take good bytes from."
+            "--repair", metavar="FROM", help="Another zoo, for example a backup, to take good copies from."
         ),
     ] = None,
     as_json: JsonOption = False,
     *,
     place: Place,
 ) -> None:
-    """Read everything back and name the variants that damage hurts.
+    """Read every object back, and name the variants that damage affects.
 
     Ends with exit code 5 when something is damaged or missing and was not repaired.
 
@@ -82,7 +84,10 @@ def verify(
       blockzoo verify --repair /backups/zoo
     """
     if repair_from is not None and place.server is not None:
-        raise typer.BadParameter("A zoo behind a server is repaired where it is.", param_hint="--repair")
+        raise typer.BadParameter(
+            "The zoo of a server can only be repaired on its own machine, without --server.",
+            param_hint="--repair",
+        )
     with progress() as reporter, place.open() as zoo:
         repair = {} if repair_from is None else {"repair_from": repair_from}
         report = zoo.verify(progress=reporter, **repair)
@@ -96,7 +101,7 @@ def verify(
 
 def backup(
     destination: Annotated[
-        str, typer.Argument(metavar="DEST", help="The zoo to copy to; created if needed.")
+        str, typer.Argument(metavar="DEST", help="The zoo to copy to; created if it does not exist.")
     ],
     names: NamesOption = None,
     zoo: ZooOption = DEFAULT_ZOO,
@@ -104,7 +109,7 @@ def backup(
 ) -> None:
     """Copy variants into another zoo.
 
-    Only what the other zoo lacks is copied, and every object is checked on the way.
+    Only objects that the other zoo lacks are copied, and each is checked against its digest.
 
     \b
     Examples:
@@ -118,7 +123,7 @@ def backup(
 
 def restore(
     source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="The zoo to copy from, a backup for example.")
+        str, typer.Argument(metavar="SOURCE", help="The zoo to copy from, for example a backup.")
     ],
     names: NamesOption = None,
     revive: Annotated[
@@ -130,7 +135,7 @@ def restore(
 ) -> None:
     """Bring variants back from another zoo.
 
-    A zoo that does not exist yet is created. Versions that are here already stay as they are.
+    A zoo that does not exist yet is created. Versions that this zoo has already stay as they are.
 
     \b
     Examples:
@@ -158,9 +163,9 @@ def _print_gc(report: GcReport, dry_run: bool) -> None:
     if report.temp_bytes:
         say(f"Removed {format_bytes(report.temp_bytes)} that interrupted writers had left.")
     if report.spared:
-        say(f"Spared {report.spared} objects that a registration wanted meanwhile.")
+        say(f"Spared {report.spared} objects that a registration needs by now.")
     if not report.finished:
-        say("Time ran out; run it again to delete the rest.")
+        say("Deleting took too long and stopped early; run `blockzoo gc` again to delete the rest.")
 
 
 def _print_verify(report: VerifyReport, *, repairing: bool) -> None:

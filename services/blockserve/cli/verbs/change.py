@@ -30,14 +30,14 @@ def register(
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="A Hugging Face checkpoint or a PEFT LoRA adapter.")
     ],
-    name: Annotated[str, typer.Option("--name", "-n", metavar="NAME", help="What the variant is called.")],
+    name: Annotated[str, typer.Option("--name", "-n", metavar="NAME", help="Name of the variant.")],
     base: Annotated[
         str | None,
         typer.Option(
             "--base",
             metavar="VARIANT",
-            help="The variant an adapter belongs to, or that a checkpoint was tuned from: "
-            "changed tensors are then stored as lossless differences where that is smaller.",
+            help="The variant that an adapter belongs to, or that a checkpoint was tuned from. Changed "
+            "tensors of a checkpoint are then stored as lossless differences when that is smaller.",
         ),
     ] = None,
     as_json: JsonOption = False,
@@ -46,11 +46,11 @@ def register(
 ) -> None:
     """Register a checkpoint or an adapter as a variant.
 
-    Everything is checked before anything is written. Registering a name again makes its next version;
-    requests in flight keep theirs. A zoo that does not exist yet is created.
+    The whole folder is checked before anything is written. Registering a name again creates its next version;
+    requests in flight finish on theirs. A zoo that does not exist yet is created.
 
-    With --server only what that server's zoo lacks is sent. A connection that breaks is taken up again;
-    a command that was ended may be run again, and goes on where it was.
+    With --server, only data that the server's zoo lacks is uploaded. A broken connection is resumed. If the
+    command was interrupted, run it again: it continues where it stopped.
 
     \b
     Examples:
@@ -97,7 +97,7 @@ def export(
 def rm(ref: RefArgument, yes: YesOption = False, as_json: JsonOption = False, *, place: Place) -> None:
     """Remove a variant with all its versions, or one old version of it.
 
-    Bytes stay until `blockzoo gc`; what other variants share stays for good.
+    `blockzoo gc` frees the bytes afterwards. Blocks that other variants use stay.
 
     \b
     Examples:
@@ -116,7 +116,7 @@ def rm(ref: RefArgument, yes: YesOption = False, as_json: JsonOption = False, *,
         print_json(report.to_json())
         return
     removed = ", ".join(f"{report.name}@{version}" for version in report.removed)
-    say(f"Removed {removed}. `blockzoo gc` frees what nobody else uses.")
+    say(f"Removed {removed}. `blockzoo gc` frees the bytes that no other variant uses.")
 
 
 @at_a_place
@@ -132,7 +132,7 @@ def rollback(
 ) -> None:
     """Make an older version current again.
 
-    Versions never change, so this adds a new one that points at the old chain.
+    Versions never change: this adds a new version that points at the old chain.
 
     \b
     Examples:
@@ -151,7 +151,7 @@ def _print_registered(result: RegisterResult) -> None:
     record = result.record
     ref = f"{record.name}@{record.version}"
     if result.unchanged:
-        say(f"{ref} is already exactly this; nothing was written.")
+        say(f"{ref} has exactly this content already; nothing was written.")
         return
     known = max(0.0, 1 - result.new_bytes / result.num_bytes) if result.num_bytes else 0.0
     say(f"Registered {ref} ({record.kind}) in {format_seconds(result.seconds)}")

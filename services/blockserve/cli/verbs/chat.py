@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 HISTORY_LINES = 1000
 COMMANDS = """\
-  /reset          begin again
-  /model NAME     talk to another variant, the conversation so far kept
+  /reset          start a new conversation
+  /model NAME     switch to another variant and keep the conversation
   /models         list the variants
-  /system TEXT    set the system turn and begin again; without TEXT, none
+  /system TEXT    set the system message and start a new conversation; without TEXT, remove it
   /help           this list
   /quit           leave; Ctrl-D does the same
 Ctrl-C stops an answer."""
@@ -43,7 +43,7 @@ Ctrl-C stops an answer."""
 def chat(
     model: RefArgument,
     system: Annotated[
-        str | None, typer.Option("--system", "-s", metavar="TEXT", help="A system turn to begin with.")
+        str | None, typer.Option("--system", "-s", metavar="TEXT", help="System message of the conversation.")
     ] = None,
     temperature: TemperatureOption = None,
     top_k: TopKOption = None,
@@ -56,8 +56,8 @@ def chat(
 ) -> None:
     """Talk to a variant.
 
-    Ctrl-C stops an answer, Ctrl-D leaves; /help lists what else can be typed. Lines are remembered between
-    conversations. With input from a pipe each line is a turn.
+    Ctrl-C stops an answer, Ctrl-D leaves; /help lists the commands. Input lines are kept in a
+    history file that only you can read. If input comes from a pipe, each line is one message.
 
     \b
     Examples:
@@ -161,7 +161,7 @@ class Conversation:
         if word in actions:
             actions[word]()
         else:
-            note(f"{word} is no command; /help lists them.")
+            note(f"{word} is not a command; /help lists the commands.")
         return False
 
     def _switch(self, ref: str) -> None:

@@ -28,7 +28,7 @@ FolderOption = Annotated[
         "--dir",
         metavar="DIR",
         envvar="BLOCKZOO_DIR",
-        help="Folder for sockets, logs and what runs; only you may look into it. "
+        help="Folder for sockets, logs and the list of processes; only your user may access it. "
         "Default: ~/.local/state/blockzoo.",
     ),
 ]
@@ -47,21 +47,23 @@ def up(
         typer.Option(
             "--metrics-listen",
             metavar="HOST:PORT",
-            help="Show metrics: the router's at this port, the controller's at the next one, the workers' at "
-            "those that follow; with port 0 each at a free port that its log names. Default: off.",
+            help="Serve metrics over HTTP: the router at this port, the controller at the next one, the "
+            "workers at the ports that follow. With port 0, each process uses a free port and logs it. "
+            "Default: off.",
         ),
     ] = None,
     folder: FolderOption = None,
     detach: Annotated[
         bool,
-        typer.Option("--detach", "-d", help="Leave it running in the background; `blockzoo down` ends it."),
+        typer.Option("--detach", "-d", help="Run in the background; `blockzoo down` stops the cluster."),
     ] = False,
 ) -> None:
     """Run a whole cluster on this machine: state server, controller, router and workers.
 
-    Each worker gets its share of cores and memory. Whatever ends by itself is started again; Ctrl-C lets
-    running answers end and then ends everything, a second Ctrl-C at once. Nothing outlives this command, not
-    even after kill -9. Other settings of the processes come from the environment (BLOCKZOO_ENGINE_DTYPE).
+    Each worker gets an equal share of cores and memory. A process that ends unexpectedly is restarted. Ctrl-C
+    waits for running answers and then stops all processes; a second Ctrl-C stops them at once. No process
+    outlives this command, even after kill -9. Other settings come from the environment, for example
+    BLOCKZOO_ENGINE_DTYPE.
 
     \b
     Examples:
@@ -84,9 +86,9 @@ def up(
 
 
 def down(folder: FolderOption = None, as_json: JsonOption = False) -> None:
-    """End the cluster that `blockzoo up` runs on this machine, in order.
+    """Stop the cluster that `blockzoo up` started on this machine.
 
-    Processes are known by pid and start time, so that nothing else is ever ended; also after a crash.
+    Processes are identified by pid and start time, so no other process is ever ended, even after a crash.
 
     \b
     Examples:
@@ -104,12 +106,12 @@ def down(folder: FolderOption = None, as_json: JsonOption = False) -> None:
         names, killed = ([], []) if ended is None else (list(ended.names), list(ended.killed))
         print_json({"dir": str(layout.folder), "ended": names, "killed": killed})
     elif ended is None:
-        say(f"Nothing runs in {layout.folder}.")
+        say(f"No cluster runs in {layout.folder}.")
     else:
-        crashed = "" if ended.was_running else " `blockzoo up` itself had ended without a word."
+        crashed = "" if ended.was_running else " `blockzoo up` itself had crashed."
         say(f"Ended {len(ended.names)} processes: {', '.join(ended.names) or 'none were left'}.{crashed}")
         if ended.killed:
-            say(f"Killed, because they did not end: {', '.join(ended.killed)}.")
+            say(f"Killed because they did not stop: {', '.join(ended.killed)}.")
 
 
 def _absolute(zoo: str) -> str:
@@ -171,7 +173,7 @@ class _Told:
 
     def ended(self, name: str, status: int, delay: float) -> None:
         """Say so."""
-        note(f"{name} ended with status {status}; it is started again in {format_seconds(delay)}.")
+        note(f"{name} ended with status {status}; restarting it in {format_seconds(delay)}.")
 
     def all_ready(self) -> None:
         """From now on each process is news."""

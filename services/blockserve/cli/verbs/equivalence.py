@@ -1,8 +1,8 @@
 """Blocks that may stand in for each other: measure, list, approve, revoke.
 
-When a block is not at hand or overloaded, a cluster may let an approved equivalent answer, for variants
-and callers that both allow it. What counts is how far the outputs move on text of your own, never how alike
-the weights are. Nothing is approved by itself.
+While a variant's own blocks are not loaded or overloaded, a cluster may answer with an approved equivalent,
+if the variant and the caller both allow it. The measure is how much the outputs change on your own text, not
+how similar the weights are. Nothing is approved automatically.
 
 \b
 Examples:
@@ -34,20 +34,22 @@ RecordArgument = Annotated[
     str, typer.Argument(metavar="ID", help="The record, or its first digits (at least 6).")
 ]
 ByOption = Annotated[
-    str | None, typer.Option("--by", metavar="WHO", help="Who decides. Default: your user name.")
+    str | None,
+    typer.Option("--by", metavar="WHO", help="Name of the person who decides. Default: your user name."),
 ]
 
 
 def evaluate(
-    a: Annotated[str, typer.Argument(metavar="A", help=f"What is to be replaced: {_WHAT}")],
-    b: Annotated[str, typer.Argument(metavar="B", help=f"What stands in for it: {_WHAT}")],
+    a: Annotated[str, typer.Argument(metavar="A", help=f"The part to replace: {_WHAT}")],
+    b: Annotated[str, typer.Argument(metavar="B", help=f"The part that stands in for it: {_WHAT}")],
     text: Annotated[
         Path,
         typer.Option(
             "--text",
             metavar="FILE",
-            help="Held-out text in UTF-8, - for standard input: neither model was trained on it, and your "
-            "callers send the like. There is no default, because no text of ours is like yours.",
+            help="Held-out text in UTF-8, or - for standard input: text like your callers send, on which "
+            "neither model was trained. There is no default, because only your text is like your "
+            "traffic.",
         ),
     ],
     max_tokens: Annotated[
@@ -58,8 +60,8 @@ def evaluate(
         typer.Option(
             "--window",
             metavar="N",
-            help="Tokens that see each other; the text is cut into such windows. "
-            "Default: 512, or the model's context where that is shorter.",
+            help="Tokens per window; tokens attend only within their window. "
+            "Default: 512, or the model's context length if that is shorter.",
         ),
     ] = None,
     dtype: Annotated[
@@ -69,15 +71,16 @@ def evaluate(
     zoo: ZooOption = DEFAULT_ZOO,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure what A's outputs become with B in A's place, and record it.
+    """Measure how A's outputs change when B stands in for A, and record the result.
 
-    A's chain runs as it is and with B's links in place of its own. KL is the mean over all positions of the
-    divergence of the next token's probabilities, in nats; TOP-1 how often the most likely token is the same;
-    WEIGHTS the relative distance of the weights, which decides nothing.
+    A's chain runs unchanged, and with B's links in place of its own. KL is the mean divergence of the next
+    token's probabilities over all positions, in nats (lower is closer). TOP-1 is the share of positions with
+    the same most likely token (higher is closer). WEIGHTS is the relative distance of the weights, for
+    information only.
 
-    Positions count a chain's links: 0 is the embedding, layer L is at L + 1, the head is last; END is one
-    past the last. Two whole variants are compared wherever their links differ, run by run, and where those
-    are several also all together. A record is about one direction: for the other, exchange A and B.
+    Positions number the links of a chain: 0 is the embedding, layer L is at L + 1, the head is last; END is
+    one past the last. Two whole variants are compared run by run wherever their links differ, and if there
+    are several such runs also all together. A record covers one direction only: swap A and B for the other.
 
     \b
     Examples:
@@ -118,11 +121,11 @@ def evaluate(
 
 
 def list_(
-    approved: Annotated[bool, typer.Option("--approved", help="Only what may stand in right now.")] = False,
+    approved: Annotated[bool, typer.Option("--approved", help="Only approvals that are in force.")] = False,
     zoo: ZooOption = DEFAULT_ZOO,
     as_json: JsonOption = False,
 ) -> None:
-    """List what was measured, and what is approved, newest first.
+    """List records and their approvals, newest first.
 
     An approval is in force only while a variant it names runs A's chain and a registered variant runs B's.
 
@@ -176,24 +179,30 @@ def approve(
     record: RecordArgument,
     max_kl: Annotated[
         float,
-        typer.Option("--max-kl", metavar="NATS", help="The largest mean KL that you allow; more is refused."),
+        typer.Option("--max-kl", metavar="NATS", help="Refuse to approve if the mean KL is above this."),
     ],
-    reason: Annotated[str, typer.Option("--reason", metavar="WHY", help="Why; kept with the decision.")],
+    reason: Annotated[
+        str, typer.Option("--reason", metavar="WHY", help="The reason, kept with the decision.")
+    ],
     min_agreement: Annotated[
         float | None,
-        typer.Option("--min-agreement", metavar="SHARE", help="The smallest top-1 agreement, 0 to 1."),
+        typer.Option(
+            "--min-agreement",
+            metavar="SHARE",
+            help="Refuse to approve if the top-1 agreement is below this (0 to 1).",
+        ),
     ] = None,
     variants: Annotated[
         list[str] | None,
         typer.Option(
             "--for",
             metavar="VARIANT",
-            help="Whose requests may be served so; may be repeated. Variants of the same chain only. "
-            "Default: the variant that was evaluated.",
+            help="Variant whose requests may use the substitute; may be repeated. It must run the evaluated "
+            "chain. Default: the variant that was evaluated.",
         ),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Approve although the numbers are beyond the bounds.")
+        bool, typer.Option("--force", help="Approve even if the numbers exceed the bounds.")
     ] = False,
     by: ByOption = None,
     zoo: ZooOption = DEFAULT_ZOO,
@@ -201,8 +210,8 @@ def approve(
 ) -> None:
     """Allow B to stand in for A, as measured by one record.
 
-    It is about these versions, this direction, and nothing else; a caller has to allow it too. The bounds are
-    kept with the decision, and so is that it was forced.
+    The approval covers exactly these versions in this direction, and each caller has to allow equivalents
+    too. The bounds, and whether --force was used, are kept with the decision.
 
     \b
     Examples:
@@ -239,7 +248,7 @@ def approve(
 def revoke(
     record: RecordArgument,
     reason: Annotated[
-        str, typer.Option("--reason", metavar="WHY", help="Why; kept with the decision.")
+        str, typer.Option("--reason", metavar="WHY", help="The reason, kept with the decision.")
     ] = "not said",
     by: ByOption = None,
     zoo: ZooOption = DEFAULT_ZOO,
@@ -247,7 +256,7 @@ def revoke(
 ) -> None:
     """End an approval at once.
 
-    Works whatever state the record is in. The record stays, and may be approved again.
+    Works even if the record cannot be read. The record stays, and can be approved again.
 
     \b
     Examples:
@@ -274,7 +283,9 @@ def _who(by: str | None) -> str:
     try:
         return getpass.getuser()
     except (KeyError, OSError):
-        raise typer.BadParameter("The user has no name here: say who decides.", param_hint="--by") from None
+        raise typer.BadParameter(
+            "Your user has no name on this machine: name the person who decides.", param_hint="--by"
+        ) from None
 
 
 def _table(*more: str) -> Any:
@@ -313,7 +324,7 @@ def _print_report(report: EquivalenceReport) -> None:
         "chain that runs": record.result,
         "mean KL": f"{record.mean_kl:.4g} nats, at most {record.worst_kl:.4g} at a position",
         "top-1 agreement": f"{record.top1_agreement:.2%}",
-        "weights": f"relative distance {distance} (decides nothing)",
+        "weights": f"relative distance {distance} (for information only)",
         "text": f"{record.num_tokens} tokens of {record.text_bytes} bytes, BLAKE3 {record.text_digest}",
         "computed": f"{record.created_at}, windows of {record.window_tokens} tokens, {record.dtype}, "
         f"blockzoo {record.blockzoo_version}",

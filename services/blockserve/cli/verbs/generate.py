@@ -18,21 +18,28 @@ if TYPE_CHECKING:
 
     from blockserve.common.api.results import Completion, Finish, RequestInfo
 
-SAMPLING = "Sampling (unset: what the variant's authors chose)"
+SAMPLING = "Sampling (default: the variant's generation_config.json)"
 STOPPING = "Stopping"
 
 TemperatureOption = Annotated[
     float | None,
-    typer.Option("--temperature", "-t", metavar="X", rich_help_panel=SAMPLING, help="0 is greedy."),
+    typer.Option(
+        "--temperature", "-t", metavar="X", rich_help_panel=SAMPLING, help="Temperature; 0 is greedy."
+    ),
 ]
 TopKOption = Annotated[
     int | None,
-    typer.Option("--top-k", metavar="N", rich_help_panel=SAMPLING, help="Keep the N likeliest; 0 keeps all."),
+    typer.Option(
+        "--top-k", metavar="N", rich_help_panel=SAMPLING, help="Sample from the N likeliest tokens; 0 is all."
+    ),
 ]
 TopPOption = Annotated[
     float | None,
     typer.Option(
-        "--top-p", metavar="P", rich_help_panel=SAMPLING, help="Keep the likeliest with this mass together."
+        "--top-p",
+        metavar="P",
+        rich_help_panel=SAMPLING,
+        help="Sample from the likeliest tokens whose probabilities sum to P.",
     ),
 ]
 MinPOption = Annotated[
@@ -41,16 +48,18 @@ MinPOption = Annotated[
         "--min-p",
         metavar="P",
         rich_help_panel=SAMPLING,
-        help="Keep those at least P times as likely as the likeliest.",
+        help="Leave out tokens less than P times as likely as the likeliest one.",
     ),
 ]
 SeedOption = Annotated[
     int | None,
-    typer.Option("--seed", metavar="N", rich_help_panel=SAMPLING, help="Fixes the noise of sampling."),
+    typer.Option("--seed", metavar="N", rich_help_panel=SAMPLING, help="Seed of the sampling noise."),
 ]
 MaxTokensOption = Annotated[
     int | None,
-    typer.Option("--max-tokens", "-m", metavar="N", rich_help_panel=STOPPING, help="Most tokens to answer."),
+    typer.Option(
+        "--max-tokens", "-m", metavar="N", rich_help_panel=STOPPING, help="Maximum number of answer tokens."
+    ),
 ]
 
 
@@ -60,7 +69,7 @@ RepetitionPenaltyOption = Annotated[
         "--repetition-penalty",
         metavar="X",
         rich_help_panel=SAMPLING,
-        help="Above 1 avoids tokens of prompt and answer; 1 is none.",
+        help="Above 1, tokens of prompt and answer become less likely; 1 is off.",
     ),
 ]
 PresencePenaltyOption = Annotated[
@@ -69,7 +78,7 @@ PresencePenaltyOption = Annotated[
         "--presence-penalty",
         metavar="X",
         rich_help_panel=SAMPLING,
-        help="Avoids tokens of the answer; 0 is none.",
+        help="Above 0, tokens of the answer become less likely; 0 is off.",
     ),
 ]
 FrequencyPenaltyOption = Annotated[
@@ -78,7 +87,7 @@ FrequencyPenaltyOption = Annotated[
         "--frequency-penalty",
         metavar="X",
         rich_help_panel=SAMPLING,
-        help="Avoids them more the more often they came; 0 is none.",
+        help="The same, in proportion to how often they occurred; 0 is off.",
     ),
 ]
 LogitBiasOption = Annotated[
@@ -87,7 +96,7 @@ LogitBiasOption = Annotated[
         "--logit-bias",
         metavar="ID=X",
         rich_help_panel=SAMPLING,
-        help="Adds X to the logit of a token; repeatable.",
+        help="Add X to the logit of token ID; may be repeated.",
     ),
 ]
 
@@ -96,15 +105,19 @@ LogitBiasOption = Annotated[
 def generate(
     model: RefArgument,
     prompt: Annotated[
-        str, typer.Argument(metavar="[PROMPT]", help="The text; - or nothing reads it from standard input.")
+        str, typer.Argument(metavar="[PROMPT]", help="The prompt; standard input if it is - or missing.")
     ] = "-",
     as_chat: Annotated[
         bool,
-        typer.Option("--chat", "-c", help="Take the prompt as a user's turn, written by the chat template."),
+        typer.Option(
+            "--chat", "-c", help="Send the prompt as a user message, formatted by the chat template."
+        ),
     ] = False,
     system: Annotated[
         str | None,
-        typer.Option("--system", "-s", metavar="TEXT", help="A system turn before it; implies --chat."),
+        typer.Option(
+            "--system", "-s", metavar="TEXT", help="A system message before the prompt; implies --chat."
+        ),
     ] = None,
     temperature: TemperatureOption = None,
     top_k: TopKOption = None,
@@ -117,53 +130,64 @@ def generate(
     logit_bias: LogitBiasOption = None,
     choices: Annotated[
         int | None,
-        typer.Option("--n", metavar="N", rich_help_panel=SAMPLING, help="Answers to the one prompt."),
+        typer.Option("--n", metavar="N", rich_help_panel=SAMPLING, help="Number of answers to the prompt."),
     ] = None,
     max_tokens: MaxTokensOption = None,
     min_tokens: Annotated[
         int | None,
-        typer.Option("--min-tokens", metavar="N", rich_help_panel=STOPPING, help="Does not end before."),
+        typer.Option(
+            "--min-tokens", metavar="N", rich_help_panel=STOPPING, help="Minimum number of answer tokens."
+        ),
     ] = None,
     stop: Annotated[
         list[str] | None,
         typer.Option(
-            "--stop", metavar="TEXT", rich_help_panel=STOPPING, help="Ends before this text; repeatable."
+            "--stop", metavar="TEXT", rich_help_panel=STOPPING, help="Stop before this text; may be repeated."
         ),
     ] = None,
     stop_token_ids: Annotated[
         list[int] | None,
         typer.Option(
-            "--stop-token", metavar="ID", rich_help_panel=STOPPING, help="Ends after it; repeatable."
+            "--stop-token",
+            metavar="ID",
+            rich_help_panel=STOPPING,
+            help="Stop after this token; may be repeated.",
         ),
     ] = None,
     ignore_eos: Annotated[
         bool,
-        typer.Option("--ignore-eos", rich_help_panel=STOPPING, help="Go on past the variant's end tokens."),
+        typer.Option(
+            "--ignore-eos", rich_help_panel=STOPPING, help="Continue past the variant's end tokens."
+        ),
     ] = False,
     logprobs: Annotated[
         int | None,
         typer.Option(
-            "--logprobs", metavar="N", help="With --json: log-probabilities, and those of N alternatives."
+            "--logprobs",
+            metavar="N",
+            help="With --json: add log-probabilities, of the tokens and of N alternatives each.",
         ),
     ] = None,
     request_id: Annotated[
         str | None,
         typer.Option(
-            "--request-id", metavar="ID", help="Its name for logs and `blockzoo trace`; unset makes one up."
+            "--request-id",
+            metavar="ID",
+            help="Id of the request in logs and for `blockzoo trace`. Default: a random id.",
         ),
     ] = None,
     timeout: Annotated[
-        float | None, typer.Option("--timeout", metavar="SECONDS", help="Give up after this long.")
+        float | None, typer.Option("--timeout", metavar="SECONDS", help="Give up after this many seconds.")
     ] = None,
     as_json: JsonOption = False,
     *,
     connection: Connection,
 ) -> None:
-    """Answer one prompt, streaming the text as it comes.
+    """Answer one prompt and stream the text.
 
     The text goes to standard output; on a terminal a line about tokens, speed and the request's id follows on
-    standard error.
-    Ctrl-C cancels the request. Several answers (--n) are printed whole, a line above each.
+    standard error. Ctrl-C cancels the request. Several answers (--n) are printed when they are complete, each
+    below a separator line.
 
     \b
     Examples:
@@ -292,6 +316,6 @@ def _read_prompt(prompt: str) -> str:
     if prompt != "-":
         return prompt
     if sys.stdin.isatty():
-        note("Give a prompt, or pipe it in; see `blockzoo generate --help`.")
+        note("Give a prompt as an argument or on standard input; see `blockzoo generate --help`.")
         raise typer.Exit(USAGE)
     return sys.stdin.read()

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def ls(as_json: JsonOption = False, *, place: Place) -> None:
     """List the variants of a zoo.
 
-    PRIVATE is what only this variant needs: removing it would free about that much.
+    PRIVATE counts the bytes that only this variant needs: removing it frees about that much.
 
     \b
     Examples:
@@ -53,7 +53,8 @@ def ls(as_json: JsonOption = False, *, place: Place) -> None:
 def show(ref: RefArgument, as_json: JsonOption = False, *, place: Place) -> None:
     """Show one variant: its chain of blocks, and who shares them.
 
-    Links that look alike are one line. Links in the drawing that no other variant uses stand in brackets.
+    Consecutive links of the same kind are one line. In the drawing, brackets mark links that only this
+    variant uses.
 
     \b
     Examples:
@@ -71,7 +72,7 @@ def show(ref: RefArgument, as_json: JsonOption = False, *, place: Place) -> None
 
 @at_a_place
 def du(as_json: JsonOption = False, *, place: Place) -> None:
-    """Show what the variants take, as checkpoints and in the zoo.
+    """Show the sizes of variants, as checkpoints and in the zoo.
 
     \b
     Examples:

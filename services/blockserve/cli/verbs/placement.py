@@ -24,16 +24,16 @@ NO_CLUSTER = "UNIMPLEMENTED"
 @connects
 def pin(
     name: NameArgument,
-    off: Annotated[bool, typer.Option("--off", help="Pin it no longer.")] = False,
+    off: Annotated[bool, typer.Option("--off", help="Remove the pin.")] = False,
     as_json: JsonOption = False,
     *,
     connection: Connection,
 ) -> None:
-    """Keep a variant in memory though nobody calls it.
+    """Keep a variant in memory even if nobody calls it.
 
-    In a cluster it stays where it is held; where there is no room, what nobody pinned makes some. The wish
-    is kept in the zoo, over restarts, and follows the name to its newest version. Where one process serves
-    alone this is `blockzoo load --pin`, for as long as it runs.
+    In a cluster the variant stays on the workers that hold it, and unpinned variants make room if necessary.
+    The pin is stored in the zoo, survives restarts, and follows the name to its newest version. On a server
+    that is one process (`blockzoo serve`), this is `blockzoo load --pin` and lasts as long as the process.
 
     \b
     Examples:
@@ -58,17 +58,20 @@ def pin(
 def place(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="The variant's name.")] = None,
     workers: Annotated[
-        list[str] | None, typer.Argument(metavar="WORKER", help="Who is to hold it; each holds all of it.")
+        list[str] | None,
+        typer.Argument(metavar="WORKER", help="Workers to hold the variant; each holds all of it."),
     ] = None,
-    anywhere: Annotated[bool, typer.Option("--anywhere", help="Leave its place to placement.")] = False,
+    anywhere: Annotated[
+        bool, typer.Option("--anywhere", help="Withdraw the choice: the controller chooses workers again.")
+    ] = False,
     as_json: JsonOption = False,
     *,
     connection: Connection,
 ) -> None:
-    """Say which workers of a cluster hold a variant; without arguments, list what is wished.
+    """Choose the workers that hold a variant; without arguments, list all placement wishes.
 
-    It moves there, and stays there though nobody calls it. While none of these workers lives, another one
-    holds it. `blockzoo status` lists the workers.
+    The variant moves to these workers and stays there even if nobody calls it. While none of them is alive,
+    another worker holds it. `blockzoo status` lists the workers.
 
     \b
     Examples:
@@ -78,7 +81,7 @@ def place(
       blockzoo place
     """
     if anywhere if name is None else anywhere == bool(workers):
-        raise typer.BadParameter("name a variant and the workers that are to hold it, or --anywhere.")
+        raise typer.BadParameter("give a variant and the workers to hold it, or --anywhere.")
     with connection.open(timeout=CALL_TIMEOUT_S) as client, _needs_cluster():
         if name is None:
             _print_wishes(client.wishes(), as_json)
@@ -92,13 +95,13 @@ def replicas(
     name: NameArgument,
     count: Annotated[
         int,
-        typer.Argument(metavar="N", min=0, help="How many workers; 0 leaves that to its traffic."),
+        typer.Argument(metavar="N", min=0, help="Number of workers; 0 lets the number follow the traffic."),
     ],
     as_json: JsonOption = False,
     *,
     connection: Connection,
 ) -> None:
-    """Say how many workers of a cluster hold a variant, in place of what its traffic asks for.
+    """Set how many workers hold a variant, regardless of its traffic.
 
     \b
     Examples:
@@ -114,16 +117,21 @@ def replicas(
 def evict(
     name: NameArgument,
     worker: Annotated[
-        str, typer.Option("--worker", metavar="WORKER", help="Only there; it stays away until placed there.")
+        str,
+        typer.Option(
+            "--worker",
+            metavar="WORKER",
+            help="Unload from this worker only, and keep the variant off it until `place` names the worker.",
+        ),
     ] = "",
     as_json: JsonOption = False,
     *,
     connection: Connection,
 ) -> None:
-    """Withdraw all that is wished about a variant and let every worker forget its blocks.
+    """Remove all placement wishes for a variant and unload it from every worker.
 
-    Running requests end first, and blocks that other variants use stay. Whoever calls it later has it loaded
-    again. Where one process serves alone this is `blockzoo unload`.
+    Running requests finish first, and blocks that other variants use stay. The next request to the variant
+    loads it again. On a server that is one process (`blockzoo serve`), this is `blockzoo unload`.
 
     \b
     Examples:
@@ -159,7 +167,7 @@ def _needs_cluster() -> Iterator[None]:
             raise
         raise RemoteError(
             "this server is one process, which has no workers to choose among",
-            hint="`blockzoo pin` and `blockzoo evict` say what it keeps loaded.",
+            hint="`blockzoo pin` and `blockzoo evict` choose the variants that it keeps loaded.",
             code=error.code,
         ) from error
 
@@ -185,7 +193,7 @@ def _sentence(status: WishStatus) -> str:
         f"on {', '.join(status.workers)}" if status.workers else "",
         f"not on {', '.join(status.avoid)}" if status.avoid else "",
     ]
-    return ", ".join(part for part in parts if part) or "nothing is wished, its calls decide"
+    return ", ".join(part for part in parts if part) or "no wishes, its traffic decides"
 
 
 def _print_wishes(wishes: list[WishStatus], as_json: bool) -> None:
@@ -195,7 +203,7 @@ def _print_wishes(wishes: list[WishStatus], as_json: bool) -> None:
         print_json({"wishes": [dataclasses.asdict(status) for status in wishes]})
         return
     if not wishes:
-        say("Nothing is wished; what is called decides.")
+        say("No placement wishes; traffic decides what is loaded where.")
         return
     table = make_table("VARIANT", "WISHED", "PLACED ON", "SINCE")
     for status in wishes:

@@ -1,4 +1,4 @@
-"""The verbs that run one process: `serve`, which does everything, and those of a cluster."""
+"""The verbs that run one process: `serve`, and the processes of a cluster."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ def _serve_settings() -> type[ServerSettings]:
 def _serve(config: ServeConfig) -> None:
     """Serve the variants of a zoo.
 
-    Variants registered while it runs are served at once; blocks are read by a variant's first request, or at
-    the start with --preload. Ctrl-C lets running answers end, a second Ctrl-C does not. Every option can also
-    be set in the environment (BLOCKZOO_LISTEN) or in a YAML file; docs/configuration.md explains each.
+    Variants that are registered while the server runs are served at once. The first request to a variant
+    loads its blocks; --preload loads them at the start. Ctrl-C waits for running answers, a second Ctrl-C
+    cuts them off. Every option can also be set in the environment (for example BLOCKZOO_LISTEN) or in a YAML
+    file; docs/configuration.md explains each.
 
     \b
     Examples:
@@ -52,12 +53,12 @@ def _worker_settings() -> type[ServerSettings]:
 
 
 def _worker(settings: WorkerSettings) -> None:
-    """Run one worker of a cluster: it holds blocks and computes requests.
+    """Run one worker of a cluster. Workers hold blocks and compute requests.
 
-    Routers and the controller find it through the shared state (--state-url), which all processes of a
-    cluster have in common. SIGTERM lets its requests end or go on at other workers. On one machine `blockzoo
-    up` starts everything. A password of the state belongs into --state-password-file or BLOCKZOO_STATE_URL,
-    which process lists do not show.
+    Routers and the controller find the worker through the shared state (--state-url), which must be the same
+    for all processes of a cluster. On SIGTERM, running requests finish or continue on other workers.
+    `blockzoo up` starts a whole cluster on one machine. Give a password of the shared state in
+    --state-password-file or BLOCKZOO_STATE_URL, which process lists do not show.
 
     \b
     Examples:
@@ -78,10 +79,10 @@ def _router_settings() -> type[ServerSettings]:
 
 
 def _router(settings: RouterSettings) -> None:
-    """Run one router of a cluster: clients call it, and it sends each request along a path of workers.
+    """Run one router of a cluster. Clients call routers, which send each request along a path of workers.
 
-    Any number of routers may serve one cluster; none of them keeps what another lacks, so a client whose
-    router is gone resumes at the next. It is called like `blockzoo serve`.
+    A cluster may have any number of routers. They keep no state of their own, so a client whose router is
+    lost can resume its answer at another one. Clients use a router like a `blockzoo serve`.
 
     \b
     Examples:
@@ -106,10 +107,10 @@ def _controller_settings() -> type[ServerSettings]:
 
 
 def _controller(settings: ControllerSettings) -> None:
-    """Run one controller of a cluster: it says which worker holds which blocks, and fronts the zoo.
+    """Run one controller of a cluster. It places blocks on workers and serves the zoo over gRPC.
 
-    Of several controllers one leads and the others stand by. Variants can be registered through it from
-    other machines (`blockzoo register --server`).
+    Of several controllers one leads and the others stand by. `blockzoo register --server` registers variants
+    through a controller from other machines.
 
     \b
     Examples:

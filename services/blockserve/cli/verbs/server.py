@@ -35,9 +35,7 @@ CALL_TIMEOUT_S = 10.0
 def status(
     watch: Annotated[
         float | None,
-        typer.Option(
-            "--watch", "-w", metavar="SECONDS", min=0.1, help="Show it again every so often, until Ctrl-C."
-        ),
+        typer.Option("--watch", "-w", metavar="SECONDS", min=0.1, help="Refresh every SECONDS until Ctrl-C."),
     ] = None,
     as_json: JsonOption = False,
     *,
@@ -70,16 +68,16 @@ def load(
     model: RefArgument,
     pinned: Annotated[
         bool | None,
-        typer.Option("--pin/--unpin", help="Keep it in memory when others need room, or no longer."),
+        typer.Option("--pin/--unpin", help="Keep the variant in memory when others need room, or end that."),
     ] = None,
     as_json: JsonOption = False,
     *,
     connection: Connection,
 ) -> None:
-    """Bring a variant's blocks into a server's memory before its first request does.
+    """Load a variant's blocks into a server's memory before its first request.
 
-    Blocks that other loaded variants use are there already and cost nothing. Where the server's
-    block_bytes is too small for all, variants that were not used for longest make room; pinned ones stay.
+    Blocks that other loaded variants use are in memory already and cost nothing. If the server's block_bytes
+    is too small, the least recently used variants are unloaded; pinned variants stay.
 
     \b
     Examples:
@@ -96,7 +94,7 @@ def load(
 
 @connects
 def unload(model: RefArgument, as_json: JsonOption = False, *, connection: Connection) -> None:
-    """Let a server forget a variant's blocks once its running requests have ended.
+    """Unload a variant's blocks from a server once its running requests have ended.
 
     Blocks that other loaded variants use stay. The next request to the variant loads it again.
 
@@ -114,19 +112,21 @@ def unload(model: RefArgument, as_json: JsonOption = False, *, connection: Conne
 
 @connects
 def drain(
-    worker: Annotated[str, typer.Argument(metavar="WORKER", help="Its name; `blockzoo status` lists them.")],
+    worker: Annotated[
+        str, typer.Argument(metavar="WORKER", help="Name of the worker; `blockzoo status` lists the workers.")
+    ],
     seconds: Annotated[
-        float, typer.Option("--seconds", min=0, help="How long running requests may go on there.")
+        float, typer.Option("--seconds", min=0, help="How long running requests may continue on the worker.")
     ] = 20.0,
-    resume: Annotated[bool, typer.Option("--resume", help="Have it take requests again.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Let the worker take requests again.")] = False,
     as_json: JsonOption = False,
     *,
     connection: Connection,
 ) -> None:
-    """Empty a worker of a cluster before its machine is touched; its callers notice nothing.
+    """Move all requests off a worker, for example before maintenance; callers notice nothing.
 
-    It takes no new requests, lets the running ones end for a while, and gives the rest back: they go on at
-    other workers, with their keys and values where sending those is faster than computing them again.
+    The worker takes no new requests, and running ones may finish within --seconds. The others continue on
+    other workers; their keys and values move along when that is faster than computing them again.
 
     \b
     Examples:
@@ -141,7 +141,7 @@ def drain(
     elif resume:
         say(f"{worker} takes requests again.")
     else:
-        say(f"{worker} is empty; {given_back} requests went on elsewhere.")
+        say(f"{worker} is empty; {given_back} requests continue on other workers.")
 
 
 def status_to_json(report: ServerStatus) -> dict[str, Any]:

@@ -19,20 +19,22 @@ def trace(
     request: Annotated[
         str,
         typer.Argument(
-            metavar="REQUEST", help="Its id: what `blockzoo generate` tells, or a worker's log names."
+            metavar="REQUEST",
+            help="Id of the request, as printed by `blockzoo generate` or in a worker's log.",
         ),
     ],
     as_json: JsonOption = False,
     *,
     connection: Connection,
 ) -> None:
-    """Show where the time of one request went: at each worker of its path, and on the way between them.
+    """Show how long one request spent at each worker of its path and between them.
 
-    The parts add up to the time from the call's arrival to its last token; what nobody measured is "other".
-    PROMPT and DECODE are whole passes, which a request shares with all others in the batch; WAITED is time
-    until a worker's next pass. Hops are the head worker's round trips less what the other workers needed. A
-    request that changed workers shows a path for each. A worker that is gone is unknown. Ask the router that
-    took the call: it remembers those that run and the last ones that ended (router.traced_requests).
+    The parts add up to the time from the call's arrival to its last token; "other" is the part that no
+    process measured. PROMPT and DECODE are the time of whole passes, which a request shares with all others
+    in the batch; WAITED is the time until a worker's next pass. Hops are the round trips of the path's first
+    worker, minus the time that the other workers needed. A request that changed workers shows one path after
+    the other. A worker that is gone is shown as unknown. Ask the router that took the call: it remembers
+    running calls and the last ones that ended (router.traced_requests).
 
     Name a request with `blockzoo generate --request-id`, or take the id from its --json.
 

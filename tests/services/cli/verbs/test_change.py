@@ -35,7 +35,7 @@ def test_register_says_what_was_new(run, folders, tmp_path):
     outcome = run("register", folders / "tuned", "-n", "tuned", "--base", "base", "--zoo", place)
     assert outcome.out.startswith("Registered tuned@1 (checkpoint) in ")
     assert "of it known" in outcome.out
-    assert "exactly this" in run("register", folders / "tuned", "-n", "tuned", "--zoo", place).out
+    assert "exactly this content" in run("register", folders / "tuned", "-n", "tuned", "--zoo", place).out
 
 
 def test_register_an_adapter(run, zoo, folders):
@@ -199,7 +199,7 @@ def test_reports_tell_rare_things(capsys):
 
     care_verbs._print_gc(GcReport(deleted=1, spared=2, temp_bytes=3, finished=False), dry_run=False)
     out = capsys.readouterr().out
-    for words in ("Spared 2", "Removed 3 B", "run it again"):
+    for words in ("Spared 2", "Removed 3 B", "run `blockzoo gc` again"):
         assert words in out
 
 

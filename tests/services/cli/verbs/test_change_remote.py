@@ -25,7 +25,7 @@ def test_registering_at_a_server(run, far, folders, tmp_path):
         "Registered bot@1 (adapter) in "
     )
     again = run("register", folders / "base", "-n", "base", *at)
-    assert "is already exactly this" in again.out
+    assert "has exactly this content already" in again.out
     zoo = Zoo.open(tmp_path / "far")
     assert zoo.resolve("base").chain == first.json["chain"]
     assert not (tmp_path / "home").exists()
@@ -75,7 +75,7 @@ def test_damage_at_a_server_ends_with_its_exit_code(run, zoo, tmp_path):
         assert "tuned@1" in outcome.out
         outcome = run("verify", "--repair", tmp_path, "--server", server.address)
         assert outcome.code == 2
-        assert "repaired where it is" in outcome.err
+        assert "only be repaired on its own machine" in outcome.err
 
 
 def names(outcome):
@@ -95,7 +95,7 @@ def test_which_zoo_is_meant(run, zoo, far, folders, monkeypatch, tmp_path):
     assert names(run("ls", "--json", "--zoo", tmp_path / "zoo")) == ["base", "bot", "tuned"]
     outcome = run("ls", "--zoo", tmp_path / "zoo", *at)
     assert outcome.code == 2
-    assert "say one of them" in outcome.err
+    assert "give one of the two" in outcome.err
 
 
 def test_no_server_is_one_sentence(run, folders):

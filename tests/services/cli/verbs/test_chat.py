@@ -73,7 +73,7 @@ def test_mistakes_do_not_end_the_conversation(say, served):
     outcome = say("/model nobody", "/bogus", "", "x" * 1000, "hi", "/help", "/quit", "never said")
     assert outcome.code == 0
     assert "'nobody' is not registered" in outcome.err
-    assert "/bogus is no command" in outcome.err
+    assert "/bogus is not a command" in outcome.err
     assert "/reset" in outcome.out
     assert len(prompts(served)) == 1
     assert "xxx" not in prompts(served)[0]

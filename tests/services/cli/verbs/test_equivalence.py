@@ -146,7 +146,7 @@ def test_a_record_s_life(run, zoo, record):
     decisions = [line.split() for line in shown.out.splitlines()[-2:]]
     assert [line[:2] for line in decisions] == [["1", "approve"], ["2", "revoke"]]
     assert "KL <= 9, top-1 >= 0.0%" in shown.out
-    assert "decides nothing" in shown.out
+    assert "for information only" in shown.out
     value = run("equivalence", "show", record, "--json").json
     assert [(one["action"], one["by"]) for one in value["decisions"]] == [
         ("approve", "ann"),

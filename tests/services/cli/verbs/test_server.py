@@ -128,7 +128,7 @@ def test_no_prompt_and_nobody_piping(run, served, monkeypatch):
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     outcome = run("generate", "tale")
     assert outcome.code == 2
-    assert "pipe it in" in outcome.err
+    assert "on standard input" in outcome.err
 
 
 @pytest.mark.parametrize(
