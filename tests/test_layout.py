@@ -19,6 +19,12 @@ import blockzoo
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES = (blockzoo, blockserve, blockkernels, blockproto)
+MIRRORED = {
+    "tests/blockzoo": "blockzoo",
+    "tests/services": "services/blockserve",
+    "tests/kernels": "kernels/blockkernels",
+}
+"""Folders of tests that have the shape of a package, and the package."""
 COMPUTING = ("blockzoo.compute.", "blockzoo.evaluation.forward", "blockzoo.evaluation.measure")
 
 
@@ -48,6 +54,21 @@ def test_no_folder_of_ours_hides_a_package(name):
     spec = importlib.util.find_spec(name)
     places = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or ())]
     assert not [place for place in places if place and Path(place).is_relative_to(ROOT / name)]
+
+
+@pytest.mark.parametrize(("tests", "source"), MIRRORED.items())
+def test_tests_stand_where_the_modules_they_test_stand(tests, source):
+    """`test_MODULE.py` or `test_MODULE_ASPECT.py`, for a module or a package in the folder that is mirrored."""
+    found = sorted((ROOT / tests).rglob("test_*.py"))
+    assert found
+    for path in found:
+        folder = ROOT / source / path.parent.relative_to(ROOT / tests)
+        assert folder.is_dir(), f"{path.relative_to(ROOT)} mirrors no folder"
+        modules = {one.stem for one in folder.iterdir() if one.suffix == ".py" or one.is_dir()}
+        subject = path.stem.removeprefix("test_")
+        assert any(f"{subject}_".startswith(f"{module}_") for module in modules), (
+            f"{path.relative_to(ROOT)} names no module of {folder.relative_to(ROOT)}"
+        )
 
 
 def test_every_package_says_that_it_is_typed():
