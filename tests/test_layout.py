@@ -58,7 +58,7 @@ def test_no_folder_of_ours_hides_a_package(name):
 
 @pytest.mark.parametrize(("tests", "source"), MIRRORED.items())
 def test_tests_stand_where_the_modules_they_test_stand(tests, source):
-    """`test_MODULE.py` or `test_MODULE_ASPECT.py`, for a module or a package in the folder that is mirrored."""
+    """`test_MODULE.py` or `test_MODULE_ASPECT.py`, for a module or package of the folder that is mirrored."""
     found = sorted((ROOT / tests).rglob("test_*.py"))
     assert found
     for path in found:
