@@ -8,16 +8,16 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
-from collections.abc import AsyncIterator, Collection, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from harness import CACHE, ROOT, Row, check
+from builds import THIS, Build
+from harness import CACHE, Row, check
 from served import MODEL, START_SECONDS, fresh_folder
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -42,6 +42,23 @@ def two_cores() -> tuple[int, int]:
     return cores[0], cores[1 % len(cores)]
 
 
+@contextmanager
+def pinned_to(core: int) -> Iterator[None]:
+    """This process runs on one core, with the threads that it has already, and then where it ran before."""
+    before = os.sched_getaffinity(0)
+    _move_threads({core})
+    try:
+        yield
+    finally:
+        _move_threads(before)
+
+
+def _move_threads(cores: Collection[int]) -> None:
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(ProcessLookupError):  # ended meanwhile
+            os.sched_setaffinity(int(task.name), cores)
+
+
 @dataclass(eq=False)
 class Process:
     """A process of ours that prints `ready ADDRESS` when it takes calls.
@@ -51,6 +68,7 @@ class Process:
         cores: where it may run.
         environment: what differs from ours.
         log: gets its standard error.
+        build: the code that it runs.
         address: where it listens; known after `start`.
     """
 
@@ -58,20 +76,20 @@ class Process:
     cores: Collection[int]
     environment: dict[str, str]
     log: Path
+    build: Build = THIS
     address: str = ""
     _popen: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     async def start(self) -> None:
         """Start it and wait until it is ready (CheckFailedError)."""
         pin = ["taskset", "-c", ",".join(map(str, sorted(self.cores)))]
-        kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
         with self.log.open("ab") as log:
             self._popen = subprocess.Popen(
-                [*pin, sys.executable, *self.command],
-                env={**kept, **self.environment},
+                [*pin, str(self.build.python), *self.command],
+                env={**self.build.environment(), **self.environment},
                 stdout=subprocess.PIPE,
                 stderr=log,
-                cwd=ROOT,
+                cwd=self.build.root,
             )
         stdout = self._popen.stdout
         assert stdout is not None
@@ -114,19 +132,29 @@ class LocalCluster:
         store: the shared state.
     """
 
-    def __init__(self, zoo: Zoo, path: Path, *, transport: Transport = "unix", **settings: str) -> None:
+    def __init__(
+        self,
+        zoo: Zoo,
+        path: Path,
+        *,
+        transport: Transport = "unix",
+        build: Build = THIS,
+        **settings: str,
+    ) -> None:
         """Start the shared state's server.
 
         Args:
             zoo: what is served.
             path: where it is.
             transport: what the processes listen on.
+            build: the code of workers and router; the benchmark's own programs run this tree's.
             settings: environment variables of all processes, without `BLOCKZOO_`, in lower case.
         """
         self.zoo = zoo
         # Short, because paths of sockets may have 107 characters.
         self._folder = Path(tempfile.mkdtemp(prefix="blockzoo-bench-"))
         self._transport = transport
+        self._build = build
         self._redis = RedisChild(socket_path=self._folder / "state.sock")
         self._common = _environment(
             {"zoo": str(path), "state_url": self._redis.url, "log_level": "warning", **settings}
@@ -155,9 +183,11 @@ class LocalCluster:
         socket.unlink(missing_ok=True)  # one that was killed leaves it behind
         listen = f"unix:{socket}" if self._transport == "unix" else "127.0.0.1:0"
         program = Path(__file__).parent / f"{service}.py"
-        command = [str(program)] if program.exists() else ["-m", f"blockserve.{service}"]
+        own = program.exists()
+        command = [str(program)] if own else ["-m", f"blockserve.{service}"]
+        build = THIS if own else self._build
         environment = {**self._common, **_environment({"listen": listen, **settings})}
-        made = Process(command, cores, environment, self._folder / f"{name}.log")
+        made = Process(command, cores, environment, self._folder / f"{name}.log", build)
         self._processes.append(made)
         return made
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +14,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from harness import CACHE, ROOT, CheckFailedError
+from builds import THIS, Build
+from harness import CACHE, CheckFailedError
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -57,28 +56,36 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def serve_command(zoo: Path, port: int, *options: str) -> list[str]:
+def serve_command(zoo: Path, port: int, *options: str, build: Build = THIS) -> list[str]:
     """The command line of a server."""
-    base = [sys.executable, "-m", "blockserve.cli", "serve", "--zoo", str(zoo)]
+    base = [str(build.python), "-m", "blockserve.cli", "serve", "--zoo", str(zoo)]
     return [*base, "--listen", f"127.0.0.1:{port}", *options]
 
 
 @contextmanager
-def serve(zoo: Path, *options: str) -> Iterator[Server]:
+def serve(zoo: Path, *options: str, build: Build = THIS) -> Iterator[Server]:
     """A server over the zoo; stopped whatever happens.
+
+    Args:
+        zoo: folder of the zoo.
+        options: of `blockzoo serve`.
+        build: the code that serves.
 
     Raises:
         CheckFailedError: it ended, or took no connection in time.
     """
     port = free_port()
-    log = CACHE / "bench-server.log"
-    # Compiled modules are kept, as pip does for packages that are installed.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    command = serve_command(zoo, port, *options)
+    log = CACHE / f"bench-server-{build.name}.log"
+    command = serve_command(zoo, port, *options, build=build)
     started = time.monotonic()
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=output, cwd=ROOT, start_new_session=True, env=environment
+            command,
+            stdout=output,
+            stderr=output,
+            cwd=build.root,
+            start_new_session=True,
+            env=build.environment(),
         )
     try:
         wait_for_port(port, process, log)
