@@ -44,6 +44,8 @@ HOPS = 2
 PROMPT_TOKENS = 16
 WIDTH = 576
 """Of the hidden states of both models."""
+Steps = tuple[PathStep, ...]
+"""A request's way over workers."""
 MICRO_ROUNDS = 300
 
 
@@ -76,25 +78,10 @@ async def _case(
     zoo = make_zoo(f"{name}-zoo", {"base": model})
     os.sched_setaffinity(0, {far})
     async with local_cluster(zoo, transport=transport, engine_prefix_sharing="off") as cluster:
-        length = len(cluster.zoo.chain(cluster.zoo.resolve("base").chain).links)
-        cut = length // 2
         echo = cluster.process("echo", "echo", {near}, {})
         working = cluster.process("echo", "working-echo", {near}, {"echo_works": "1"})
-        await asyncio.gather(
-            cluster.start_worker("alone", {near}),
-            cluster.start_worker("head", {near}),
-            cluster.start_worker("tail", {far}),
-            echo.start(),
-            working.start(),
-        )
-        alone = (await cluster.load("alone", "base", Run(0, length)),)
-        chain = (
-            await cluster.load("head", "base", Run(0, cut)),
-            await cluster.load("tail", "base", Run(cut, length)),
-        )
-        check(
-            (await _decode(cluster, alone, 30, 0))[1] == (await _decode(cluster, chain, 30, 0))[1],
-            "two workers answer otherwise than one",
+        (alone, chain), _, _ = await asyncio.gather(
+            start_workers(cluster, near, far), echo.start(), working.start()
         )
         added, halves, working_halves = [], [], []
         async with (
@@ -103,8 +90,8 @@ async def _case(
         ):
             # Each sample is one of all three in turns, so that what drifts drifts for all.
             for number in range(2 * scale.runs):
-                one = (await _decode(cluster, alone, tokens, number + 1))[0]
-                two = (await _decode(cluster, chain, tokens, number + 1))[0]
+                one = (await decode(cluster, alone, tokens, number + 1))[0]
+                two = (await decode(cluster, chain, tokens, number + 1))[0]
                 half = median([await round_trip() for _ in range(tokens)]) / 2
                 added.append((two - one) / HOPS)
                 halves.append(half)
@@ -129,9 +116,32 @@ async def _case(
     ]
 
 
-async def _decode(
-    cluster: LocalCluster, path: tuple[PathStep, ...], tokens: int, seed: int
-) -> tuple[float, list[int]]:
+async def start_workers(cluster: LocalCluster, near: int, far: int) -> tuple[Steps, Steps]:
+    """Start a worker that holds all of the model, and a chain of two; the paths over them.
+
+    Raises:
+        CheckFailedError: they answer otherwise than each other.
+    """
+    length = len(cluster.zoo.chain(cluster.zoo.resolve("base").chain).links)
+    cut = length // 2
+    await asyncio.gather(
+        cluster.start_worker("alone", {near}),
+        cluster.start_worker("head", {near}),
+        cluster.start_worker("tail", {far}),
+    )
+    alone = (await cluster.load("alone", "base", Run(0, length)),)
+    chain = (
+        await cluster.load("head", "base", Run(0, cut)),
+        await cluster.load("tail", "base", Run(cut, length)),
+    )
+    check(
+        (await decode(cluster, alone, 30, 0))[1] == (await decode(cluster, chain, 30, 0))[1],
+        "two workers answer otherwise than one",
+    )
+    return alone, chain
+
+
+async def decode(cluster: LocalCluster, path: Steps, tokens: int, seed: int) -> tuple[float, list[int]]:
     """The median time between tokens, and the tokens."""
     (prompt,) = prompts(seed, 1, PROMPT_TOKENS, 500)
     request = EngineRequest(

@@ -51,11 +51,11 @@ async def measure(scale: Scale, say: Say) -> list[Row]:
         await cluster.until(lambda view: len(view.workers) == 1)
         for kind, _ in KINDS.values():
             for process in (router, relay):
-                await _load(process, kind, min(seconds, WARM_SECONDS))
+                await load(process, kind, min(seconds, WARM_SECONDS))
         for number in range(scale.runs):
             for name, (kind, _) in KINDS.items():
-                rate, busy = await _load(router, kind, seconds)
-                bare_rate, bare_busy = await _load(relay, kind, seconds)
+                rate, busy = await load(router, kind, seconds)
+                bare_rate, bare_busy = await load(relay, kind, seconds)
                 rates[name].append((rate, bare_rate))
                 costs[name].append((busy / rate, bare_busy / bare_rate))
                 say(
@@ -77,7 +77,7 @@ def _row(name: str, case: str, unit: str, pairs: list[tuple[float, float]]) -> R
     return row("router_rps", name, case, unit, ours, peer=bare, peer_name=peer)
 
 
-async def _load(process: Process, kind: int, seconds: float) -> tuple[float, float]:
+async def load(process: Process, kind: int, seconds: float) -> tuple[float, float]:
     """Requests/s through the process, and the share of a core that it used."""
     async with open_channel(process.address, Credentials()) as channel:
         return await _load_through(inference_pb2_grpc.InferenceServiceStub(channel), kind, seconds, process)

@@ -25,20 +25,24 @@ OURS_ENVIRONMENT = ("OMP_NUM_THREADS", "PYTHONPATH")
 """Of a developer's shell; peers start without, so that they get every core and find their own packages."""
 
 
-class Engine(Protocol):
-    """Answers requests, all sent at once."""
+class Measured(Protocol):
+    """Processes that are measured while others are idle."""
 
     @property
     def name(self) -> str:
         """As result files call it."""
         ...
 
-    def run(self, requests: Sequence[Request]) -> Batch:
-        """Send all requests at once and wait for all answers."""
-        ...
-
     def cpu_seconds(self) -> float:
         """Processor time its processes have used so far."""
+        ...
+
+
+class Engine(Measured, Protocol):
+    """Answers requests, all sent at once."""
+
+    def run(self, requests: Sequence[Request]) -> Batch:
+        """Send all requests at once and wait for all answers."""
         ...
 
 
@@ -56,9 +60,7 @@ class Ours:
 
         async def body(client: AsyncClient) -> Batch:
             await client.wait_ready(30)
-            began = time.monotonic()
-            answers = await asyncio.gather(*(_one(client, request, began) for request in requests))
-            return Batch(time.monotonic() - began, tuple(answers))
+            return await ask(client, requests)
 
         return run_client(self.server.address, body)
 
@@ -80,6 +82,13 @@ class Ours:
     def cpu_seconds(self) -> float:
         """See `Engine`."""
         return session_cpu_seconds(self.server.pid)
+
+
+async def ask(client: AsyncClient, requests: Sequence[Request]) -> Batch:
+    """Send all requests at once and wait for all answers."""
+    began = time.monotonic()
+    answers = await asyncio.gather(*(_one(client, request, began) for request in requests))
+    return Batch(time.monotonic() - began, tuple(answers))
 
 
 async def _one(client: AsyncClient, request: Request, began: float) -> Answer:

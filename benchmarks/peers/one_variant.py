@@ -56,15 +56,20 @@ def base_requests(seed: int, count: int, prompt: int, tokens: int) -> list[Reque
     return [Request("base", None, random_prompt(generator, prompt), tokens) for _ in range(count)]
 
 
+def single_batch(case: str, options: Options) -> Callable[[int], list[Request]]:
+    """The requests of each run of a case."""
+    count, prompt, tokens = SINGLE[case]
+    return lambda number: base_requests(
+        1000 * count + number, count, options.prompt(prompt), options.tokens(tokens)
+    )
+
+
 def single(case: str) -> Callable[[Engines, Options], list[Row]]:
     """How one of the `single-` cases is measured."""
     count, prompt, tokens = SINGLE[case]
 
     def run(engines: Engines, options: Options) -> list[Row]:
-        def workload(number: int) -> list[Request]:
-            seed = 1000 * count + number
-            return base_requests(seed, count, options.prompt(prompt), options.tokens(tokens))
-
+        workload = single_batch(case, options)
         assert engines.transformers is not None
         turns: list[Engine] = [engines.ours, engines.vllm, engines.transformers]
         ours, peer, naive = in_turns(turns, workload, options)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from harness import check
-from peers.engines import Engine, Ours
+from peers.engines import Engine, Measured, Ours
 from peers.workload import Batch, Request
 
 Say = Callable[[str], None]
@@ -34,20 +35,22 @@ class Options:
         quick: few tokens and requests, to see that everything works; nothing worth keeping.
         say: told what happens.
         openmp: the OpenMP runtime that vLLM gets, see `environments.vllm_environment`.
+        shortened: how many times shorter prompts and answers are, for processors that take too long else.
     """
 
     runs: int
     quick: bool
     say: Say
     openmp: str = "intel"
+    shortened: int = 1
 
     def tokens(self, count: int) -> int:
         """Output tokens to ask for where `count` are wanted."""
-        return min(count, 6) if self.quick else count
+        return max(1, (min(count, 6) if self.quick else count) // self.shortened)
 
     def prompt(self, count: int) -> int:
         """Prompt tokens to send where `count` are wanted."""
-        return min(count, 24) if self.quick else count
+        return max(1, (min(count, 24) if self.quick else count) // self.shortened)
 
 
 def in_turns(
@@ -79,11 +82,22 @@ def in_turns(
 
 
 def _turn(engine: Engine, others: Sequence[Engine], requests: Sequence[Request]) -> Batch:
+    with turn_of(engine, others):
+        return _checked(engine, requests)
+
+
+@contextmanager
+def turn_of(engine: Measured, others: Sequence[Measured]) -> Iterator[None]:
+    """Begin when the others are idle, and check that they stayed so.
+
+    Raises:
+        CheckFailedError: another one was busy.
+    """
     for other in others:
         wait_until_idle(other)
     before = [other.cpu_seconds() for other in others]
     began = time.monotonic()
-    batch = _checked(engine, requests)
+    yield
     seconds = time.monotonic() - began
     for other, used in zip(others, before, strict=True):
         # A clock tick either way is no work.
@@ -91,18 +105,26 @@ def _turn(engine: Engine, others: Sequence[Engine], requests: Sequence[Request])
         check(
             share <= IDLE_SHARE, f"{other.name} used {share:.0%} of a core while {engine.name} was measured"
         )
-    return batch
 
 
 def _checked(engine: Engine, requests: Sequence[Request]) -> Batch:
     batch = engine.run(requests)
-    for request, answer in zip(requests, batch.answers, strict=True):
-        count = len(answer.tokens)
-        check(count == request.tokens, f"{engine.name} made {count} tokens where {request.tokens} were asked")
+    check_lengths(engine.name, requests, batch)
     return batch
 
 
-def wait_until_idle(engine: Engine) -> None:
+def check_lengths(name: str, requests: Sequence[Request], batch: Batch) -> None:
+    """Raise unless every answer has the tokens that were asked for.
+
+    Raises:
+        CheckFailedError: one has not.
+    """
+    for request, answer in zip(requests, batch.answers, strict=True):
+        count = len(answer.tokens)
+        check(count == request.tokens, f"{name} made {count} tokens where {request.tokens} were asked")
+
+
+def wait_until_idle(engine: Measured) -> None:
     """Return when the engine has used no processor time for 0.2 s.
 
     Raises:
