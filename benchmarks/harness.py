@@ -62,6 +62,16 @@ class Row:
         """Median of ours over the peer's median."""
         return median(self.ours) / median(self.peer) if self.peer else None
 
+    @property
+    def round_ratio(self) -> float | None:
+        """Median of the ratios of each round, for samples that were taken side by side.
+
+        What slows the machine down for a while slows both samples of a round, and cancels.
+        """
+        if not self.peer:
+            return None
+        return median(mine / theirs for mine, theirs in zip(self.ours, self.peer, strict=True))
+
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
@@ -162,17 +172,26 @@ def _middle_and_tail(samples: Sequence[float]) -> str:
 
 def machine() -> str:
     """The machine in words: processor, cores, memory, system, load."""
-    fields = dict(
-        line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line
-    )
-    names = {key.strip(): value.strip() for key, value in fields.items()}
+    names = _processor()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    bf16 = "avx512_bf16" if "avx512_bf16" in names.get("flags", "") else "no avx512_bf16"
+    bf16 = "avx512_bf16" if has_bf16() else "no avx512_bf16"
     return (
         f"{names.get('model name', platform.machine())}, {os.cpu_count()} cores, {bf16}, {memory:.0f} GB, "
         f"{platform.system()} {platform.release()}, Python {platform.python_version()}, "
         f"load before {os.getloadavg()[0]:.1f}"
     )
+
+
+def has_bf16() -> bool:
+    """Whether the processor multiplies bfloat16; others take several times as long for it."""
+    return "avx512_bf16" in _processor().get("flags", "").split()
+
+
+def _processor() -> dict[str, str]:
+    """What /proc/cpuinfo says of the last core."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    fields = (line.split(":", 1) for line in lines if ":" in line)
+    return {key.strip(): value.strip() for key, value in fields}
 
 
 def commit() -> str:

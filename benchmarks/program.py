@@ -9,6 +9,7 @@ import argparse
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 
 from harness import CACHE, RESULTS, RUNS, Benchmark, CheckFailedError, Row, summarize, write
@@ -25,10 +26,17 @@ class Scale:
     Attributes:
         runs: samples of each side.
         quick: a tiny model and a few tokens, to see that the program works; nothing worth keeping.
+        complete: whether every case is measured.
     """
 
     runs: int = RUNS
     quick: bool = False
+    complete: bool = True
+
+    @property
+    def folder(self) -> Path:
+        """Where the result goes; one that says less than the committed results promise stays in the cache."""
+        return RESULTS if self.runs >= RUNS and self.complete else CACHE / "bench" / "results"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +49,7 @@ class Bar:
         stretch: the value that is hoped for.
         at_most: whether smaller is better.
         per_peer: whether the ratio to the peer counts, or the median of ours itself.
+        per_round: whether that ratio is the median of the ratios of each round, or that of the medians.
     """
 
     row: str
@@ -48,11 +57,12 @@ class Bar:
     stretch: float | None = None
     at_most: bool = False
     per_peer: bool = True
+    per_round: bool = False
 
     def verdict(self, rows: Sequence[Row]) -> str:
         """The bar, the stretch and what was measured, in one line."""
         (row,) = (row for row in rows if row.id == self.row)
-        value = row.ratio if self.per_peer else median(row.ours)
+        value = self._measured(row)
         assert value is not None
         sense = "at most" if self.at_most else "at least"
         stretch = "" if self.stretch is None else f", stretch {self.stretch:g}"
@@ -60,6 +70,11 @@ class Bar:
         if self.stretch is not None and self._holds(value, self.stretch):
             how = "stretch reached"
         return f"{self.row}: bar {sense} {self.bar:g}{stretch}, measured {value:.3g}: {how}"
+
+    def _measured(self, row: Row) -> float | None:
+        if not self.per_peer:
+            return median(row.ours)
+        return row.round_ratio if self.per_round else row.ratio
 
     def _holds(self, value: float, bound: float) -> bool:
         return value <= bound if self.at_most else value >= bound
@@ -90,26 +105,37 @@ class Program:
         return run_in_event_loop(_collect(self.measure, Scale(), say))
 
     def main(self, arguments: Sequence[str] | None = None) -> int:
+        """`report` as the command line asks for it."""
+        return self.report(scale_of(scale_parser(self.title).parse_args(arguments)))
+
+    def report(self, scale: Scale) -> int:
         """Measure, write the result, say whether the bars are reached; exit status 1 when a check is red."""
-        parser = argparse.ArgumentParser(description=self.title)
-        parser.add_argument("--quick", action="store_true", help="tiny model, one run: does it work?")
-        parser.add_argument("--runs", type=int, default=RUNS, help=f"samples of each side (default {RUNS})")
-        options = parser.parse_args(arguments)
-        scale = Scale(runs=1, quick=True) if options.quick else Scale(runs=options.runs)
         started = time.monotonic()
         try:
             rows = run_in_event_loop(_collect(self.measure, scale, _say))
         except CheckFailedError as error:
             print(f"  RED: {error}; nothing is reported")
             return 1
-        # Fewer runs than the committed results promise are for whoever tries something.
-        path = write(self.id, rows, RESULTS if scale.runs >= RUNS else CACHE / "bench" / "results")
+        path = write(self.id, rows, scale.folder)
         for row in rows:
             print(f"  {summarize(row)}")
         print(f"  {path.parent.name}/{path.name} written after {time.monotonic() - started:.0f} s")
         for bar in self.bars:
             print(bar.verdict(rows), flush=True)
         return 0
+
+
+def scale_parser(title: str) -> argparse.ArgumentParser:
+    """The options that every program has."""
+    parser = argparse.ArgumentParser(description=title)
+    parser.add_argument("--quick", action="store_true", help="tiny model, one run: does it work?")
+    parser.add_argument("--runs", type=int, default=RUNS, help=f"samples of each side (default {RUNS})")
+    return parser
+
+
+def scale_of(options: argparse.Namespace) -> Scale:
+    """How much those options ask for."""
+    return Scale(runs=1, quick=True) if options.quick else Scale(runs=options.runs)
 
 
 async def _collect(

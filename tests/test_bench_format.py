@@ -64,7 +64,8 @@ def test_rows_hold_raw_samples_and_no_conclusions(path):
         assert entry["peer"] is None or all(sample > 0 for sample in entry["peer"])
         assert re.match(
             r"python benchmarks/((run|run_peers)\.py --only "
-            r"|(hop|split|shared_trunk|failover_gap|router_rps|kv_choice|adapt_p95|many_variants)\.py$)",
+            r"|(hop|split|shared_trunk|failover_gap|router_rps|kv_choice|adapt_p95|many_variants)\.py$"
+            r"|no_slower\.py --base [0-9a-f]{40}$)",
             entry["command"],
         )
         assert not {"/work", "/tmp", "/home", "/root"} & set(entry["command"].split())
