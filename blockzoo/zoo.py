@@ -274,7 +274,7 @@ def _copy(
 ) -> CopyReport:
     if source.storage.url == destination.storage.url and not source.storage.url.startswith("memory:"):
         raise InvalidInputError(
-            f"{source.storage.url} is both source and destination", hint="Give another place."
+            f"{source.storage.url} is both source and destination", hint="Name another zoo."
         )
     wanted = None if names is None else [check_name(name) for name in names]
     meter = _Meter(progress)

@@ -142,7 +142,7 @@ def _own_up(store: ZooStore, key: str, kinds: Sequence[Holding]) -> None:
     """Raise ConflictError when a delete that came too late has hit something that is needed by now."""
     if any(key in kind.needed(store, ignore_problem) for kind in kinds):
         raise ConflictError(
-            f"this gc was suspended in the middle of deleting {key}, which is needed again",
+            f"this gc was suspended while it deleted {key}, which is needed again",
             hint="Register that checkpoint again, or run `blockzoo verify --repair FROM`.",
             key=key,
         )

@@ -181,7 +181,7 @@ def substituted_chain(
     if chain_digest(result) != substitute.result:
         raise CorruptManifestError(
             f"equivalence record {substitute.record} is not about the chain it names",
-            hint="Revoke it, and evaluate again.",
+            hint="Revoke the record, and evaluate again.",
             record=substitute.record,
         )
     return result

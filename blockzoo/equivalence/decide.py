@@ -68,7 +68,7 @@ def approve(
             f"{record.substitute} changes the outputs of {record.original} too much: mean KL "
             f"{record.mean_kl:.4g} (bound {max_kl:g}), top-1 agreement {record.top1_agreement:.2%}"
             + ("" if min_agreement is None else f" (bound {min_agreement:.2%})"),
-            hint="Keep them apart, or raise the bounds, or approve it all the same with --force.",
+            hint="Do not approve this pair, raise the bounds, or approve it anyway with --force.",
             record=record.id,
             mean_kl=record.mean_kl,
             max_kl=max_kl,
@@ -92,8 +92,8 @@ def approve(
         # Trying again could bring back what somebody has revoked just now.
         if not ledger.put_decision(decision):
             raise ConflictError(
-                f"somebody else has just decided about {record_id}",
-                hint="Look with `blockzoo equivalence show`, then approve again if it is still right.",
+                f"another decision was just written about {record_id}",
+                hint="Read it with `blockzoo equivalence show`, then approve again if that is still right.",
                 record=record_id,
             )
     return decision
@@ -167,14 +167,16 @@ def _check_variants(store: ZooStore, record: EquivalenceRecord, variants: Sequen
 
 def _check_bound(value: float, what: str, most: float) -> None:
     if not 0 <= value <= most or math.isinf(value):
-        raise InvalidInputError(f"{what} is {value}, which is no bound", hint="Give a number of at least 0.")
+        raise InvalidInputError(
+            f"{what} is {value}, which is not a bound", hint="Give a number of at least 0."
+        )
 
 
 def _text(text: str, what: str) -> str:
     text = " ".join(text.split())
     if not 0 < len(text) <= MAX_TEXT_CHARS or not text.isprintable():
         raise InvalidInputError(
-            f"{what} must be said in 1 to {MAX_TEXT_CHARS} printable characters",
-            hint="Those who find the decision later will ask.",
+            f"{what} must have 1 to {MAX_TEXT_CHARS} printable characters",
+            hint="It is stored with the decision.",
         )
     return text

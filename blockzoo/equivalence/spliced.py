@@ -33,7 +33,7 @@ def spliced_chain(store: Objects, record: EquivalenceRecord) -> ChainManifest:
     if chain_digest(chain) != record.result:
         raise CorruptManifestError(
             f"equivalence record {record.id} is not about the chain it names",
-            hint="Revoke it, and evaluate again.",
+            hint="Revoke the record, and evaluate again.",
             record=record.id,
         )
     return chain

@@ -42,7 +42,7 @@ def check_compatible(zoo: Zoo, pair: Pair) -> None:
 
 def _difference(a: BlockManifest, b: BlockManifest) -> str:
     if a.kind != b.kind:
-        return f"there is a block of kind {a.kind} in one and {b.kind} in the other"
+        return f"one has a block of kind {a.kind}, the other one of kind {b.kind}"
     for field, words in _FIELDS.get(a.kind, {}).items():
         if a.config.get(field) != b.config.get(field):
             return f"the {words} differs ({a.config.get(field)} and {b.config.get(field)})"
@@ -52,7 +52,8 @@ def _difference(a: BlockManifest, b: BlockManifest) -> str:
 def _incompatible(pair: Pair, problem: str) -> IncompatibleBlocksError:
     return IncompatibleBlocksError(
         f"{pair.substitute} cannot stand in for {pair.original}: {problem}",
-        hint="Compare blocks of models of one architecture and size, fine-tunes of one base for example.",
+        hint="Compare blocks of models of the same architecture and size, for example fine-tunes of one "
+        "base.",
         a=pair.original,
         b=pair.substitute,
     )

@@ -127,13 +127,16 @@ def _evaluate(
 
 def _loader(zoo: Zoo, dtype: str, device: str) -> LinkLoader:
     if dtype not in DTYPES:
-        raise InvalidInputError(f"{dtype!r} is no type to compute in", hint=f"Use {', '.join(DTYPES)}.")
+        raise InvalidInputError(
+            f"{dtype!r} is not a supported compute type", hint=f"Use {', '.join(DTYPES)}."
+        )
     try:
         import torch
     except ImportError as error:
         raise MissingPackageError(
             "an evaluation needs torch, which is not installed here",
-            hint="Install blockzoo[worker,router] on this machine. Listing and approving work without.",
+            hint="Install blockzoo[worker,router] on this machine. Listing and approving records needs "
+            "neither.",
         ) from error
     from blockzoo.evaluation.forward import LinkLoader
 
@@ -142,6 +145,7 @@ def _loader(zoo: Zoo, dtype: str, device: str) -> LinkLoader:
         torch.empty(1, device=place)
     except (RuntimeError, AssertionError) as error:
         raise InvalidInputError(
-            f"torch cannot use the device {device!r}: {error}", hint="Use cpu, or cuda where there is one."
+            f"torch cannot use the device {device!r}: {error}",
+            hint="Use cpu, or cuda if the machine has a GPU.",
         ) from error
     return LinkLoader(zoo, getattr(torch, dtype), place)

@@ -85,8 +85,8 @@ def select(zoo: Zoo, a: str, b: str) -> list[Pair]:
     runs = _differences(first.chain, second.chain)
     if not runs:
         raise InvalidInputError(
-            f"{a} and {b} run the same links, which is exact and needs no approval",
-            hint="Compare two variants that differ; `blockzoo diff A B` shows in what.",
+            f"{a} and {b} run the same links, so they are equal and need no approval",
+            hint="Compare two variants that differ; `blockzoo diff A B` shows how.",
         )
     if len(runs) > 1:
         runs.append(Positions(runs[0].first, runs[-1].end))

@@ -51,15 +51,15 @@ def tokenise(zoo: Zoo, pair: Pair, text: str, max_tokens: int) -> tuple[BlobId, 
     other = _blob(pair.record_b)
     if other != blob and (other is None or _encode(zoo, pair.record_b, text) != ids):
         raise IncompatibleBlocksError(
-            f"{pair.original.variant} and {pair.substitute.variant} read this text as different tokens",
-            hint="Only blocks of models with the same tokens can stand in for each other.",
+            f"{pair.original.variant} and {pair.substitute.variant} tokenise this text differently",
+            hint="Only blocks of models with the same tokenizer can stand in for each other.",
             a=pair.original,
             b=pair.substitute,
         )
     if len(ids) < MIN_TOKENS:
         raise EvaluationError(
-            f"the text has {len(ids)} tokens; {MIN_TOKENS} are the least that say anything",
-            hint="Give a longer text, some thousand words of what your callers send.",
+            f"the text has {len(ids)} tokens; at least {MIN_TOKENS} are needed",
+            hint="Give a longer text: some thousand words like those that your callers send.",
             tokens=len(ids),
         )
     ids = ids[:max_tokens]
@@ -127,7 +127,7 @@ def check_lengths(max_tokens: int, window_tokens: int, context_length: int) -> N
     """Raise InvalidInputError for a number of tokens that cannot be evaluated."""
     if max_tokens < MIN_TOKENS:
         raise InvalidInputError(
-            f"{max_tokens} tokens are too few", hint=f"Evaluate at least {MIN_TOKENS}, better thousands."
+            f"{max_tokens} tokens are too few", hint=f"Use at least {MIN_TOKENS} tokens, better thousands."
         )
     if not 2 <= window_tokens <= context_length:
         raise InvalidInputError(

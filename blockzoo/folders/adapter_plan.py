@@ -162,12 +162,14 @@ def _check_lora_modules(targeted: list[str], tensors: _Sorted, base: Outline) ->
                 target=module,
             )
         if module not in base.linears:
-            raise UnsupportedAdapterError(f"LoRA on {module!r}, which is no linear module, is not supported")
+            raise UnsupportedAdapterError(
+                f"LoRA on {module!r}, which is not a linear module, is not supported"
+            )
         if set(tensors.lora.get(module, ())) != {"A", "B"}:
             raise AdapterBaseMismatchError(
                 f"target_modules names {module!r} of base {base.ref}, "
                 "but the adapter does not hold its two matrices",
-                hint="The adapter was probably trained on another base; give that one with --base.",
+                hint="The adapter was probably trained on another base; name that base with --base.",
                 base=base.ref,
                 module=module,
             )
@@ -185,7 +187,7 @@ def _unknown_module(module: str, base: Outline) -> AdapterError:
     if layer and layer[1].isascii() and len(layer[1]) < 9 and int(layer[1]) >= base.num_layers:
         return AdapterBaseMismatchError(
             f"the adapter changes {module!r}, but base {base.ref} has {base.num_layers} layers",
-            hint="The adapter was trained on another base; give that one with --base.",
+            hint="The adapter was trained on another base; name that base with --base.",
             base=base.ref,
             module=module,
         )
@@ -225,7 +227,7 @@ def _check_shape(entry: TensorEntry, expected: tuple[int, ...], base: Outline) -
     if entry.shape != expected:
         raise AdapterBaseMismatchError(
             f"tensor {entry.name!r} has shape {list(entry.shape)}, base {base.ref} needs {list(expected)}",
-            hint="The adapter was trained on another base; give that one with --base.",
+            hint="The adapter was trained on another base; name that base with --base.",
             tensor=entry.name,
             found=list(entry.shape),
             expected=list(expected),

@@ -147,7 +147,8 @@ def folder_kind(path: Path) -> FolderKind:
     if (path / WEIGHTS).is_file() or (path / INDEX).is_file():
         if not (path / CONFIG).is_file():
             raise InvalidConfigError(
-                f"{path.name} has weights but no {CONFIG}", hint="Copy config.json from where the model came."
+                f"{path.name} has weights but no {CONFIG}",
+                hint="Copy config.json from the source of the model.",
             )
         return FolderKind.CHECKPOINT
     return _refuse_without_weights(path, WEIGHTS)
@@ -181,7 +182,7 @@ def _check_ends(name: str, data: bytes) -> None:
     if data[:64].lstrip()[:1] != b"{" or data[-64:].rstrip()[-1:] != b"}":
         raise TruncatedFileError(
             f"{name} is not a whole JSON object",
-            hint="Fetch the file again; it was probably cut off.",
+            hint="Fetch the file again; it is probably incomplete.",
             file=name,
         )
 
@@ -320,7 +321,7 @@ def _refuse_without_weights(path: Path, wanted: str) -> FolderKind:
 def _pickle_error(name: str) -> PickleRefusedError:
     return PickleRefusedError(
         f"{name} is a pickle, which can run code when it is opened",
-        hint="Load it where you trust it and save again with model.save_pretrained(FOLDER), "
+        hint="If you trust it, load it and save it again with model.save_pretrained(FOLDER), "
         "which writes safetensors.",
         file=name,
     )

@@ -79,7 +79,7 @@ def match_tensors(plan: ChainPlan, entries: Mapping[str, TensorEntry]) -> Matche
     unexpected = [name for name in unused if not family.is_ignorable(name)]
     if unexpected:
         raise TensorMismatchError(
-            f"{len(unexpected)} tensors are no part of the architecture, the first is {unexpected[0]!r}",
+            f"{len(unexpected)} tensors are not part of the architecture, the first is {unexpected[0]!r}",
             hint="config.json and the weights do not belong together, or an adapter was saved with them.",
             tensor=unexpected[0],
         )

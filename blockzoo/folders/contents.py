@@ -87,7 +87,9 @@ class FolderLayout:
             raise CorruptManifestError(f"{LAYOUT_FILE} cannot be read: {error}") from error
         for name in (*layout.filenames, *layout.shards):
             if not is_safe_filename(name) or name.startswith(OWN_PREFIX):
-                raise CorruptManifestError(f"{LAYOUT_FILE} names {name[:100]!r}, which no folder holds")
+                raise CorruptManifestError(
+                    f"{LAYOUT_FILE} names {name[:100]!r}, which cannot be the name of a file in a folder"
+                )
         return layout
 
 
@@ -102,5 +104,5 @@ def _place_from_json(value: JsonValue) -> InBlock | InFile:
         return InFile(value)
     position, applied, name = cast(list[JsonValue], value)
     if not isinstance(position, int) or not (applied is None or isinstance(applied, int)):
-        raise TypeError(f"{value} is no place in a chain")
+        raise TypeError(f"{value} is not a place in a chain")
     return InBlock(position, applied, str(name))

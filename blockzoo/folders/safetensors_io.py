@@ -245,4 +245,4 @@ def _counts(value: object) -> bool:
     )
 
 
-_DOWNLOAD_HINT = "The download or copy was probably cut off; fetch the file again."
+_DOWNLOAD_HINT = "The download or copy is probably incomplete; fetch the file again."

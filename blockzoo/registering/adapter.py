@@ -182,7 +182,7 @@ def _recorded_base(store: WritableZoo, config: AdapterConfig) -> str:
     near = near_names(recorded.rpartition("/")[2], names) or sorted(names)[:5]
     known = f" Registered: {', '.join(near)}." if near else " Register the base first."
     raise AdapterError(
-        f"it is not known which variant the adapter belongs to (it was trained on {recorded[:200]!r})",
+        f"no variant matches the base that the adapter was trained on ({recorded[:200]!r})",
         hint=f"Give the base with --base NAME.{known}",
         base_model=recorded[:200],
     )

@@ -77,7 +77,7 @@ def recheck(store: ZooStore, pushed: Pushed) -> dict[str, str]:
         facts |= _remake_adapter(store, pushed, layout, entries, refs, recorder)
     claimed = ManifestRecorder().put_chain(pushed.chain)
     if claimed not in recorder.chains:
-        raise _invalid("the chain is not what its files make", chain=claimed)
+        raise _invalid("the chain does not follow from its files", chain=claimed)
     return facts
 
 
@@ -115,7 +115,7 @@ def _remake_adapter(
     recorder: ManifestRecorder,
 ) -> dict[str, str]:
     if pushed.base is None:
-        raise _invalid("it is not said which variant the adapter belongs to")
+        raise _invalid("the push does not name the base of the adapter")
     base = read_outline(store, pushed.base)
     check_adaptable(pushed.base, base)
     config = parse_adapter_config(parse_json_object(ADAPTER_CONFIG, _read(store, pushed, ADAPTER_CONFIG)))
@@ -215,12 +215,13 @@ def _read(store: ZooStore, pushed: Pushed, name: str) -> bytes:
 
 def _require_equal(what: str, found: object, expected: object) -> None:
     if found != expected:
-        raise _invalid(f"the {what} are not what the config and the headers make")
+        raise _invalid(f"the {what} do not follow from the config and the headers")
 
 
 def _invalid(problem: str, **metadata: object) -> InvalidManifestError:
     return InvalidManifestError(
         f"the push is refused: {problem}",
-        hint="Push with the `blockzoo` of this server's version; if it did this, report it.",
+        hint="Push with the `blockzoo` of this server's version; if it is that version already, report "
+        "this as a bug.",
         **metadata,
     )

@@ -41,7 +41,7 @@ def translate_link_errors(url: str) -> Iterator[None]:
         if error.errno not in _NO_HARD_LINKS:
             raise
         raise UnsupportedStoreError(
-            f"{url} is on a file system without hard links, which two writers need to be safe",
+            f"{url} is on a file system without hard links, which concurrent writers need",
             hint="Put the zoo on a local Linux file system or an object store.",
             url=url,
         ) from error

@@ -209,7 +209,7 @@ class LeaseHolder:
         if self._entries and self._remaining() <= SKEW_S:
             raise ConflictError(
                 f"the lease of this operation ({self._purpose}) ran out before it was finished",
-                hint="Run it again; what was stored already is not stored twice.",
+                hint="Run it again; data that is stored already is not written twice.",
             )
 
     def release(self) -> None:
@@ -244,6 +244,6 @@ def _parse(key: str, data: memoryview) -> Entry:
 def _unreadable(key: str) -> CorruptManifestError:
     return CorruptManifestError(
         f"{key} cannot be read",
-        hint="When no registration or gc is running anywhere, delete this object.",
+        hint="Delete this object when no registration or gc is running on any machine.",
         key=key,
     )

@@ -113,7 +113,7 @@ class WishBook:
             if self._store.storage.put_if_absent(layout.wish_key(variant, wish.number), [wish_body(wish)]):
                 return wish
         raise ConflictError(
-            f"the wishes about {variant} change faster than they can be written",
+            f"the placement wishes for {variant} change faster than they can be written",
             hint="Try again.",
             variant=variant,
         )

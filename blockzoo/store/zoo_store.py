@@ -65,7 +65,7 @@ class ZooStore(Objects):
         # The same bytes again: harmless where conditions are ignored, and it shows that they are.
         if storage.is_remote and storage.put_if_absent(layout.ZOO, [stored]):
             raise UnsupportedStoreError(
-                f"{storage.url} overwrites objects that should only be created",
+                f"{storage.url} overwrites objects that must only be created",
                 hint="Use a store with conditional writes (`If-None-Match: *`), or a local folder.",
                 url=storage.url,
             )
@@ -141,7 +141,7 @@ class ZooStore(Objects):
             to = older[-1]
         target = self.resolve(name, to)
         if target.version == current.version:
-            hint = f"It is in use already. `blockzoo show {name}@N` says what version N was."
+            hint = f"It is the current version already. `blockzoo show {name}@N` shows version N."
             raise CurrentVersionError(name, to, hint=hint)
         with self.registration(f"rollback {name} to {to}") as registration:
             return registration.commit(

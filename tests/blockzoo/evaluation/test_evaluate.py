@@ -274,7 +274,7 @@ def test_other_shapes_are_refused(zoo, folder, tmp_path, options, run, words):
 
 
 def test_other_kinds_families_and_lengths_are_refused(zoo, folder, tmp_path):
-    with pytest.raises(IncompatibleBlocksError, match="embedding in one and layer"):
+    with pytest.raises(IncompatibleBlocksError, match="kind embedding, the other one of kind layer"):
         evaluate(zoo, "base:0", "base:1", TEXT)
     with pytest.raises(IncompatibleBlocksError, match="a run of 2 links"):
         evaluate(zoo, "base:1-3", "base:1", TEXT)
@@ -294,7 +294,7 @@ def test_other_tokens_are_refused(zoo, folder, tmp_path):
     (tmp_path / "none" / "tokenizer.json").unlink()
     zoo.register(tmp_path / "none", name="none")
     for name in ("bytes", "none"):
-        with pytest.raises(IncompatibleBlocksError, match="different tokens"):
+        with pytest.raises(IncompatibleBlocksError, match="tokenise this text differently"):
             evaluate(zoo, "base", name, TEXT)
     with pytest.raises(EvaluationError, match=r"no tokenizer\.json"):
         evaluate(zoo, "none", "base", TEXT)
@@ -323,7 +323,7 @@ def test_a_tokenizer_that_is_none(zoo, folder, tmp_path):
 
 @pytest.mark.parametrize("text", ["", "Too short.", " "])
 def test_a_text_that_is_too_short(zoo, text):
-    with pytest.raises(EvaluationError, match=f"{MIN_TOKENS} are the least"):
+    with pytest.raises(EvaluationError, match=f"at least {MIN_TOKENS} are needed"):
         evaluate(zoo, "base", "tuned", text)
     assert Ledger(zoo.store).ids() == []
 

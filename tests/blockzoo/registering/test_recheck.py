@@ -262,7 +262,7 @@ def test_an_adapter_block_that_its_config_does_not_make_is_refused(bot, change):
 
 
 def test_an_adapter_goes_on_its_base_and_on_no_other(zoo, bot):
-    with pytest.raises(InvalidManifestError, match="belongs"):
+    with pytest.raises(InvalidManifestError, match="does not name the base"):
         recheck(zoo.store, replace(bot.pushed, base=None))
     with pytest.raises(BlockzooError):
         recheck(zoo.store, replace(bot.pushed, base=zoo.resolve("wide")))

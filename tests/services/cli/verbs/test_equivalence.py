@@ -99,7 +99,7 @@ def test_text_from_standard_input(run, zoo, monkeypatch):
     [
         (("base", "tunde"), 3, "Did you mean tuned?"),
         (("base:9", "tuned"), 1, "positions 0 to 4"),
-        (("base:0", "tuned:1"), 1, "embedding in one and layer"),
+        (("base:0", "tuned:1"), 1, "kind embedding, the other one of kind layer"),
         (("base", "base"), 1, "the same links"),
         (("base", "tuned", "--dtype", "int4"), 1, "Use float32"),
         (("base", "tuned", "--max-tokens", "3"), 1, "too few"),
@@ -115,7 +115,7 @@ def test_what_cannot_be_evaluated(run, zoo, text, words, code, message):
 
 def test_bad_texts(run, zoo, tmp_path):
     path = tmp_path / "text"
-    for data, message in ((b"short", "least that say anything"), (b"\xff" * 900, "not UTF-8")):
+    for data, message in ((b"short", "are needed"), (b"\xff" * 900, "not UTF-8")):
         path.write_bytes(data)
         outcome = run("equivalence", "evaluate", "base", "tuned", "--text", path)
         assert outcome.code == 1
