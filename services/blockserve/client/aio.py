@@ -83,7 +83,9 @@ class AsyncClient:
             await asyncio.wait_for(self._channel.channel_ready(), timeout)
         except TimeoutError:
             raise UnavailableError(
-                f"no server answered within {timeout:g} s", code="UNAVAILABLE", hint="Is it running?"
+                f"no server answered within {timeout:g} s",
+                code="UNAVAILABLE",
+                hint="Check that the server is running.",
             ) from None
 
     def generate(

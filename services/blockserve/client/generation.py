@@ -66,7 +66,7 @@ def collect_choices(chunks: Sequence[Chunk], num_choices: int) -> tuple[Completi
     finishes = [mine[-1].finish if mine else None for mine in by_choice]
     first, last = (chunks[0], chunks[-1]) if chunks else (None, None)
     if first is None or last is None or first.info is None or last.finish is None or None in finishes:
-        raise RemoteError("the answer is not whole", hint="Take the result before taking chunks.")
+        raise RemoteError("the answer is incomplete", hint="Ask for the result before iterating over chunks.")
     info: RequestInfo = first.info
     usage = last.finish.usage
     return tuple(

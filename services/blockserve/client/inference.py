@@ -156,7 +156,7 @@ class Inference:
             if deadline is not None and time.monotonic() + pause >= deadline:
                 # An attempt without time left can fail as unavailable before it fails as late.
                 raise DeadlineExceededError(
-                    f"the answer broke off and {timeout:g} s are not enough to go on",
+                    f"the answer broke off and could not be resumed within {timeout:g} s",
                     hint="Allow more time.",
                 )
             await asyncio.sleep(pause)

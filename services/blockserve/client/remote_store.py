@@ -87,7 +87,9 @@ class RemoteStore:
 
     def _fetch(self, chain: ChainId) -> None:
         if chain not in self._refs:
-            raise ManifestNotFoundError(f"chain {chain} is no variant's that was asked for", digest=chain)
+            raise ManifestNotFoundError(
+                f"chain {chain} belongs to none of the variants that were asked for", digest=chain
+            )
         answer = self.calls.call("GetManifests", zoo_pb2.GetManifestsRequest(ref=self._refs[chain]))
         if digest_bytes(answer.chain) != chain:
             raise CorruptManifestError(f"the server sent another chain than {chain}", digest=chain)

@@ -128,8 +128,9 @@ class Patience:
                     pause = max(pause, error.retry_after)
                 if time.monotonic() - self._moved + pause > self._seconds:
                     raise PushInterruptedError(
-                        f"the push did not get on for {self._seconds:g} s: {error}",
-                        hint="Run it again when the server is back; what it has is not sent again.",
+                        f"the push made no progress for {self._seconds:g} s: {error}",
+                        hint="Run the command again when the server is back; data that the server has "
+                        "is not sent again.",
                     ) from error
                 self._failures += 1
                 pause_for(pause)

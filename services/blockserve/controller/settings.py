@@ -17,24 +17,26 @@ class ControllerSettings(ClusterSettings):
     listen: str = setting(
         "127.0.0.1:7452",
         "Where to listen: `host:port` (port 0 picks a free one) or `unix:/path/to/socket`.",
-        reason="Beside the router's 7450 and the metrics' 7451.",
+        reason="The router uses 7450 and metrics use 7451.",
     )
     create_zoo: bool = setting(
         False,
-        "Begin an empty zoo when there is none.",
-        reason="A wrong path is an error; with it, a new cluster can be filled from elsewhere.",
+        "Create an empty zoo if there is none.",
+        reason="Without it, a wrong path is an error. With it, a new cluster can be filled from other "
+        "machines.",
     )
     look_seconds: float = setting(
         1.0,
-        "How often demand is looked at when nothing else changes.",
+        "How often demand is read when nothing else changes.",
         unit="seconds",
         reason="Below a third of the leader's lease, which is renewed with it.",
         gt=0,
     )
     replicas: int = setting(
         1,
-        "Workers that hold each variant at least, as long as there is room.",
-        reason="With 2, a lost worker's requests go on at once; shared blocks make the second copy cheap.",
+        "Minimum number of workers that hold each variant, as long as there is room.",
+        reason="With 2, requests of a lost worker continue at once; shared blocks make the second copy "
+        "cheap.",
         ge=1,
     )
     controller: ControllerConfig = Field(

@@ -20,33 +20,35 @@ class ServeConfig(MetricsSettings):
     zoo: str = setting(
         "~/.blockzoo",
         "The zoo to serve: a folder, or a URL such as s3://bucket/zoo.",
-        reason="What the other commands use too.",
+        reason="The default of the other commands.",
     )
     create_zoo: bool = setting(
         False,
-        "Begin an empty zoo when there is none.",
-        reason="A wrong path is an error; with it, a new server can be filled from elsewhere.",
+        "Create an empty zoo if there is none.",
+        reason="Without it, a wrong path is an error. With it, a new server can be filled from other "
+        "machines.",
     )
     preload: tuple[str, ...] = setting(
         (),
-        f"Variants whose blocks are read at the start; `{ALL}` means every variant.",
-        reason="Others are read by their first request, which waits for it.",
+        f"Variants whose blocks are loaded at the start; `{ALL}` means every variant.",
+        reason="Other variants are loaded by their first request, which waits for that.",
     )
     pin: tuple[str, ...] = setting(
         (),
-        "Variants whose blocks are read at the start and stay when others need room (`engine.block_bytes`).",
-        reason="What must answer at once, always; everything else comes and goes with its use.",
+        "Variants whose blocks are loaded at the start and stay when others need room "
+        "(`engine.block_bytes`).",
+        reason="For variants that must always answer at once; all others are loaded and unloaded by use.",
     )
     stall_seconds: float = setting(
         60.0,
-        "How long work may wait without a pass being finished before health says NOT_SERVING.",
+        "How long requests may wait without a finished pass before the health service reports NOT_SERVING.",
         unit="seconds",
-        reason="Far longer than a full pass on a slow CPU; what takes longer hangs.",
+        reason="Far longer than a full pass on a slow CPU; an engine that needs longer hangs.",
         gt=0,
     )
     health_seconds: float = setting(
         1.0,
-        "How often the engine's progress is looked at.",
+        "How often the engine's progress is checked.",
         unit="seconds",
         reason="Small against `stall_seconds`, and costs nothing.",
         gt=0,
@@ -54,7 +56,7 @@ class ServeConfig(MetricsSettings):
     metrics_listen: str = setting(
         "127.0.0.1:7451",
         METRICS_LISTEN_MEANING,
-        reason="Only this machine reaches it. If the port is taken and nobody chose it, a free one is used.",
+        reason="Only this machine reaches it. If the default port is taken, a free one is used.",
     )
     router: RouterConfig = Field(default_factory=RouterConfig, description="Limits on requests.")
     controller: ControllerConfig = Field(

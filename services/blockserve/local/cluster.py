@@ -117,7 +117,7 @@ class LocalCluster:
 def already_running(layout: Layout) -> LocalClusterError:
     """What a second cluster in one folder is told."""
     known = record.read(layout.record)
-    what = "one that is about to start or has almost ended" if known is None else known.describe()
+    what = "it is about to start or to end" if known is None else known.describe()
     return LocalClusterError(
         f"a cluster runs in {layout.folder}: {what}",
         hint="`blockzoo down` ends it; --dir names another folder for a second one.",

@@ -85,7 +85,7 @@ class Keeper:
                 lines = running.last_words().strip().splitlines()
                 raise LocalClusterError(
                     f"{self.spec.name} did not start: {' | '.join(lines[-2:])}",
-                    hint="Its log in the cluster's folder says more.",
+                    hint="Read its log in the cluster's folder.",
                 )
             await asyncio.sleep(self._look_seconds)
         self._task = asyncio.create_task(self._keep(), name=f"keep {self.spec.name}")

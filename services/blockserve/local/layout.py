@@ -57,7 +57,7 @@ class Layout:
         found = self.folder.stat()
         if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
             raise LocalClusterError(
-                f"others may look into {self.folder}, where the processes meet",
+                f"other users may access {self.folder}, where the processes meet",
                 hint=f"Choose another folder with --dir, or: chmod 700 {self.folder}",
             )
 

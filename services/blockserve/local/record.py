@@ -98,5 +98,6 @@ def _identity(value: Any) -> ProcessIdentity:
 
 def _unreadable(path: Path) -> LocalClusterError:
     return LocalClusterError(
-        f"{path} does not say what runs", hint="It is from another version, or damaged: look, then delete it."
+        f"{path} is not a readable list of processes",
+        hint="The file is from another version, or damaged: check it, then delete it.",
     )

@@ -146,7 +146,7 @@ class Router:
             if call.resume_chain in ("", request.chain):
                 return resolved
             if self._adaptive is None:
-                raise ResumeError("this server runs no equivalents", field=CallField.RESUME_CHAIN)
+                raise ResumeError("this server does not use equivalents", field=CallField.RESUME_CHAIN)
             chosen = await self._adaptive.resume(request, ref, ChainId(call.resume_chain))
         elif self._adaptive is None or not call.allow_equivalents:
             return resolved
@@ -173,9 +173,9 @@ class Router:
         remaining = deadline - time.monotonic()
         if wait > DEADLINE_MARGIN * remaining:
             raise DeadlineTooShortError(
-                f"the deadline is in {remaining:.1f} s, and the queue takes about {wait:.1f} s",
+                f"the deadline is in {remaining:.1f} s, and the estimated time in the queue is {wait:.1f} s",
                 retry_after=self._pacer.delay(report.running_requests),
-                hint="Allow more time, or try again after the time that RetryInfo says.",
+                hint="Allow more time, or try again after the delay in RetryInfo.",
             )
 
     def _note_served(self, answer: Answer) -> None:

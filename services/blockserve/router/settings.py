@@ -17,15 +17,15 @@ class RouterSettings(ClusterSettings):
 
     own_cores: bool = setting(
         False,
-        "Nothing else computes on this router's cores: its threads take turns instead of interrupting each "
-        "other (SCHED_BATCH; Linux).",
-        reason="A core then carries more requests; beside workers, tokens would wait for their turn.",
+        "Set this if no other process computes on this router's cores: its threads then take turns instead "
+        "of interrupting each other (SCHED_BATCH; Linux).",
+        reason="Each core carries more requests. On cores shared with workers, tokens would be delayed.",
     )
     router: RouterConfig = Field(default_factory=RouterConfig, description="Limits on requests.")
     adaptive: AdaptiveConfig = Field(
-        default_factory=AdaptiveConfig, description="Approved equivalents instead of busy or absent blocks."
+        default_factory=AdaptiveConfig, description="Approved equivalents in place of busy or missing blocks."
     )
-    kv: KvCosts = Field(default_factory=KvCosts, description="Keys and values that follow a request.")
+    kv: KvCosts = Field(default_factory=KvCosts, description="Moving keys and values with a request.")
     failover: FailoverConfig = Field(
-        default_factory=FailoverConfig, description="Requests that lose a worker."
+        default_factory=FailoverConfig, description="Requests whose worker is lost."
     )

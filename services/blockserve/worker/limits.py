@@ -18,36 +18,35 @@ class EngineConfig:
             float16 becomes float32, because the CPU has no fast float16 products).
         num_threads: threads of a matrix product; 0 takes every core the process may use (affinity, and the
             CPU quota of its container).
-        max_running_requests: most requests in one batch; bounds the time of one decode step.
-        max_waiting_requests: most requests that wait for admission; one more is refused, because a
-            longer queue only turns into answers that come too late.
-        max_waiting_prompt_tokens: most prompt tokens of the requests that wait; bounds the memory and the
-            time that long prompts take up in the queue.
-        max_tokens_per_pass: tokens of one pass, decode first, then prompt chunks; bounds how long
-            running requests wait for somebody's long prompt.
+        max_running_requests: maximum number of requests in one batch; bounds the time of one decode step.
+        max_waiting_requests: maximum number of requests in the queue; further requests are refused, because
+            the answers of a longer queue would come too late.
+        max_waiting_prompt_tokens: maximum number of prompt tokens in the queue; bounds the memory and the
+            waiting time that long prompts cause.
+        max_tokens_per_pass: tokens of one pass, first decode, then prompt chunks; bounds how long running
+            requests wait for a long prompt of another request.
         kv_cache_bytes: size of the KV pool, for each shape of keys and values in use (models of one
             family and size share one). On the CPU memory is taken as pages are first used.
         kv_page_tokens: tokens of one KV page of one layer. A prefix is cached in full pages.
-        kv_reserve_tokens: tokens whose pages are set aside for a request's growth while they are free,
-            because neighbouring pages are read without a copy; whoever needs them takes them.
-        prefix_sharing: which requests meet each other's cached prompt prefixes, beside having the same
-            salt: none ("off"), those of the same chain ("variant"), or those whose chains are
-            identical up to a layer ("identical_chain": saves memory, and computation where chains
-            differ in the head only, but a tenant can find out by timing what another one sent).
-        block_bytes: most bytes of blocks in memory; 0 for no bound of our own. A variant that does not
-            fit makes those leave that nobody has used for longest, are not in use and not pinned.
-        room_seconds: how long a variant that does not fit waits for requests on others to end, in seconds,
-            before its callers are refused. Longer waits are better spent by callers, who may give up.
-        deterministic: bfloat16 answers do not depend, in any bit, on what else is in the batch, on cached
-            prefixes or on pre-emption (on one machine, with one number of threads; on the CPU). Off, they may
-            differ where two tokens are almost equally likely. On processors that do not multiply pairs of
-            bfloat16, prompts with adapters take longer.
+        kv_reserve_tokens: tokens for which a request reserves free pages ahead of its growth, because
+            neighbouring pages are read without a copy. Other requests may take reserved pages.
+        prefix_sharing: which requests with the same salt share cached prompt prefixes: none ("off"), those
+            of the same chain ("variant"), or those whose chains are identical up to a layer
+            ("identical_chain": saves memory, and computation if chains differ in the head only, but a
+            tenant can find out by timing what another one sent).
+        block_bytes: maximum bytes of blocks in memory; 0 for no limit. To make room for a variant, the least
+            recently used variants that are neither in use nor pinned are unloaded.
+        room_seconds: how long a variant that does not fit waits, in seconds, until requests on other variants
+            end and make room; then its callers are refused.
+        deterministic: bfloat16 answers are the same in every bit whatever else is in the batch, with or
+            without cached prefixes and pre-emption (on one machine, with the same number of threads; CPU
+            only). If off, answers may differ where two tokens are almost equally likely. On processors
+            without products of bfloat16 pairs, prompts with adapters take longer.
         inline_seconds: a worker of a cluster that computes with one thread (num_threads 1, or one core) runs
-            passes that should take no longer than this, in seconds, in its event loop, where the news are:
-            giving them to another thread and back adds to every hop. Its calls wait so long for an answer.
-            0 never does that.
-        traced_spans: requests that have ended here of which it is remembered where their time went
-            (`blockzoo trace`); half a kilobyte each. Those that run are remembered anyway.
+            passes that are expected to take at most this long, in seconds, in its event loop. That saves two
+            changes of thread for every hop, but calls to the worker wait while a pass runs. 0 turns it off.
+        traced_spans: number of ended requests whose times the worker remembers for `blockzoo trace`; half a
+            kilobyte each. Running requests are always remembered.
         load_threads: blocks read, checked and laid out at the same time while a variant loads.
     """
 

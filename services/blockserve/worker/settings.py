@@ -15,22 +15,22 @@ class WorkerSettings(ClusterSettings):
     listen: str = setting(
         "127.0.0.1:0",
         "Where to listen: `host:port` (port 0 picks a free one) or `unix:/path/to/socket`.",
-        reason="Workers are found through the shared state, so any free port will do.",
+        reason="Any free port works: workers are found through the shared state.",
     )
     name: str = setting(
         "",
-        "The worker's name, the same after a restart; empty takes the host's name and the port.",
-        reason="People and manual placement name workers by it.",
+        "The worker's name, which stays the same after a restart. Empty: the name of the host and the port.",
+        reason="Operators name workers by it, for example in `blockzoo place`.",
         max_length=200,
     )
     advertise: str = setting(
         "",
-        "The address that others reach this worker at; empty is where it listens.",
-        reason="In a container they differ.",
+        "The address at which other processes reach this worker. Empty: the address where it listens.",
+        reason="In a container the two differ.",
     )
     window_bytes: int = setting(
         8 << 20,
-        "Hidden states that may wait at another worker before this one sends it more.",
+        "Maximum bytes of hidden states that wait at another worker; beyond that this worker sends no more.",
         unit="bytes",
         reason="A few prompt chunks of a large model: enough to hide the hop, little beside the blocks.",
         ge=1 << 16,

@@ -168,7 +168,7 @@ async def test_result_after_taking_chunks_says_so() -> None:
     async with serving() as rig:
         generation = rig.client.generate("tale", "x", max_tokens=3)
         await anext(aiter(generation))
-        with pytest.raises(RemoteError, match="not whole"):
+        with pytest.raises(RemoteError, match="incomplete"):
             await generation.result()
 
 

@@ -50,7 +50,7 @@ def test_the_folder_is_closed_to_others(tmp_path: Path) -> None:
     layout.prepare()
     assert layout.folder.stat().st_mode & 0o777 == 0o700
     layout.folder.chmod(0o750)
-    with pytest.raises(LocalClusterError, match="others may look") as caught:
+    with pytest.raises(LocalClusterError, match="other users may access") as caught:
         layout.prepare()
     assert "chmod 700" in caught.value.hint
 
@@ -93,7 +93,7 @@ def test_a_record_is_read_as_written(tmp_path: Path) -> None:
 def test_a_record_that_cannot_be_understood_is_an_error(tmp_path: Path, text: str) -> None:
     layout = Layout(tmp_path)
     layout.record.write_text(text)
-    with pytest.raises(LocalClusterError, match="does not say"):
+    with pytest.raises(LocalClusterError, match="not a readable list"):
         end_cluster(layout)
 
 

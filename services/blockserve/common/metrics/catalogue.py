@@ -55,7 +55,7 @@ PREEMPTIONS = Metric(
     "vllm:num_preemptions_total",
     "counter",
     _VARIANT,
-    "Times a running request lost its KV pages for a while.",
+    "Times that a running request had to give up its KV pages and compute them again.",
 )
 PREFIX_QUERIES = Metric(
     "vllm:prefix_cache_queries_total", "counter", _VARIANT, "Prompt tokens looked up in the prefix cache."
@@ -67,28 +67,29 @@ TTFT = Metric(
     "vllm:time_to_first_token_seconds",
     "histogram",
     _VARIANT,
-    "From the arrival of a request to its first token.",
+    "Time from the arrival of a request to its first token.",
     TTFT_BUCKETS,
 )
 INTER_TOKEN = Metric(
     "vllm:inter_token_latency_seconds",
     "histogram",
     _VARIANT,
-    "Between two tokens of an answer, as the edge receives them; one for each token but the first.",
+    "Time between two tokens of an answer, as the router receives them; one value for each token but "
+    "the first.",
     INTER_TOKEN_BUCKETS,
 )
 E2E = Metric(
     "vllm:e2e_request_latency_seconds",
     "histogram",
     _VARIANT,
-    "From the arrival of a request to its last token.",
+    "Time from the arrival of a request to its last token.",
     REQUEST_BUCKETS,
 )
 QUEUE_TIME = Metric(
     "vllm:request_queue_time_seconds",
     "histogram",
     _VARIANT,
-    "From the engine's queue to the first pass that computes for the request.",
+    "Time from entering the engine's queue to the first pass that computes for the request.",
     REQUEST_BUCKETS,
 )
 PROMPT_TOKENS = Metric(
@@ -99,13 +100,13 @@ SUBSTITUTED = Metric(
     "blockzoo_substituted_requests_total",
     "counter",
     _VARIANT,
-    "Requests of the variant that an approved equivalent answered.",
+    "Requests to the variant that an approved equivalent answered.",
 )
 SUCCESS = Metric(
     "vllm:request_success_total",
     "counter",
     ("model_name", "finished_reason"),
-    "Requests that ended without an error: `stop`, `length`, or `abort` when the caller left.",
+    "Requests that ended without an error, by reason: `stop`, `length`, or `abort` if the caller left.",
 )
 REFUSED = Metric(
     "blockzoo_requests_refused_total",
@@ -120,56 +121,63 @@ FAILED = Metric(
     "Generate calls that ended with an error after their first token, by the error's reason.",
 )
 VARIANT_REQUESTS = Metric(
-    "blockzoo_variant_requests", "gauge", _VARIANT, "Requests in progress of a variant."
+    "blockzoo_variant_requests", "gauge", _VARIANT, "Requests to a variant that are in progress."
 )
 VARIANT_LOADED = Metric(
-    "blockzoo_variant_loaded", "gauge", _VARIANT, "Variants whose blocks are in memory: 1 for each."
+    "blockzoo_variant_loaded", "gauge", _VARIANT, "1 for each variant whose blocks are in memory."
 )
 REGISTERED = Metric(
-    "blockzoo_registered_variants", "gauge", (), "Variants in the zoo, as of at most half a minute ago."
+    "blockzoo_registered_variants", "gauge", (), "Variants in the zoo; at most half a minute old."
 )
-LOADED = Metric("blockzoo_loaded_variants", "gauge", (), "Registered variants whose blocks are in memory.")
+LOADED = Metric(
+    "blockzoo_loaded_variants", "gauge", (), "Number of registered variants whose blocks are in memory."
+)
 CHAINS = Metric("blockzoo_loaded_chains", "gauge", (), "Chains of blocks in memory.")
-LOADS = Metric("blockzoo_chain_loads_total", "counter", (), "Chains taken into memory.")
-UNLOADS = Metric("blockzoo_chain_unloads_total", "counter", (), "Chains let go of.")
+LOADS = Metric("blockzoo_chain_loads_total", "counter", (), "Chains that were loaded.")
+UNLOADS = Metric("blockzoo_chain_unloads_total", "counter", (), "Chains that were unloaded.")
 EVICTIONS = Metric(
-    "blockzoo_chain_evictions_total", "counter", (), "Those of the chains let go of to make room for others."
+    "blockzoo_chain_evictions_total", "counter", (), "Chains that were unloaded to make room for others."
 )
-BLOCK_BYTES = Metric("blockzoo_block_bytes", "gauge", (), "Bytes of blocks in memory, as laid out.")
-KV_PAGES = Metric("blockzoo_kv_pages", "gauge", (), "KV pages there are.")
+BLOCK_BYTES = Metric(
+    "blockzoo_block_bytes", "gauge", (), "Bytes of blocks in memory, in the layout that computes."
+)
+KV_PAGES = Metric("blockzoo_kv_pages", "gauge", (), "Number of KV pages.")
 KV_PAGES_USED = Metric("blockzoo_kv_pages_used", "gauge", (), "KV pages that requests hold.")
 KV_PAGES_CACHED = Metric(
-    "blockzoo_kv_pages_cached", "gauge", (), "KV pages that only the prefix cache holds; taken when needed."
+    "blockzoo_kv_pages_cached",
+    "gauge",
+    (),
+    "KV pages that only the prefix cache holds; requests take them when needed.",
 )
-KV_BYTES = Metric("blockzoo_kv_bytes", "gauge", (), "Bytes set aside for KV pages.")
+KV_BYTES = Metric("blockzoo_kv_bytes", "gauge", (), "Bytes reserved for KV pages.")
 PASSES = Metric("blockzoo_engine_passes_total", "counter", (), "Passes of the engine.")
 PROGRESS = Metric(
     "blockzoo_engine_seconds_since_progress",
     "gauge",
     (),
-    "Seconds since the engine last finished a pass; only with work pending a large value means a stall.",
+    "Seconds since the engine last finished a pass; a large value means a stall only while requests wait.",
 )
 SEGMENT_CALLS = Metric(
     "blockzoo_segment_forward_calls_total",
     "counter",
     _SEGMENT,
-    "Times the blocks of a segment were run, each over a whole batch.",
+    "Forward calls of the blocks of a segment, each over a whole batch.",
 )
 SEGMENT_MIXED = Metric(
     "blockzoo_segment_mixed_calls_total",
     "counter",
     _SEGMENT,
-    "Those of the calls whose batch held requests of more than one chain.",
+    "Forward calls whose batch held requests of more than one chain.",
 )
 SEGMENT_CHAINS = Metric("blockzoo_segment_chains", "gauge", _SEGMENT, "Loaded chains that use a segment.")
 SEGMENT_SEQUENCES = Metric(
-    "blockzoo_segment_batch_sequences", "histogram", _SEGMENT, "Requests of one forward call."
+    "blockzoo_segment_batch_sequences", "histogram", _SEGMENT, "Requests in one forward call."
 )
 SEGMENT_TOKENS = Metric(
     "blockzoo_segment_batch_tokens",
     "histogram",
     _SEGMENT,
-    "Tokens of one forward call; at a head that is a segment of its own, rows of logits.",
+    "Tokens in one forward call; if the head is a segment of its own, its rows of logits.",
 )
 SEGMENT_BATCH_CHAINS = Metric(
     "blockzoo_segment_batch_chains", "histogram", _SEGMENT, "Different chains in one forward call."

@@ -13,102 +13,110 @@ WORKERS = Metric(
     "blockzoo_workers",
     "gauge",
     ("state",),
-    "Workers with a live lease, by what they say: `ready`, `draining`.",
+    "Workers with a live lease, by state: `ready`, `draining`.",
 )
 VIEW_AGE = Metric(
     "blockzoo_view_age_seconds",
     "gauge",
     (),
-    "Since the shared state was last read; it grows while the state cannot be reached.",
+    "Time since the shared state was last read; it grows while the shared state cannot be reached.",
 )
 PLACEMENT_VERSION = Metric(
     "blockzoo_placement_version", "gauge", (), "Version of the placement in the shared state, as last read."
 )
 
 FAILOVERS = Metric(
-    "blockzoo_failovers_total", "counter", (), "Times a request left a path that broke, to go on elsewhere."
+    "blockzoo_failovers_total",
+    "counter",
+    (),
+    "Times that a request left a broken path to continue on another one.",
 )
 KV_DECISIONS = Metric(
     "blockzoo_kv_decisions_total",
     "counter",
     ("what", "reason"),
-    "What became of keys and values of requests that changed workers: `transfer` or `recompute`, and why.",
+    "Decisions on keys and values of requests that changed workers: `transfer` or `recompute`, by reason.",
 )
 KV_BANDWIDTH = Metric(
     "blockzoo_kv_transfer_bytes_per_second",
     "gauge",
     (),
-    "Speed at which one worker sends keys and values to another, a moving mean; 0 before the first.",
+    "Speed at which workers send keys and values to each other, a moving mean; 0 before the first transfer.",
 )
 PATH_WORKERS = Metric(
     "blockzoo_path_workers",
     "histogram",
     (),
-    "Workers on a path that a request was given; a request that goes on elsewhere is given another.",
+    "Number of workers on a path; a request that continues on another path counts again.",
 )
 
 HOP_SECONDS = Metric(
     "blockzoo_hop_seconds",
     "gauge",
     _PEER,
-    "One way to another worker, a moving mean; of several that share the label, the longest.",
+    "One-way latency to another worker, a moving mean; of several workers that share the label, the longest.",
 )
 IN_FLIGHT_BYTES = Metric(
     "blockzoo_link_in_flight_bytes",
     "gauge",
     _PEER,
-    "Hidden states that were sent to another worker and wait there.",
+    "Bytes of hidden states that were sent to another worker and wait there.",
 )
 WINDOW_FULL = Metric(
     "blockzoo_link_window_full_total",
     "counter",
     _PEER,
-    "Times a pass left a request out because a whole window of hidden states waits at the next worker.",
+    "Times that a pass left out a request because a full window of hidden states waits at the next worker.",
 )
 FOLLOWED = Metric(
     "blockzoo_requests_begun_elsewhere",
     "gauge",
     (),
-    "Requests that another worker began and this one executes a part of.",
+    "Requests that began at another worker and that this worker executes a part of.",
 )
 LEASE_KNOWN = Metric(
     "blockzoo_lease_known",
     "gauge",
     (),
-    "1 while the shared state can be reached and has the worker's lease, else 0.",
+    "1 while the shared state can be reached and holds the worker's lease, else 0.",
 )
 LEASE_AGE = Metric(
-    "blockzoo_lease_age_seconds", "gauge", (), "Since the shared state last took the worker's lease."
+    "blockzoo_lease_age_seconds", "gauge", (), "Time since the worker's lease was last renewed."
 )
 
-LEADING = Metric("blockzoo_controller_leading", "gauge", (), "1 at the controller that leads, else 0.")
+LEADING = Metric("blockzoo_controller_leading", "gauge", (), "1 if this controller leads, else 0.")
 PLANNING_SECONDS = Metric(
-    "blockzoo_placement_planning_seconds", "gauge", (), "How long the last placement took to plan; 0 before."
+    "blockzoo_placement_planning_seconds", "gauge", (), "Time to plan the last placement; 0 before the first."
 )
-PLACEMENTS = Metric("blockzoo_placements_total", "counter", (), "Placements that this controller wrote.")
+PLACEMENTS = Metric(
+    "blockzoo_placements_total", "counter", (), "Placements that this controller has written."
+)
 PLACEMENT_LOADS = Metric(
-    "blockzoo_placement_loads_total", "counter", (), "Runs of chains that these gave to a worker anew."
+    "blockzoo_placement_loads_total",
+    "counter",
+    (),
+    "Runs of chains that these placements assigned to a worker that did not have them.",
 )
 PLACEMENT_UNLOADS = Metric(
     "blockzoo_placement_unloads_total",
     "counter",
     (),
-    "Runs of chains that these took from a worker that lives.",
+    "Runs of chains that these placements removed from a live worker.",
 )
 PLACEMENT_BYTES = Metric(
     "blockzoo_placement_moved_bytes_total",
     "counter",
     (),
-    "Bytes of blocks that workers have to load for these.",
+    "Bytes of blocks that workers have to load for these placements.",
 )
 PLACEMENT_REFUSED = Metric(
     "blockzoo_placement_refused_writes_total",
     "counter",
     (),
-    "Writes that the shared state refused because another controller leads by now.",
+    "Writes that the shared state refused because another controller had become the leader.",
 )
 LEFT_OUT = Metric(
-    "blockzoo_placement_left_out_chains", "gauge", (), "Chains that the last placement found no room for."
+    "blockzoo_placement_left_out_chains", "gauge", (), "Chains for which the last placement found no room."
 )
 
 _STATE = (WORKERS, VIEW_AGE, PLACEMENT_VERSION)

@@ -27,18 +27,20 @@ class MetricsSettings(ServerSettings):
     )
     metrics_public: bool = setting(
         False,
-        "Let `metrics_listen` be an address others can reach; metrics are plain HTTP without a credential.",
-        reason="Metrics tell the names of variants and how much each is used.",
+        "Allow `metrics_listen` to be an address that other machines can reach; metrics are plain HTTP "
+        "without a credential.",
+        reason="Metrics show the names of variants and how much each is used.",
     )
     metrics_model_name: str = setting(
         "blockzoo",
-        "The label `model_name` of metrics that are about the engine and no single variant.",
-        reason="vLLM's metrics all have the label; scalers read these without looking at it.",
+        "The label `model_name` of metrics that describe the engine and not one variant.",
+        reason="vLLM's metrics all have the label; scalers ignore it for these.",
         min_length=1,
     )
     metrics_max_labels: int = setting(
         1000,
-        "Most variants, segments and peers with series of their own; the others share the label `other`.",
+        "Maximum number of variants, segments and peers with series of their own; the others share the "
+        "label `other`.",
         reason="Each costs up to a hundred series; a scrape of a thousand takes a core about a second.",
         ge=0,
     )
@@ -51,6 +53,6 @@ class MetricsSettings(ServerSettings):
             raise ValueError(f"metrics_listen: {self.metrics_listen!r} is neither host:port nor {OFF}")
         if not (is_local(self.metrics_listen) or self.metrics_public):
             raise ValueError(
-                f"{self.metrics_listen} can be reached from other machines: say metrics_public if metrics may"
+                f"{self.metrics_listen} can be reached from other machines: set metrics_public to allow that"
             )
         return self

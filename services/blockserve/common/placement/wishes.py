@@ -153,15 +153,15 @@ class WishKeeper:
     ) -> None:
         if "@" in variant:
             raise InvalidInputError(
-                "a wish is about a name and follows it to its newest version",
-                hint="Leave the version out.",
+                "a placement wish holds for all versions of a name",
+                hint="Leave out the version.",
                 field="variant",
             )
         check_name(variant)
         if replicas is not None and not 0 <= replicas <= MAX_WORKERS:
             raise InvalidInputError(
                 f"replicas: {replicas} is not within 0 to {MAX_WORKERS}",
-                hint="0 leaves the number to the traffic.",
+                hint="0 lets the number follow the traffic.",
                 field="replicas",
             )
         if workers is not None and len(workers) > MAX_WORKERS:
@@ -174,7 +174,7 @@ class WishKeeper:
                 return record.name
         names = ", ".join(sorted(record.name for record in records)) or "none"
         raise WorkerNotFoundError(
-            f"there is no worker {worker[:200]!r}", hint=f"Those that live: {names}.", worker=worker[:200]
+            f"there is no worker {worker[:200]!r}", hint=f"Live workers: {names}.", worker=worker[:200]
         )
 
     def _status(self, wish: PlacementWish, chain: ChainId | None) -> WishStatus:

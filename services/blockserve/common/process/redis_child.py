@@ -146,7 +146,7 @@ class RedisChild:
                 raise StateStoreError(
                     f"{self.program.name} {'does not answer' if running else 'ended at its start'}: "
                     + " | ".join(lines[-3:]),
-                    hint="See what it says; another program may use its port.",
+                    hint="Read its message; another program may use its port.",
                 )
             time.sleep(_LOOK_SECONDS)
 

@@ -19,7 +19,7 @@ class ClusterSettings(MetricsSettings):
     zoo: str = setting(
         "~/.blockzoo",
         "The zoo: a folder that all processes see, or a URL such as s3://bucket/zoo.",
-        reason="What the other commands use too.",
+        reason="The default of the other commands.",
     )
     peer_ca: Path | None = setting(
         None,
@@ -27,7 +27,7 @@ class ClusterSettings(MetricsSettings):
         reason="Unset: connections to them are plain, which is enough on one machine.",
     )
 
-    state: StateConfig = Field(default_factory=StateConfig, description="Where the processes meet.")
+    state: StateConfig = Field(default_factory=StateConfig, description="The shared state of the cluster.")
 
     def peer_credentials(self) -> Credentials:
         """How this process proves itself to others of the cluster: they all have the same token."""

@@ -91,7 +91,7 @@ def _check(target: str, credentials: Credentials) -> grpc.ChannelCredentials | N
         )
     if credentials.token is not None and not (credentials.insecure or is_local(target)):
         raise ConfigurationError(
-            f"the token would travel readable to {target}", hint="Use TLS, or say insecure=True."
+            f"the token would be sent unencrypted to {target}", hint="Use TLS, or pass insecure=True."
         )
     return None
 

@@ -101,12 +101,12 @@ def _check_socket_free(path: Path) -> None:
             return
         raise ConfigurationError(f"the folder {path.parent} does not exist", path=path) from None
     if not stat.S_ISSOCK(mode):
-        raise ConfigurationError(f"{path} is there and is not a socket", path=path)
+        raise ConfigurationError(f"{path} exists and is not a socket", path=path)
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(str(path))
         except OSError:
             return
     raise ConfigurationError(
-        f"another server answers at {path}", hint="Stop it, or choose another path.", path=path
+        f"another server answers at {path}", hint="Stop that server, or choose another path.", path=path
     )

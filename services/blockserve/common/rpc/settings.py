@@ -19,12 +19,12 @@ class ServerSettings(Settings):
     listen: str = setting(
         DEFAULT_TARGET,
         "Where to listen: `host:port` (port 0 picks a free one) or `unix:/path/to/socket`.",
-        reason="Only this machine can reach it; another address needs TLS and a credential.",
+        reason="Only this machine can reach it. Another address needs TLS and a credential.",
     )
     insecure: bool = setting(
         False,
-        "Listen on an address others can reach without TLS or without a credential.",
-        reason="Whoever reaches the port may use and unload every variant.",
+        "Allow an address that other machines can reach without TLS or without a credential.",
+        reason="Anyone who reaches the port may use and unload every variant.",
     )
     tls_cert: Path | None = setting(
         None, "The server's certificate chain (PEM).", reason="Plain text is enough on one machine."
@@ -34,7 +34,7 @@ class ServerSettings(Settings):
     )
     tls_client_ca: Path | None = setting(
         None,
-        "The authority (PEM) whose certificates clients must show.",
+        "The certificate authority (PEM) that must have signed the certificates of clients.",
         reason="One of two kinds of credential; the other is `token`.",
     )
     token: SecretStr | None = setting(
@@ -47,39 +47,41 @@ class ServerSettings(Settings):
     )
     reflection: bool | None = setting(
         None,
-        "Answer gRPC reflection (grpcurl without .proto files). Unset: only on addresses of this machine.",
-        reason="Useful to people, and to people who should not be there.",
+        "Answer gRPC reflection, so that grpcurl needs no .proto files. Unset: only on addresses of "
+        "this machine.",
+        reason="Reflection is useful to developers and to intruders.",
     )
     max_message_bytes: int = setting(
         16 << 20,
-        "Largest message taken or sent.",
+        "Largest message that is accepted or sent.",
         unit="bytes",
         reason="A prompt of a million tokens as text, several times over.",
         ge=1 << 16,
     )
     keepalive_seconds: float = setting(
         30.0,
-        "How often a silent connection is probed.",
+        "Interval of probes on a silent connection.",
         unit="seconds",
-        reason="A client that vanished is noticed, and its KV pages are free, within a minute.",
+        reason="A client that vanished is noticed, and its KV pages are freed, within a minute.",
         gt=0,
     )
     keepalive_timeout_seconds: float = setting(
         10.0,
-        "How long a probe may stay without an answer.",
+        "How long an answer to a probe may take.",
         unit="seconds",
         reason="Longer than any hiccup of a working network.",
         gt=0,
     )
     drain_seconds: float = setting(
         20.0,
-        "How long running answers may go on once the server stops.",
+        "How long running answers may continue once the server stops.",
         unit="seconds",
-        reason="Below the 30 s that Kubernetes gives by default; clients resume elsewhere what is cut off.",
+        reason="Below the 30 s that Kubernetes gives by default; clients resume unfinished answers at "
+        "another server.",
         ge=0,
     )
     log_level: Literal["debug", "info", "warning", "error"] = setting(
-        "info", "Least important messages to log.", reason="One line per request and per loaded chain."
+        "info", "Minimum level of logged messages.", reason="One line per request and per loaded chain."
     )
     log_format: Literal["text", "json"] = setting(
         "text", "Log lines for people, or one JSON object per line.", reason="A terminal is the first reader."
@@ -112,7 +114,7 @@ class ServerSettings(Settings):
         if not (is_local(self.listen) or self.insecure or (self.has_tls and self.has_credential)):
             raise ValueError(
                 f"{self.listen} can be reached from other machines: set tls_cert, tls_key and a credential "
-                "(token_file or tls_client_ca), or say insecure"
+                "(token_file or tls_client_ca), or set insecure"
             )
         return self
 
@@ -138,5 +140,5 @@ def read_token(config: ServerSettings) -> str | None:
     else:
         return None
     if not token:
-        raise ConfigurationError("the bearer token is empty", hint="Put a long random text into it.")
+        raise ConfigurationError("the bearer token is empty", hint="Put a long random text into the file.")
     return token

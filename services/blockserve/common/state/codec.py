@@ -163,5 +163,6 @@ def _decode(text: str, what: str, build: Callable[[Any], Decoded]) -> Decoded:
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         raise StateStoreError(
             f"the shared state holds a {what} that cannot be read: {type(error).__name__}: {error}",
-            hint="A release too far away writes to the same store, or it is not ours: see docs/state.md.",
+            hint="A release that is not a neighbour, or another program, writes to the same store: see "
+            "docs/state.md.",
         ) from error

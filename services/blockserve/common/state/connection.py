@@ -112,7 +112,8 @@ class Connection:
     def _failure(self, what: str) -> StateStoreError:
         return StateStoreError(
             f"the shared state at {self._where} {what}",
-            hint="Serving goes on from the last view; see that the server runs and that state.url is right.",
+            hint="Requests continue with the last known view. Check that the server runs and that "
+            "state.url is right.",
         )
 
 

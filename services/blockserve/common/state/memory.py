@@ -158,7 +158,7 @@ class InProcessStore:
         if token != shared.token:
             raise StaleLeaderError(
                 f"the write of leader {token} is refused: {shared.token} leads now",
-                hint="Stop acting as the leader until `lead` gives a new token.",
+                hint="Stop leading until `lead` returns a new token.",
             )
         version = max(shared.placement.version, placement.version) + 1
         shared.placement = replace(placement, version=version)

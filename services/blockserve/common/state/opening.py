@@ -21,9 +21,7 @@ def open_store(config: StateConfig) -> StateStore:
         ConfigurationError: a file cannot be read, or the library for Redis is not installed.
     """
     if config.place.kind is Kind.MEMORY:
-        log.warning(
-            "the shared state is inside this process, where no other finds it; state.url names a server"
-        )
+        log.warning("state.url is memory:, which other processes cannot reach; set it to a server")
         return InProcessStore()
     try:
         from blockserve.common.state.connection import connect

@@ -136,7 +136,7 @@ class RedisStore:
             if done == _STALE:
                 raise StaleLeaderError(
                     f"the write of leader {token} is refused: {value or 'nobody'} leads now",
-                    hint="Stop acting as the leader until `lead` gives a new token.",
+                    hint="Stop leading until `lead` returns a new token.",
                 )
             self._newest_version = int(value)
             self._cache.placement = stored = Placement(int(value), dict(placement.workers))

@@ -28,13 +28,13 @@ class StateConfig(Section):
     )
     sentinel_password_file: Path | None = setting(
         None,
-        "A file with the password of the sentinels themselves.",
-        reason="Most sentinels have none; it is not always the server's.",
+        "A file with the password of the sentinels.",
+        reason="Most sentinels have none; it may differ from the password of the server.",
     )
     ca_file: Path | None = setting(
         None,
-        "The authority (PEM) that a server reached by rediss:// is checked with.",
-        reason="None trusts the system's authorities.",
+        "The certificate authority (PEM) that must have signed the certificate of a rediss:// server.",
+        reason="Unset, the system's authorities are trusted.",
     )
     cert_file: Path | None = setting(
         None, "The certificate (PEM) shown to the server.", reason="Set together with `key_file`."
@@ -44,7 +44,7 @@ class StateConfig(Section):
     )
     lease_seconds: float = setting(
         3.0,
-        "How long a silent worker, or a silent leader, counts as alive.",
+        "How long a worker or a leader counts as alive without renewing its lease.",
         unit="seconds",
         reason="A worker that hangs is replaced within 5 s; a busy machine may well be silent for one.",
         gt=0,
@@ -61,7 +61,7 @@ class StateConfig(Section):
         1.0,
         "How long a call to the server may take.",
         unit="seconds",
-        reason="Far above a working network's milliseconds, and a lease survives one lost call.",
+        reason="Far above the milliseconds of a working network; a lease survives one lost call.",
         gt=0,
         le=60,
     )

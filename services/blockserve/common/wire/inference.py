@@ -134,7 +134,7 @@ def model_name(name: str) -> str:
     """
     if not name:
         raise InvalidInputError(
-            "no model is named", hint="Set `model` to a name that ListModels shows.", field="model"
+            "the request names no model", hint="Set `model` to a name that ListModels shows.", field="model"
         )
     return name
 
@@ -248,8 +248,8 @@ def name_from_page_token(token: str) -> str:
         return base64.b64decode(token.encode(), altchars=b"-_", validate=True).decode()
     except (binascii.Error, UnicodeError) as error:
         raise InvalidInputError(
-            "page_token: not a token of ListModels",
-            hint="Send next_page_token of the page before, unchanged.",
+            "page_token: not a page token of ListModels",
+            hint="Send next_page_token of the previous page, unchanged.",
             field="page_token",
         ) from error
 

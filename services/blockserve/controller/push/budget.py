@@ -23,7 +23,7 @@ class Budget:
         with self._lock:
             if self.used + num_bytes > self._limit:
                 raise PushCapacityError(
-                    f"pushes hold {self.used} bytes that are not stored yet, as many as this server keeps",
+                    f"pushes hold {self.used} bytes that are not stored yet, the maximum of this server",
                     retry_after=RETRY_AFTER_SECONDS,
                     hint="Try again when other pushes are done, or raise controller.max_unstored_bytes.",
                 )

@@ -12,25 +12,25 @@ class ControllerConfig(Section):
 
     prove_possession: bool = setting(
         True,
-        "Have a pusher prove that it has the bytes of blobs that are in the zoo already.",
-        reason="Knowing a digest grants nothing. Turn it off where every caller is an administrator.",
+        "Require proof that a pusher has the bytes of blobs that the zoo has already.",
+        reason="Knowing a digest must not grant access. Turn it off if every caller is an administrator.",
     )
     max_pushes: int = setting(
         16,
-        "Pushes open at once; one more is told to come back.",
+        "Maximum number of open pushes; further ones are refused with a delay.",
         reason="Each holds a lease and may hold half-sent bytes.",
         ge=1,
     )
     push_idle_seconds: float = setting(
         600.0,
-        "How long a push may stay silent before it is given up.",
+        "How long a push may be idle before the server ends it.",
         unit="seconds",
-        reason="Longer than any reconnection; what it stored stays until the next gc.",
+        reason="Longer than any reconnection; stored data stays until the next gc.",
         gt=0,
     )
     max_piece_bytes: int = setting(
         1 << 20,
-        "Most tensor bytes of one message.",
+        "Maximum tensor bytes of one message.",
         unit="bytes",
         reason="Large enough for full speed, small enough that a broken connection costs little.",
         ge=1,
@@ -38,35 +38,35 @@ class ControllerConfig(Section):
     )
     max_unstored_bytes: int = setting(
         2 << 30,
-        "Most tensor bytes of all pushes together that wait in memory to be complete or stored.",
+        "Maximum bytes of incomplete or unstored tensors in memory, for all pushes together.",
         unit="bytes",
         reason="Bounds memory, and with it the largest tensor; a layer's largest matrix has under 2 GB.",
         ge=1,
     )
     store_every_bytes: int = setting(
         64 << 20,
-        "Whole tensors are stored once they make this much.",
+        "Complete tensors are written to storage once they add up to this size.",
         unit="bytes",
-        reason="Making many durable at once costs as much as making one durable.",
+        reason="Making many tensors durable at once costs as much as one.",
         ge=1,
     )
     max_digests: int = setting(
         4096,
-        "Most digests of one call.",
-        reason="A quarter of a megabyte; each costs a look into the storage.",
+        "Maximum number of digests of one call.",
+        reason="A quarter of a megabyte; each costs one lookup in the storage.",
         ge=1,
         le=65536,
     )
     max_push_blobs: int = setting(
         1 << 20,
-        "Most blobs of one push.",
+        "Maximum number of blobs of one push.",
         reason="Each is leased, and gc reads leases; the largest models have some thousands.",
         ge=1,
     )
     zoo_threads: int = setting(
         4,
-        "Threads that work on the zoo for network callers.",
-        reason="A disk is busy with few, and answers of variants need the cores too.",
+        "Number of threads that work on the zoo for network callers.",
+        reason="A few keep a disk busy, and computing answers needs the cores too.",
         ge=1,
     )
 

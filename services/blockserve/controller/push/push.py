@@ -84,7 +84,7 @@ class Push:
                 if not self._is_proved(blob, mac):
                     raise PossessionError(
                         f"the proof for blob {blob} is wrong",
-                        hint="The bytes on your side are not those that the digest names.",
+                        hint="Your bytes differ from those that the digest names.",
                         blob=blob,
                     )
                 self._hold([blob])
@@ -111,7 +111,7 @@ class Push:
             if piece.offset > len(received):
                 raise ConflictError(
                     f"byte {piece.offset} of blob {piece.blob} came before byte {len(received)}",
-                    hint="Ask which bytes are missing, and send from there.",
+                    hint="Ask FindBlobs which bytes are missing, and send from there.",
                 )
             new = memoryview(piece.data)[len(received) - piece.offset :]
             if len(received) + len(new) > size:

@@ -40,7 +40,7 @@ class Pushes:
         with self._lock:
             if len(self._open) >= self._config.max_pushes:
                 raise PushCapacityError(
-                    f"{len(self._open)} pushes are open, as many as this server takes",
+                    f"{len(self._open)} pushes are open, the maximum of this server",
                     retry_after=RETRY_AFTER_SECONDS,
                 )
             push = Push(self._store, f"push: {purpose[:MAX_PURPOSE_CHARS]}", self._config, self._budget)
@@ -54,7 +54,8 @@ class Pushes:
             found = self._open.get(push_id)
             if found is None:
                 raise PushNotFoundError(
-                    "this server knows no such push", hint="Begin another; what is stored is not sent again."
+                    "this server knows no such push",
+                    hint="Begin another push; stored data is not sent again.",
                 )
             self._open[push_id] = found[0], self._clock()
             return found[0]

@@ -46,9 +46,9 @@ class Admission:
             raise self._stopping_error()
         if self._places + places > self._max_requests and (self._places or places == 1):
             raise QueueFullError(
-                f"{self._places} requests are in progress, which is the server's limit",
+                f"{self._places} requests are in progress, the maximum of this server",
                 retry_after=self._retry_after,
-                hint="Try again after the time that RetryInfo says.",
+                hint="Try again after the delay in RetryInfo.",
             )
         task = asyncio.current_task()
         assert task is not None
@@ -97,5 +97,5 @@ class Admission:
         return ServerStoppingError(
             "the server is stopping",
             retry_after=self._retry_after,
-            hint="Send the request to another server, or again after the restart.",
+            hint="Send the request to another server, or send it again after the restart.",
         )

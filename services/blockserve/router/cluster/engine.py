@@ -184,7 +184,7 @@ class ClusterEngine:
         ]
         if not found:
             names = ", ".join(sorted(one.record.name for one in self._view.workers.values())) or "none"
-            raise WorkerNotFoundError(f"there is no worker {worker!r}", hint=f"Those that live: {names}.")
+            raise WorkerNotFoundError(f"there is no worker {worker!r}", hint=f"Live workers: {names}.")
         return await drain(found[0].address, self._credentials, seconds, resume=resume)
 
     # ---- looking in

@@ -32,8 +32,9 @@ class FailoverConfig(Section):
 
     max_failures: int = setting(
         8,
-        "Paths that may break under one request before its caller is told.",
-        reason="More than a rolling restart of a small cluster breaks; a request that kills workers ends.",
+        "Number of broken paths after which a request fails.",
+        reason="More than a rolling restart of a small cluster breaks, and few enough to stop a request "
+        "that crashes workers.",
         ge=0,
         le=100,
     )
@@ -41,14 +42,15 @@ class FailoverConfig(Section):
         0.05,
         "Pause after the second break in a row, doubled for each further one.",
         unit="seconds",
-        reason="The first break goes on at once; those that follow may have a common cause that passes.",
+        reason="After the first break a request continues at once; further breaks may have a common "
+        "cause that passes.",
         ge=0,
     )
     path_seconds: float = setting(
         30.0,
-        "How long a request waits until live workers hold all of its variant.",
+        "How long a request waits until live workers hold its whole variant.",
         unit="seconds",
-        reason="A variant of several GB is read from a disk in that time.",
+        reason="Reading a variant of several GB from a disk takes less.",
         ge=0,
     )
 

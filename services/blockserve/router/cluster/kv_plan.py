@@ -33,26 +33,27 @@ class KvCosts(Section):
 
     choice: Literal["auto", "transfer", "recompute"] = setting(
         "auto",
-        "Fetch keys and values where that is possible, compute them again, or what is expected to be faster.",
+        "Always fetch keys and values if possible, always compute them again, or do what is expected to "
+        "be faster.",
         reason="Both ways give the same answer; the other values are for measuring and for broken networks.",
     )
     bytes_per_second: float = setting(
         500e6,
-        "Speed of a transfer between two workers, until one was measured.",
+        "Assumed speed of a transfer between two workers, until one was measured.",
         unit="bytes per second",
         reason="Half of what one machine's loopback gives through gRPC.",
         gt=0,
     )
     transfer_seconds: float = setting(
         0.01,
-        "What any transfer takes beside its bytes.",
+        "Assumed fixed time of a transfer.",
         unit="seconds",
-        reason="A connection, and a pause between two passes at either end.",
+        reason="A connection, and a wait for the gap between two passes at both workers.",
         ge=0,
     )
     prefill_tokens_per_second: float = setting(
         1000.0,
-        "Speed of prompts along a path, until a worker has measured its own.",
+        "Assumed prefill speed along a path, until its workers have measured theirs.",
         unit="tokens per second",
         reason="A small model on a few cores.",
         gt=0,

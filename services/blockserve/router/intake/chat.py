@@ -110,13 +110,13 @@ class ChatRenderer:
                 child.kill()
                 raise ChatTemplateError(
                     f"the chat template did not finish in {self._limits.seconds:g} s and was stopped",
-                    hint="The variant's template loops, or the conversation is far too long.",
+                    hint="The template of the variant loops, or the conversation is far too long.",
                 ) from None
             except (asyncio.IncompleteReadError, OSError, ValueError) as error:
                 child.kill()
                 raise ChatTemplateError(
-                    "the chat template used more time or memory than it may and was stopped",
-                    hint="The variant's template is broken or hostile.",
+                    "the chat template exceeded its limits of time or memory and was stopped",
+                    hint="The template of the variant is broken or malicious.",
                 ) from error
             except BaseException:
                 # Cancelled half-way: what the child still writes would answer the next question.

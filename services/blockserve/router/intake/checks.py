@@ -104,7 +104,7 @@ def _check_logit_edits(wishes: SamplingWishes, limits: RouterConfig) -> None:
 
 def _check_stopping(wishes: StoppingWishes, limits: RouterConfig) -> None:
     if wishes.max_tokens == 0:
-        raise SamplingError(CallField.MAX_TOKENS, "0 asks for no answer; leave it unset for the default")
+        raise SamplingError(CallField.MAX_TOKENS, "must be at least 1; leave it unset for the default")
     if wishes.max_tokens is not None and wishes.max_tokens > limits.max_output_tokens:
         raise SamplingError(
             CallField.MAX_TOKENS,
@@ -140,7 +140,7 @@ def _check_choices(call: GenerateCall, limits: RouterConfig) -> None:
         raise SamplingError(CallField.N, f"{count} is outside 1 to {limits.max_choices}")
     if call.resume_from and (count > 1 or call.resume_choices):
         raise ResumeError(
-            "resume_from is for an answer of one choice",
+            "resume_from is only for a request with one choice",
             hint="Send resume_choices alone: for each choice, the number of tokens already received.",
             field=CallField.RESUME_FROM,
         )

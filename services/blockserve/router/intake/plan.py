@@ -99,7 +99,8 @@ def _check_prompt(call: GenerateCall, variant: ServedVariant, prompt: tuple[int,
         raise EmptyPromptError("the prompt has no tokens", hint="Send at least one token or character.")
     if len(prompt) >= context:
         raise PromptTooLongError(
-            f"the prompt has {len(prompt)} tokens; {variant.ref} holds {context}, prompt and answer together",
+            f"the prompt has {len(prompt)} tokens; {variant.ref} has a context of {context} tokens for "
+            f"prompt and answer together",
             hint=f"Shorten the prompt to at most {context - 1} tokens.",
             prompt_tokens=len(prompt),
             context_length=context,
@@ -142,7 +143,7 @@ def _check_held(held: frozenset[int], min_tokens: int, vocab: int) -> None:
     """
     if min_tokens and len(held) >= vocab:
         raise SamplingError(
-            CallField.MIN_TOKENS, f"end and stop tokens are all {vocab} tokens of the vocabulary"
+            CallField.MIN_TOKENS, f"end and stop tokens cover all {vocab} tokens of the vocabulary"
         )
 
 
@@ -174,7 +175,8 @@ def _max_tokens(asked: int | None, variant: ServedVariant, prompt_tokens: int, l
     context = variant.chain.context_length
     if asked is not None and asked > context:
         raise SamplingError(
-            CallField.MAX_TOKENS, f"{asked} is more than the {context} tokens that {variant.ref} holds"
+            CallField.MAX_TOKENS,
+            f"{asked} is more than the {context} tokens of context that {variant.ref} has",
         )
     return min(context - prompt_tokens, limits.max_output_tokens if asked is None else asked)
 
@@ -185,7 +187,7 @@ def _check_resume(call: GenerateCall, sampling: SamplingParams, max_tokens: int)
         return
     if call.sampling.seed is None and not sampling.is_greedy:
         raise ResumeError(
-            "resume_from needs the seed of the answer it goes on with",
+            "resume_from needs the seed of the answer that it resumes",
             hint="Send `info.seed` of the first answer as the seed.",
             field=CallField.SEED,
         )

@@ -34,24 +34,24 @@ class AdaptiveConfig(Section):
     enabled: bool = setting(
         True,
         "Use approved equivalents for callers that allow them.",
-        reason="Nothing happens without an approval and a caller's word.",
+        reason="Equivalents are only used with an approval and if the caller allows them.",
     )
     margin: float = setting(
         0.5,
-        "By which share of its own time the exact chain must be expected to take longer.",
+        "Minimum gain: how much longer the exact chain must be expected to take, as a share of its own time.",
         reason="Estimates are rough; a small gain is not worth an approximate answer.",
         ge=0,
     )
     min_seconds: float = setting(
         0.1,
-        "By how much time, at least, the exact chain must be expected to take longer.",
+        "Minimum gain: how much longer the exact chain must be expected to take.",
         unit="seconds",
-        reason="Nobody notices less.",
+        reason="A smaller gain is not noticed.",
         ge=0,
     )
     refresh_seconds: float = setting(
         0.5,
-        "How old the known approvals may be when one is used.",
+        "Maximum age of the list of approvals when one is used.",
         unit="seconds",
         reason="A revocation takes effect within that time; reading them takes milliseconds.",
         ge=0,
@@ -162,7 +162,7 @@ class AdaptiveAssembly:
                 await self._prepare(request.chain, positions, one)
                 return one
         raise ResumeError(
-            f"the answer began on chain {chain}, which may not stand in for {variant} now",
+            f"the answer began on chain {chain}, which may no longer stand in for {variant}",
             hint="Ask again from the start.",
             field=CallField.RESUME_CHAIN,
         )

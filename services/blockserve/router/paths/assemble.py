@@ -79,7 +79,7 @@ def assemble(
             best = found
     if best is None:
         raise NoPathError(
-            "every position of the chain is held, but only by coming back to a worker that was left",
+            "every position of the chain is held, but only a path that returns to a worker would cover it",
             hint="place neighbouring positions together, or a whole copy on one worker",
             chain=chain,
         )

@@ -180,7 +180,7 @@ class TraceBook:
     def _not_found(self, request_id: str) -> RequestNotFoundError:
         kept = len(self._recent)
         return RequestNotFoundError(
-            f"no request {request_id!r} runs here or has lately ended here",
+            f"this server remembers no request {request_id!r}",
             hint=f"This server remembers its running requests and the last {self._recent.limit} that ended "
             f"(router.traced_requests), {kept} now. Another router may have taken the call.",
             request_id=request_id,

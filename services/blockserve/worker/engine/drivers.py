@@ -66,11 +66,11 @@ class Driver(Protocol):
 
 
 def _stopping() -> ServerStoppingError:
-    return ServerStoppingError("the engine is not running", hint="Send the request again elsewhere.")
+    return ServerStoppingError("the engine is not running", hint="Send the request to another server.")
 
 
 def _stopped() -> ServerStoppingError:
-    return ServerStoppingError("the server is stopping", hint="Send the request again elsewhere.")
+    return ServerStoppingError("the server is stopping", hint="Send the request to another server.")
 
 
 def _ended() -> EngineFailedError:

@@ -293,14 +293,14 @@ class BlockEngine:
         tokens = sum(len(running.request.prompt) for running in waiting)
         if len(waiting) >= config.max_waiting_requests:
             raise QueueFullError(
-                f"{len(waiting)} requests are waiting already",
+                f"{len(waiting)} requests are in the queue already",
                 hint="Send fewer requests at a time, or raise max_waiting_requests.",
                 limit=config.max_waiting_requests,
             )
         # A prompt beyond the bound still has its turn when nobody waits.
         if waiting and tokens + prompt_tokens > config.max_waiting_prompt_tokens:
             raise QueueFullError(
-                f"{tokens} prompt tokens are waiting already",
+                f"{tokens} prompt tokens are in the queue already",
                 hint="Send fewer or shorter prompts at a time, or raise max_waiting_prompt_tokens.",
                 limit=config.max_waiting_prompt_tokens,
             )

@@ -186,7 +186,7 @@ def test_a_token_does_not_travel_readable(run, tmp_path):
     (tmp_path / "token").write_text("secret\n")
     outcome = run("status", "--server", "192.0.2.1:7450", "--token-file", tmp_path / "token")
     assert outcome.code == 2
-    assert "readable" in outcome.err
+    assert "unencrypted" in outcome.err
     assert "secret" not in outcome.err
     assert run("status", "--token-file", tmp_path / "none").code == 1
 

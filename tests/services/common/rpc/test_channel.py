@@ -12,7 +12,7 @@ from support.edge import async_test
 
 @async_test
 async def test_a_token_does_not_travel_readable() -> None:
-    with pytest.raises(ConfigurationError, match="readable"):
+    with pytest.raises(ConfigurationError, match="unencrypted"):
         AsyncClient("zoo.example:7450", credentials=Credentials(token="t0ken"))
     await AsyncClient("zoo.example:7450", credentials=Credentials(token="t0ken", insecure=True)).close()
     await AsyncClient("zoo.example:7450", credentials=Credentials(token="t0ken", tls=True)).close()

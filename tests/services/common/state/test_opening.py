@@ -22,7 +22,7 @@ def test_the_default_is_in_process() -> None:
 
 def test_a_state_that_nobody_else_finds_is_said(caplog: pytest.LogCaptureFixture) -> None:
     open_store(StateConfig())
-    assert "no other finds it" in caplog.text
+    assert "which other processes cannot reach" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["password_file", "ca_file"])

@@ -116,7 +116,7 @@ def test_a_push_that_gave_up_is_finished_by_running_it_again(server, far, local,
     with (
         wire(server.address, cuts) as carrier,
         RemoteZoo(carrier.address, patience_s=0.5) as zoo,
-        pytest.raises(PushInterruptedError, match="did not get on for"),
+        pytest.raises(PushInterruptedError, match="made no progress for"),
     ):
         zoo.register(folders / "large", name="large")
     assert far.variants() == []

@@ -412,7 +412,7 @@ def test_a_missing_part_is_named():
 def test_a_worker_that_would_have_to_be_visited_twice_is_no_path():
     chain = links(5)
     cluster = view(worker("a", chain, Run(0, 2), Run(3, 5)), worker("b", chain, Run(2, 3)))
-    with pytest.raises(NoPathError, match="coming back"):
+    with pytest.raises(NoPathError, match="returns to a worker"):
         assemble(PathIndex(cluster), CHAIN, chain, SIZE)
 
 
