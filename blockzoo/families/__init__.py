@@ -1,7 +1,6 @@
-"""Model families: how each architecture is cut into blocks, and how its blocks compute.
+"""Model families: how each architecture is cut into blocks. One file per family, no torch.
 
-Cutting (`base`, `decoder` and one file per family) needs no torch. Computing is
-in `compute`, which the engine imports when it builds a block.
+`blockzoo.compute` says how the blocks compute.
 """
 
 from __future__ import annotations

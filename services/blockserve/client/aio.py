@@ -1,4 +1,4 @@
-"""The client for event loops; `client` has the one for threads, which is this one behind a thin face.
+"""The client for event loops; `blocking` has the one for threads, which is this one behind a thin face.
 
 ::
 

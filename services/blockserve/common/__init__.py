@@ -1,1 +1,1 @@
-"""What router, worker and embedded share: errors, the engine seam, settings, statuses."""
+"""What all services share: values (`api`), messages (`wire`), gRPC (`rpc`), shared state, metrics, processes."""

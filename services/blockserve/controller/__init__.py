@@ -1,1 +1,1 @@
-"""The zoo over the network: looking into it, caring for it, and registering from another machine."""
+"""The zoo over gRPC, registering from other machines, and the placement of blocks on workers."""

@@ -1,7 +1,6 @@
 """The block worker: loads blocks once and runs batches of all variants through them.
 
-Rule: this package knows token ids, blocks and chains; it knows nothing of text,
-gRPC or how callers are told apart. `BlockEngine` is its surface; everything
-else is pure logic (`segments`, `scheduler`, `kv`) or owns one resource
-(`blocks`, `executor`).
+Rule: this package knows token ids, blocks and chains; it knows nothing of text or of who the callers are.
+`engine` decides what a pass computes and `compute` computes it; `blocks` and `kv` own memory; `requests` is the
+state of one request. Only `server`, `servicer`, `announcer`, `reconciler` and `peers` deal with other processes.
 """

@@ -1,4 +1,4 @@
-"""One call's time, as its router tells it. Frozen values; `trace_parts` does the sums."""
+"""One call's time, as its router tells it. Frozen values; `router.traces.parts` does the sums."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class ViewCache:
     )
 
     def apply(self, reply: Sequence[Any]) -> ClusterView:
-        """The view after an answer of `state_scripts.VIEW`, which was asked for with what stands here.
+        """The view after an answer of `scripts.VIEW`, which was asked for with what stands here.
 
         Raises:
             StateStoreError: the placement cannot be read.

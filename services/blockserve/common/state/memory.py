@@ -1,6 +1,6 @@
 """The shared state inside one process: the default of the embedded server, and of tests.
 
-It keeps the promises of `state_store.StateStore` that the one in Redis keeps; what it cannot do is be lost
+It keeps the promises of `store.StateStore` that the one in Redis keeps; what it cannot do is be lost
 while its users live.
 """
 

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 RETRY_SECONDS = 0.1
 """Between two attempts of `wait_change` to reach a server that is gone."""
 _STALE, _OTHER_BASE = 0, 2
-"""Answers of `state_scripts.PLACE` that have stored nothing."""
+"""Answers of `scripts.PLACE` that have stored nothing."""
 
 
 class RedisStore:

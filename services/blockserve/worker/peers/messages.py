@@ -1,4 +1,4 @@
-"""What the workers of one path tell each other. Frozen values; `convert` knows how they travel.
+"""What the workers of one path tell each other. Frozen values; `peers.convert` knows how they travel.
 
 A request is opened along its path, worker by worker: each sets pages aside, or says that it cannot now. When
 the last one has them, the first (the head worker) begins to compute; hidden states travel forward in chunks,
