@@ -26,7 +26,7 @@ from blockserve.common.api.results import Completion
 from blockserve.common.errors import CapacityError, DeadlineTooShortError, QueueFullError, ServerStoppingError
 from blockserve.common.wire.errors import DETAILS_KEY
 from blockserve.embedded.server import EmbeddedServer
-from blockserve.embedded.settings import ServeConfig
+from blockserve.embedded.settings import EmbeddedSettings
 from blockserve.worker.engine.engine import BlockEngine
 from blockserve.worker.limits import EngineConfig
 from blockzoo.zoo import Zoo
@@ -221,7 +221,8 @@ async def test_ten_times_the_load_is_refused_in_part_and_harms_nobody(zoo: Zoo, 
 
 async def started(zoo: Zoo, **settings: object) -> EmbeddedServer:
     values = {"listen": "127.0.0.1:0", "metrics_listen": "off", "drain_seconds": 0.0, "engine": ENGINE}
-    server = EmbeddedServer(ServeConfig.load(**{"zoo": zoo.url, "preload": ("all",), **values, **settings}))
+    values |= {"zoo": zoo.url, "preload": ("all",), **settings}
+    server = EmbeddedServer(EmbeddedSettings.load(**values))
     await server.start()
     return server
 

@@ -9,7 +9,7 @@ import pytest
 
 from blockserve.client.aio import AsyncClient
 from blockserve.embedded.server import EmbeddedServer
-from blockserve.embedded.settings import ServeConfig
+from blockserve.embedded.settings import EmbeddedSettings
 from blockserve.worker.limits import EngineConfig
 from blockzoo.errors import VariantNotFoundError
 from blockzoo.zoo import Zoo
@@ -37,7 +37,7 @@ def zoo(tmp_path: Path) -> Zoo:
 
 @async_test
 async def test_counts_are_those_of_the_answers(zoo: Zoo) -> None:
-    config = ServeConfig.load(
+    config = EmbeddedSettings.load(
         zoo=zoo.url, listen="127.0.0.1:0", metrics_listen="127.0.0.1:0", drain_seconds=0.0, engine=ENGINE
     )
     server = EmbeddedServer(config)

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from blockserve.client.aio import AsyncClient
 from blockserve.client.zoo import RemoteZoo
 from blockserve.embedded.server import EmbeddedServer
-from blockserve.embedded.settings import ServeConfig
+from blockserve.embedded.settings import EmbeddedSettings
 from blockserve.worker.limits import EngineConfig
 from support.edge import async_test
 from support.variants import VariantFactory
@@ -28,7 +28,7 @@ async def test_pushed_variants_answer_like_the_oracle(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base.path)
     prompt = tuple(tokenizer(PROMPT)["input_ids"])
     server = EmbeddedServer(
-        ServeConfig.load(
+        EmbeddedSettings.load(
             zoo=str(tmp_path / "zoo"), create_zoo=True, listen="127.0.0.1:0", drain_seconds=0.0, engine=ENGINE
         )
     )

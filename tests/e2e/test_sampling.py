@@ -18,7 +18,7 @@ from blockserve.client.inference import continued
 from blockserve.common.api.calls import GenerateCall, SamplingWishes, StoppingWishes
 from blockserve.common.errors import KvCapacityError, SamplingError
 from blockserve.embedded.server import EmbeddedServer
-from blockserve.embedded.settings import ServeConfig
+from blockserve.embedded.settings import EmbeddedSettings
 from blockserve.worker.limits import EngineConfig
 from blockzoo.zoo import Zoo
 from support.edge import async_test
@@ -51,7 +51,7 @@ def zoo(factory: VariantFactory, tmp_path: Path) -> Zoo:
 
 @asynccontextmanager
 async def served(zoo: Zoo, engine: EngineConfig = ENGINE) -> AsyncIterator[AsyncClient]:
-    config = ServeConfig.load(zoo=zoo.url, listen="127.0.0.1:0", drain_seconds=0.0, engine=engine)
+    config = EmbeddedSettings.load(zoo=zoo.url, listen="127.0.0.1:0", drain_seconds=0.0, engine=engine)
     server = EmbeddedServer(config)
     await server.start()
     try:

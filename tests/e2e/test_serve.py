@@ -23,7 +23,7 @@ from blockserve.client.inference import continued
 from blockserve.common.api.calls import GenerateCall
 from blockserve.common.api.tokens import FinishReason
 from blockserve.embedded.server import EmbeddedServer
-from blockserve.embedded.settings import ServeConfig
+from blockserve.embedded.settings import EmbeddedSettings
 from blockserve.worker.limits import EngineConfig
 from blockzoo.errors import CorruptBlobError
 from blockzoo.zoo import Zoo
@@ -88,7 +88,7 @@ class Served:
 
 @asynccontextmanager
 async def served(zoo: Zoo, **settings: Any) -> AsyncIterator[Served]:
-    config = ServeConfig.load(
+    config = EmbeddedSettings.load(
         **{
             "zoo": zoo.url,
             "listen": "127.0.0.1:0",

@@ -18,7 +18,7 @@ from blockserve.common.api.engine import ChainReport, EngineReport, EngineReques
 from blockserve.common.api.tokens import FinishReason, PositionLogprobs
 from blockserve.common.errors import ChainNotLoadedError
 from blockserve.embedded.server import EmbeddedServer
-from blockserve.embedded.settings import ServeConfig
+from blockserve.embedded.settings import EmbeddedSettings
 from blockserve.embedded.startup import Parts
 from blockzoo.errors import NotFoundError, VariantNotFoundError
 from blockzoo.manifest import (
@@ -318,7 +318,7 @@ async def serving(
         zoo = FakeZoo()
         zoo.add("tale")
     engine = engine or ScriptedEngine()
-    config = ServeConfig.load(
+    config = EmbeddedSettings.load(
         **{"listen": "127.0.0.1:0", "drain_seconds": 0.0, "metrics_listen": "off", **settings}
     )
     server = EmbeddedServer(config, parts=fake_parts(zoo, engine))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from blockserve.embedded.server import EmbeddedServer
-from blockserve.embedded.settings import ServeConfig
+from blockserve.embedded.settings import EmbeddedSettings
 from blockserve.embedded.startup import Parts, open_zoo
 from blockzoo.zoo import Zoo
 from support.edge import ScriptedEngine
@@ -36,7 +36,7 @@ class ZooServer:
             import_engine=lambda: None,
         )
         place = {} if opened else {"zoo": str(zoo), "create_zoo": True}
-        config = ServeConfig.load(**{"listen": "127.0.0.1:0", "drain_seconds": 0.0, **place, **settings})
+        config = EmbeddedSettings.load(**{"listen": "127.0.0.1:0", "drain_seconds": 0.0, **place, **settings})
         self.server = EmbeddedServer(config, parts=parts)
         self._thread = threading.Thread(target=lambda: self._loop.run_until_complete(self._serve()))
         self._thread.start()

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 from blockserve.common.process import run as runner
 from blockserve.embedded.server import EmbeddedServer
-from blockserve.embedded.settings import ServeConfig
+from blockserve.embedded.settings import EmbeddedSettings
 from blockserve.embedded.startup import Parts
 
 
 def run(
-    config: ServeConfig,
+    settings: EmbeddedSettings,
     *,
     parts: Parts | None = None,
     on_ready: Callable[[EmbeddedServer], None] | None = None,
@@ -19,8 +19,8 @@ def run(
     """Serve until SIGINT or SIGTERM; see `blockserve.common.process.run`.
 
     Args:
-        config: the settings.
+        settings: of the process.
         parts: instead of the real zoo and engine.
         on_ready: called once the server says SERVING, for example to print its address.
     """
-    runner.run(config, EmbeddedServer(config, parts=parts), on_ready)
+    runner.run(settings, EmbeddedServer(settings, parts=parts), on_ready)

@@ -20,7 +20,7 @@ from blockproto.v1 import (
 from blockserve.common.rpc.host import RpcHost
 from blockserve.controller.servicer import ZooServicer
 from blockserve.embedded.metrics import ServerMetrics
-from blockserve.embedded.settings import ServeConfig
+from blockserve.embedded.settings import EmbeddedSettings
 from blockserve.embedded.startup import (
     Parts,
     RunnableEngine,
@@ -56,13 +56,13 @@ class EmbeddedServer:
         metrics: what is counted, and where it is shown.
     """
 
-    def __init__(self, config: ServeConfig, *, parts: Parts | None = None) -> None:
+    def __init__(self, settings: EmbeddedSettings, *, parts: Parts | None = None) -> None:
         """Make a server; nothing is opened yet."""
-        self.config = config
+        self.settings = settings
         self.timeline = Timeline(process_age())
-        self.metrics = ServerMetrics(config)
+        self.metrics = ServerMetrics(settings)
         self._parts = parts or Parts()
-        self._host = RpcHost(config, SERVICES)
+        self._host = RpcHost(settings, SERVICES)
         self._engine: RunnableEngine | None = None
         self._router: Router | None = None
         self._zoo_servicer: ZooServicer | None = None
@@ -91,21 +91,21 @@ class EmbeddedServer:
             raise
 
     async def _start(self) -> None:
-        config = self.config
+        settings = self.settings
         self._host.bind()
         self.metrics.listen()
-        self._renderer = ChatRenderer(chat_limits(config.router))
+        self._renderer = ChatRenderer(chat_limits(settings.router))
         with self.timeline.stage("prepare"):
             zoo, catalog, wanted = await self._prepare(self._renderer)
         with self.timeline.stage("engine"):
-            self._engine = await asyncio.to_thread(self._parts.make_engine, zoo, config.engine)
+            self._engine = await asyncio.to_thread(self._parts.make_engine, zoo, settings.engine)
             self._engine.start()
-        loader, traces = ChainLoader(self._engine), TraceBook(config.router.traced_requests)
+        loader, traces = ChainLoader(self._engine), TraceBook(settings.router.traced_requests)
         self._router = Router(
             catalog,
             self._engine,
             loader,
-            config.router,
+            settings.router,
             traces=traces,
             renderer=self._renderer,
             metrics=self.metrics.requests,
@@ -119,7 +119,7 @@ class EmbeddedServer:
         with self.timeline.stage("preload"):
             await self._preload(operations, wanted)
         self._host.health.watch(
-            self._engine.report, stall_seconds=config.stall_seconds, every=config.health_seconds
+            self._engine.report, stall_seconds=settings.stall_seconds, every=settings.health_seconds
         )
         log.info("ready address=%s timeline: %s", self.address, self.timeline)
 
@@ -150,11 +150,11 @@ class EmbeddedServer:
 
     def _read_zoo(self) -> tuple[ZooReader, VariantCatalog, list[str]]:
         with self.timeline.stage("open_zoo"):
-            if self.config.create_zoo:
-                Zoo.open(self.config.zoo, create=True)
-            zoo = self._parts.open_zoo(self.config.zoo)
-            wanted = names_to_preload(zoo, (*self.config.pin, *self.config.preload))
-        catalog = VariantCatalog(zoo, self.config.router)
+            if self.settings.create_zoo:
+                Zoo.open(self.settings.zoo, create=True)
+            zoo = self._parts.open_zoo(self.settings.zoo)
+            wanted = names_to_preload(zoo, (*self.settings.pin, *self.settings.preload))
+        catalog = VariantCatalog(zoo, self.settings.router)
         with self.timeline.stage("tokenizers"):
             parse_ahead(catalog, wanted)
         return zoo, catalog, wanted
@@ -165,15 +165,15 @@ class EmbeddedServer:
 
     def _add_zoo_service(self, server: grpc.aio.Server, zoo: ZooReader, catalog: VariantCatalog) -> None:
         if isinstance(zoo, Zoo):
-            config = self.config.controller.within_messages(self.config.max_message_bytes)
-            self._zoo_servicer = ZooServicer(zoo, config, on_change=catalog.forget)
+            limits = self.settings.controller.within_messages(self.settings.max_message_bytes)
+            self._zoo_servicer = ZooServicer(zoo, limits, on_change=catalog.forget)
             zoo_pb2_grpc.add_ZooServiceServicer_to_server(self._zoo_servicer, server)
 
     async def _preload(self, operations: Operations, refs: Sequence[str]) -> None:
         """Load variants one after another; one that cannot be loaded does not hold up the others."""
         for ref in refs:
             try:
-                await operations.load(ref, pinned=True if ref in self.config.pin else None)
+                await operations.load(ref, pinned=True if ref in self.settings.pin else None)
             except BlockzooError as error:
                 log.error("variant not loaded variant=%s reason=%s: %s", ref, error.reason, error)
 
@@ -183,7 +183,7 @@ class EmbeddedServer:
         Args:
             drain_seconds: instead of the settings' value.
         """
-        seconds = self.config.drain_seconds if drain_seconds is None else drain_seconds
+        seconds = self.settings.drain_seconds if drain_seconds is None else drain_seconds
         await self._host.say_stopping()
         if self._router is not None:
             running = self._router.admission.num_requests

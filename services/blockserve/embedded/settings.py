@@ -14,7 +14,7 @@ ALL = "all"
 """In `preload`: every variant of the zoo."""
 
 
-class ServeConfig(MetricsSettings):
+class EmbeddedSettings(MetricsSettings):
     """Settings of `blockzoo serve`."""
 
     zoo: str = setting(

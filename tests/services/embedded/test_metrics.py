@@ -12,7 +12,7 @@ import pytest
 from blockproto.v1 import inference_pb2, inference_pb2_grpc
 from blockserve.common.errors import ConfigurationError, QueueFullError
 from blockserve.embedded.server import EmbeddedServer
-from blockserve.embedded.settings import ServeConfig
+from blockserve.embedded.settings import EmbeddedSettings
 from blockserve.router.limits import RouterConfig
 from blockzoo.errors import VariantNotFoundError
 from support.edge import FakeZoo, ScriptedEngine, async_test, fake_parts, serving
@@ -49,7 +49,7 @@ async def test_off_means_that_nothing_listens() -> None:
 @async_test
 async def test_a_chosen_address_that_is_taken_keeps_the_server_from_starting() -> None:
     async with serving(metrics_listen="127.0.0.1:0") as rig:
-        config = ServeConfig.load(listen="127.0.0.1:0", metrics_listen=rig.server.metrics.address)
+        config = EmbeddedSettings.load(listen="127.0.0.1:0", metrics_listen=rig.server.metrics.address)
         second = EmbeddedServer(config, parts=fake_parts(FakeZoo(), ScriptedEngine()))
         with pytest.raises(ConfigurationError, match="metrics cannot listen"):
             await second.start()
@@ -59,7 +59,7 @@ async def test_a_chosen_address_that_is_taken_keeps_the_server_from_starting() -
 async def test_a_second_server_that_nobody_told_of_the_port_takes_another(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    configs = [ServeConfig.load(listen="127.0.0.1:0", drain_seconds=0) for _ in range(2)]
+    configs = [EmbeddedSettings.load(listen="127.0.0.1:0", drain_seconds=0) for _ in range(2)]
     servers = [EmbeddedServer(config, parts=fake_parts(FakeZoo(), ScriptedEngine())) for config in configs]
     for server in servers:
         await server.start()

@@ -19,7 +19,7 @@ PROGRAM = f"""
 import sys, types
 support = types.ModuleType("support"); support.__path__ = [{str(SUPPORT)!r}]; sys.modules["support"] = support
 from support.edge import FakeZoo, ScriptedEngine, fake_parts
-from blockserve.embedded.settings import ServeConfig
+from blockserve.embedded.settings import EmbeddedSettings
 from blockserve.embedded.run import run
 
 import asyncio
@@ -31,8 +31,8 @@ def make_engine(zoo, config):
     return asyncio.run(make())
 parts = fake_parts(zoo, None)
 parts = type(parts)(open_zoo=parts.open_zoo, make_engine=make_engine, import_engine=STARTING)
-run(ServeConfig.load(listen=sys.argv[1], drain_seconds=float(sys.argv[2]), metrics_listen="off"), parts=parts,
-    on_ready=lambda server: print("ready", flush=True))
+settings = EmbeddedSettings.load(listen=sys.argv[1], drain_seconds=float(sys.argv[2]), metrics_listen="off")
+run(settings, parts=parts, on_ready=lambda server: print("ready", flush=True))
 print("ended", flush=True)
 """
 

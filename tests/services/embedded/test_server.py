@@ -12,7 +12,7 @@ import pytest
 
 from blockserve.client.aio import AsyncClient
 from blockserve.embedded.server import EmbeddedServer
-from blockserve.embedded.settings import ServeConfig
+from blockserve.embedded.settings import EmbeddedSettings
 from blockserve.embedded.startup import Parts, Timeline, process_age
 from blockzoo.errors import CorruptBlobError, ZooNotFoundError
 from support.edge import FakeZoo, ScriptedEngine, async_test, fake_parts, serving, variant_files
@@ -69,7 +69,7 @@ async def test_a_failed_start_leaves_nothing_behind() -> None:
         raise ZooNotFoundError(f"there is no zoo at {url}")
 
     server = EmbeddedServer(
-        ServeConfig.load(listen="127.0.0.1:0"), parts=Parts(open_zoo=no_zoo, import_engine=lambda: None)
+        EmbeddedSettings.load(listen="127.0.0.1:0"), parts=Parts(open_zoo=no_zoo, import_engine=lambda: None)
     )
     with pytest.raises(ZooNotFoundError):
         await server.start()
@@ -92,7 +92,7 @@ async def test_importing_the_engine_and_reading_the_zoo_happen_at_the_same_time(
     parts = Parts(
         open_zoo=open_zoo, make_engine=fakes.make_engine, import_engine=lambda: both.wait() and None
     )
-    server = EmbeddedServer(ServeConfig.load(listen="127.0.0.1:0", drain_seconds=0), parts=parts)
+    server = EmbeddedServer(EmbeddedSettings.load(listen="127.0.0.1:0", drain_seconds=0), parts=parts)
     await server.start()
     names = {name for name, _, _ in server.timeline.stages}
     assert names == {"prepare", "open_zoo", "tokenizers", "import_engine", "engine", "preload"}
@@ -103,7 +103,7 @@ async def test_importing_the_engine_and_reading_the_zoo_happen_at_the_same_time(
 @async_test
 async def test_stopping_twice_and_stopping_before_starting_do_no_harm() -> None:
     server = EmbeddedServer(
-        ServeConfig.load(listen="127.0.0.1:0"), parts=fake_parts(FakeZoo(), ScriptedEngine())
+        EmbeddedSettings.load(listen="127.0.0.1:0"), parts=fake_parts(FakeZoo(), ScriptedEngine())
     )
     await server.stop()
     async with serving() as rig:

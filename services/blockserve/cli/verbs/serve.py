@@ -11,18 +11,18 @@ if TYPE_CHECKING:
     from blockserve.common.rpc.settings import ServerSettings
     from blockserve.controller.settings import ControllerSettings
     from blockserve.embedded.server import EmbeddedServer
-    from blockserve.embedded.settings import ServeConfig
+    from blockserve.embedded.settings import EmbeddedSettings
     from blockserve.router.settings import RouterSettings
     from blockserve.worker.settings import WorkerSettings
 
 
 def _serve_settings() -> type[ServerSettings]:
-    from blockserve.embedded.settings import ServeConfig
+    from blockserve.embedded.settings import EmbeddedSettings
 
-    return ServeConfig
+    return EmbeddedSettings
 
 
-def _serve(config: ServeConfig) -> None:
+def _serve(settings: EmbeddedSettings) -> None:
     """Serve the variants of a zoo.
 
     Variants that are registered while the server runs are served at once. The first request to a variant
@@ -39,11 +39,11 @@ def _serve(config: ServeConfig) -> None:
     """
     from blockserve.embedded.run import run
 
-    run(config, on_ready=_announce)
+    run(settings, on_ready=_announce)
 
 
 def _announce(server: EmbeddedServer) -> None:
-    note(f"Serving {server.config.zoo} on {server.address}. Try: blockzoo status; Ctrl-C stops.")
+    note(f"Serving {server.settings.zoo} on {server.address}. Try: blockzoo status; Ctrl-C stops.")
 
 
 def _worker_settings() -> type[ServerSettings]:

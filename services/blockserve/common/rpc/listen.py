@@ -18,15 +18,15 @@ from blockserve.common.rpc.settings import ServerSettings
 SOCKET_MODE = 0o600
 
 
-def server_options(config: ServerSettings) -> list[tuple[str, int]]:
+def server_options(settings: ServerSettings) -> list[tuple[str, int]]:
     """gRPC channel arguments of the server."""
     keepalive, timeout = (
-        round(config.keepalive_seconds * 1000),
-        round(config.keepalive_timeout_seconds * 1000),
+        round(settings.keepalive_seconds * 1000),
+        round(settings.keepalive_timeout_seconds * 1000),
     )
     return [
-        ("grpc.max_receive_message_length", config.max_message_bytes),
-        ("grpc.max_send_message_length", config.max_message_bytes),
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.max_send_message_length", settings.max_message_bytes),
         ("grpc.keepalive_time_ms", keepalive),
         ("grpc.keepalive_timeout_ms", timeout),
         # Clients probe too; the default would take more than one probe in five minutes for an attack.
@@ -45,7 +45,7 @@ def enable_reflection(server: grpc.aio.Server, services: Sequence[str]) -> None:
     reflection.enable_server_reflection((*services, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
 
 
-def bind(server: grpc.aio.Server, config: ServerSettings) -> str:
+def bind(server: grpc.aio.Server, settings: ServerSettings) -> str:
     """Bind the server's port.
 
     Returns:
@@ -54,23 +54,23 @@ def bind(server: grpc.aio.Server, config: ServerSettings) -> str:
     Raises:
         ConfigurationError: the address is taken or not ours, or a TLS file cannot be read.
     """
-    is_socket = config.listen.startswith("unix:")
+    is_socket = settings.listen.startswith("unix:")
     if is_socket:
-        _check_socket_free(Path(config.listen.removeprefix("unix:")))
+        _check_socket_free(Path(settings.listen.removeprefix("unix:")))
     # The socket file is born with this mode; a chmod afterwards would leave a moment in which others connect.
     previous = os.umask(0o777 & ~SOCKET_MODE) if is_socket else None
     try:
-        port = _add_port(server, config)
+        port = _add_port(server, settings)
     except RuntimeError as error:
         raise ConfigurationError(
-            f"cannot listen on {config.listen}",
+            f"cannot listen on {settings.listen}",
             hint="Another server may use the address (`blockzoo status`); choose another with --listen.",
-            listen=config.listen,
+            listen=settings.listen,
         ) from error
     finally:
         if previous is not None:
             os.umask(previous)
-    return config.listen if is_socket else f"{config.listen.rpartition(':')[0]}:{port}"
+    return settings.listen if is_socket else f"{settings.listen.rpartition(':')[0]}:{port}"
 
 
 def remove_socket(address: str) -> None:
@@ -80,16 +80,16 @@ def remove_socket(address: str) -> None:
             Path(address.removeprefix("unix:")).unlink()
 
 
-def _add_port(server: grpc.aio.Server, config: ServerSettings) -> int:
-    if config.tls_cert is None or config.tls_key is None:
-        return server.add_insecure_port(config.listen)
-    authority = read_file(config.tls_client_ca) if config.tls_client_ca else None
+def _add_port(server: grpc.aio.Server, settings: ServerSettings) -> int:
+    if settings.tls_cert is None or settings.tls_key is None:
+        return server.add_insecure_port(settings.listen)
+    authority = read_file(settings.tls_client_ca) if settings.tls_client_ca else None
     credentials = grpc.ssl_server_credentials(
-        [(read_file(config.tls_key), read_file(config.tls_cert))],
+        [(read_file(settings.tls_key), read_file(settings.tls_cert))],
         root_certificates=authority,
         require_client_auth=authority is not None,
     )
-    return server.add_secure_port(config.listen, credentials)
+    return server.add_secure_port(settings.listen, credentials)
 
 
 def _check_socket_free(path: Path) -> None:

@@ -127,16 +127,16 @@ def _check_address(listen: str) -> None:
         raise ValueError(f"listen: {listen!r} is neither host:port nor unix:/path")
 
 
-def read_token(config: ServerSettings) -> str | None:
+def read_token(settings: ServerSettings) -> str | None:
     """The bearer token callers must send, None when none is asked for.
 
     Raises:
         ConfigurationError: the file cannot be read, or the token is empty.
     """
-    if config.token is not None:
-        token = config.token.get_secret_value()
-    elif config.token_file is not None:
-        token = read_file(config.token_file).decode().strip()
+    if settings.token is not None:
+        token = settings.token.get_secret_value()
+    elif settings.token_file is not None:
+        token = read_file(settings.token_file).decode().strip()
     else:
         return None
     if not token:

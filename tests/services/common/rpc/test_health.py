@@ -89,12 +89,12 @@ def serving_later(zoo: FakeZoo, engine: ScriptedEngine) -> Any:
     import grpc
 
     from blockserve.embedded.server import EmbeddedServer
-    from blockserve.embedded.settings import ServeConfig
+    from blockserve.embedded.settings import EmbeddedSettings
     from support.edge import fake_parts
 
     @asynccontextmanager
     async def running() -> Any:
-        config = ServeConfig.load(listen="127.0.0.1:0", preload=("all",), drain_seconds=0)
+        config = EmbeddedSettings.load(listen="127.0.0.1:0", preload=("all",), drain_seconds=0)
         server = EmbeddedServer(config, parts=fake_parts(zoo, engine))
         starting = asyncio.create_task(server.start())
         await until(lambda: not server.address.endswith(":0"))
