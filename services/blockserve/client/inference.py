@@ -19,7 +19,7 @@ from blockserve.client.options import GenerateOptions, Message
 from blockserve.common.api.calls import Conversation, GenerateCall, Prompt, SamplingWishes, StoppingWishes
 from blockserve.common.api.results import Chunk, ModelInfo, Tokenized
 from blockserve.common.errors import DeadlineExceededError, RemoteError, UnavailableError
-from blockserve.common.wire import inference as convert
+from blockserve.common.wire import inference as wire
 from blockserve.common.wire.errors import from_rpc_error
 from blockzoo.errors import BlockzooError, InvalidInputError
 
@@ -70,8 +70,8 @@ class Inference:
             request.text = prompt
         else:
             conversation = as_conversation(prompt, tools, add_generation_prompt)
-            request.chat.CopyFrom(convert.chat_to_message(conversation))
-        return convert.tokenized_from_message(await self._calls.call(self._stub.Tokenize, request))
+            request.chat.CopyFrom(wire.chat_to_message(conversation))
+        return wire.tokenized_from_message(await self._calls.call(self._stub.Tokenize, request))
 
     async def models(self) -> list[ModelInfo]:
         """All variants of the zoo, current versions, by name."""
@@ -80,7 +80,7 @@ class Inference:
         while True:
             request = inference_pb2.ListModelsRequest(page_token=token)
             page = await self._calls.call(self._stub.ListModels, request)
-            found += [convert.model_from_message(model) for model in page.models]
+            found += [wire.model_from_message(model) for model in page.models]
             token = page.next_page_token
             if not token:
                 return found
@@ -88,7 +88,7 @@ class Inference:
     async def model(self, ref: str) -> ModelInfo:
         """One variant, by `name` or `name@version`."""
         request = inference_pb2.GetModelRequest(model=ref)
-        return convert.model_from_message((await self._calls.call(self._stub.GetModel, request)).model)
+        return wire.model_from_message((await self._calls.call(self._stub.GetModel, request)).model)
 
     def _generate(self, model: str, prompt: Prompt, options: GenerateOptions) -> AsyncGeneration:
         stop = options.get("stop", ())
@@ -164,7 +164,7 @@ class Inference:
     async def _attempt(self, call: GenerateCall, deadline: float | None) -> AsyncGenerator[Chunk, None]:
         """The chunks that one connection brings."""
         try:
-            message = convert.call_to_message(call)
+            message = wire.call_to_message(call)
         except (ValueError, TypeError) as error:
             # protobuf's own range and type checks, before anything is sent.
             raise InvalidInputError(f"the request cannot be sent: {error}") from error
@@ -173,7 +173,7 @@ class Inference:
         is_resumed = call.is_resumed
         try:
             async for response in rpc:
-                chunk = convert.chunk_from_message(response)
+                chunk = wire.chunk_from_message(response)
                 if not chunk.choice < call.num_choices:
                     raise RemoteError(f"choice {chunk.choice} came where {call.num_choices} were asked for")
                 if chunk.first_token_index != call.resume_point(chunk.choice):

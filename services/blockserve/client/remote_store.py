@@ -8,7 +8,7 @@ from functools import cached_property
 from blockproto.v1 import zoo_pb2
 from blockserve.client.remote_writer import RemoteWriter
 from blockserve.client.zoo_calls import Calls
-from blockserve.common.wire import zoo as convert
+from blockserve.common.wire import zoo as wire
 from blockzoo.canonical import digest_bytes, parse_json
 from blockzoo.errors import CorruptManifestError, InvalidInputError, ManifestNotFoundError
 from blockzoo.manifest import BlockId, BlockManifest, ChainId, ChainManifest, JsonValue, VariantRecord
@@ -48,7 +48,7 @@ class RemoteStore:
         """See `WritableZoo`."""
         ref = name if version is None else f"{name}@{version}"
         answer = self.calls.call("GetVariant", zoo_pb2.GetVariantRequest(ref=ref))
-        record = convert.record_from_message(answer.record)
+        record = wire.record_from_message(answer.record)
         self._refs[record.chain] = f"{record.name}@{record.version}"
         return record
 
@@ -59,7 +59,7 @@ class RemoteStore:
     def rows(self) -> list[VariantRow]:
         """The current version of every variant, with sizes."""
         parts = self.calls.stream("ListVariants", zoo_pb2.ListVariantsRequest())
-        return [convert.from_message(row, VariantRow) for part in parts for row in part.rows]
+        return [wire.from_message(row, VariantRow) for part in parts for row in part.rows]
 
     def get_chain(self, chain: ChainId) -> ChainManifest:
         """A chain of a variant that was resolved here; raises ManifestNotFoundError for another."""

@@ -18,7 +18,7 @@ from blockproto.v1 import zoo_pb2
 from blockserve.client.zoo_calls import Calls, Patience
 from blockserve.common.api.push import Standing
 from blockserve.common.errors import PushNotFoundError
-from blockserve.common.wire import zoo as convert
+from blockserve.common.wire import zoo as wire
 from blockserve.common.wire.possession import possession_mac
 from blockzoo.digest import as_bytes, blob_id
 from blockzoo.errors import BlockzooError, ConflictError
@@ -143,7 +143,7 @@ class RemoteWriter:
             kind=kind,
             chain=self._manifests.chains[chain],
             blocks=list(self._manifests.blocks.values()),
-            files=convert.files_to_message(files or {}),
+            files=wire.files_to_message(files or {}),
             provenance=dict(provenance or {}),
         )
         return self._patience.attempt(lambda: self._in_push(lambda: self._commit(request)))
@@ -151,7 +151,7 @@ class RemoteWriter:
     def _commit(self, request: zoo_pb2.CommitPushRequest) -> VariantRecord:
         request.push_id = self._push_id
         answer = self._calls.call("CommitPush", request, timeout=COMMIT_SECONDS)
-        return convert.record_from_message(answer.record)
+        return wire.record_from_message(answer.record)
 
     def _in_push(self, act: Callable[[], T]) -> T:
         """Do something in a push that is known at the server."""
@@ -201,7 +201,7 @@ class RemoteWriter:
             # Leasing may have to wait for a collection at the server.
             answer = self._calls.call("FindBlobs", request, timeout=COMMIT_SECONDS)
             for blob, state in zip(some, answer.states, strict=True):
-                standings[blob] = convert.standing_from_message(blob, state)
+                standings[blob] = wire.standing_from_message(blob, state)
         self._note_progress(standings)
         return standings
 

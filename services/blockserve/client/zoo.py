@@ -17,7 +17,7 @@ from blockserve.client.zoo_calls import OPERATION_SECONDS, Calls
 from blockserve.common.errors import RemoteError
 from blockserve.common.rpc.address import DEFAULT_TARGET
 from blockserve.common.rpc.channel import Credentials
-from blockserve.common.wire import zoo as convert
+from blockserve.common.wire import zoo as wire
 from blockzoo.care.gc import GRACE_S, GcReport
 from blockzoo.care.verify import VerifyReport
 from blockzoo.manifest import VariantRecord
@@ -79,12 +79,12 @@ class RemoteZoo:
     def show(self, ref: str) -> ShowReport:
         """As `Zoo.show`."""
         answer = self._calls.call("ShowVariant", zoo_pb2.ShowVariantRequest(ref=ref))
-        return convert.from_message(answer.report, ShowReport)
+        return wire.from_message(answer.report, ShowReport)
 
     def du(self) -> UsageReport:
         """As `Zoo.du`."""
         answer = self._calls.call("GetUsage", zoo_pb2.GetUsageRequest())
-        return convert.from_message(answer.report, UsageReport)
+        return wire.from_message(answer.report, UsageReport)
 
     def diff(self, a: str, b: str) -> DiffReport:
         """As `Zoo.diff`; compared here, from the manifests."""
@@ -109,12 +109,12 @@ class RemoteZoo:
     def rm(self, ref: str) -> RemoveReport:
         """As `Zoo.rm`."""
         answer = self._calls.call("RemoveVariant", zoo_pb2.RemoveVariantRequest(ref=ref))
-        return convert.from_message(answer.report, RemoveReport)
+        return wire.from_message(answer.report, RemoveReport)
 
     def rollback(self, name: str, to: int | None = None) -> VariantRecord:
         """As `Zoo.rollback`."""
         request = zoo_pb2.RollbackVariantRequest(name=name, to=to)
-        return convert.record_from_message(self._calls.call("RollbackVariant", request).record)
+        return wire.record_from_message(self._calls.call("RollbackVariant", request).record)
 
     def gc(
         self, *, grace_s: float = GRACE_S, dry_run: bool = False, progress: Progress | None = None
@@ -134,8 +134,8 @@ class RemoteZoo:
         try:
             for message in self._calls.stream(method, request, timeout=OPERATION_SECONDS):
                 if message.HasField("report"):
-                    return convert.from_message(message.report, kind)
-                step = convert.step_from_message(message.progress)
+                    return wire.from_message(message.report, kind)
+                step = wire.step_from_message(message.progress)
                 if step.task != task:
                     task, done = step.task, 0
                     shown.start(task, step.total_bytes)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from blockproto.v1 import zoo_pb2, zoo_pb2_grpc
 from blockserve.common.api.push import Standing
-from blockserve.common.wire import zoo as convert
+from blockserve.common.wire import zoo as wire
 from blockserve.controller.push.commit import Wish
 from blockserve.controller.push.limits import ControllerConfig
 from blockserve.controller.push.operations import Done, run_operation
@@ -74,7 +74,7 @@ class ZooServicer(zoo_pb2_grpc.ZooServiceServicer):
         rows = await self._run(self._zoo.ls)
         for start in range(0, len(rows), ROWS_PER_MESSAGE):
             part = rows[start : start + ROWS_PER_MESSAGE]
-            yield zoo_pb2.ListVariantsResponse(rows=[convert.to_message(row) for row in part])
+            yield zoo_pb2.ListVariantsResponse(rows=[wire.to_message(row) for row in part])
 
     async def GetVariant(  # noqa: N802
         self, request: zoo_pb2.GetVariantRequest, context: Any
@@ -82,7 +82,7 @@ class ZooServicer(zoo_pb2_grpc.ZooServiceServicer):
         """The record of one version."""
         del context
         record = await self._run(lambda: self._zoo.resolve(request.ref))
-        return zoo_pb2.GetVariantResponse(record=convert.record_to_message(record))
+        return zoo_pb2.GetVariantResponse(record=wire.record_to_message(record))
 
     async def GetManifests(  # noqa: N802
         self, request: zoo_pb2.GetManifestsRequest, context: Any
@@ -98,14 +98,14 @@ class ZooServicer(zoo_pb2_grpc.ZooServiceServicer):
         """All about one version."""
         del context
         report = await self._run(lambda: self._zoo.show(request.ref))
-        return zoo_pb2.ShowVariantResponse(report=convert.to_message(report))
+        return zoo_pb2.ShowVariantResponse(report=wire.to_message(report))
 
     async def GetUsage(  # noqa: N802
         self, request: zoo_pb2.GetUsageRequest, context: Any
     ) -> zoo_pb2.GetUsageResponse:
         """What everything takes."""
         del request, context
-        return zoo_pb2.GetUsageResponse(report=convert.to_message(await self._run(self._zoo.du)))
+        return zoo_pb2.GetUsageResponse(report=wire.to_message(await self._run(self._zoo.du)))
 
     async def RemoveVariant(  # noqa: N802
         self, request: zoo_pb2.RemoveVariantRequest, context: Any
@@ -114,7 +114,7 @@ class ZooServicer(zoo_pb2_grpc.ZooServiceServicer):
         del context
         report = await self._run(lambda: self._zoo.rm(request.ref))
         self._on_change(report.name)
-        return zoo_pb2.RemoveVariantResponse(report=convert.to_message(report))
+        return zoo_pb2.RemoveVariantResponse(report=wire.to_message(report))
 
     async def RollbackVariant(  # noqa: N802
         self, request: zoo_pb2.RollbackVariantRequest, context: Any
@@ -124,7 +124,7 @@ class ZooServicer(zoo_pb2_grpc.ZooServiceServicer):
         to = request.to if request.HasField("to") else None
         record = await self._run(lambda: self._zoo.rollback(request.name, to))
         self._on_change(record.name)
-        return zoo_pb2.RollbackVariantResponse(record=convert.record_to_message(record))
+        return zoo_pb2.RollbackVariantResponse(record=wire.record_to_message(record))
 
     async def CollectGarbage(  # noqa: N802
         self, request: zoo_pb2.CollectGarbageRequest, context: Any
@@ -142,9 +142,9 @@ class ZooServicer(zoo_pb2_grpc.ZooServiceServicer):
         async with aclosing(steps):
             async for step in steps:
                 if isinstance(step, Done):
-                    yield zoo_pb2.CollectGarbageResponse(report=convert.to_message(step.result))
+                    yield zoo_pb2.CollectGarbageResponse(report=wire.to_message(step.result))
                 else:
-                    yield zoo_pb2.CollectGarbageResponse(progress=convert.step_to_message(step))
+                    yield zoo_pb2.CollectGarbageResponse(progress=wire.step_to_message(step))
 
     async def VerifyZoo(  # noqa: N802
         self, request: zoo_pb2.VerifyZooRequest, context: Any
@@ -155,9 +155,9 @@ class ZooServicer(zoo_pb2_grpc.ZooServiceServicer):
         async with aclosing(steps):
             async for step in steps:
                 if isinstance(step, Done):
-                    yield zoo_pb2.VerifyZooResponse(report=convert.to_message(step.result))
+                    yield zoo_pb2.VerifyZooResponse(report=wire.to_message(step.result))
                 else:
-                    yield zoo_pb2.VerifyZooResponse(progress=convert.step_to_message(step))
+                    yield zoo_pb2.VerifyZooResponse(progress=wire.step_to_message(step))
 
     async def BeginPush(  # noqa: N802
         self, request: zoo_pb2.BeginPushRequest, context: Any
@@ -173,14 +173,14 @@ class ZooServicer(zoo_pb2_grpc.ZooServiceServicer):
         """Lease blobs and say where each stands."""
         del context
         self._check_count(len(request.blobs))
-        blobs = [convert.blob_from_message(blob) for blob in request.blobs]
+        blobs = [wire.blob_from_message(blob) for blob in request.blobs]
 
         def find() -> list[Standing]:
             self._pushes.drop_idle()
             return self._pushes.get(request.push_id).find(blobs)
 
         standings = await self._run(find)
-        return zoo_pb2.FindBlobsResponse(states=[convert.standing_to_message(item) for item in standings])
+        return zoo_pb2.FindBlobsResponse(states=[wire.standing_to_message(item) for item in standings])
 
     async def ProveBlobs(  # noqa: N802
         self, request: zoo_pb2.ProveBlobsRequest, context: Any
@@ -188,7 +188,7 @@ class ZooServicer(zoo_pb2_grpc.ZooServiceServicer):
         """Check proofs."""
         del context
         self._check_count(len(request.proofs))
-        proofs = {convert.blob_from_message(proof.blob): proof.mac for proof in request.proofs}
+        proofs = {wire.blob_from_message(proof.blob): proof.mac for proof in request.proofs}
         await self._run(lambda: self._pushes.get(request.push_id).prove(proofs))
         return zoo_pb2.ProveBlobsResponse()
 
@@ -202,7 +202,7 @@ class ZooServicer(zoo_pb2_grpc.ZooServiceServicer):
             last = push = self._pushes.get(request.push_id)
             if sum(len(piece.data) for piece in request.pieces) > self._config.max_piece_bytes:
                 raise InvalidInputError(f"a message may have {self._config.max_piece_bytes} tensor bytes")
-            pieces = [convert.piece_from_message(piece) for piece in request.pieces]
+            pieces = [wire.piece_from_message(piece) for piece in request.pieces]
             await self._run(partial(push.receive_all, pieces))
         if last is not None:
             await self._run(last.settle)
@@ -227,12 +227,12 @@ class ZooServicer(zoo_pb2_grpc.ZooServiceServicer):
             kind=request.kind,
             chain=request.chain,
             blocks=tuple(request.blocks),
-            files=convert.files_from_message(request.files),
+            files=wire.files_from_message(request.files),
             provenance=dict(request.provenance),
         )
         record = await self._run(lambda: self._pushes.get(request.push_id).commit(wish))
         self._on_change(record.name)
-        return zoo_pb2.CommitPushResponse(record=convert.record_to_message(record))
+        return zoo_pb2.CommitPushResponse(record=wire.record_to_message(record))
 
     async def AbortPush(  # noqa: N802
         self, request: zoo_pb2.AbortPushRequest, context: Any

@@ -12,9 +12,9 @@ from contextlib import aclosing
 from typing import Any
 
 from blockproto.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
-from blockserve.common.wire import inference as convert
-from blockserve.common.wire import status as status_convert
+from blockserve.common.wire import inference as wire
 from blockserve.common.wire.call_trace import call_to_message
+from blockserve.common.wire.status import status_to_message
 from blockserve.router.fronts.fields import PROTOBUF_PATHS, named_by
 from blockserve.router.operations import Operations
 from blockserve.router.service import Router
@@ -36,21 +36,21 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         arrival = time.monotonic()
         remaining = context.time_remaining()
         with self._router.metrics.request(arrival):
-            call = convert.call_from_message(request, made_up_id=uuid.uuid4().hex)
+            call = wire.call_from_message(request, made_up_id=uuid.uuid4().hex)
         deadline = None if remaining is None else arrival + remaining
         with named_by(PROTOBUF_PATHS):
             async with aclosing(self._router.generate(call, arrival=arrival, deadline=deadline)) as chunks:
                 async for chunk in chunks:
-                    await context.write(convert.chunk_to_message(chunk))
+                    await context.write(wire.chunk_to_message(chunk))
 
     async def Tokenize(  # noqa: N802
         self, request: inference_pb2.TokenizeRequest, context: Any
     ) -> inference_pb2.TokenizeResponse:
         """Token ids of a prompt."""
         del context
-        model, prompt = convert.model_name(request.model), convert.tokenize_prompt(request)
+        model, prompt = wire.model_name(request.model), wire.tokenize_prompt(request)
         with named_by(PROTOBUF_PATHS):
-            return convert.tokenized_to_message(await self._router.tokenize(model, prompt))
+            return wire.tokenized_to_message(await self._router.tokenize(model, prompt))
 
     async def ListModels(  # noqa: N802
         self, request: inference_pb2.ListModelsRequest, context: Any
@@ -59,10 +59,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         del context
         limits = self._router.limits
         size = min(request.page_size or limits.page_size, limits.max_page_size)
-        models, more = await self._router.models(convert.name_from_page_token(request.page_token), size)
+        models, more = await self._router.models(wire.name_from_page_token(request.page_token), size)
         return inference_pb2.ListModelsResponse(
-            models=[convert.model_to_message(model) for model in models],
-            next_page_token=convert.page_token(models[-1].name) if more else "",
+            models=[wire.model_to_message(model) for model in models],
+            next_page_token=wire.page_token(models[-1].name) if more else "",
         )
 
     async def GetModel(  # noqa: N802
@@ -70,8 +70,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> inference_pb2.GetModelResponse:
         """One variant."""
         del context
-        model = await self._router.model(convert.model_name(request.model))
-        return inference_pb2.GetModelResponse(model=convert.model_to_message(model))
+        model = await self._router.model(wire.model_name(request.model))
+        return inference_pb2.GetModelResponse(model=wire.model_to_message(model))
 
 
 class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
@@ -86,7 +86,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         """Read a variant's blocks into memory."""
         del context
         pinned = request.pinned if request.HasField("pinned") else None
-        chain, seconds = await self._operations.load(convert.model_name(request.model), pinned=pinned)
+        chain, seconds = await self._operations.load(wire.model_name(request.model), pinned=pinned)
         return admin_pb2.LoadModelResponse(chain_digest=chain, seconds=seconds)
 
     async def UnloadModel(  # noqa: N802
@@ -94,7 +94,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     ) -> admin_pb2.UnloadModelResponse:
         """Let go of a variant's blocks."""
         del context
-        chain = await self._operations.unload(convert.model_name(request.model))
+        chain = await self._operations.unload(wire.model_name(request.model))
         return admin_pb2.UnloadModelResponse(chain_digest=chain)
 
     async def DrainWorker(  # noqa: N802
@@ -120,4 +120,4 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     ) -> admin_pb2.GetStatusResponse:
         """What the server holds and does."""
         del request, context
-        return status_convert.status_to_message(await self._operations.status())
+        return status_to_message(await self._operations.status())

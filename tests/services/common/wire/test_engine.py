@@ -9,7 +9,7 @@ from blockserve.common.api.cluster import PathStep, Run, WorkerId
 from blockserve.common.api.engine import EngineRequest, RequestTiming, SamplingParams, TokenEvent
 from blockserve.common.api.tokens import FinishReason, PositionLogprobs
 from blockserve.common.errors import KvCapacityError, PathBrokenError
-from blockserve.common.wire import engine as convert
+from blockserve.common.wire import engine as wire
 from blockzoo.manifest import ChainId
 
 REQUEST = EngineRequest(
@@ -34,20 +34,20 @@ REQUEST = EngineRequest(
 
 
 def test_every_field_of_a_request_survives() -> None:
-    assert convert.request_from_message(convert.request_to_message(REQUEST)) == REQUEST
+    assert wire.request_from_message(wire.request_to_message(REQUEST)) == REQUEST
     # None of the values above is a default, so a field that is forgotten shows.
     plain = EngineRequest("r", ChainId("x"), (9,), SamplingParams(), 1)
     names = [field.name for field in fields(REQUEST)]
     alike = {name for name in names if getattr(REQUEST, name) == getattr(plain, name)}
     assert alike == {"request_id", "deadline"}
-    assert convert.request_from_message(convert.request_to_message(replace(plain, arrival=0))) == replace(
+    assert wire.request_from_message(wire.request_to_message(replace(plain, arrival=0))) == replace(
         plain, arrival=0
     )
 
 
 def test_a_deadline_travels_as_the_time_that_is_left() -> None:
     deadline = time.monotonic() + 5
-    found = convert.request_from_message(convert.request_to_message(replace(REQUEST, deadline=deadline)))
+    found = wire.request_from_message(wire.request_to_message(replace(REQUEST, deadline=deadline)))
     assert found.deadline == pytest.approx(deadline, abs=0.5)
 
 
@@ -60,16 +60,16 @@ def test_every_field_of_a_token_survives() -> None:
         FinishReason.STOP,
         16,
     )
-    message = convert.token_to_message(event)
-    assert convert.token_from_message(message, prompt_logprobs=True) == event
+    message = wire.token_to_message(event)
+    assert wire.token_from_message(message, prompt_logprobs=True) == event
     later = TokenEvent(7, 3, finish=FinishReason.LENGTH)
-    assert convert.token_from_message(convert.token_to_message(later), prompt_logprobs=True) == later
+    assert wire.token_from_message(wire.token_to_message(later), prompt_logprobs=True) == later
 
 
 def test_timing_is_told_as_durations() -> None:
     now = time.monotonic()
-    message = convert.token_to_message(TokenEvent(0, 1, timing=RequestTiming(now - 3, now - 1)))
-    timing = convert.token_from_message(message, timing=True).timing
+    message = wire.token_to_message(TokenEvent(0, 1, timing=RequestTiming(now - 3, now - 1)))
+    timing = wire.token_from_message(message, timing=True).timing
     assert timing is not None
     assert timing.queued_seconds == pytest.approx(2)
     assert timing.scheduled == pytest.approx(now - 1, abs=0.5)
@@ -80,7 +80,7 @@ def test_errors_keep_their_type() -> None:
         KvCapacityError("too long", hint="ask for less", pages=3),
         PathBrokenError("worker b", retry_after=0.5, worker="b"),
     ):
-        found = convert.error_from_message(convert.error_to_message(error))
+        found = wire.error_from_message(wire.error_to_message(error))
         assert type(found) is type(error)
         assert (str(found), found.hint, found.metadata) == (
             str(error),

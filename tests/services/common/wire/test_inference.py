@@ -22,8 +22,8 @@ from blockserve.common.api.status import (
 )
 from blockserve.common.api.tokens import FinishReason, PositionLogprobs
 from blockserve.common.errors import PromptError
-from blockserve.common.wire import inference as convert
-from blockserve.common.wire import status as status_convert
+from blockserve.common.wire import inference as wire
+from blockserve.common.wire.status import status_from_message, status_to_message
 from blockzoo.errors import InvalidInputError
 
 CHAT = Conversation(
@@ -57,17 +57,17 @@ def test_a_full_call_survives_the_wire(prompt: Prompt) -> None:
         priority=-4,
         cache_salt="salt",
     )
-    data = convert.call_to_message(call).SerializeToString()
+    data = wire.call_to_message(call).SerializeToString()
     message = inference_pb2.GenerateRequest.FromString(data)
-    assert convert.call_from_message(message, "unused") == call
+    assert wire.call_from_message(message, "unused") == call
 
 
 def test_what_is_unset_stays_unset() -> None:
     message = inference_pb2.GenerateRequest(model="tale", text="x")
-    call = convert.call_from_message(message, "made-up")
+    call = wire.call_from_message(message, "made-up")
     assert call == GenerateCall("made-up", "tale", "x")
-    assert not convert.call_to_message(call).sampling.HasField("temperature")
-    assert not convert.call_to_message(call).sampling.HasField("n")
+    assert not wire.call_to_message(call).sampling.HasField("temperature")
+    assert not wire.call_to_message(call).sampling.HasField("n")
     assert (call.num_choices, call.is_resumed) == (1, False)
 
 
@@ -75,7 +75,7 @@ def test_zero_is_not_unset() -> None:
     sampling = inference_pb2.SamplingParams(temperature=0.0, top_k=0, seed=0)
     stopping = inference_pb2.StoppingCriteria(max_tokens=0)
     message = inference_pb2.GenerateRequest(model="t", text="x", sampling=sampling, stopping=stopping)
-    call = convert.call_from_message(message, "id")
+    call = wire.call_from_message(message, "id")
     assert (call.sampling.temperature, call.sampling.top_k, call.sampling.seed) == (0.0, 0, 0)
     assert call.stopping.max_tokens == 0
 
@@ -84,7 +84,7 @@ def test_nan_comes_through_for_the_check_to_see() -> None:
     message = inference_pb2.GenerateRequest(
         model="t", text="x", sampling=inference_pb2.SamplingParams(temperature=math.nan)
     )
-    temperature = convert.call_from_message(message, "id").sampling.temperature
+    temperature = wire.call_from_message(message, "id").sampling.temperature
     assert temperature is not None
     assert math.isnan(temperature)
 
@@ -101,7 +101,7 @@ def test_nan_comes_through_for_the_check_to_see() -> None:
 )
 def test_messages_that_lack_or_overdo_something(values: dict[str, str], field: str) -> None:
     with pytest.raises(InvalidInputError) as caught:
-        convert.call_from_message(inference_pb2.GenerateRequest(**values), "id")
+        wire.call_from_message(inference_pb2.GenerateRequest(**values), "id")
     assert caught.value.metadata["field"] == field
 
 
@@ -113,24 +113,24 @@ def test_tools_have_to_be_an_array_of_objects(tools: str) -> None:
         messages=[inference_pb2.ChatMessage(role="user", content="x")], tools_json=tools
     )
     with pytest.raises(PromptError) as caught:
-        convert.call_from_message(inference_pb2.GenerateRequest(model="t", chat=chat), "id")
+        wire.call_from_message(inference_pb2.GenerateRequest(model="t", chat=chat), "id")
     assert caught.value.metadata["field"] == "chat.tools_json"
 
 
 def test_a_chat_opens_the_assistants_turn_unless_told_otherwise() -> None:
     request = inference_pb2.TokenizeRequest(model="t", chat=inference_pb2.ChatPrompt())
-    prompt = convert.tokenize_prompt(request)
+    prompt = wire.tokenize_prompt(request)
     assert isinstance(prompt, Conversation)
     assert prompt.add_generation_prompt
     request.chat.add_generation_prompt = False
-    prompt = convert.tokenize_prompt(request)
+    prompt = wire.tokenize_prompt(request)
     assert isinstance(prompt, Conversation)
     assert not prompt.add_generation_prompt
 
 
 def test_tokenising_needs_a_prompt() -> None:
     with pytest.raises(PromptError):
-        convert.tokenize_prompt(inference_pb2.TokenizeRequest(model="t"))
+        wire.tokenize_prompt(inference_pb2.TokenizeRequest(model="t"))
 
 
 @pytest.mark.parametrize("matched", [None, "STOP", 7])
@@ -147,31 +147,31 @@ def test_a_full_chunk_survives_the_wire(matched: str | int | None) -> None:
         Finish(FinishReason.LENGTH, matched, Usage(10, 7, 4), 0.25),
         2,
     )
-    data = convert.chunk_to_message(chunk).SerializeToString()
-    assert convert.chunk_from_message(inference_pb2.GenerateResponse.FromString(data)) == chunk
+    data = wire.chunk_to_message(chunk).SerializeToString()
+    assert wire.chunk_from_message(inference_pb2.GenerateResponse.FromString(data)) == chunk
     bare = Chunk("id", 0, (1,), "x")
-    assert convert.chunk_from_message(convert.chunk_to_message(bare)) == bare
+    assert wire.chunk_from_message(wire.chunk_to_message(bare)) == bare
 
 
 def test_every_finish_reason_has_a_number_and_unknown_ones_still_end() -> None:
     for reason in FinishReason:
         finish = Finish(reason, None, Usage(1, 1), 0.5)
-        message = convert.chunk_to_message(Chunk("id", 0, finish=finish))
-        assert convert.chunk_from_message(message).finish == finish
+        message = wire.chunk_to_message(Chunk("id", 0, finish=finish))
+        assert wire.chunk_from_message(message).finish == finish
     message.finish.reason = 99  # type: ignore[assignment]
-    assert convert.chunk_from_message(message).finish is not None
+    assert wire.chunk_from_message(message).finish is not None
 
 
 def test_models_tokens_and_status_survive_the_wire() -> None:
     model = ModelInfo("tale", 3, "c0ffee", "llama", 128, True, False, 30, {"source": "folder"})
-    assert convert.model_from_message(convert.model_to_message(model)) == model
+    assert wire.model_from_message(wire.model_to_message(model)) == model
     tokenized = Tokenized((1, 2), "ab", 128)
-    assert convert.tokenized_from_message(convert.tokenized_to_message(tokenized)) == tokenized
+    assert wire.tokenized_from_message(wire.tokenized_to_message(tokenized)) == tokenized
     chain = LoadedChain("c0ffee", ("tale@1", "tale@3"), 2, 10, 2**40)
     segment = SegmentReport("s", 1, 2, 3, 4, 5, 6, 7, 8, 9)
     counts = (1, 2, 3, 4, 5, 2**41, 2**42)
     status = ServerStatus("1.0", 5.5, "memory:", "cpu", *counts, (chain,), (segment,), 6, 7, 8, 9, 10)
-    assert status_convert.status_from_message(status_convert.status_to_message(status)) == status
+    assert status_from_message(status_to_message(status)) == status
     worker = WorkerStatus(
         *("w.1", "w", "unix:/w", "here", "draining", 1, 2, 3, 0.5, 4, 5, 2**41, 2**42),
         segments=(ResidentRun("c0ffee", 0, 3), ResidentRun("dada", 3, 4)),
@@ -179,13 +179,13 @@ def test_models_tokens_and_status_survive_the_wire() -> None:
     for workers in ((worker, worker), ()):
         paths = (RunningPath((RunningStep("w.1", "w", 0, 3), RunningStep("v.1", "v", 3, 4)), 5),)
         known = replace(status, cluster=ClusterStatus(workers, 6, 7, paths))
-        assert status_convert.status_from_message(status_convert.status_to_message(known)) == known
+        assert status_from_message(status_to_message(known)) == known
 
 
 def test_page_tokens_are_opaque_and_checked() -> None:
-    assert convert.name_from_page_token("") == ""
-    assert convert.name_from_page_token(convert.page_token("tale/ü")) == "tale/ü"
+    assert wire.name_from_page_token("") == ""
+    assert wire.name_from_page_token(wire.page_token("tale/ü")) == "tale/ü"
     for broken in ("tale", "%%%", "/w==", "ü"):
         with pytest.raises(InvalidInputError) as caught:
-            convert.name_from_page_token(broken)
+            wire.name_from_page_token(broken)
         assert caught.value.metadata["field"] == "page_token"

@@ -8,7 +8,7 @@ import pytest
 
 from blockproto.v1 import zoo_pb2
 from blockserve.common.api.push import Piece, Standing, Step
-from blockserve.common.wire import zoo as convert
+from blockserve.common.wire import zoo as wire
 from blockzoo.care import gc, verify
 from blockzoo.errors import InvalidInputError, InvalidNameError
 from blockzoo.manifest import BlobId, ChainId, DType, FileRef, VariantName, VariantRecord
@@ -50,7 +50,7 @@ def test_reports_come_back_as_they_were():
         gc.GcReport(1, 2, 3, 4, 5, 6, False),
         verify.VerifyReport(1, 2, (problem,), ("stray",)),
     ):
-        back = convert.from_message(convert.to_message(report), type(report))
+        back = wire.from_message(wire.to_message(report), type(report))
         assert back == report
         assert dataclasses.asdict(back) == dataclasses.asdict(report)
 
@@ -64,7 +64,7 @@ def test_records_come_back_as_they_were():
         {"config.json": FileRef(DIGEST, 5)},
         {"base": "b@1"},
     )
-    assert convert.record_from_message(convert.record_to_message(record)) == record
+    assert wire.record_from_message(wire.record_to_message(record)) == record
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_records_come_back_as_they_were():
 )
 def test_records_that_cannot_be_are_refused(changes, error):
     with pytest.raises(error):
-        convert.record_from_message(zoo_pb2.VariantRecord(**{"name": "bot", "chain": DIGEST, **changes}))
+        wire.record_from_message(zoo_pb2.VariantRecord(**{"name": "bot", "chain": DIGEST, **changes}))
 
 
 def test_where_a_blob_stands_comes_back():
@@ -87,16 +87,16 @@ def test_where_a_blob_stands_comes_back():
         Standing(is_there=True),
         Standing(received=12),
     ):
-        assert convert.standing_from_message(DIGEST, convert.standing_to_message(standing)) == standing
+        assert wire.standing_from_message(DIGEST, wire.standing_to_message(standing)) == standing
 
 
 def test_pieces_and_steps():
     message = zoo_pb2.BlobPiece(blob=DIGEST, dtype="BF16", shape=[2, 3], offset=4, data=b"xy", base=DIGEST)
-    assert convert.piece_from_message(message) == Piece(DIGEST, DType.BF16, (2, 3), 4, b"xy", DIGEST)
+    assert wire.piece_from_message(message) == Piece(DIGEST, DType.BF16, (2, 3), 4, b"xy", DIGEST)
     message.base = ""
-    assert convert.piece_from_message(message).base is None
+    assert wire.piece_from_message(message).base is None
     message.dtype = "F8_E4M3"
     with pytest.raises(InvalidInputError, match="F8_E4M3"):
-        convert.piece_from_message(message)
+        wire.piece_from_message(message)
     step = Step("verifying", 10, 3)
-    assert convert.step_from_message(convert.step_to_message(step)) == step
+    assert wire.step_from_message(wire.step_to_message(step)) == step
