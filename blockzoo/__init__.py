@@ -26,7 +26,10 @@ __all__ = ["BlockzooError", "NoProgress", "Progress", "Zoo"]
 def __getattr__(name: str) -> object:
     """Import `Zoo` when it is first asked for: clients need the errors only, and numpy takes its time."""
     if name == "Zoo":
-        from blockzoo.zoo import Zoo
+        from blockzoo.extras import named_extras
+
+        with named_extras():
+            from blockzoo.zoo import Zoo
 
         return Zoo
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

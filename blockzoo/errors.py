@@ -294,7 +294,7 @@ class UnsupportedStoreError(StorageError):
     reason = "UNSUPPORTED_STORE"
 
 
-class MissingPackageError(BlockzooError):
+class MissingPackageError(BlockzooError, ImportError):
     """The operation needs an optional package that is not installed on this machine."""
 
     reason = "MISSING_PACKAGE"

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from blockserve.client.blocking import AsyncClient, Client
+    from blockserve.client.aio import AsyncClient
+    from blockserve.client.blocking import Client
     from blockserve.client.zoo import RemoteZoo
     from blockserve.common.rpc.channel import Credentials
 
 __all__ = ["AsyncClient", "Client", "Credentials", "RemoteZoo", "__version__"]
 
 _HOMES = {
-    "AsyncClient": "client.blocking",
+    "AsyncClient": "client.aio",
     "Client": "client.blocking",
     "Credentials": "common.rpc.channel",
     "RemoteZoo": "client.zoo",
@@ -28,5 +29,9 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         from importlib import import_module
 
-        return getattr(import_module(f"blockserve.{_HOMES[name]}"), name)
+        from blockzoo.extras import named_extras
+
+        # RemoteZoo reads and cuts what it pushes, as the zoo does.
+        with named_extras():
+            return getattr(import_module(f"blockserve.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -31,7 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         from blockserve.cli.options.failures import report
+        from blockzoo.extras import missing_package
 
+        if isinstance(error, ModuleNotFoundError):
+            error = missing_package(error) or error
         return report(error, as_json="--json" in arguments)
     return 0
 
@@ -45,9 +48,15 @@ def _begin_loading_torch() -> None:
     import gc
     import importlib
     import threading
+    from contextlib import suppress
+
+    def load() -> None:
+        # Without torch the verb fails by itself, and names the extra that brings it.
+        with suppress(ImportError):
+            importlib.import_module("torch")
 
     gc.disable()
-    threading.Thread(target=importlib.import_module, args=("torch",), daemon=True).start()
+    threading.Thread(target=load, daemon=True).start()
 
 
 def _take_debug(arguments: list[str]) -> tuple[list[str], bool]:

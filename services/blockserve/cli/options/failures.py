@@ -65,8 +65,12 @@ def report(error: Exception, *, as_json: bool = False) -> int:
 
 
 def _print(message: str, hint: str) -> None:
-    from rich.text import Text
-
+    try:
+        from rich.text import Text
+    except ModuleNotFoundError:
+        # A bare install, which is the client and not the command.
+        sys.stderr.write(f"Error: {message}\n{hint}".rstrip() + "\n")
+        return
     from blockserve.cli.views.tables import stderr
 
     stderr().print(Text(f"Error: {message}", style="bold red"), soft_wrap=True)
