@@ -94,17 +94,29 @@ class RouterServer:
         self._host.bind()
         self.metrics.listen()
         zoo = await asyncio.to_thread(Zoo.open, settings.zoo)
-        self._renderer = ChatRenderer(chat_limits(settings.router))
-        self._store = self._store or open_store(settings.state)
-        await refuse_unfit(self._store)
+        renderer = self._renderer = ChatRenderer(chat_limits(settings.router))
+        store = self._store = self._store or open_store(settings.state)
+        await refuse_unfit(store)
         feed = EvictionFeed(WishBook(zoo.store))
-        demand = self._demand = DemandTeller(self._store, f"router-{secrets.token_hex(4)}", evicted=feed)
-        chooser = ZooPathChooser(zoo)
+        demand = self._demand = DemandTeller(store, f"router-{secrets.token_hex(4)}", evicted=feed)
         approvals = await asyncio.to_thread(Approvals, zoo.store)
+        self._wire(zoo, renderer, demand, approvals)
+        await self._host.start()
+        self._watch = watch = ClusterWatch(store, self.engine.update)
+        self.metrics.watch(self.engine, lambda: watch.seen)
+        watch.start()
+        demand.start()
+        await self._host.say_serving()
+        log.info("ready address=%s zoo=%s version=%s", self.address, zoo.url, version("blockzoo"))
+
+    def _wire(self, zoo: Zoo, renderer: ChatRenderer, demand: DemandTeller, approvals: Approvals) -> None:
+        """Make the parts that answer calls, and add their services to the host."""
+        settings = self.settings
+        chooser = ZooPathChooser(zoo)
         # The demand is for the variant's own chain. A spliced one is made of what is there for others.
         adaptive = AdaptiveAssembly(approvals, chooser, settings.adaptive, on_substituted=demand.note)
         self._fresh = asyncio.create_task(adaptive.keep_fresh(), name="approvals")
-        self.engine = ClusterEngine(
+        self.engine = engine = ClusterEngine(
             chooser,
             demand,
             settings.peer_credentials(),
@@ -114,7 +126,6 @@ class RouterServer:
             traced_requests=settings.router.traced_requests * settings.router.max_choices,
             on_request=lambda chain: None if approvals.is_spliced(chain) else demand.note(chain),
         )
-        engine = self.engine
         keeper = WishKeeper(zoo, lambda: engine.view)
         catalog = VariantCatalog(zoo, settings.router)
         loader, traces = ChainLoader(engine), TraceBook(settings.router.traced_requests)
@@ -124,7 +135,7 @@ class RouterServer:
             loader,
             settings.router,
             traces=traces,
-            renderer=self._renderer,
+            renderer=renderer,
             metrics=self.metrics.requests,
             adaptive=adaptive,
         )
@@ -135,13 +146,6 @@ class RouterServer:
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(self._router), server)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(operations), server)
         placement_pb2_grpc.add_PlacementServiceServicer_to_server(PlacementServicer(keeper), server)
-        await self._host.start()
-        self._watch = watch = ClusterWatch(self._store, self.engine.update)
-        self.metrics.watch(self.engine, lambda: watch.seen)
-        watch.start()
-        demand.start()
-        await self._host.say_serving()
-        log.info("ready address=%s zoo=%s version=%s", self.address, zoo.url, version("blockzoo"))
 
     async def stop(self, *, drain_seconds: float | None = None) -> None:
         """Stop: no new requests, then running answers to their end or the bound.
