@@ -27,6 +27,7 @@ MODULES = {
     "placement-gap": "placement_gap",
     "register": "register",
     "start": "start",
+    "client-import": "client_import",
     "hop": "hop",
     "split-2": "split",
     "shared-trunk": "shared_trunk",
