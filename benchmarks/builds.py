@@ -1,9 +1,9 @@
 """Builds of blockzoo that processes can be started from: this tree, and any commit of its history.
 
-A commit is unpacked into a temporary folder. It gets an environment without packages of its own, whose path
-names the folders of its source first and then the folders that this interpreter finds packages in. So both
-sides of a comparison run the same torch and the same gRPC, and nothing is downloaded. The C kernels are
-compiled by the first process that computes and kept by their source: see `blockkernels.native.build`.
+A commit is unpacked into a temporary folder. It gets an environment that holds links to the packages of its
+source, and whose path goes on with the folders that this interpreter finds packages in. So both sides of a
+comparison run the same torch and the same gRPC, and nothing is downloaded. The C kernels are compiled by the
+first process that computes and kept by their source: see `blockkernels.native.build`.
 """
 
 from __future__ import annotations
@@ -106,9 +106,10 @@ def _make(name: str, digest: str, root: Path, folder: Path) -> Build:
         for kind in ("purelib", "scripts")
     }
     packages = _packages(root)
-    sources = dict.fromkeys(str(package.parent) for package in packages)
-    lines = [*sources, *_installed()]
-    (paths["purelib"] / "build.pth").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for package in packages:
+        # A link and not its folder on the path: a folder beside it may be named as somebody's package is.
+        (paths["purelib"] / package.name).symlink_to(package)
+    (paths["purelib"] / "installed.pth").write_text("\n".join(_installed()) + "\n", encoding="utf-8")
     build = Build(name, digest, root, paths["scripts"] / "python")
     _check_imports(build, packages)
     return build
@@ -132,6 +133,6 @@ def _check_imports(build: Build, packages: list[Path]) -> None:
     )
     if done.returncode:
         raise CheckFailedError(f"{build.name} cannot be imported: {done.stderr[-2000:]}")
-    wanted = [str(package / "__init__.py") for package in packages]
-    found = done.stdout.splitlines()
+    found = [Path(origin).parent.resolve() for origin in done.stdout.splitlines()]
+    wanted = [package.resolve() for package in packages]
     check(found == wanted, f"{build.name} imports {found}, not {wanted}")

@@ -92,7 +92,8 @@ def test_a_result_without_every_case_goes_nowhere_near_the_committed_ones(bench)
 
 def imported_from(build):
     command = [build.python, "-c", "import blockserve, torch; print(blockserve.__file__)"]
-    return Path(subprocess.check_output(command, env=build.environment(), text=True, cwd=ROOT).strip())
+    origin = subprocess.check_output(command, env=build.environment(), text=True, cwd=ROOT).strip()
+    return Path(origin).resolve()
 
 
 @needs_history
