@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from blockzoo.evaluation.forward import LinkLoader
 
 MAX_TOKENS = 4096
-"""Tokens compared unless told otherwise: half a minute on one core for a model of 135 million parameters."""
+"""Default number of compared tokens: half a minute on one core for a model of 135 million parameters."""
 
 WINDOW_TOKENS = 512
-"""Tokens of a window unless told otherwise, or the model's context where that is shorter."""
+"""Default tokens of a window, or the model's context where that is shorter."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 """What may be computed in. float32 shows what the weights do, without rounding of its own."""

@@ -31,9 +31,9 @@ T = TypeVar("T")
 STREAM_BYTES = 64 << 20
 """Tensor bytes of one call, so that its deadline means something."""
 STREAM_SECONDS = 600.0
-"""Deadline of such a call: 0.1 MB/s. A slower line goes on where it was cut."""
+"""Deadline of such a call: 0.1 MB/s. A call over a slower line is cut off and resumed."""
 PIECE_OVERHEAD = 256
-"""Bytes of a message beside the tensor's, for each blob in it."""
+"""Bytes of a message other than tensor bytes, for each blob in it."""
 PROVE_BYTES = 256 << 20
 """Tensor bytes proved in one call; the server reads them all."""
 COMMIT_SECONDS = 600.0

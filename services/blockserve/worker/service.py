@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 EXPORT_PAGES = 8
 """Pages copied at a time: a few milliseconds between two passes."""
 LINGER_SECONDS = 0.5
-"""How long a drained worker waits for those who want the keys and values of what it gave back."""
+"""How long a drained worker waits for workers that fetch the KV pages of the requests it gave back."""
 MAX_LINGER_SECONDS = 10.0
 """The same while some are being sent."""
 DRAIN_POLL_SECONDS = 0.05

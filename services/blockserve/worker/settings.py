@@ -32,7 +32,8 @@ class WorkerSettings(ClusterSettings):
         8 << 20,
         "Maximum bytes of hidden states that wait at another worker; beyond that this worker sends no more.",
         unit="bytes",
-        reason="A few prompt chunks of a large model: enough to hide the hop, little beside the blocks.",
+        reason="A few prompt chunks of a large model: enough to hide the hop, little compared with the "
+        "blocks.",
         ge=1 << 16,
     )
     engine: EngineConfig = Field(default_factory=EngineConfig, description="Memory, batching, device.")

@@ -121,9 +121,9 @@ LEFT_OUT = Metric(
 
 _STATE = (WORKERS, VIEW_AGE, PLACEMENT_VERSION)
 ROUTER = (*_STATE, FAILOVERS, KV_DECISIONS, KV_BANDWIDTH, PATH_WORKERS)
-"""What a router shows beside its requests."""
+"""What a router shows in addition to its requests."""
 WORKER = (HOP_SECONDS, IN_FLIGHT_BYTES, WINDOW_FULL, FOLLOWED, LEASE_KNOWN, LEASE_AGE)
-"""What a worker shows beside its engine."""
+"""What a worker shows in addition to its engine."""
 CONTROLLER = (
     *_STATE,
     LEADING,

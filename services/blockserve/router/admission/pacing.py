@@ -13,7 +13,7 @@ from collections.abc import Callable
 SMOOTHING = 0.1
 """Weight of the newest answer in the mean service time."""
 SHORTEST_SECONDS = 0.05
-"""Least delay told: a round trip takes about as long."""
+"""Minimum delay in a refusal: about one round trip."""
 
 
 class Pacer:

@@ -19,9 +19,9 @@ from blockzoo.manifest import ChainId
 log = logging.getLogger(__name__)
 
 TELL_SECONDS = 2.0
-"""How often demand is told."""
+"""How often demand is reported."""
 KEEP_SECONDS = 600.0
-"""How long a chain that nobody asks for any more is told of: placement should not follow every pause."""
+"""How long a chain without requests is still reported: placement should not follow every pause."""
 SMOOTHING = 0.2
 """Weight of the newest interval in the rates."""
 
@@ -98,7 +98,7 @@ class DemandTeller:
             await self._store.tell_demand(self._router, self._rates, ttl_seconds=5 * TELL_SECONDS)
         except (StateStoreError, ConfigurationError) as error:
             if not failed:
-                log.warning("demand cannot be told: %s", error)
+                log.warning("demand cannot be reported: %s", error)
             return True
         return False
 

@@ -16,7 +16,7 @@ from blockserve.common.tracing.recent import Recent
 from blockzoo.errors import BlockzooError
 
 MAX_CALLS = 16
-"""Calls of one id that are told, the latest: an answer that was resumed has several."""
+"""Maximum number of calls shown for one id; the latest are shown: an answer that was resumed has several."""
 
 
 class ChoiceTimes:

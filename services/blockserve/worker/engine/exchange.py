@@ -207,7 +207,7 @@ class SpanExchange:
                         cause=BreakCause.LOST,
                         worker=worker,
                         seen_by=running.request.path[running.place].worker,
-                        hint="The request goes on over other workers.",
+                        hint="The request continues on other workers.",
                     ),
                 )
 
@@ -226,9 +226,7 @@ class SpanExchange:
             if message.id.age <= attempt_of(older).age:
                 return
             # Whoever began the older attempt may have been stopped, and wakes up to wait for our tokens.
-            superseded = PathBrokenError(
-                "the request goes on along another path", cause=BreakCause.SUPERSEDED
-            )
+            superseded = PathBrokenError("the request continues on another path", cause=BreakCause.SUPERSEDED)
             self._host.fail(older, superseded)
         head, span = path[0], ChainSpan(request.chain, path[message.place].run)
         chain = self._host.find(span)

@@ -28,7 +28,7 @@ from blockserve.worker.peers.messages import SpanMsg
 log = logging.getLogger(__name__)
 
 FROM_KEY, TO_KEY, WIRE_KEY = "blockzoo-from", "blockzoo-to", "blockzoo-wire"
-"""Metadata of an exchange: who speaks, whom they believe to speak to, and in which version."""
+"""Metadata keys of an exchange: sender id, expected receiver id, wire version."""
 PROBE_SECONDS = 1.0
 """How often the time of a hop is measured: about as often as a lease is renewed."""
 PROBE_TIMEOUT_SECONDS = 5.0

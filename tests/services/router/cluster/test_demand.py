@@ -121,7 +121,7 @@ def test_a_server_that_is_away_is_logged_once_for_each_time(
             await teller.stop()
 
     asyncio.run(work())
-    assert caplog.text.count("demand cannot be told") == 2
+    assert caplog.text.count("demand cannot be reported") == 2
 
 
 class AwayStore(InProcessStore):
