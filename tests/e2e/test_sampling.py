@@ -143,7 +143,7 @@ async def test_penalties_are_right_after_a_resume(zoo: Zoo, cut: int) -> None:
     async with served(zoo) as client:
         whole = await client.generate("base", PROMPT, **SAMPLED).result()
         call = replace(resumed_call(), resume_from=cut)
-        rest = [chunk async for chunk in client._stream(call, None)]
+        rest = [chunk async for chunk in client._inference.stream(call, None)]
         tokens = tuple(token for chunk in rest for token in chunk.token_ids)
         assert (*whole.token_ids[:cut], *tokens) == whole.token_ids
         as_prompt = await client.generate(
@@ -173,7 +173,7 @@ async def test_choices_are_what_each_is_alone_and_go_on_where_they_broke_off(zoo
         await generation.aclose()
         await everything_is_free(client)
         assert any(call.resume_choices)
-        rest = [chunk async for chunk in client._stream(call, None)]
+        rest = [chunk async for chunk in client._inference.stream(call, None)]
         ended = {chunk.choice for chunk in head if chunk.finish is not None}
         pieces = collect_choices([*head, *(chunk for chunk in rest if chunk.choice not in ended)], 4)
         assert [one.token_ids for one in pieces] == [one.token_ids for one in whole]

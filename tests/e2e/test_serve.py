@@ -202,7 +202,7 @@ def resumed(client: AsyncClient, call: GenerateCall, options: dict[str, Any]) ->
 
     sampling = replace(call.sampling, temperature=options["temperature"])
     stopping = StoppingWishes(max_tokens=options["max_tokens"], ignore_eos=True)
-    return client._stream(replace(call, sampling=sampling, stopping=stopping), None)
+    return client._inference.stream(replace(call, sampling=sampling, stopping=stopping), None)
 
 
 @async_test

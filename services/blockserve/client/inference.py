@@ -90,43 +90,16 @@ class Inference:
         request = inference_pb2.GetModelRequest(model=ref)
         return wire.model_from_message((await self._calls.call(self._stub.GetModel, request)).model)
 
-    def _generate(self, model: str, prompt: Prompt, options: GenerateOptions) -> AsyncGeneration:
-        stop = options.get("stop", ())
-        call = GenerateCall(
-            request_id=options.get("request_id") or os.urandom(16).hex(),
-            model=model,
-            prompt=prompt,
-            sampling=SamplingWishes(
-                temperature=options.get("temperature"),
-                top_k=options.get("top_k"),
-                top_p=options.get("top_p"),
-                min_p=options.get("min_p"),
-                seed=options.get("seed"),
-                repetition_penalty=options.get("repetition_penalty"),
-                presence_penalty=options.get("presence_penalty", 0.0),
-                frequency_penalty=options.get("frequency_penalty", 0.0),
-                logit_bias=tuple(sorted(options.get("logit_bias", {}).items())),
-                n=options.get("n"),
-            ),
-            stopping=StoppingWishes(
-                max_tokens=options.get("max_tokens"),
-                stop=(stop,) if isinstance(stop, str) else tuple(stop),
-                stop_token_ids=tuple(options.get("stop_token_ids", ())),
-                ignore_eos=options.get("ignore_eos", False),
-                include_stop=options.get("include_stop", False),
-                min_tokens=options.get("min_tokens", 0),
-            ),
-            logprobs=options.get("logprobs"),
-            prompt_logprobs=options.get("prompt_logprobs", False),
-            priority=options.get("priority", 0),
-            allow_equivalents=options.get("allow_equivalents", False),
-            cache_salt=options.get("cache_salt", ""),
-        )
-        timeout = options.get("timeout", self._calls.timeout)
-        return AsyncGeneration(self._stream(call, timeout), call.num_choices)
+    async def stream(self, call: GenerateCall, timeout: float | None) -> AsyncGenerator[Chunk, None]:
+        """The chunks of an answer, over as many connections as it takes.
 
-    async def _stream(self, call: GenerateCall, timeout: float | None) -> AsyncGenerator[Chunk, None]:
-        """The chunks of an answer, over as many connections as it takes."""
+        Args:
+            call: what is asked for; where it resumes an answer, the chunks are the rest.
+            timeout: seconds for all of it; None for no deadline.
+
+        Raises:
+            BlockzooError: as the server raised it, or UnavailableError after `resume_attempts` in a row.
+        """
         deadline = None if timeout is None else time.monotonic() + timeout
         failures = 0
         finished: set[int] = set()
@@ -160,6 +133,41 @@ class Inference:
                     hint="Allow more time.",
                 )
             await asyncio.sleep(pause)
+
+    def _generate(self, model: str, prompt: Prompt, options: GenerateOptions) -> AsyncGeneration:
+        stop = options.get("stop", ())
+        call = GenerateCall(
+            request_id=options.get("request_id") or os.urandom(16).hex(),
+            model=model,
+            prompt=prompt,
+            sampling=SamplingWishes(
+                temperature=options.get("temperature"),
+                top_k=options.get("top_k"),
+                top_p=options.get("top_p"),
+                min_p=options.get("min_p"),
+                seed=options.get("seed"),
+                repetition_penalty=options.get("repetition_penalty"),
+                presence_penalty=options.get("presence_penalty", 0.0),
+                frequency_penalty=options.get("frequency_penalty", 0.0),
+                logit_bias=tuple(sorted(options.get("logit_bias", {}).items())),
+                n=options.get("n"),
+            ),
+            stopping=StoppingWishes(
+                max_tokens=options.get("max_tokens"),
+                stop=(stop,) if isinstance(stop, str) else tuple(stop),
+                stop_token_ids=tuple(options.get("stop_token_ids", ())),
+                ignore_eos=options.get("ignore_eos", False),
+                include_stop=options.get("include_stop", False),
+                min_tokens=options.get("min_tokens", 0),
+            ),
+            logprobs=options.get("logprobs"),
+            prompt_logprobs=options.get("prompt_logprobs", False),
+            priority=options.get("priority", 0),
+            allow_equivalents=options.get("allow_equivalents", False),
+            cache_salt=options.get("cache_salt", ""),
+        )
+        timeout = options.get("timeout", self._calls.timeout)
+        return AsyncGeneration(self.stream(call, timeout), call.num_choices)
 
     async def _attempt(self, call: GenerateCall, deadline: float | None) -> AsyncGenerator[Chunk, None]:
         """The chunks that one connection brings."""
