@@ -12,9 +12,8 @@ BASES = ["llama-gqa", "llama-gqa-tied"]
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_adapter_equals_peft(engine, variants, base, name):
     adapter = variants.adapter(variants.checkpoint(base), name)
-    chain = engine.load(adapter)
-    report = engine.compare(chain, variants.cases(adapter))
-    engine.unload(chain)
+    report = engine.check(variants, adapter)
+    engine.unload(engine.register(adapter))
     assert report.is_equal, report
 
 
@@ -24,9 +23,8 @@ def test_adapter_equals_peft(engine, variants, base, name):
 @pytest.mark.parametrize("name", ["all-linear", "patterns", "lm-head"])
 def test_adapter_on_other_architectures_equals_peft(engine, variants, base, name):
     adapter = variants.adapter(variants.checkpoint(base), name)
-    chain = engine.load(adapter)
-    report = engine.compare(chain, variants.cases(adapter, 8))
-    engine.unload(chain)
+    report = engine.check(variants, adapter, 8)
+    engine.unload(engine.register(adapter))
     assert report.is_equal, report
 
 
@@ -37,7 +35,7 @@ def test_all_adapters_loaded_together_equal_peft(engine, variants, base):
     adapters = [variants.adapter(checkpoint, name) for name in ADAPTERS]
     everyone = [checkpoint, *adapters]
     chains = {one.name: engine.load(one) for one in everyone}
-    reports = {one.name: engine.compare(chains[one.name], variants.cases(one, 4)) for one in everyone}
+    reports = {one.name: engine.check(variants, one, 4) for one in everyone}
     for chain in chains.values():
         engine.unload(chain)
     assert all(report.is_equal for report in reports.values()), reports
@@ -46,9 +44,8 @@ def test_all_adapters_loaded_together_equal_peft(engine, variants, base):
 def test_adapter_on_a_top_quarter_tuned_checkpoint_equals_peft(engine, variants):
     tuned = variants.top_quarter(variants.checkpoint("llama-gqa"))
     adapter = variants.adapter(tuned, "all-linear")
-    chain = engine.load(adapter)
-    report = engine.compare(chain, variants.cases(adapter, 8))
-    engine.unload(chain)
+    report = engine.check(variants, adapter, 8)
+    engine.unload(engine.register(adapter))
     assert report.is_equal, report
 
 

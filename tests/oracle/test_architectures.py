@@ -13,9 +13,8 @@ from support.oracle import logits_error
 @pytest.mark.parametrize("name", SPECS)
 def test_checkpoint_equals_transformers(engine, variants, name):
     variant = variants.checkpoint(name)
-    chain = engine.load(variant)
-    report = engine.compare(chain, variants.cases(variant))
-    engine.unload(chain)
+    report = engine.check(variants, variant)
+    engine.unload(engine.register(variant))
     assert report.is_equal, report
     assert report.num_prompts == 20
 
@@ -29,10 +28,7 @@ def test_top_quarter_tuned_equals_transformers(engine, variants, name):
     links = [engine.zoo.chain(chain).links for chain in chains]
     differing = [place for place, (old, new) in enumerate(zip(*links, strict=True)) if old != new]
     assert differing == [4]  # embedding, layers 0 to 3, head
-    reports = [
-        engine.compare(chain, variants.cases(one, 8))
-        for chain, one in zip(chains, (base, tuned), strict=True)
-    ]
+    reports = [engine.check(variants, one, 8) for one in (base, tuned)]
     for chain in chains:
         engine.unload(chain)
     assert all(report.is_equal for report in reports), reports
@@ -50,9 +46,7 @@ BATCHING = [(1, 1, 1), (3, 5, 3), (2, 63, 500), (36, 47, 7), (64, 512, 32), (8, 
 def test_chunks_and_pages_of_any_size_give_the_same(variants, tmp_path, name, running, tokens, page):
     """Long prompts, up to a context that is exactly full, cut into chunks and pages at odd places."""
     variant = variants.checkpoint(name)
-    cases = variants.oracle(variant).cases(
-        4, lengths=(63, 129, 300, CONTEXT_LENGTH - 16), num_tokens=16, seed=3
-    )
+    asked = {"lengths": (63, 129, 300, CONTEXT_LENGTH - 16), "num_tokens": 16, "seed": 3}
     config = EngineConfig(
         dtype="float32",
         num_threads=1,
@@ -62,7 +56,7 @@ def test_chunks_and_pages_of_any_size_give_the_same(variants, tmp_path, name, ru
         kv_cache_bytes=8 << 20,
     )
     with poisoned_memory(), EngineHarness(tmp_path / "zoo", config) as engine:
-        report = engine.compare(engine.load(variant), cases)
+        report = engine.check(variants, variant, 4, **asked)
     assert report.is_equal, report
 
 

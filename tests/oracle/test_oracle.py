@@ -14,7 +14,11 @@ from support.oracle import Expected, compare, logits_error
 @pytest.mark.parametrize("name", SPECS)
 def test_greedy_with_cache_equals_greedy_without(variants, name):
     """Logits were computed whole, tokens with transformers' cache: each token is their maximum."""
-    for case in variants.cases(variants.checkpoint(name), count=4):
+    variant = variants.checkpoint(name)
+    cases = variants.cases(variant, count=4)
+    steps = variants.oracle(variant).greedy([case.prompt for case in cases], 64)
+    assert steps == [case.tokens for case in cases]
+    for case in cases:
         answer = case.logits[len(case.prompt) - 1 : -1].argmax(-1).tolist()
         assert tuple(answer) == case.tokens
 
@@ -39,19 +43,22 @@ def test_a_note_counts_where_todays_logits_say_the_same_and_not_otherwise(varian
     variant = variants.checkpoint("llama-gqa")
     cases = variants.cases(variant, count=4)
     prompts, oracle = [case.prompt for case in cases], variants.oracle(variant)
-    noted = {case.prompt: case.tokens for case in cases}
+    truth = [case.tokens for case in cases]
     steps = oracle.greedy
     try:
-        oracle.greedy = None  # with a true note it is not asked
-        assert [one.tokens for one in oracle.expect(prompts, noted=noted)] == [one.tokens for one in cases]
-        oracle.greedy = steps
+        oracle.greedy = None  # with true notes it is not asked
+        assert [one.tokens for one in oracle.expect(prompts, propose=lambda *_: truth)] == truth
+        asked = []
+        oracle.greedy = lambda prompts, num_tokens: asked.append(prompts) or steps(prompts, num_tokens)
         for place in (0, 31, 63):  # a lie about any token is found out
             tokens = list(cases[2].tokens)
             tokens[place] = (tokens[place] + 1) % oracle.vocab_size
-            lie = {**noted, cases[2].prompt: tuple(tokens)}
-            assert oracle._check(prompts, [lie[prompt] for prompt in prompts])[2] is None
-            answers = [one.tokens for one in oracle.expect(prompts, noted=lie)]
-            assert answers == [one.tokens for one in cases]
+            lie = [*truth[:2], tuple(tokens), *truth[3:]]
+            assert not oracle._check(prompts, lie)[2].is_greedy
+            assert [one.tokens for one in oracle.expect(prompts, propose=lambda *_, lie=lie: lie)] == truth
+        short = [*truth[:2], truth[2][:-1], *truth[3:]]
+        assert [one.tokens for one in oracle.expect(prompts, propose=lambda *_: short)] == truth
+        assert asked == [[prompts[2]]] * 4
     finally:
         oracle.__dict__.pop("greedy", None)
 

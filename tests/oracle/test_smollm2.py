@@ -82,10 +82,13 @@ def expected(variants, family, prompts):
     What it answered once is noted. Its logits decide whether that still holds; if not, it answers anew, which
     takes three times as long. Run with NOTE_ANSWERS=1 to answer anew and note it.
     """
-    noted = {} if "NOTE_ANSWERS" in os.environ else _read_notes()
+    notes = {} if "NOTE_ANSWERS" in os.environ else _read_notes()
     answers, told = {}, {}
     for variant, kind in zip(family, KINDS, strict=True):
-        told[kind] = variants.oracle(variant).expect(prompts, noted=noted.get(kind))
+        noted = notes.get(kind, {})
+        told[kind] = variants.oracle(variant).expect(
+            prompts, propose=lambda asked, _, noted=noted: [noted.get(prompt, ()) for prompt in asked]
+        )
         variants.forget(variant)
         answers[variant] = [one for one in told[kind] if one.margin > MIN_MARGIN][:20]
         assert len(answers[variant]) == 20

@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -17,8 +17,8 @@ from blockserve.worker.engine.engine import BlockEngine
 from blockserve.worker.limits import EngineConfig
 from blockzoo.manifest import ChainId
 from blockzoo.zoo import Zoo
-from support.oracle import Expected, Prompt, Report, compare
-from support.variants import Variant
+from support.oracle import NUM_PROMPTS, Expected, Prompt, Propose, Report, compare
+from support.variants import Variant, VariantFactory
 
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -118,11 +118,37 @@ class EngineHarness:
 
     def compare(self, chain: ChainId, expected: Sequence[Expected]) -> Report:
         """Compare the engine with the oracle on a loaded chain."""
-        return compare(
-            expected,
-            logits=lambda sequences: self.logits(chain, sequences),
-            tokens=lambda prompts, num_tokens: self.greedy(chain, prompts, num_tokens),
-        )
+        return self._compare(chain, expected, lambda *asked: self.greedy(chain, *asked))
+
+    def check(
+        self, variants: VariantFactory, variant: Variant, count: int = NUM_PROMPTS, **prompts: Any
+    ) -> Report:
+        """Load a variant and compare the engine with the oracle on random prompts.
+
+        The engine answers first, and the oracle computes answers of its own only where it would have answered
+        otherwise (`support.oracle.Oracle.expect`).
+
+        Args:
+            variants: made the variant, and keeps the oracle's answers.
+            variant: stays loaded.
+            count: number of prompts.
+            prompts: which ones; see `VariantFactory.cases`.
+        """
+        chain, given = self.load(variant), dict[Prompt, Prompt]()
+
+        def answer(asked: list[Prompt], num_tokens: int) -> list[Prompt]:
+            given.update(zip(asked, self.greedy(chain, asked, num_tokens), strict=True))
+            return [given[prompt] for prompt in asked]
+
+        def answer_again(asked: list[Prompt], num_tokens: int) -> list[Prompt]:
+            known = all(prompt in given for prompt in asked)
+            return [given[prompt] for prompt in asked] if known else answer(asked, num_tokens)
+
+        expected = variants.cases(variant, count, propose=answer, **prompts)
+        return self._compare(chain, expected, answer_again)
+
+    def _compare(self, chain: ChainId, expected: Sequence[Expected], tokens: Propose) -> Report:
+        return compare(expected, logits=lambda sequences: self.logits(chain, sequences), tokens=tokens)
 
     def report(self) -> EngineReport:
         """The engine's own report."""

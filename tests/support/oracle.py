@@ -1,6 +1,6 @@
 """What transformers and PEFT say: logits, greedy tokens, distributions; and the comparison with ours."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ NUM_PROMPTS = 20
 NUM_TOKENS = 64
 
 Prompt = tuple[int, ...]
+Propose = Callable[[list[Prompt], int], Sequence[Prompt]]
+"""Gives answers of a length to prompts, for the oracle to check; one of another length is none."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,15 @@ class Expected:
         tokens: greedy continuation.
         logits: [prompt + tokens, vocab] float32 at every position.
         margin: smallest gap between best and second-best logit on the way, over the largest |logit|.
+        is_greedy: whether each token is the one with the best logit; the oracle's own steps may take another
+            one where the margin is small.
     """
 
     prompt: Prompt
     tokens: tuple[int, ...]
     logits: Tensor
     margin: float
+    is_greedy: bool = True
 
 
 @dataclass(frozen=True)
@@ -168,29 +173,39 @@ class Oracle:
         prompts: Sequence[Prompt],
         num_tokens: int = NUM_TOKENS,
         *,
-        noted: Mapping[Prompt, Prompt] | None = None,
+        propose: Propose | None = None,
     ) -> list[Expected]:
         """Greedy tokens and logits of prompts; what float32 cannot decide has a small margin.
 
         Args:
             prompts: token ids.
             num_tokens: length of each answer.
-            noted: what the oracle once answered. Where the logits say the same now, its steps, which take
-                most of the time, need not be repeated.
+            propose: answers from anywhere, also from an implementation under test. One that is greedy by the
+                oracle's logits at each of its tokens is the oracle's answer, by induction over the tokens, so
+                the oracle's own steps, which take most of the time, are not needed. Any other is ignored.
 
         Raises:
             AssertionError: transformers' answer is not the one of its own logits.
         """
-        if noted is not None and all(len(noted.get(prompt, ())) == num_tokens for prompt in prompts):
-            checked = self._check(prompts, [noted[prompt] for prompt in prompts])
-            if None not in checked:
-                return [one for one in checked if one is not None]
-        checked = self._check(prompts, self.greedy(prompts, num_tokens))
-        assert None not in checked, "transformers' answer is not the one of its own logits"
-        return [one for one in checked if one is not None]
+        found: dict[int, Expected] = {}
+        if propose is not None:
+            proposed = dict(enumerate(propose(list(prompts), num_tokens)))
+            proposed = {place: answer for place, answer in proposed.items() if len(answer) == num_tokens}
+            checked = self._check([prompts[place] for place in proposed], list(proposed.values()))
+            pairs = zip(proposed, checked, strict=True)
+            found = {place: one for place, one in pairs if one.is_greedy}
+        rest = [place for place in range(len(prompts)) if place not in found]
+        if rest:
+            asked = [prompts[place] for place in rest]
+            found |= zip(rest, self._check(asked, self.greedy(asked, num_tokens)), strict=True)
+        expected = [found[place] for place in range(len(prompts))]
+        assert all(one.is_greedy or one.margin <= MIN_MARGIN for one in expected), (
+            "transformers' answer is not the one of its own logits"
+        )
+        return expected
 
-    def _check(self, prompts: Sequence[Prompt], answers: Sequence[Prompt]) -> list[Expected | None]:
-        """Answers with the logits of the whole sequences; None where by these another answer is greedy."""
+    def _check(self, prompts: Sequence[Prompt], answers: Sequence[Prompt]) -> list[Expected]:
+        """Answers with the logits of the whole sequences, which say whether an answer is greedy."""
         sequences = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
         return [
             _expected(prompt, answer, logits)
@@ -204,8 +219,9 @@ class Oracle:
         lengths: Sequence[int] = PROMPT_LENGTHS,
         num_tokens: int = NUM_TOKENS,
         seed: int = 0,
+        propose: Propose | None = None,
     ) -> list[Expected]:
-        """Random prompts with their answers, of the given lengths in turn.
+        """Random prompts with their answers, of the given lengths in turn; `propose` as for `expect`.
 
         A random model now and then has two best tokens closer than float32 rounding; which
         of them is right is then undefined, so such prompts are replaced by others.
@@ -215,7 +231,8 @@ class Oracle:
         while len(chosen) < count:
             wanted = [lengths[place % len(lengths)] for place in range(len(chosen), count)]
             drawn = [torch.randint(self.vocab_size, (length,), generator=generator) for length in wanted]
-            expected = self.expect([tuple(ids.tolist()) for ids in drawn], num_tokens)
+            prompts = [tuple(ids.tolist()) for ids in drawn]
+            expected = self.expect(prompts, num_tokens, propose=propose)
             chosen.extend(one for one in expected if one.margin > MIN_MARGIN)
         return chosen
 
@@ -224,15 +241,11 @@ MIN_MARGIN = 3e-6
 """Twenty-five units of float32 rounding at the largest logit."""
 
 
-def _expected(prompt: Prompt, answer: Prompt, logits: Tensor) -> Expected | None:
-    """The logits of the whole sequence are what counts: by them the answer has to be the greedy one.
-
-    By induction over its tokens, an answer that passes is the one that greedy steps would give.
-    """
+def _expected(prompt: Prompt, answer: Prompt, logits: Tensor) -> Expected:
+    """Judge an answer by the logits of the whole sequence, [prompt + answer, vocab]."""
     best = logits[len(prompt) - 1 : -1].topk(2, dim=-1)
     margin = float((best.values[:, 0] - best.values[:, 1]).min() / logits.abs().max())
-    is_greedy = tuple(best.indices[:, 0].tolist()) == answer
-    return Expected(prompt, answer, logits, margin) if is_greedy or margin <= MIN_MARGIN else None
+    return Expected(prompt, answer, logits, margin, tuple(best.indices[:, 0].tolist()) == answer)
 
 
 def _by_length(sequences: Sequence[Prompt]) -> list[list[int]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from support.adapters import ADAPTERS, AdapterSpec, make_adapter
 from support.models import EVEN_SPECS, NUM_LAYERS, SPECS, make_checkpoint, top_quarter, tune_layers
-from support.oracle import Expected, Oracle
+from support.oracle import NUM_TOKENS, PROMPT_LENGTHS, Expected, Oracle, Propose
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class VariantFactory:
         self._root = root
         self._made: dict[str, Variant] = {}
         self._oracles: dict[str, Oracle] = {}
-        self._cases: dict[tuple[str, int], list[Expected]] = {}
+        self._cases: dict[tuple[str, tuple[int, ...], int, int], list[Expected]] = {}
 
     def checkpoint(self, name: str) -> Variant:
         """One of `support.models.SPECS` or `EVEN_SPECS`."""
@@ -70,11 +70,22 @@ class VariantFactory:
                 self._oracles[variant.name] = Oracle(variant.path)
         return self._oracles[variant.name]
 
-    def cases(self, variant: Variant, count: int = 20, num_tokens: int = 64) -> list[Expected]:
-        """The oracle's answers to random prompts of lengths 1, 7, 33 and 70."""
-        key = (variant.name, num_tokens)
+    def cases(
+        self,
+        variant: Variant,
+        count: int = 20,
+        *,
+        lengths: tuple[int, ...] = PROMPT_LENGTHS,
+        num_tokens: int = NUM_TOKENS,
+        seed: int = 0,
+        propose: Propose | None = None,
+    ) -> list[Expected]:
+        """The oracle's answers to random prompts; see `support.oracle.Oracle.cases`."""
+        key = (variant.name, lengths, num_tokens, seed)
         if len(self._cases.get(key, ())) < count:
-            self._cases[key] = self.oracle(variant).cases(count, num_tokens=num_tokens)
+            self._cases[key] = self.oracle(variant).cases(
+                count, lengths=lengths, num_tokens=num_tokens, seed=seed, propose=propose
+            )
         return self._cases[key][:count]
 
     def forget(self, variant: Variant) -> None:
