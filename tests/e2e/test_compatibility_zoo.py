@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from blockzoo.store.zoo_store import FORMAT
 from blockzoo.zoo import Zoo
 from support.cluster import PATIENCE, Cluster, Process, cluster
 from support.edge import async_test
+from support.forked import run_blockzoo
 from support.variants import VariantFactory
 
 PROMPT = "Every tenant sends requests"
@@ -78,9 +77,7 @@ def advance(zoo: Path, **fields: int) -> None:
 
 
 def blockzoo(zoo: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "blockserve.cli", *words]
-    where = os.environ | {"BLOCKZOO_ZOO": str(zoo), "BLOCKZOO_STATE_URL": "memory:"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False, env=where)
+    return run_blockzoo(*words, BLOCKZOO_ZOO=str(zoo), BLOCKZOO_STATE_URL="memory:")
 
 
 def content(zoo: Path) -> dict[str, bytes]:

@@ -29,7 +29,7 @@ def test_each_process_has_health_and_reflection(tmp_path: Path) -> None:
     async def work() -> None:
         zoo = Zoo.open(tmp_path / "zoo", create=True)
         small = {"BLOCKZOO_ENGINE_DTYPE": "float32", "BLOCKZOO_ENGINE_KV_CACHE_BYTES": str(1 << 20)}
-        async with cluster(zoo, tmp_path, ["w"], **small) as rig:
+        async with cluster(zoo, tmp_path, ["w"], by_command=True, **small) as rig:
             await rig.start_controller()
             parts = {"worker": rig.workers["w"], "router": rig.routers[0], "controller": rig.controllers[0]}
             for kind, process in parts.items():

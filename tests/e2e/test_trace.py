@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import sys
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from blockserve.common.errors import RequestNotFoundError
 from blockserve.router.traces.parts import PartKind, parts_of
 from blockzoo.zoo import Zoo
 from support.cluster import PATIENCE, Cluster, cluster
+from support.forked import run_blockzoo
 from support.variants import VariantFactory
 
 PROMPT = "Every tenant sends requests"
@@ -130,9 +129,10 @@ async def _check_forgotten(rig: Cluster) -> None:
 
 
 async def _check_verb(rig: Cluster, request_id: str) -> None:
-    command = [sys.executable, "-m", "blockserve.cli", "trace", request_id]
-    command += ["--server", rig.routers[0].address]
-    out = (await asyncio.to_thread(subprocess.run, command, capture_output=True, check=True)).stdout.decode()
+    words = ("trace", request_id, "--server", rig.routers[0].address)
+    done = await asyncio.to_thread(run_blockzoo, *words)
+    assert done.returncode == 0, done.stderr
+    out = done.stdout
     assert out.startswith(f"request {request_id}  base@1, ")
     assert out.count("path 0: a -> b") == 3
     assert out.count("\ntotal ") == 3

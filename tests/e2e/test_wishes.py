@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from blockserve.client.aio import AsyncClient
 from blockserve.common.errors import WorkerNotFoundError
 from blockzoo.zoo import Zoo
 from support.cluster import PATIENCE, Cluster, cluster
+from support.forked import run_blockzoo
 from support.variants import VariantFactory
 
 SETTINGS = {"BLOCKZOO_ENGINE_DTYPE": "float32", "BLOCKZOO_ENGINE_KV_CACHE_BYTES": str(16 << 20)}
@@ -30,10 +30,7 @@ def zoo(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Zoo:
 
 async def blockzoo(rig: Cluster, *words: str) -> subprocess.CompletedProcess[str]:
     """A command line to the router."""
-    command = [sys.executable, "-m", "blockserve.cli", *words, "--server", rig.routers[0].address]
-    return await asyncio.to_thread(
-        lambda: subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
-    )
+    return await asyncio.to_thread(run_blockzoo, *words, "--server", rig.routers[0].address)
 
 
 async def said(rig: Cluster, *words: str) -> Any:

@@ -6,10 +6,10 @@ Each harm waits for its effect and asserts it: a run in which nothing was hurt p
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import re
 import signal
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -308,7 +308,8 @@ def _stopped(process: Process) -> Iterator[None]:
     assert process.popen is not None
     process.send(signal.SIGSTOP)
     try:
-        assert os.waitid(os.P_PID, process.popen.pid, os.WSTOPPED | os.WNOWAIT) is not None
+        while _scheduler_state(process.popen.pid) != "T":
+            time.sleep(0.001)
         yield
     finally:
         process.send(signal.SIGCONT)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import BinaryIO, Self
 
 import grpc
 
@@ -21,6 +20,7 @@ from blockserve.client.aio import AsyncClient
 from blockserve.common.api.cluster import ClusterView, WorkerView
 from blockserve.common.process.redis_child import find_server_program
 from blockzoo.zoo import Zoo
+from support.forked import ForkedProcess, ending_with_us, fork_server
 from support.state_servers import ServerBackend
 
 PATIENCE = 60.0
@@ -29,27 +29,28 @@ PATIENCE = 60.0
 
 @dataclass
 class Process:
-    """One process of ours that printed where it listens."""
+    """One process of ours that printed where it listens.
+
+    It is forked from a process that has its modules already; `support.fork_server` says what that leaves out.
+    A process with `by_command`, a prefix, a launcher or variables that libraries may read is not forked.
+    """
 
     module: str
     environment: dict[str, str]
     log: Path
-    popen: subprocess.Popen[bytes] | None = None
+    popen: subprocess.Popen[bytes] | ForkedProcess | None = None
     address: str = ""
     prefix: tuple[str, ...] = ()
     """What stands before the command; it has to become the command, process id and all."""
     launcher: tuple[str, ...] = ("-m",)
     """What stands between `python` and the module."""
+    by_command: bool = False
+    """Whether it is started as users start it, `python -m MODULE`."""
 
     async def start(self) -> Self:
         """Start it and wait until it is ready."""
         with self.log.open("ab") as log:
-            self.popen = subprocess.Popen(
-                [*self.prefix, *_ending_with_us(), sys.executable, *self.launcher, self.module],
-                env={**os.environ, **self.environment},
-                stdout=subprocess.PIPE,
-                stderr=log,
-            )
+            self.popen = self._forked(log) or self._run_command(log)
         stdout = self.popen.stdout
         assert stdout is not None
         async with asyncio.timeout(PATIENCE):
@@ -57,6 +58,21 @@ class Process:
         assert line.startswith("ready "), f"{self.module} did not start:\n{self.log.read_text()[-2000:]}"
         self.address = line.split()[1]
         return self
+
+    def _forked(self, log: BinaryIO) -> ForkedProcess | None:
+        server = None if self.by_command or self.prefix or self.launcher != ("-m",) else fork_server()
+        environment = {**os.environ, **self.environment}
+        if server is None or not server.can_start(environment):
+            return None
+        return server.start(self.module, environment, log)
+
+    def _run_command(self, log: BinaryIO) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [*self.prefix, *ending_with_us(), sys.executable, *self.launcher, self.module],
+            env={**os.environ, **self.environment},
+            stdout=subprocess.PIPE,
+            stderr=log,
+        )
 
     def send(self, number: signal.Signals) -> None:
         """Signal it."""
@@ -77,15 +93,6 @@ class Process:
             return await asyncio.to_thread(self.popen.wait)
 
 
-def _ending_with_us() -> list[str]:
-    """What stands before a command so that the kernel ends it when we are gone, also after `kill -9`.
-
-    Not `preexec_fn`: gRPC has threads and fork handlers here, and Python code before exec would meet both.
-    """
-    setpriv = shutil.which("setpriv")
-    return [setpriv, "--pdeathsig", "KILL"] if setpriv else []
-
-
 @dataclass
 class Cluster:
     """Workers by name and routers by number, over one zoo and one state server."""
@@ -99,6 +106,8 @@ class Cluster:
     settings: dict[str, str] = field(default_factory=dict)
     launchers: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Of processes, by name, that are not run as they are; see `support.neighbour`."""
+    by_command: bool = False
+    """Whether processes are started as users start them; else forked, see `Process`."""
 
     def __post_init__(self) -> None:
         self.store = self.state.open()
@@ -134,7 +143,8 @@ class Cluster:
         log = self.folder / f"{name}.log"
         environment = {**common, **self.settings, **settings}
         launcher = self.launchers.get(name, ("-m",))
-        return Process(f"blockserve.{service}", environment, log, launcher=launcher)
+        module = f"blockserve.{service}"
+        return Process(module, environment, log, launcher=launcher, by_command=self.by_command)
 
     def log(self, name: str) -> str:
         """What a process has logged."""
@@ -194,12 +204,14 @@ class Cluster:
 
 
 @asynccontextmanager
-async def cluster(zoo: Zoo, folder: Path, workers: Sequence[str], **settings: str) -> AsyncIterator[Cluster]:
+async def cluster(
+    zoo: Zoo, folder: Path, workers: Sequence[str], *, by_command: bool = False, **settings: str
+) -> AsyncIterator[Cluster]:
     """A running cluster; `settings` are environment variables of all its processes."""
     program = find_server_program()
     assert program is not None, "the extra `cluster` brings a server"
     state = ServerBackend(program)
-    made = Cluster(zoo, folder, state, settings=settings)
+    made = Cluster(zoo, folder, state, settings=settings, by_command=by_command)
     try:
         await asyncio.gather(*(made.start_worker(name) for name in workers), made.start_router())
         yield made
