@@ -4,6 +4,7 @@ Names and shapes are written down here a second time on purpose: they are what
 Hugging Face checkpoints hold, not what `blockzoo.families` thinks they hold.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -92,8 +93,13 @@ def shapes(values: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 def tensor(shape: Sequence[int], *, seed: Any = 0, dtype: str = "BF16") -> Raw:
     """Small finite values, in whatever float type."""
-    values = np.random.default_rng(hash_seed(seed)).normal(scale=0.1, size=tuple(shape))
-    return encode(values, dtype)
+    return _tensor(tuple(shape), hash_seed(seed), dtype)
+
+
+@functools.lru_cache(maxsize=1024)
+def _tensor(shape: tuple[int, ...], seed: int, dtype: str) -> Raw:
+    """Every test of registering asks for the same few."""
+    return encode(np.random.default_rng(seed).normal(scale=0.1, size=shape), dtype)
 
 
 def encode(values: np.ndarray, dtype: str = "BF16") -> Raw:
