@@ -7,9 +7,12 @@ import signal
 import sys
 import types
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from support.variants import VariantFactory
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,6 +40,17 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith("BLOCKZOO_") and name != "BLOCKZOO_TEST_MODEL":
             monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def factory(tmp_path_factory: pytest.TempPathFactory) -> VariantFactory:
+    """Checkpoints, adapters and the oracle's answers, made once a session.
+
+    A test must not change what is in their folders; `support.models.edit_checkpoint` copies.
+    """
+    from support.variants import VariantFactory
+
+    return VariantFactory(tmp_path_factory.mktemp("variants"))
 
 
 @pytest.fixture(scope="session")

@@ -60,9 +60,9 @@ class Made:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+def made(factory: VariantFactory, tmp_path_factory: pytest.TempPathFactory) -> Made:
     root = tmp_path_factory.mktemp("variants")
-    base = VariantFactory(root).checkpoint("llama-gqa-tied").path
+    base = factory.checkpoint("llama-gqa-tied").path
     tuned = tune_layers(base, root / "tuned", [0, 2], amount=0.5)
     theirs = checkpoint_tensors(base)
     spliced = edit_checkpoint(
@@ -74,11 +74,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 
 @pytest.fixture
-def zoo(made: Made, tmp_path: Path) -> Zoo:
-    zoo = Zoo.open(tmp_path / "zoo", create=True)
-    zoo.register(made.base, name="base")
-    zoo.register(made.tuned, name="tuned", base="base")
-    return zoo
+def zoo(made: Made, base_zoo: Zoo) -> Zoo:
+    base_zoo.register(made.tuned, name="tuned", base="base")
+    return base_zoo
 
 
 def approved(zoo: Zoo, number: int) -> EquivalenceRecord:

@@ -41,17 +41,10 @@ def namespaces() -> None:
     require_namespaces()
 
 
-@pytest.fixture(scope="module")
-def factory(tmp_path_factory: pytest.TempPathFactory) -> VariantFactory:
-    return VariantFactory(tmp_path_factory.mktemp("variants"))
-
-
 @pytest.fixture
-def zoo(factory: VariantFactory, tmp_path: Path) -> Zoo:
+def zoo(factory: VariantFactory, base_zoo: Zoo) -> Zoo:
     """One base with two adapters and a tuned top quarter, and a base of another family."""
-    base = factory.checkpoint("llama-gqa-tied")
-    zoo = Zoo.open(tmp_path / "zoo", create=True)
-    zoo.register(base.path, name="base")
+    base, zoo = factory.checkpoint("llama-gqa-tied"), base_zoo
     zoo.register(factory.adapter(base, "patterns").path, name="first", base="base")
     zoo.register(factory.adapter(base, "all-linear", seed=2).path, name="second", base="base")
     zoo.register(factory.top_quarter(base).path, name="tuned")

@@ -14,7 +14,6 @@ from blockserve.client.aio import AsyncClient
 from blockserve.common.errors import DeadlineExceededError, NoPathError, QueueFullError
 from blockzoo.zoo import Zoo
 from support.cluster import PATIENCE, Cluster, cluster
-from support.variants import VariantFactory
 
 SETTINGS = {
     "BLOCKZOO_ENGINE_DTYPE": "float32",
@@ -26,11 +25,8 @@ PATHS = [{"a": (0, 3), "b": (3, 0)}, {"a": (0, 2), "b": (2, 4), "c": (4, 0)}]
 
 
 @pytest.fixture
-def zoo(tmp_path: Path) -> Zoo:
-    zoo = Zoo.open(tmp_path / "zoo", create=True)
-    base = VariantFactory(tmp_path / "variants").checkpoint("llama-gqa-tied")
-    zoo.register(base.path, name="base")
-    return zoo
+def zoo(base_zoo: Zoo) -> Zoo:
+    return base_zoo
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:

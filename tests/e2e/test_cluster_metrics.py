@@ -12,7 +12,6 @@ from blockserve.client.aio import AsyncClient
 from blockzoo.zoo import Zoo
 from support.cluster import PATIENCE, Cluster, cluster
 from support.scrape import Scraped, scrape_logged
-from support.variants import VariantFactory
 
 NUM_TOKENS = 300
 SETTINGS = {
@@ -29,10 +28,8 @@ HALVES = {"a": (0, 3), "b": (3, 0), "c": (0, 3), "d": (3, 0)}
 
 
 @pytest.fixture
-def zoo(tmp_path: Path) -> Zoo:
-    zoo = Zoo.open(tmp_path / "zoo", create=True)
-    zoo.register(VariantFactory(tmp_path / "variants").checkpoint("llama-gqa-tied").path, name="base")
-    return zoo
+def zoo(base_zoo: Zoo) -> Zoo:
+    return base_zoo
 
 
 async def read(rig: Cluster, name: str) -> Scraped:

@@ -22,7 +22,6 @@ from blockserve.worker.peers.streams import FROM_KEY, TO_KEY, WIRE_KEY
 from blockzoo.zoo import Zoo
 from support.cluster import PATIENCE, Cluster, cluster
 from support.neighbour import UNKNOWN_FIELD, launcher
-from support.variants import VariantFactory
 
 OLDER = launcher("--wire", str(WIRE_VERSION - 1))
 NUM_TOKENS, LONG = 60, 300
@@ -42,16 +41,9 @@ IMPATIENT = {"BLOCKZOO_FAILOVER_PATH_SECONDS": "0.5"}
 Answer = tuple[tuple[int, ...], str]
 
 
-@pytest.fixture(scope="module")
-def factory(tmp_path_factory: pytest.TempPathFactory) -> VariantFactory:
-    return VariantFactory(tmp_path_factory.mktemp("variants"))
-
-
 @pytest.fixture
-def zoo(factory: VariantFactory, tmp_path: Path) -> Zoo:
-    zoo = Zoo.open(tmp_path / "zoo", create=True)
-    zoo.register(factory.checkpoint("llama-gqa-tied").path, name="base")
-    return zoo
+def zoo(base_zoo: Zoo) -> Zoo:
+    return base_zoo
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:

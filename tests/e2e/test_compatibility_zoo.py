@@ -39,19 +39,12 @@ CHANGES = (
 )
 
 
-@pytest.fixture(scope="module")
-def factory(tmp_path_factory: pytest.TempPathFactory) -> VariantFactory:
-    return VariantFactory(tmp_path_factory.mktemp("variants"))
-
-
 @pytest.fixture
-def zoo(factory: VariantFactory, tmp_path: Path) -> Zoo:
+def zoo(base_zoo: Zoo) -> Zoo:
     """A variant that any release runs, and one with a block of a kind that is yet to be invented."""
-    zoo = Zoo.open(tmp_path / "zoo", create=True)
-    zoo.register(factory.checkpoint("llama-gqa-tied").path, name="base")
-    register_something_new(zoo, "newer", applied=True)
-    register_something_new(zoo, "newest", applied=False)
-    return zoo
+    register_something_new(base_zoo, "newer", applied=True)
+    register_something_new(base_zoo, "newest", applied=False)
+    return base_zoo
 
 
 def register_something_new(zoo: Zoo, name: str, *, applied: bool) -> None:

@@ -8,14 +8,10 @@ from pathlib import Path
 from blockserve.common.api.cluster import WorkerView
 from blockzoo.zoo import Zoo
 from support.cluster import PATIENCE, Cluster, cluster
-from support.variants import VariantFactory
 
 
-def test_a_head_worker_reports_the_hop_to_its_follower(tmp_path: Path) -> None:
-    zoo = Zoo.open(tmp_path / "zoo", create=True)
-    base = VariantFactory(tmp_path / "variants").checkpoint("llama-gqa-tied")
-    zoo.register(base.path, name="base")
-    asyncio.run(asyncio.wait_for(_measure(zoo, tmp_path), PATIENCE))
+def test_a_head_worker_reports_the_hop_to_its_follower(base_zoo: Zoo, tmp_path: Path) -> None:
+    asyncio.run(asyncio.wait_for(_measure(base_zoo, tmp_path), PATIENCE))
 
 
 async def _measure(zoo: Zoo, folder: Path) -> None:

@@ -46,9 +46,8 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 @pytest.fixture(scope="module")
-def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+def zoo(factory: VariantFactory, tmp_path_factory: pytest.TempPathFactory) -> Zoo:
     folder = tmp_path_factory.mktemp("load")
-    factory = VariantFactory(folder / "variants")
     base = factory.checkpoint("llama-gqa-tied")
     zoo = Zoo.open(folder / "zoo", create=True)
     zoo.register(base.path, name="base")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 
 import pytest
 
@@ -24,15 +23,9 @@ NAMES = ("base", "adapter", "tuned")
 
 
 @pytest.fixture
-def zoo(tmp_path: Path) -> Zoo:
-    factory = VariantFactory(tmp_path / "variants")
-    base = factory.checkpoint("llama-gqa-tied")
-    zoo = Zoo.open(tmp_path / "zoo", create=True)
-    zoo.register(base.path, name="base")
-    zoo.register(factory.adapter(base, "patterns").path, name="adapter", base="base")
-    zoo.register(factory.top_quarter(base).path, name="tuned")
-    zoo.register(base.path, name="unused")
-    return zoo
+def zoo(factory: VariantFactory, family_zoo: Zoo) -> Zoo:
+    family_zoo.register(factory.checkpoint("llama-gqa-tied").path, name="unused")
+    return family_zoo
 
 
 @async_test

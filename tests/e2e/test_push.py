@@ -21,8 +21,7 @@ ENGINE = EngineConfig(dtype="float32", num_threads=1, kv_cache_bytes=16 << 20, k
 
 
 @async_test
-async def test_pushed_variants_answer_like_the_oracle(tmp_path: Path) -> None:
-    factory = VariantFactory(tmp_path / "variants")
+async def test_pushed_variants_answer_like_the_oracle(factory: VariantFactory, tmp_path: Path) -> None:
     base = factory.checkpoint("llama-gqa-tied")
     variants = {"base": base, "bot": factory.adapter(base, "patterns"), "legal": factory.top_quarter(base)}
     tokenizer = AutoTokenizer.from_pretrained(base.path)

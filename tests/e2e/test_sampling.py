@@ -33,11 +33,6 @@ ENGINE = EngineConfig(
 
 
 @pytest.fixture(scope="module")
-def factory(tmp_path_factory: pytest.TempPathFactory) -> VariantFactory:
-    return VariantFactory(tmp_path_factory.mktemp("variants"))
-
-
-@pytest.fixture(scope="module")
 def oracle(factory: VariantFactory) -> Oracle:
     return factory.oracle(factory.checkpoint("llama-gqa"))
 

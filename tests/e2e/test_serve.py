@@ -58,19 +58,14 @@ class Made:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    factory = VariantFactory(tmp_path_factory.mktemp("variants"))
+def made(factory: VariantFactory) -> Made:
     base = factory.checkpoint("llama-gqa-tied")
     return Made(factory, base, factory.adapter(base, "patterns"), factory.top_quarter(base))
 
 
 @pytest.fixture
-def zoo(made: Made, tmp_path: Path) -> Zoo:
-    zoo = Zoo.open(tmp_path / "zoo", create=True)
-    zoo.register(made.base.path, name="base")
-    zoo.register(made.adapter.path, name="adapter", base="base")
-    zoo.register(made.tuned.path, name="tuned")
-    return zoo
+def zoo(family_zoo: Zoo) -> Zoo:
+    return family_zoo
 
 
 @dataclass

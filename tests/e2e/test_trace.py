@@ -15,7 +15,6 @@ from blockserve.router.traces.parts import PartKind, parts_of
 from blockzoo.zoo import Zoo
 from support.cluster import PATIENCE, Cluster, cluster
 from support.forked import run_blockzoo
-from support.variants import VariantFactory
 
 PROMPT = "Every tenant sends requests"
 NUM_TOKENS = 40
@@ -29,10 +28,8 @@ SETTINGS = {
 
 
 @pytest.fixture
-def zoo(tmp_path: Path) -> Zoo:
-    zoo = Zoo.open(tmp_path / "zoo", create=True)
-    zoo.register(VariantFactory(tmp_path / "variants").checkpoint("llama-gqa-tied").path, name="base")
-    return zoo
+def zoo(base_zoo: Zoo) -> Zoo:
+    return base_zoo
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:

@@ -28,8 +28,7 @@ PROMPT = "Every tenant sends requests"
 
 
 @pytest.fixture(scope="module")
-def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    factory = VariantFactory(tmp_path_factory.mktemp("variants"))
+def zoo(factory: VariantFactory, tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = factory.checkpoint("llama-gqa-tied")
     place = tmp_path_factory.mktemp("zoo")
     zoo = Zoo.open(place, create=True)

@@ -15,17 +15,13 @@ from blockserve.common.errors import WorkerNotFoundError
 from blockzoo.zoo import Zoo
 from support.cluster import PATIENCE, Cluster, cluster
 from support.forked import run_blockzoo
-from support.variants import VariantFactory
 
 SETTINGS = {"BLOCKZOO_ENGINE_DTYPE": "float32", "BLOCKZOO_ENGINE_KV_CACHE_BYTES": str(16 << 20)}
 
 
 @pytest.fixture
-def zoo(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Zoo:
-    factory = VariantFactory(tmp_path_factory.mktemp("variants"))
-    zoo = Zoo.open(tmp_path / "zoo", create=True)
-    zoo.register(factory.checkpoint("llama-gqa-tied").path, name="base")
-    return zoo
+def zoo(base_zoo: Zoo) -> Zoo:
+    return base_zoo
 
 
 async def blockzoo(rig: Cluster, *words: str) -> subprocess.CompletedProcess[str]:

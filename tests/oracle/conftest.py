@@ -2,13 +2,11 @@
 
 import pytest
 
-from support.variants import VariantFactory
-
 
 @pytest.fixture(scope="session")
-def variants(tmp_path_factory):
+def variants(factory):
     """Checkpoints, adapters and the oracle's answers, made once."""
-    return VariantFactory(tmp_path_factory.mktemp("variants"))
+    return factory
 
 
 @pytest.fixture(scope="module")

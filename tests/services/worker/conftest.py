@@ -9,11 +9,7 @@ from blockserve.worker.engine.engine import BlockEngine
 from blockzoo.zoo import Zoo
 from support.tiny import SMALL, TinyZoo
 from support.variants import Variant, VariantFactory
-
-
-@pytest.fixture(scope="session")
-def factory(tmp_path_factory: pytest.TempPathFactory) -> VariantFactory:
-    return VariantFactory(tmp_path_factory.mktemp("variants"))
+from support.zoos import copy_zoo
 
 
 @pytest.fixture(scope="session")
@@ -28,15 +24,20 @@ def members(factory: VariantFactory) -> dict[str, Variant]:
     }
 
 
-@pytest.fixture
-def tiny(members: dict[str, Variant], tmp_path: Path) -> TinyZoo:
-    zoo = Zoo.open(tmp_path / "zoo", create=True)
-    chains = {}
+@pytest.fixture(scope="session")
+def _filled(members: dict[str, Variant], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny") / "zoo"
+    zoo = Zoo.open(folder, create=True)
     for short, variant in members.items():
-        base = "base" if variant.is_adapter else None
-        zoo.register(variant.path, name=short, base=base)
-        chains[short] = zoo.resolve(short).chain
-    return TinyZoo(zoo, tmp_path / "zoo", chains)
+        zoo.register(variant.path, name=short, base="base" if variant.is_adapter else None)
+    return folder
+
+
+@pytest.fixture
+def tiny(members: dict[str, Variant], _filled: Path, tmp_path: Path) -> TinyZoo:
+    """The test's own zoo, with every member."""
+    zoo = copy_zoo(_filled, tmp_path / "zoo")
+    return TinyZoo(zoo, tmp_path / "zoo", {short: zoo.resolve(short).chain for short in members})
 
 
 @pytest.fixture
