@@ -255,7 +255,8 @@ async def test_an_engine_thread_that_hangs_for_real_is_not_serving(zoo: Zoo) -> 
 
 @async_test
 async def test_a_deadline_that_the_queue_would_outlast_is_refused_at_once(zoo: Zoo) -> None:
-    server = await started(zoo, engine=replace(ENGINE, max_running_requests=1))
+    # Room for all of them in the queue: the engine may be held before it has taken up the first.
+    server = await started(zoo, engine=replace(ENGINE, max_running_requests=1, max_waiting_requests=16))
     engine, gate, reached = server._engine, threading.Event(), threading.Event()
     assert isinstance(engine, BlockEngine)
 

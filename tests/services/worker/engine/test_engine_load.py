@@ -96,7 +96,7 @@ def test_long_prompts_fill_the_queue_before_their_number_does(tiny: TinyZoo) -> 
             # One prompt beyond the bound is taken when nobody waits.
             waiting = [start(engine, ask(chain, tuple(range(3, 33))))]
             await asyncio.sleep(0)
-            with pytest.raises(QueueFullError, match="30 prompt tokens are waiting") as caught:
+            with pytest.raises(QueueFullError, match="30 prompt tokens are in the queue already") as caught:
                 await events(engine, ask(chain, (3,)))
             assert caught.value.metadata["limit"] == "20"
         await waiting[0]
