@@ -47,6 +47,10 @@ demo-venv:
 model: demo-venv ## Download SmolLM2-135M-Instruct (93 MB, once) and convert it to a checkpoint in .cache/smollm2
 	@$(BIN)/python scripts/get_model.py --out .cache/smollm2
 
+.PHONY: tuned
+tuned: model ## Train the demo's tuned variant into .cache/hacker-smollm2 (about two minutes, once)
+	@$(BIN)/python scripts/train_top_quarter.py --model .cache/smollm2 --out .cache/hacker-smollm2
+
 .PHONY: demo
 demo: demo-venv $(if $(MODEL),,model) ## Answer one prompt with several variants of a real model, from shared blocks
 	@$(BIN)/python scripts/demo.py $(if $(MODEL),--model '$(MODEL)')
@@ -56,7 +60,7 @@ demo-cluster: demo-venv $(if $(MODEL),,model) ## Run a cluster of three workers 
 	@$(BIN)/python scripts/demo_cluster.py $(if $(MODEL),--model '$(MODEL)')
 
 .PHONY: test
-test: venv model ## Run every test that is not marked long; 10 to 20 minutes on two cores
+test: venv model tuned ## Run every test that is not marked long; 10 to 20 minutes on two cores
 	@echo 'Running the tests that are not marked long; the others are `make test-long`.'
 	@$(BIN)/pytest -m 'not long' -n $(JOBS) --dist loadscope --no-loadscope-reorder $(ARGS)
 

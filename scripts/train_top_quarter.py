@@ -1,4 +1,4 @@
-"""Tune the top quarter of a checkpoint's layers in bf16 and save it as a full checkpoint.
+"""Tune the top quarter of a checkpoint's layers and save it as a full checkpoint of the same type.
 
 `make demo` runs this once: a minute or two on two cores. The lower layers run without a graph,
 so a step costs about a third of a full one. Embedding, final norm and head stay as they are.
@@ -84,7 +84,7 @@ def tune(
         for entry in json.loads(gzip.decompress((DEMO / "train" / "hacker.json.gz").read_bytes()))
     ]
     heldout = (DEMO / "heldout" / "hacker.txt").read_text(encoding="utf-8")
-    model, tokenizer = training.load_model(base)
+    model, tokenizer = training.load_model(base, training.quickest_dtype())
     base_loss = training.heldout_loss(model, tokenizer, heldout)
     split = len(model.model.layers) * 3 // 4
     model.requires_grad_(False)

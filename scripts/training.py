@@ -57,11 +57,22 @@ class TrainConfig:
         return self.learning_rate * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
-def load_model(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The checkpoint in bf16 and its tokenizer."""
+def load_model(
+    path: Path, dtype: torch.dtype = torch.bfloat16
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The checkpoint in `dtype` and its tokenizer."""
     hf_logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     return model, AutoTokenizer.from_pretrained(path)
+
+
+def quickest_dtype() -> torch.dtype:
+    """The type to train in: bfloat16, or float32 where the processor would only emulate bfloat16.
+
+    Emulated, a step takes several times as long as in float32.
+    """
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    return torch.bfloat16 if {"avx512_bf16", "bf16"} & set(flags) else torch.float32
 
 
 def make_rows(
