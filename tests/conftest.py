@@ -64,6 +64,7 @@ def smollm2() -> Path:
 
 CLUSTERS = ("tests/e2e/", "tests/scripts/test_demo_cluster.py", "tests/test_bench_cluster.py")
 """They start clusters of processes, which take both cores and time each other: one such test at a time."""
+NO_CLUSTERS = ("tests/e2e/test_demo_assets.py",)
 LONG_FILES = ("tests/oracle/", "tests/services/worker/", "tests/kernels/")
 
 
@@ -85,7 +86,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             name = nodeid.partition("::")[0]
-            return "clusters" if name.startswith(CLUSTERS) else name
+            return "clusters" if name.startswith(CLUSTERS) and name not in NO_CLUSTERS else name
 
     return ByFile(config, log)
 

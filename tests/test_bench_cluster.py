@@ -21,7 +21,7 @@ ROWS = {
     "router_rps": {f"router-rps{way}{what}" for way in ("", "-passes", "-at-once") for what in ("", "-cpu")},
 }
 """Rows of each program's result when it runs with --quick."""
-SLOW = {"split", "shared_trunk", "adapt_p95", "failover_gap"}
+SLOW = {"split", "shared_trunk", "adapt_p95", "failover_gap", "hop", "router_rps"}
 """They take a quarter of a minute each, even so."""
 pytestmark = pytest.mark.skipif(find_server_program() is None, reason="the extra `cluster` brings a server")
 

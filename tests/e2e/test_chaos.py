@@ -91,10 +91,11 @@ def run(
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_nobody_notices(zoo: Zoo, tmp_path: Path, seed: int) -> None:
-    """Two replicas of each half."""
-    run(local(), zoo, tmp_path, seed, 200, WITHOUT_CONTROLLERS, FP32)
+    """Two replicas of each half; every kind of request to every variant once, and every kind of harm."""
+    run(local(), zoo, tmp_path, seed, 40, WITHOUT_CONTROLLERS, FP32)
 
 
+@pytest.mark.long  # test_the_controller_places_what_is_asked_for loses a worker and a controller, too
 @pytest.mark.parametrize("seed", SEEDS)
 def test_nobody_notices_where_controllers_place(zoo: Zoo, tmp_path: Path, seed: int) -> None:
     """What a worker held is placed anew when it is lost."""

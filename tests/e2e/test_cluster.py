@@ -125,13 +125,19 @@ HALVES = {"a": (0, 3), "b": (3, 0), "c": (0, 3), "d": (3, 0)}
 
 
 @pytest.mark.parametrize(
-    "cuts",
-    [{"a": (0, 3), "b": (3, 0)}, {"a": (0, 2), "b": (2, 3), "c": (3, 4), "d": (4, 0)}],
-    ids=["two workers", "four workers"],
+    ("cuts", "repeated"),
+    [
+        pytest.param({"a": (0, 3), "b": (3, 0)}, slice(0, None, 2), id="two workers"),
+        pytest.param(
+            {"a": (0, 2), "b": (2, 3), "c": (3, 4), "d": (4, 0)}, slice(1, None, 2), id="four workers"
+        ),
+    ],
 )
 def test_tokens_are_those_of_transformers_and_of_one_process(
-    made: Made, zoo: Zoo, tmp_path: Path, cuts: dict[str, tuple[int, int]]
+    made: Made, zoo: Zoo, tmp_path: Path, cuts: dict[str, tuple[int, int]], repeated: slice
 ) -> None:
+    """All at once, then one after another over cached prefixes: greedy ones here, sampled ones there."""
+
     async def work() -> None:
         async with cluster(zoo, tmp_path, [*cuts, "whole"], **SETTINGS) as rig:
             await rig.load("whole", "base")
@@ -142,10 +148,10 @@ def test_tokens_are_those_of_transformers_and_of_one_process(
                 await rig.workers["whole"].terminate()
                 await load_all(rig, cuts)
                 split = await ask_all(client)
-                again = [await Transcript().follow(client, model, **more) for model, more in WISHES]
+                again = [await Transcript().follow(client, model, **more) for model, more in WISHES[repeated]]
             await rig.until_clean()
             assert [one.tokens for one in split] == [one.tokens for one in alone]
-            assert [one.tokens for one in again] == [one.tokens for one in alone]
+            assert [one.tokens for one in again] == [one.tokens for one in alone[repeated]]
             assert [one.text for one in split] == [one.text for one in alone]
             for (model, options), one in zip(WISHES, split, strict=True):
                 if not options:
@@ -288,20 +294,26 @@ MOVING = (_kill_head, _kill_tail, _stop_and_wake_tail, _stop_and_wake_head, _rol
 """What makes requests change workers."""
 
 
+ALSO_IN_CHAOS = (
+    _kill_head,
+    _kill_tail,
+    _stop_and_wake_tail,
+    _stop_and_wake_head,
+    _roll,
+    _kill_router,
+    _flush_state,
+    _pause_state,
+    _replace_state,
+)
+"""Harms that `test_nobody_notices` of test_chaos.py does, too, among requests of more kinds."""
+
+
 @pytest.mark.parametrize(
     "harm",
     [
-        _kill_head,
-        _kill_tail,
-        _stop_and_wake_tail,
-        _stop_and_wake_head,
-        _roll,
         _drain,
-        _kill_router,
         _kill_router_and_head,
-        _flush_state,
-        _pause_state,
-        _replace_state,
+        *(pytest.param(harm, marks=pytest.mark.long) for harm in ALSO_IN_CHAOS),
     ],
 )
 def test_no_token_is_lost_or_repeated(

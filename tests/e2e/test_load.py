@@ -141,7 +141,7 @@ def retry_seconds(error: grpc.aio.AioRpcError) -> float:
 
 @async_test
 async def test_sigterm_lets_every_stream_end_with_all_its_tokens(zoo: Zoo, tmp_path: Path) -> None:
-    num_streams, num_tokens = 8, 300
+    num_streams, num_tokens = 8, 120
     with process(zoo, tmp_path, engine_max_running_requests=2, drain_seconds=300) as server:
         async with AsyncClient(server.address, resume_attempts=0) as client:
             alone = [
@@ -157,6 +157,7 @@ async def test_sigterm_lets_every_stream_end_with_all_its_tokens(zoo: Zoo, tmp_p
                 status = await client.status()
                 if status.running_requests + status.waiting_requests == num_streams:
                     break
+                await asyncio.sleep(0.005)
             server.popen.send_signal(signal.SIGTERM)
             stopping = await asyncio.to_thread(server.log_line, r"stopping requests=(\d+)")
             assert int(stopping[1]) == num_streams

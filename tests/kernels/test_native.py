@@ -1,27 +1,40 @@
 """Building the C kernels: the cache, two builders at once, and life without a compiler."""
 
+import multiprocessing
+import multiprocessing.process
 import os
+import runpy
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from blockkernels.native import build
 
+Started = tuple[multiprocessing.process.BaseProcess, Path]
+Start = Callable[..., Started]
+"""Has a fresh process, with torch but none of our modules, load the kernels, use one and say what computed."""
+
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 
 PROGRAM = """
-import logging, sys
+import atexit, logging, os, sys
+os.environ.clear()
+os.environ.update({environment!r})
+for descriptor, name in ((1, "out"), (2, "err")):
+    os.dup2(os.open({folder!r} + "/" + name, os.O_WRONLY | os.O_CREAT), descriptor)
 logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
 import torch
 from blockkernels.native import library
 from blockkernels.rms_norm import rms_norm, rms_norm_reference
 x, weight = torch.randn(3, 20), torch.randn(20)
 torch.testing.assert_close(rms_norm(x, weight, 1e-5), rms_norm_reference(x, weight, 1e-5))
-print("native" if library() else "torch")
+print("native" if library() else "torch", flush=True)
+atexit._run_exitfuncs()
 """
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["torch"])
 
 
 HASTY_COMPILER = """#!/bin/sh
@@ -38,20 +51,25 @@ def compiler(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(script)
 
 
-def start(cache: Path, **environment: str) -> "subprocess.Popen[str]":
-    """A fresh process that loads the kernels, uses one and says which way it went."""
-    return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM],
-        env={**os.environ, "XDG_CACHE_HOME": str(cache), **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+@pytest.fixture
+def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
+    def start(cache: Path, **environment: str) -> Started:
+        folder = tmp_path_factory.mktemp("program")
+        environment = {**os.environ, "XDG_CACHE_HOME": str(cache), **environment}
+        script = folder / "program.py"
+        script.write_text(PROGRAM.format(environment=environment, folder=str(folder)))
+        process = processes.Process(target=runpy.run_path, args=(str(script),))
+        process.start()
+        return process, folder
+
+    return start
 
 
-def finish(process: "subprocess.Popen[str]") -> tuple[str, str]:
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+def finish(started: Started) -> tuple[str, str]:
+    process, folder = started
+    process.join(120)
+    out, err = ((folder / name).read_text() for name in ("out", "err"))
+    assert process.exitcode == 0, err
     return out.strip(), err
 
 
@@ -60,7 +78,7 @@ def libraries(cache: Path) -> list[Path]:
 
 
 @needs_compiler
-def test_two_builders_at_once_and_a_third_that_reads(tmp_path: Path, compiler: str) -> None:
+def test_two_builders_at_once_and_a_third_that_reads(start: Start, tmp_path: Path, compiler: str) -> None:
     pair = [start(tmp_path, CC=compiler), start(tmp_path, CC=compiler)]
     assert [finish(process)[0] for process in pair] == ["native", "native"]
     (made,) = libraries(tmp_path)  # nothing half-built stays behind
@@ -69,7 +87,7 @@ def test_two_builders_at_once_and_a_third_that_reads(tmp_path: Path, compiler: s
     assert made.stat().st_mtime_ns == written
 
 
-def test_without_a_compiler_torch_computes(tmp_path: Path) -> None:
+def test_without_a_compiler_torch_computes(start: Start, tmp_path: Path) -> None:
     empty = tmp_path / "bin"
     empty.mkdir()
     out, err = finish(start(tmp_path / "cache", PATH=str(empty), CC=""))
@@ -78,19 +96,19 @@ def test_without_a_compiler_torch_computes(tmp_path: Path) -> None:
     assert "no C compiler" in err
 
 
-def test_a_compiler_that_fails_is_no_fault(tmp_path: Path) -> None:
+def test_a_compiler_that_fails_is_no_fault(start: Start, tmp_path: Path) -> None:
     out, err = finish(start(tmp_path, CC="false"))
     assert out == "torch"
     assert "false failed" in err
 
 
-def test_the_kernels_can_be_switched_off(tmp_path: Path) -> None:
+def test_the_kernels_can_be_switched_off(start: Start, tmp_path: Path) -> None:
     assert finish(start(tmp_path, BLOCKZOO_NATIVE_KERNELS="off"))[0] == "torch"
     assert not (tmp_path / "blockzoo").exists()
 
 
 @needs_compiler
-def test_without_a_cache_folder_they_are_built_elsewhere(tmp_path: Path) -> None:
+def test_without_a_cache_folder_they_are_built_elsewhere(start: Start, tmp_path: Path) -> None:
     """With the compiler and the flags that users have, as everybody's first start."""
     file = tmp_path / "file"
     file.touch()
@@ -98,7 +116,7 @@ def test_without_a_cache_folder_they_are_built_elsewhere(tmp_path: Path) -> None
 
 
 @needs_compiler
-def test_a_damaged_library_is_built_anew(tmp_path: Path, compiler: str) -> None:
+def test_a_damaged_library_is_built_anew(start: Start, tmp_path: Path, compiler: str) -> None:
     assert finish(start(tmp_path, CC=compiler))[0] == "native"
     (made,) = libraries(tmp_path)
     made.write_bytes(b"no library")
@@ -109,7 +127,9 @@ def test_a_damaged_library_is_built_anew(tmp_path: Path, compiler: str) -> None:
 
 
 @needs_compiler
-def test_a_folder_that_others_can_write_to_is_not_trusted(tmp_path: Path, compiler: str) -> None:
+def test_a_folder_that_others_can_write_to_is_not_trusted(
+    start: Start, tmp_path: Path, compiler: str
+) -> None:
     folder = tmp_path / "blockzoo" / "native"
     folder.mkdir(parents=True)
     folder.chmod(0o777)

@@ -4,6 +4,8 @@ import pytest
 
 from blockzoo.errors import UnsupportedAdapterError
 from support.adapters import ADAPTERS, TRAINABLE_TOKENS
+from support.engine import Ask
+from support.oracle import LOGITS_TOLERANCE, logits_error
 
 BASES = ["llama-gqa", "llama-gqa-tied"]
 
@@ -30,15 +32,18 @@ def test_adapter_on_other_architectures_equals_peft(engine, variants, base, name
 
 @pytest.mark.parametrize("base", BASES)
 def test_all_adapters_loaded_together_equal_peft(engine, variants, base):
-    """Every adapter of one base beside the others; banks then hold rows of all of them."""
+    """All adapters of one base at work at once; banks then hold rows of all of them."""
     checkpoint = variants.checkpoint(base)
     adapters = [variants.adapter(checkpoint, name) for name in ADAPTERS]
-    everyone = [checkpoint, *adapters]
-    chains = {one.name: engine.load(one) for one in everyone}
-    reports = {one.name: engine.check(variants, one, 4) for one in everyone}
+    chains = {one: engine.load(one) for one in [checkpoint, *adapters]}
+    cases = [(one, case) for one in chains for case in variants.cases(one, 4)]
+    answers = engine.run([Ask(chains[one], case.prompt, len(case.tokens)) for one, case in cases])
+    logits = [engine.logits(chains[one], [case.prompt + case.tokens])[0] for one, case in cases]
     for chain in chains.values():
         engine.unload(chain)
-    assert all(report.is_equal for report in reports.values()), reports
+    assert answers == [case.tokens for _, case in cases]
+    for ours, (one, case) in zip(logits, cases, strict=True):
+        assert logits_error(ours, case.logits) <= LOGITS_TOLERANCE, one.name
 
 
 def test_adapter_on_a_top_quarter_tuned_checkpoint_equals_peft(engine, variants):

@@ -39,10 +39,17 @@ def test_top_quarter_tuned_equals_transformers(engine, variants, name):
 
 # max_running_requests, max_tokens_per_pass, kv_page_tokens
 BATCHING = [(1, 1, 1), (3, 5, 3), (2, 63, 500), (36, 47, 7), (64, 512, 32), (8, 4096, 16)]
+CHUNKED = ["llama-rope-llama3", "mistral-window", "qwen2", "qwen3"]
+BRIEF = {(row, column) for row in range(1, 6) for column in range(4) if (row + column) % 2} | {(0, 1)}
+"""Every size and every architecture outside test-long; single tokens take a quarter of a minute each."""
+CASES = [
+    pytest.param(*sizes, name, marks=[] if (row, column) in BRIEF else [pytest.mark.long])
+    for row, sizes in enumerate(BATCHING)
+    for column, name in enumerate(CHUNKED)
+]
 
 
-@pytest.mark.parametrize("name", ["llama-rope-llama3", "mistral-window", "qwen2", "qwen3"])
-@pytest.mark.parametrize(("running", "tokens", "page"), BATCHING)
+@pytest.mark.parametrize(("running", "tokens", "page", "name"), CASES)
 def test_chunks_and_pages_of_any_size_give_the_same(variants, tmp_path, name, running, tokens, page):
     """Long prompts, up to a context that is exactly full, cut into chunks and pages at odd places."""
     variant = variants.checkpoint(name)

@@ -134,6 +134,7 @@ def test_a_head_and_an_embedding(zoo, variants, tmp_path):
 
 @pytest.mark.model
 @pytest.mark.timeout(1800)
+@pytest.mark.long  # tiny models of several families say the same above
 def test_smollm2_with_its_top_quarter_tuned(zoo, variants, smollm2):
     from transformers import AutoTokenizer
 

@@ -75,24 +75,35 @@ def family(variants, smollm2):
     return [base, variants.adapter(base, "all-linear", spec=LORA), variants.top_quarter(base, num_layers=30)]
 
 
+@pytest.fixture(
+    scope="module",
+    params=[5, pytest.param(20, marks=pytest.mark.long)],
+    ids=["five questions", "twenty questions"],
+)
+def num_questions(request):
+    """How many answers of each variant are compared: twenty take two minutes of a core."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def expected(variants, family, prompts):
-    """The oracle's answers to twenty questions whose answers float32 can decide, for each variant.
+def expected(variants, family, prompts, num_questions):
+    """The oracle's answers to questions whose answers float32 can decide, for each variant.
 
     What it answered once is noted. Its logits decide whether that still holds; if not, it answers anew, which
-    takes three times as long. Run with NOTE_ANSWERS=1 to answer anew and note it.
+    takes three times as long. Run the twenty questions with NOTE_ANSWERS=1 to answer anew and note it.
     """
     notes = {} if "NOTE_ANSWERS" in os.environ else _read_notes()
     answers, told = {}, {}
+    asked = prompts if num_questions == 20 else prompts[: num_questions + 1]
     for variant, kind in zip(family, KINDS, strict=True):
         noted = notes.get(kind, {})
         told[kind] = variants.oracle(variant).expect(
-            prompts, propose=lambda asked, _, noted=noted: [noted.get(prompt, ()) for prompt in asked]
+            asked, propose=lambda prompts, _, noted=noted: [noted.get(prompt, ()) for prompt in prompts]
         )
         variants.forget(variant)
-        answers[variant] = [one for one in told[kind] if one.margin > MIN_MARGIN][:20]
-        assert len(answers[variant]) == 20
-    if "NOTE_ANSWERS" in os.environ:
+        answers[variant] = [one for one in told[kind] if one.margin > MIN_MARGIN][:num_questions]
+        assert len(answers[variant]) == num_questions
+    if "NOTE_ANSWERS" in os.environ and asked == prompts:
         notes = {kind: [[one.prompt, one.tokens] for one in told[kind]] for kind in KINDS}
         NOTES.write_text(json.dumps(notes) + "\n")
     return answers
@@ -116,24 +127,24 @@ def smollm2_engine(tmp_path_factory, family):
 
 
 @pytest.mark.parametrize("index", [0, 1, 2], ids=KINDS)
-def test_variant_equals_transformers(smollm2_engine, family, expected, index):
+def test_variant_equals_transformers(smollm2_engine, family, expected, num_questions, index):
     variant = family[index]
     report = smollm2_engine.compare(smollm2_engine.register(variant), expected[variant])
     print(f"{variant.name}: {report.logits_error:.1e}")
     assert report.is_equal, report
-    assert report.num_prompts == 20
+    assert report.num_prompts == num_questions
 
 
-def test_all_variants_together_equal_transformers(smollm2_engine, family, expected):
-    """Sixty requests of three variants at once, in one base pass where their blocks are the same."""
-    cases = [
-        (variant, one) for place in range(20) for variant in family for one in [expected[variant][place]]
-    ]
+def test_all_variants_together_equal_transformers(smollm2_engine, family, expected, num_questions):
+    """All requests of three variants at once, in one base pass where their blocks are the same."""
+    places = range(num_questions)
+    cases = [(variant, one) for place in places for variant in family for one in [expected[variant][place]]]
     asks = [Ask(smollm2_engine.register(variant), one.prompt, len(one.tokens)) for variant, one in cases]
     assert smollm2_engine.run(asks) == [one.tokens for _, one in cases]
     assert max(one.largest_batch_chains for one in smollm2_engine.report().segments) == 3
 
 
+@pytest.mark.long  # test_batching.py asks the same of a tiny model
 def test_alone_among_32_others_and_after_reload(smollm2_engine, family, prompts):
     """One sampled request of each variant, alone, in company, and after every block was away."""
     sampling = SamplingParams(temperature=0.8, top_k=100, top_p=0.95, seed=11)

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.model
+@pytest.mark.long  # as the other demo: a minute of both cores, and tests/e2e does the same to smaller models
 def test_the_receipt_keeps_its_promises() -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "demo_cluster.py"), "--tokens", "48"],

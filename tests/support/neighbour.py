@@ -39,7 +39,7 @@ def speak(wire: int) -> None:
     assert count == 1
     module = sys.modules[CLUSTER] = importlib.util.module_from_spec(spec)
     exec(compile(changed, spec.origin, "exec"), vars(module))
-    importlib.import_module("blockserve.common").cluster = module  # type: ignore[attr-defined]
+    importlib.import_module("blockserve.common.api").cluster = module  # type: ignore[attr-defined]
 
 
 def say_something_unknown(after: int) -> None:

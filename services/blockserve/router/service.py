@@ -172,10 +172,11 @@ class Router:
         wait = self._pacer.wait(report.waiting_requests, report.running_requests)
         remaining = deadline - time.monotonic()
         if wait > DEADLINE_MARGIN * remaining:
+            delay = self._pacer.delay(report.running_requests)
             raise DeadlineTooShortError(
                 f"the deadline is in {remaining:.1f} s, and the estimated time in the queue is {wait:.1f} s",
-                retry_after=self._pacer.delay(report.running_requests),
-                hint="Allow more time, or try again after the delay in RetryInfo.",
+                retry_after=delay,
+                hint=f"Allow more time, or try again in {delay:.1f} s.",
             )
 
     def _note_served(self, answer: Answer) -> None:

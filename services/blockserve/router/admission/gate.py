@@ -48,7 +48,7 @@ class Admission:
             raise QueueFullError(
                 f"{self._places} requests are in progress, the maximum of this server",
                 retry_after=self._retry_after,
-                hint="Try again after the delay in RetryInfo.",
+                hint=f"Try again in {self._retry_after:.1f} s.",
             )
         task = asyncio.current_task()
         assert task is not None

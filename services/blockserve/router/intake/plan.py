@@ -110,7 +110,7 @@ def _check_prompt(call: GenerateCall, variant: ServedVariant, prompt: tuple[int,
         field = CallField.TOKEN_IDS.at(index) if isinstance(call.prompt, tuple) else CallField.PROMPT
         raise PromptError(
             f"{field}: {_outside(largest, vocab)}",
-            hint="Tokenise with the variant's own tokenizer (`Tokenize`).",
+            hint="Tokenise with the variant's own tokenizer: the server tokenises when asked.",
             field=field,
         )
 

@@ -112,11 +112,14 @@ def assert_deterministic(
         assert_same_bits(together(engine, asked), want)
         registered = engine._registered
     for config in OTHERWISE.values():
+        # Token by token, a long prompt does no more than one that reaches over several pages and windows.
+        places = [i for i, (_, ids) in enumerate(asked) if config.max_tokens_per_pass > 1 or len(ids) <= 100]
         with EngineHarness(folder, config) as engine:
             engine._registered = registered
             for one in variants:
                 engine.load(one)
-            assert_same_bits(together(engine, asked), want)
+            found = together(engine, [asked[i] for i in places])
+            assert_same_bits(found, [want[i] for i in places])
 
 
 @needs_bf16
@@ -126,6 +129,7 @@ def test_logits_alone_in_company_and_in_other_chunks(tmp_path: Path, family: lis
 
 @needs_bf16
 @pytest.mark.model
+@pytest.mark.long  # over a minute of a core without bfloat16 instructions; tiny models run above
 def test_logits_of_smollm2(tmp_path: Path, factory: VariantFactory, smollm2: Path) -> None:
     base = factory.existing("smollm2", smollm2)
     variants = [base, factory.adapter(base, "all-linear"), factory.adapter(base, "q-v", seed=2)]

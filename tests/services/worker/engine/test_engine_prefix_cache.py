@@ -24,6 +24,7 @@ from support.tiny import SMALL, TinyZoo
 GREEDY = SamplingParams(temperature=0.0)
 PROMPT = tuple(itertools.islice(itertools.cycle(range(3, 200, 7)), 100))
 UNCACHED = replace(SMALL, prefix_sharing="off")
+Case = tuple[ChainId, tuple[int, ...]]
 _ids = itertools.count()
 
 
@@ -34,19 +35,27 @@ class Rig:
         self.engine = BlockEngine(zoo, config)
         self.engine.start()
 
-    def ask(
-        self, chain: ChainId, prompt: Sequence[int], max_tokens: int = 8, **more: Any
-    ) -> list[TokenEvent]:
-        async def work() -> list[TokenEvent]:
-            await self.engine.load(chain)
-            more.setdefault("sampling", GREEDY)
-            request = EngineRequest(f"r{next(_ids)}", chain, tuple(prompt), max_tokens=max_tokens, **more)
-            return [event async for batch in self.engine.generate(request) for event in batch]
-
-        return asyncio.run(work())
+    def ask(self, *args: Any, **more: Any) -> list[TokenEvent]:
+        return asyncio.run(self._answer(*args, **more))
 
     def tokens(self, *args: Any, **more: Any) -> list[int]:
         return [event.token_id for event in self.ask(*args, **more)]
+
+    def tokens_together(self, cases: Sequence[Case], *args: Any, **more: Any) -> list[list[int]]:
+        """Of requests that run at the same time."""
+
+        async def work() -> list[list[TokenEvent]]:
+            return await asyncio.gather(*(self._answer(*case, *args, **more) for case in cases))
+
+        return [[event.token_id for event in events] for events in asyncio.run(work())]
+
+    async def _answer(
+        self, chain: ChainId, prompt: Sequence[int], max_tokens: int = 8, **more: Any
+    ) -> list[TokenEvent]:
+        await self.engine.load(chain)
+        more.setdefault("sampling", GREEDY)
+        request = EngineRequest(f"r{next(_ids)}", chain, tuple(prompt), max_tokens=max_tokens, **more)
+        return [event async for batch in self.engine.generate(request) for event in batch]
 
 
 @contextmanager
@@ -99,11 +108,11 @@ def test_answers_do_not_depend_on_the_cache(tiny: TinyZoo) -> None:
     sampled = SamplingParams(temperature=0.9, top_p=0.95, seed=5)
     for params in (GREEDY, sampled):
         with rig(tiny.zoo, UNCACHED) as server:
-            expected = [server.tokens(*case, 24, sampling=params) for case in cases]
+            expected = server.tokens_together(cases, 24, sampling=params)
             assert server.engine.report().prefix_queried_tokens == 0
         with rig(tiny.zoo) as server:
-            for _ in range(2):
-                assert [server.tokens(*case, 24, sampling=params) for case in cases] == expected
+            assert [server.tokens(*case, 24, sampling=params) for case in cases] == expected
+            assert server.tokens_together(cases, 24, sampling=params) == expected
             assert server.engine.report().prefix_hit_tokens > 1000
 
 
