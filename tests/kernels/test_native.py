@@ -14,7 +14,7 @@ from blockkernels.native import build
 
 Started = tuple[multiprocessing.process.BaseProcess, Path]
 Start = Callable[..., Started]
-"""Has a fresh process, with torch but none of our modules, load the kernels, use one and say what computed."""
+"""Has a process with torch and none of our modules load the kernels, use one and say what computed."""
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 
