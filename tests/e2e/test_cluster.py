@@ -24,6 +24,9 @@ from support.variants import Variant, VariantFactory
 from support.zoos import copy_zoo
 
 NUM_TOKENS = 150
+"""Of answers that something happens to."""
+BRIEFLY = {"max_tokens": 64}
+"""For answers that nothing happens to."""
 LEASE_SECONDS = 3.0
 """The default of `state.lease_seconds`."""
 PROMPT = "Every tenant sends requests"
@@ -108,9 +111,13 @@ WISHES: list[tuple[str, dict[str, Any]]] = [
 """Greedy and sampled, of every variant."""
 
 
-async def ask_all(client: AsyncClient) -> list[Transcript]:
+async def ask_all(client: AsyncClient, **options: Any) -> list[Transcript]:
     """Every wish once, all at the same time."""
-    return list(await asyncio.gather(*(Transcript().follow(client, model, **more) for model, more in WISHES)))
+    return list(
+        await asyncio.gather(
+            *(Transcript().follow(client, model, **{**more, **options}) for model, more in WISHES)
+        )
+    )
 
 
 async def load_all(rig: Cluster, cuts: dict[str, tuple[int, int]]) -> None:
@@ -144,18 +151,22 @@ def test_tokens_are_those_of_transformers_and_of_one_process(
             for model in ("base", "adapter", "tuned"):
                 await rig.load("whole", model)
             async with rig.client() as client:
-                alone = await ask_all(client)
+                alone = await ask_all(client, **BRIEFLY)
                 await rig.workers["whole"].terminate()
                 await load_all(rig, cuts)
-                split = await ask_all(client)
-                again = [await Transcript().follow(client, model, **more) for model, more in WISHES[repeated]]
+                split = await ask_all(client, **BRIEFLY)
+                again = [
+                    await Transcript().follow(client, model, **more, **BRIEFLY)
+                    for model, more in WISHES[repeated]
+                ]
             await rig.until_clean()
             assert [one.tokens for one in split] == [one.tokens for one in alone]
             assert [one.tokens for one in again] == [one.tokens for one in alone[repeated]]
             assert [one.text for one in split] == [one.text for one in alone]
             for (model, options), one in zip(WISHES, split, strict=True):
+                assert len(one.tokens) == BRIEFLY["max_tokens"]
                 if not options:
-                    assert tuple(one.tokens) == made.greedy(model, made.prompt(), NUM_TOKENS)
+                    assert tuple(one.tokens) == made.greedy(model, made.prompt(), len(one.tokens))
             assert len({tuple(one.tokens) for one in split}) == len(WISHES)
             for name in cuts:
                 assert len((await rig.describe(name)).spans) == 3
@@ -359,8 +370,7 @@ def test_pages_follow_to_workers_that_are_cut_at_another_layer(zoo: Zoo, tmp_pat
         async with cluster(zoo, tmp_path, cuts, **SETTINGS, BLOCKZOO_KV_CHOICE="transfer") as rig:
             await load_all(rig, cuts)
             async with rig.client() as client:
-                for model, options in WISHES:
-                    undisturbed = await Transcript().follow(client, model, **options)
+                for (model, options), undisturbed in zip(WISHES, await ask_all(client), strict=True):
                     disturbed = Transcript()
                     answer = asyncio.create_task(disturbed.follow(client, model, **options))
                     await disturbed.reaches(NUM_TOKENS // 3)
@@ -393,17 +403,17 @@ def test_the_controller_places_what_is_asked_for(made: Made, zoo: Zoo, tmp_path:
         async with cluster(zoo, tmp_path, ["a", "b"], **SETTINGS) as rig:
             await asyncio.gather(rig.start_controller(), rig.start_controller())
             async with rig.client() as client:
-                first = await ask_all(client)
+                first = await ask_all(client, **BRIEFLY)
                 zoo.register(made.variants["base"].path, name="later")
-                later = await Transcript().follow(client, "later")
+                later = await Transcript().follow(client, "later", **BRIEFLY)
                 rig.workers["a"].kill()
                 rig.controllers[0].kill()
-                after = await ask_all(client)
+                after = await ask_all(client, **BRIEFLY)
                 await rig.start_worker("c")
                 rig.workers["b"].kill()
-                last = await ask_all(client)
+                last = await ask_all(client, **BRIEFLY)
             await rig.until_clean()
-            assert tuple(later.tokens) == made.greedy("base", made.prompt(), NUM_TOKENS)
+            assert tuple(later.tokens) == made.greedy("base", made.prompt(), len(later.tokens))
             for answers in (after, last):
                 assert [one.tokens for one in answers] == [one.tokens for one in first]
 
