@@ -68,6 +68,28 @@ def parse_json(data: bytes | memoryview) -> JsonValue:
     return value
 
 
+def seal_json(record: JsonValue) -> bytes:
+    """Return the canonical bytes of a record and its digest, for objects whose key is not their digest.
+
+    Raises:
+        InvalidInputError: as `canonical_json`.
+    """
+    return canonical_json({"record": record, "digest": digest_json(record)})
+
+
+def unseal_json(data: bytes | memoryview) -> JsonValue:
+    """Return the record that `seal_json` wrote.
+
+    Raises:
+        InvalidInputError: the bytes are not such JSON, or the digest is that of another record.
+    """
+    fields = parse_json(data)
+    record = fields.get("record") if isinstance(fields, dict) else None
+    if not isinstance(fields, dict) or digest_json(record) != fields.get("digest"):
+        raise InvalidInputError("the record does not have the digest beside it")
+    return record
+
+
 def _write(value: object, parts: list[str], depth: int) -> None:
     if depth > MAX_DEPTH:
         raise InvalidInputError(f"JSON is nested deeper than {MAX_DEPTH} levels")

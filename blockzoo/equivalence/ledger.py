@@ -12,7 +12,7 @@ from collections import defaultdict
 from dataclasses import replace
 
 from blockzoo import layout
-from blockzoo.canonical import canonical_json, digest_bytes, digest_json, parse_json
+from blockzoo.canonical import canonical_json, digest_bytes, parse_json, seal_json, unseal_json
 from blockzoo.equivalence.record_json import (
     decision_from_json,
     decision_to_json,
@@ -132,10 +132,7 @@ class Ledger:
         key = layout.decision_key(record, number)
         data = self.store.storage.get(key)
         try:
-            fields = parse_json(data)
-            if not isinstance(fields, dict) or digest_json(fields.get("record")) != fields.get("digest"):
-                raise damaged(key)
-            decision = decision_from_json(fields["record"])
+            decision = decision_from_json(unseal_json(data))
         except BlockzooError as error:
             raise damaged(key) from error
         if (decision.record, decision.number) != (record, number):
@@ -155,8 +152,7 @@ class Ledger:
 
 def decision_body(decision: Decision) -> bytes:
     """Return the bytes that a decision is stored as."""
-    value = decision_to_json(decision)
-    return canonical_json({"record": value, "digest": digest_json(value)})
+    return seal_json(decision_to_json(decision))
 
 
 def _not_found(record: str) -> EquivalenceNotFoundError:

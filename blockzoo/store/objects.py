@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from blockzoo import layout
-from blockzoo.canonical import canonical_json, digest_bytes, digest_json, parse_json
+from blockzoo.canonical import digest_bytes, parse_json, seal_json, unseal_json
 from blockzoo.clock import Clock
 from blockzoo.errors import (
     BlockzooError,
@@ -172,10 +172,7 @@ class Objects:
         key = layout.ref_key(name, version)
         data = self.storage.get(key)
         try:
-            fields = parse_json(data)
-            if not isinstance(fields, dict) or digest_json(fields.get("record")) != fields.get("digest"):
-                raise damaged(key)
-            record = variant_from_json(fields["record"])
+            record = variant_from_json(unseal_json(data))
         except BlockzooError as error:
             raise damaged(key) from error
         if (record.name, record.version) != (name, version):
@@ -232,8 +229,7 @@ class Objects:
 
 def ref_body(record: VariantRecord) -> bytes:
     """Return the bytes that a version of a variant is stored as."""
-    value = variant_to_json(record)
-    return canonical_json({"record": value, "digest": digest_json(value)})
+    return seal_json(variant_to_json(record))
 
 
 def damaged(key: str) -> CorruptManifestError:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from blockzoo import layout
-from blockzoo.canonical import canonical_json, digest_json, parse_json
+from blockzoo.canonical import seal_json, unseal_json
 from blockzoo.digest import is_digest
 from blockzoo.errors import BlockzooError, ConflictError, CorruptionError, CorruptManifestError, NotFoundError
 from blockzoo.manifest import ChainId, JsonValue, VariantName
@@ -142,10 +142,7 @@ class WishBook:
         key = layout.wish_key(name, number)
         data = self._store.storage.get(key)
         try:
-            fields = parse_json(data)
-            if not isinstance(fields, dict) or digest_json(fields.get("record")) != fields.get("digest"):
-                raise _damaged(key)
-            wish = _from_json(fields["record"], key)
+            wish = _from_json(unseal_json(data), key)
         except BlockzooError as error:
             raise _damaged(key) from error
         if (wish.variant, wish.number) != (name, number):
@@ -165,7 +162,7 @@ def wish_body(wish: PlacementWish) -> bytes:
         "evicted": wish.evicted,
         "at": wish.at,
     }
-    return canonical_json({"record": value, "digest": digest_json(value)})
+    return seal_json(value)
 
 
 def _from_json(value: JsonValue, key: str) -> PlacementWish:

@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockzoo.canonical import MAX_DEPTH, MAX_SAFE_INTEGER, canonical_json, digest_json, parse_json
+from blockzoo.canonical import (
+    MAX_DEPTH,
+    MAX_SAFE_INTEGER,
+    canonical_json,
+    digest_json,
+    parse_json,
+    seal_json,
+    unseal_json,
+)
 from blockzoo.errors import InvalidInputError
 
 SCALARS = (
@@ -103,3 +111,14 @@ def test_insertion_order_does_not_matter(members):
 def test_unreadable_json(data):
     with pytest.raises(InvalidInputError):
         parse_json(data)
+
+
+def test_a_sealed_record_comes_back_and_a_changed_one_is_refused():
+    record = {"name": "tale", "version": 2}
+    data = seal_json(record)
+    assert unseal_json(data) == record
+    changed = data.replace(b"tale", b"Tale")
+    without = canonical_json({"digest": digest_json(record)})
+    for damaged in (changed, data[:-1], b"[]", canonical_json(record), without):
+        with pytest.raises(InvalidInputError):
+            unseal_json(damaged)
