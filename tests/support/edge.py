@@ -96,6 +96,37 @@ def byte_fallback_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def metaspace_tokenizer() -> Tokenizer:
+    """In the manner of T5 and Gemma's ancestors: pieces with a space mark, and no token for bytes."""
+    pieces = ["<unk>", "<s>", "</s>", *"▁abcdef.", "▁a", "▁be", "cd"]
+    tokenizer = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], 0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in ("<unk>", "<s>", "</s>")])
+    return tokenizer
+
+
+def word_piece_tokenizer() -> Tokenizer:
+    """In the manner of BERT: pieces inside a word begin with ##, and no space stands before a full stop."""
+    pieces = ["[UNK]", "[CLS]", "[SEP]", *"abc.,'", "##a", "##bc", "don", "##'", "n't"]
+    tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in ("[UNK]", "[CLS]", "[SEP]")])
+    return tokenizer
+
+
+def suffix_tokenizer() -> Tokenizer:
+    """In the manner of GPT-1 and BioGPT: the last piece of a word ends with </w>."""
+    pieces = ["<unk>", "<s>", *"abc", "a</w>", "b</w>", "c</w>", ".</w>"]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", end_of_word_suffix="</w>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.decoder = decoders.BPEDecoder()
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in ("<unk>", "<s>")])
+    return tokenizer
+
+
 @functools.cache
 def tokenizer_json() -> bytes:
     """`byte_level_tokenizer` as a file."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -33,7 +34,9 @@ class VariantTokenizer:
         self.special_ids = frozenset(
             token_id for token_id, token in raw.get_added_tokens_decoder().items() if token.special
         )
-        self.is_byte_level = _is_byte_level(raw)
+        decoder = _decoder_types(raw)
+        self.is_byte_level = decoder == ["ByteLevel"]
+        self._has_byte_tokens = "ByteFallback" in decoder
 
     @classmethod
     def from_bytes(cls, data: bytes) -> VariantTokenizer:
@@ -60,11 +63,23 @@ class VariantTokenizer:
         """The id of one token's exact spelling."""
         return self.raw.token_to_id(token)
 
+    def byte_of(self, token_id: int) -> int | None:
+        """The byte that a token of a byte-fallback tokenizer stands for; None for every other token."""
+        if not self._has_byte_tokens:
+            return None
+        spelled = _BYTE_TOKEN.fullmatch(self.raw.id_to_token(token_id) or "")
+        return None if spelled is None else int(spelled[1], 16)
 
-def _is_byte_level(raw: Tokenizer) -> bool:
-    decoder = raw.decoder
+
+_BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+
+
+def _decoder_types(raw: Tokenizer) -> list[str]:
+    """The types of the decoder's steps, in their order."""
     # The state of the Rust object is its JSON.
-    return decoder is not None and json.loads(decoder.__getstate__()).get("type") == "ByteLevel"
+    decoder = {} if raw.decoder is None else json.loads(raw.decoder.__getstate__())
+    steps = decoder.get("decoders", []) if decoder.get("type") == "Sequence" else [decoder]
+    return [str(step.get("type")) for step in steps]
 
 
 class TokenizerCache:
