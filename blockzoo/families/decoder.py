@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Mapping
+from typing import ClassVar
 
 from blockzoo.errors import UnsupportedFeatureError
 from blockzoo.families.base import CHUNK_ROWS, ChainPlan, ConfigReader, Family, PlannedBlock, PlannedTensor
@@ -29,9 +30,12 @@ _IGNORABLE = re.compile(r"(?:.+\.)?rotary_emb\.inv_freq")
 class DecoderFamily(Family):
     """Base of the families; see the hooks below for what they may change."""
 
+    absent: ClassVar[Mapping[str, JsonValue]] = {}
+    """What transformers takes an absent key for, where that is not what it takes null for."""
+
     def plan(self, config: Mapping[str, object]) -> ChainPlan:
         """Cut a model with this config.json into embedding, layers and head."""
-        reader = ConfigReader(config)
+        reader = ConfigReader({**self.absent, **config})
         refuse_quantised(reader)
         layers = self._layers(reader)
         hidden = reader.integer("hidden_size", most=_MAX_WIDTH)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from blockzoo.errors import UnsupportedFeatureError
 from blockzoo.families.base import ConfigReader
 from blockzoo.families.decoder import DecoderFamily
+from blockzoo.manifest import JsonValue
 
 
 class MistralFamily(DecoderFamily):
-    """No biases; `sliding_window` null means none."""
+    """No biases; `sliding_window` null means none, and an absent one 4096."""
 
     name = "mistral"
     architectures = ("MistralForCausalLM",)
+    absent: ClassVar[Mapping[str, JsonValue]] = {"num_key_value_heads": 8, "sliding_window": 4096}
 
     def attention_bias(self, config: ConfigReader) -> tuple[bool, bool]:  # noqa: ARG002 - hook
         """Never."""

@@ -157,13 +157,63 @@ def test_other_rope_types_are_refused_by_name(kind):
     assert "default, linear, llama3" in caught.value.hint
 
 
+REQUIRED = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
+"""Keys without which no model is meant; transformers would take the sizes of some published model."""
+FOR_ABSENT = {
+    "hidden_size": 128,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 16,
+    "head_dim": 6,
+    "use_sliding_window": True,
+    "sliding_window": 16,
+    "max_window_layers": 1,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 5000.0,
+}
+
+
+ABSENT = [
+    (architecture, key)
+    for architecture in ARCHITECTURES
+    for key in config(architecture, **FOR_ABSENT)
+    if key not in ("architectures", "model_type")
+]
+
+
+@pytest.mark.parametrize(("architecture", "key"), ABSENT)
+def test_an_absent_key_is_what_transformers_takes_it_for_or_is_named(architecture, key):
+    transformers = pytest.importorskip("transformers")
+    values = config(architecture, **FOR_ABSENT)
+    del values[key]
+    family = families.for_architecture(architecture)
+    if key in REQUIRED:
+        with pytest.raises(InvalidConfigError) as caught:
+            family.plan(values)
+        assert caught.value.metadata["field"] == key
+        return
+    options = {name: value for name, value in values.items() if name not in ("architectures", "model_type")}
+    filled = getattr(transformers, architecture.removesuffix("ForCausalLM") + "Config")(**options).to_dict()
+    assert family.plan(filled) == family.plan(values)
+
+
 def windows(**changes):
     return [block.config["sliding_window"] for block in plan(**changes).blocks[1:-1]]
 
 
 def test_sliding_windows():
     assert windows(architecture="MistralForCausalLM", sliding_window=32) == [32] * 3
-    assert windows(architecture="MistralForCausalLM", sliding_window=None) == [None] * 3
+    mistral = config("MistralForCausalLM", sliding_window=None)
+    assert "sliding_window" not in mistral
+    assert windows(architecture="MistralForCausalLM", sliding_window=None) == [4096] * 3
+    null = families.for_architecture("MistralForCausalLM").plan({**mistral, "sliding_window": None})
+    assert [block.config["sliding_window"] for block in null.blocks[1:-1]] == [None] * 3
     qwen = {"architecture": "Qwen2ForCausalLM", "sliding_window": 16}
     assert windows(**qwen) == [None] * 3
     assert windows(**qwen, use_sliding_window=True, max_window_layers=1) == [None, 16, 16]
