@@ -14,7 +14,13 @@ from blockzoo import families
 from blockzoo.errors import AdapterError, UnsupportedAdapterError
 from blockzoo.folders.adapter import AdapterConfig, parse_adapter_config
 from blockzoo.folders.adapter_plan import AdapterPlan, plan_adapter
-from blockzoo.folders.checkpoint import FolderKind, ModelFolder
+from blockzoo.folders.checkpoint import (
+    TEMPLATE,
+    TOKENIZER_CONFIG,
+    FolderKind,
+    ModelFolder,
+    parse_json_object,
+)
 from blockzoo.folders.contents import LAYOUT_FILE, OWN_PREFIX, InBlock, InFile
 from blockzoo.folders.outline import Outline
 from blockzoo.manifest import (
@@ -35,6 +41,9 @@ from blockzoo.store.writing import ManifestWriter, WritableZoo
 
 _NOT_INHERITED = ("model.safetensors.index.json", "README.md", "LICENSE", "LICENSE.txt", "NOTICE")
 """Files of a base that say something about its own folder, not about how to serve it."""
+
+_OTHER_TEMPLATES = (TEMPLATE, "chat_template.json")
+"""Files that hold a chat template, beside tokenizer_config.json, which holds much else."""
 
 
 def register_adapter(job: RegisterJob, base_ref: str | None) -> RegisterResult:
@@ -58,16 +67,31 @@ def register_adapter(job: RegisterJob, base_ref: str | None) -> RegisterResult:
         chain = put_adapter_chain(registration, base, plan, refs)
         layout = folder_layout(folder, adapter_layout(plan))
         own = put_files(registration, {**files, LAYOUT_FILE: layout.to_bytes()}, job.totals)
-        return job.finish(registration, chain, {**inherited_files(record), **own}, job.provenance(base))
+        return job.finish(
+            registration, chain, {**inherited_files(record, files), **own}, job.provenance(base)
+        )
 
 
-def inherited_files(base: VariantRecord) -> dict[str, FileRef]:
-    """Return the files that an adapter takes over from its base unless it brings its own."""
+def inherited_files(base: VariantRecord, own: Mapping[str, bytes]) -> dict[str, FileRef]:
+    """Return the files that an adapter takes over from its base.
+
+    Args:
+        base: the base.
+        own: contents of the adapter's own kept files by name. Where they say what a base says in a file of
+            another name, that file is left behind: read together the base's would win.
+    """
+    left = {*_NOT_INHERITED, *own, *(_OTHER_TEMPLATES if _brings_template(own) else ())}
     return {
-        name: ref
-        for name, ref in base.files.items()
-        if name not in _NOT_INHERITED and not name.startswith(OWN_PREFIX)
+        name: ref for name, ref in base.files.items() if name not in left and not name.startswith(OWN_PREFIX)
     }
+
+
+def _brings_template(own: Mapping[str, bytes]) -> bool:
+    """Whether an adapter has a chat template of its own, in whichever file."""
+    if TEMPLATE in own:
+        return True
+    config = own.get(TOKENIZER_CONFIG)
+    return config is not None and parse_json_object(TOKENIZER_CONFIG, config).get("chat_template") is not None
 
 
 def check_adaptable(record: VariantRecord, base: Outline) -> None:

@@ -121,9 +121,8 @@ def _remake_adapter(
     config = parse_adapter_config(parse_json_object(ADAPTER_CONFIG, _read(store, pushed, ADAPTER_CONFIG)))
     plan = plan_adapter(config, entries, base, lambda a, b: refs.get(a) == refs.get(b))
     _require_equal("layout", layout.tensors, adapter_layout(plan))
-    own = {*layout.filenames, LAYOUT_FILE}
-    inherited = {name: ref for name, ref in inherited_files(pushed.base).items() if name not in own}
-    _require_equal("files", set(pushed.files), own | set(inherited))
+    inherited = inherited_files(pushed.base, {name: _read(store, pushed, name) for name in layout.filenames})
+    _require_equal("files", set(pushed.files), {*layout.filenames, LAYOUT_FILE, *inherited})
     for name, ref in inherited.items():
         _require_equal(f"file {name}", pushed.files[name], ref)
     for pairs in plan.pairs.values():

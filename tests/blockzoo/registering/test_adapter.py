@@ -95,6 +95,27 @@ def test_files_of_the_base_come_along_and_own_ones_win(zoo, tmp_path):
     assert zoo.read_file(record, "README.md") == b"an adapter"
 
 
+@pytest.mark.parametrize("where", ["chat_template.jinja", "tokenizer_config.json", "nowhere", "null"])
+def test_the_chat_template_is_the_adapters_in_whichever_file_it_is(zoo, tmp_path, where):
+    """Read together, the base's chat_template.jinja would win over the adapter's tokenizer_config.json."""
+    values = config()
+    base = write_checkpoint(tmp_path / "templated", values, tensors(values))
+    (base / "chat_template.jinja").write_text("the base's")
+    zoo.register(base, name="templated")
+    path = write_adapter(tmp_path / "a")
+    template = {"tokenizer_config.json": {"chat_template": "its own"}, "null": {"chat_template": None}}
+    (path / "tokenizer_config.json").write_text(json.dumps(template.get(where, {"pad_token": "x"})))
+    if where == "chat_template.jinja":
+        (path / where).write_text("its own")
+    zoo.register(path, name="a", base="templated")
+    record = zoo.resolve("a")
+    if where == "tokenizer_config.json":
+        assert "chat_template.jinja" not in record.files
+    else:
+        expected = b"its own" if where == "chat_template.jinja" else b"the base's"
+        assert zoo.read_file(record, "chat_template.jinja") == expected
+
+
 def test_equal_adapters_share_and_the_same_again_is_unchanged(zoo, tmp_path):
     path = write_adapter(tmp_path / "a")
     zoo.register(path, name="a", base="base")
