@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -362,6 +362,30 @@ def test_what_is_scraped_is_what_the_catalogue_says() -> None:
     assert seen == set(catalogue)
     assert "_created" not in text
     assert "process_resident_memory_bytes" in text
+
+
+PROMETHEUS_2 = (
+    "application/openmetrics-text;version=1.0.0;q=0.5,application/openmetrics-text;version=0.0.1;q=0.4,"
+    "text/plain;version=0.0.4;q=0.3,*/*;q=0.2"
+)
+PROMETHEUS_3 = (
+    "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,"
+    "application/openmetrics-text;version=0.0.1;q=0.5,text/plain;version=1.0.0;escaping=allow-utf-8;q=0.4,"
+    "text/plain;version=0.0.4;q=0.3,*/*;q=0.2"
+)
+
+
+@pytest.mark.parametrize("accept", [PROMETHEUS_2, PROMETHEUS_3, "text/plain;version=1.0.0", "*/*"])
+def test_names_keep_their_colon_whatever_format_is_asked_for(accept: str) -> None:
+    endpoint = MetricsEndpoint("127.0.0.1:0", everything())
+    request = Request(f"http://{endpoint.address}/metrics", headers={"Accept": accept})
+    with urlopen(request, timeout=30) as answer:
+        text, kind = answer.read().decode(), answer.headers["Content-Type"]
+    endpoint.close()
+    assert kind.startswith("text/plain; version=0.0.4")
+    samples = {line.partition("{")[0].partition(" ")[0] for line in text.splitlines() if line[0] != "#"}
+    assert "vllm:num_requests_waiting" in samples
+    assert not any(name.startswith("vllm_") for name in samples)
 
 
 def test_two_servers_in_one_process_do_not_share_metrics() -> None:

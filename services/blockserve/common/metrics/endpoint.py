@@ -1,13 +1,24 @@
-"""The HTTP server that Prometheus scrapes, in a thread of its own."""
+"""The HTTP server that Prometheus scrapes, in a thread of its own.
+
+Whoever asks gets the text format 0.0.4. In others prometheus_client from 0.23 on replaces the colon in names
+like `vllm:num_requests_waiting` (client_python#1177), and Prometheus 2 prefers another one.
+"""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, start_http_server
 
 from blockserve.common.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+
+TEXT_FORMAT = "text/plain;version=0.0.4"
 
 
 class MetricsEndpoint:
@@ -37,6 +48,9 @@ class MetricsEndpoint:
                 listen=listen,
             ) from error
         self._server: WSGIServer = started[0]
+        app = self._server.get_app()
+        assert app is not None
+        self._server.set_app(_in_text_format(app))
         self._thread: threading.Thread = started[1]
         self.address = f"{host}:{self._server.server_port}"
 
@@ -45,3 +59,10 @@ class MetricsEndpoint:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+def _in_text_format(app: WSGIApplication) -> WSGIApplication:
+    def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        return app({**environ, "HTTP_ACCEPT": TEXT_FORMAT}, start_response)
+
+    return answer
