@@ -20,13 +20,32 @@ from blockkernels.backends.reference import ReferenceBackend
 __all__ = [
     "Backend",
     "CpuBackend",
+    "DeviceUnavailableError",
     "FusedLayer",
     "FusedLayers",
     "Inexact",
     "PlannedAdapters",
     "ReferenceBackend",
     "backend_for",
+    "check_device",
 ]
+
+
+class DeviceUnavailableError(RuntimeError):
+    """The device is not there, or this build of torch cannot use it."""
+
+
+def check_device(device: torch.device | str) -> None:
+    """Put a tensor on a device.
+
+    Raises:
+        DeviceUnavailableError: that does not work.
+    """
+    try:
+        torch.zeros(1, device=device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise DeviceUnavailableError(f"the device {str(device)!r} cannot be used: {reason}") from error
 
 
 def backend_for(device: torch.device | str) -> Backend:

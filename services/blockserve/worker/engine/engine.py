@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from blockkernels.backends import backend_for
+from blockkernels.backends import DeviceUnavailableError, backend_for, check_device
 from blockserve.common.api.cluster import ChainSpan, Run, WorkerId
 from blockserve.common.api.engine import (
     EngineReport,
@@ -29,6 +29,7 @@ from blockserve.common.api.engine import (
 from blockserve.common.api.spans import PathTrace, SpanTrace, as_paths
 from blockserve.common.errors import (
     ChainNotLoadedError,
+    ConfigurationError,
     KvCapacityError,
     MemoryBudgetError,
     PathBrokenError,
@@ -76,8 +77,18 @@ class BlockEngine:
             zoo: where blocks are read.
             config: what it may use.
             outlet: the way to other workers; without one every chain has to be here as a whole.
+
+        Raises:
+            ConfigurationError: the device is not there, or does not compute as `config` asks.
         """
         self.config = config or EngineConfig()
+        try:
+            check_device(self.config.device)
+        except DeviceUnavailableError as error:
+            raise ConfigurationError(
+                str(error),
+                hint="Choose --device cpu, or install the driver and a torch build for the device.",
+            ) from error
         self._backend = backend_for(self.config.device)
         self._reader = BlockReader(zoo, self.config, self._backend)
         self._blocks = BlockManager(self._reader, self.config, self._backend)

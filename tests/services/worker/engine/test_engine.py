@@ -15,6 +15,7 @@ from blockserve.common.api.engine import EngineRequest, SamplingParams, TokenEve
 from blockserve.common.api.tokens import FinishReason
 from blockserve.common.errors import (
     ChainNotLoadedError,
+    ConfigurationError,
     DeadlineExceededError,
     EngineFailedError,
     KvCapacityError,
@@ -57,6 +58,13 @@ async def until(condition: Any, engine: BlockEngine) -> None:
 
 def run(work: Coroutine[Any, Any, Any]) -> Any:
     return asyncio.run(work)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "quantum"])
+def test_a_device_that_is_not_there_is_refused_at_once(tiny: TinyZoo, device: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"the device '{device}' cannot be used: ") as caught:
+        BlockEngine(tiny.zoo, replace(SMALL, device=device))
+    assert "--device cpu" in caught.value.hint
 
 
 def test_variants_meet_in_one_base_pass(engine: BlockEngine, tiny: TinyZoo) -> None:
