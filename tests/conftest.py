@@ -65,6 +65,7 @@ def smollm2() -> Path:
 CLUSTERS = ("tests/e2e/", "tests/scripts/test_demo_cluster.py", "tests/test_bench_cluster.py")
 """They start clusters of processes, which take both cores and time each other: one such test at a time."""
 NO_CLUSTERS = ("tests/e2e/test_demo_assets.py",)
+"""They stand among those and start none."""
 LONG_FILES = ("tests/oracle/", "tests/services/worker/", "tests/kernels/")
 
 

@@ -24,9 +24,6 @@ from support.variants import Variant, VariantFactory
 from support.zoos import copy_zoo
 
 NUM_TOKENS = 150
-"""Of answers that something happens to."""
-BRIEFLY = {"max_tokens": 64}
-"""For answers that nothing happens to."""
 LEASE_SECONDS = 3.0
 """The default of `state.lease_seconds`."""
 PROMPT = "Every tenant sends requests"
@@ -111,13 +108,9 @@ WISHES: list[tuple[str, dict[str, Any]]] = [
 """Greedy and sampled, of every variant."""
 
 
-async def ask_all(client: AsyncClient, **options: Any) -> list[Transcript]:
+async def ask_all(client: AsyncClient) -> list[Transcript]:
     """Every wish once, all at the same time."""
-    return list(
-        await asyncio.gather(
-            *(Transcript().follow(client, model, **{**more, **options}) for model, more in WISHES)
-        )
-    )
+    return list(await asyncio.gather(*(Transcript().follow(client, model, **more) for model, more in WISHES)))
 
 
 async def load_all(rig: Cluster, cuts: dict[str, tuple[int, int]]) -> None:
@@ -132,41 +125,31 @@ HALVES = {"a": (0, 3), "b": (3, 0), "c": (0, 3), "d": (3, 0)}
 
 
 @pytest.mark.parametrize(
-    ("cuts", "repeated"),
-    [
-        pytest.param({"a": (0, 3), "b": (3, 0)}, slice(0, None, 2), id="two workers"),
-        pytest.param(
-            {"a": (0, 2), "b": (2, 3), "c": (3, 4), "d": (4, 0)}, slice(1, None, 2), id="four workers"
-        ),
-    ],
+    "cuts",
+    [{"a": (0, 3), "b": (3, 0)}, {"a": (0, 2), "b": (2, 3), "c": (3, 4), "d": (4, 0)}],
+    ids=["two workers", "four workers"],
 )
 def test_tokens_are_those_of_transformers_and_of_one_process(
-    made: Made, zoo: Zoo, tmp_path: Path, cuts: dict[str, tuple[int, int]], repeated: slice
+    made: Made, zoo: Zoo, tmp_path: Path, cuts: dict[str, tuple[int, int]]
 ) -> None:
-    """All at once, then one after another over cached prefixes: greedy ones here, sampled ones there."""
-
     async def work() -> None:
         async with cluster(zoo, tmp_path, [*cuts, "whole"], **SETTINGS) as rig:
             await rig.load("whole", "base")
             for model in ("base", "adapter", "tuned"):
                 await rig.load("whole", model)
             async with rig.client() as client:
-                alone = await ask_all(client, **BRIEFLY)
+                alone = await ask_all(client)
                 await rig.workers["whole"].terminate()
                 await load_all(rig, cuts)
-                split = await ask_all(client, **BRIEFLY)
-                again = [
-                    await Transcript().follow(client, model, **more, **BRIEFLY)
-                    for model, more in WISHES[repeated]
-                ]
+                split = await ask_all(client)
+                again = [await Transcript().follow(client, model, **more) for model, more in WISHES]
             await rig.until_clean()
             assert [one.tokens for one in split] == [one.tokens for one in alone]
-            assert [one.tokens for one in again] == [one.tokens for one in alone[repeated]]
+            assert [one.tokens for one in again] == [one.tokens for one in alone]
             assert [one.text for one in split] == [one.text for one in alone]
             for (model, options), one in zip(WISHES, split, strict=True):
-                assert len(one.tokens) == BRIEFLY["max_tokens"]
                 if not options:
-                    assert tuple(one.tokens) == made.greedy(model, made.prompt(), len(one.tokens))
+                    assert tuple(one.tokens) == made.greedy(model, made.prompt(), NUM_TOKENS)
             assert len({tuple(one.tokens) for one in split}) == len(WISHES)
             for name in cuts:
                 assert len((await rig.describe(name)).spans) == 3
@@ -403,17 +386,17 @@ def test_the_controller_places_what_is_asked_for(made: Made, zoo: Zoo, tmp_path:
         async with cluster(zoo, tmp_path, ["a", "b"], **SETTINGS) as rig:
             await asyncio.gather(rig.start_controller(), rig.start_controller())
             async with rig.client() as client:
-                first = await ask_all(client, **BRIEFLY)
+                first = await ask_all(client)
                 zoo.register(made.variants["base"].path, name="later")
-                later = await Transcript().follow(client, "later", **BRIEFLY)
+                later = await Transcript().follow(client, "later")
                 rig.workers["a"].kill()
                 rig.controllers[0].kill()
-                after = await ask_all(client, **BRIEFLY)
+                after = await ask_all(client)
                 await rig.start_worker("c")
                 rig.workers["b"].kill()
-                last = await ask_all(client, **BRIEFLY)
+                last = await ask_all(client)
             await rig.until_clean()
-            assert tuple(later.tokens) == made.greedy("base", made.prompt(), len(later.tokens))
+            assert tuple(later.tokens) == made.greedy("base", made.prompt(), NUM_TOKENS)
             for answers in (after, last):
                 assert [one.tokens for one in answers] == [one.tokens for one in first]
 

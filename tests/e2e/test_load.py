@@ -141,7 +141,7 @@ def retry_seconds(error: grpc.aio.AioRpcError) -> float:
 
 @async_test
 async def test_sigterm_lets_every_stream_end_with_all_its_tokens(zoo: Zoo, tmp_path: Path) -> None:
-    num_streams, num_tokens = 8, 120
+    num_streams, num_tokens = 8, 300
     with process(zoo, tmp_path, engine_max_running_requests=2, drain_seconds=300) as server:
         async with AsyncClient(server.address, resume_attempts=0) as client:
             alone = [
