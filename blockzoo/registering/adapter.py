@@ -5,7 +5,7 @@ Whole tensors that an adapter brings replace the base's in private blocks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -42,8 +42,8 @@ from blockzoo.store.writing import ManifestWriter, WritableZoo
 _NOT_INHERITED = ("model.safetensors.index.json", "README.md", "LICENSE", "LICENSE.txt", "NOTICE")
 """Files of a base that say something about its own folder, not about how to serve it."""
 
-_OTHER_TEMPLATES = (TEMPLATE, "chat_template.json")
-"""Files that hold a chat template, beside tokenizer_config.json, which holds much else."""
+_TEMPLATES = (TEMPLATE, "chat_template.json")
+"""Files that hold a chat template and nothing else."""
 
 
 def register_adapter(job: RegisterJob, base_ref: str | None) -> RegisterResult:
@@ -68,30 +68,38 @@ def register_adapter(job: RegisterJob, base_ref: str | None) -> RegisterResult:
         layout = folder_layout(folder, adapter_layout(plan))
         own = put_files(registration, {**files, LAYOUT_FILE: layout.to_bytes()}, job.totals)
         return job.finish(
-            registration, chain, {**inherited_files(record, files), **own}, job.provenance(base)
+            registration,
+            chain,
+            {**inherited_files(record, files, files.__getitem__), **own},
+            job.provenance(base),
         )
 
 
-def inherited_files(base: VariantRecord, own: Mapping[str, bytes]) -> dict[str, FileRef]:
+def inherited_files(
+    base: VariantRecord, own: Collection[str], read: Callable[[str], bytes]
+) -> dict[str, FileRef]:
     """Return the files that an adapter takes over from its base.
+
+    An adapter's chat template replaces its base's in whichever file each of them has it: read together, the
+    base's could win.
 
     Args:
         base: the base.
-        own: contents of the adapter's own kept files by name. Where they say what a base says in a file of
-            another name, that file is left behind: read together the base's would win.
+        own: names of the adapter's own kept files.
+        read: gives the contents of one of them.
     """
-    left = {*_NOT_INHERITED, *own, *(_OTHER_TEMPLATES if _brings_template(own) else ())}
+    left = {*_NOT_INHERITED, *own, *(_TEMPLATES if _has_template(own, read) else ())}
     return {
         name: ref for name, ref in base.files.items() if name not in left and not name.startswith(OWN_PREFIX)
     }
 
 
-def _brings_template(own: Mapping[str, bytes]) -> bool:
-    """Whether an adapter has a chat template of its own, in whichever file."""
+def _has_template(own: Collection[str], read: Callable[[str], bytes]) -> bool:
     if TEMPLATE in own:
         return True
-    config = own.get(TOKENIZER_CONFIG)
-    return config is not None and parse_json_object(TOKENIZER_CONFIG, config).get("chat_template") is not None
+    if TOKENIZER_CONFIG not in own:
+        return False
+    return parse_json_object(TOKENIZER_CONFIG, read(TOKENIZER_CONFIG)).get("chat_template") is not None
 
 
 def check_adaptable(record: VariantRecord, base: Outline) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from blockzoo.errors import CorruptionError, InvalidManifestError, NotFoundError
 from blockzoo.families import CHUNK_ROWS
@@ -121,7 +122,7 @@ def _remake_adapter(
     config = parse_adapter_config(parse_json_object(ADAPTER_CONFIG, _read(store, pushed, ADAPTER_CONFIG)))
     plan = plan_adapter(config, entries, base, lambda a, b: refs.get(a) == refs.get(b))
     _require_equal("layout", layout.tensors, adapter_layout(plan))
-    inherited = inherited_files(pushed.base, {name: _read(store, pushed, name) for name in layout.filenames})
+    inherited = inherited_files(pushed.base, layout.filenames, partial(_read, store, pushed))
     _require_equal("files", set(pushed.files), {*layout.filenames, LAYOUT_FILE, *inherited})
     for name, ref in inherited.items():
         _require_equal(f"file {name}", pushed.files[name], ref)
