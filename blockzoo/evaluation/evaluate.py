@@ -138,14 +138,11 @@ def _loader(zoo: Zoo, dtype: str, device: str) -> LinkLoader:
             hint="Install blockzoo[worker,router] on this machine. Listing and approving records needs "
             "neither.",
         ) from error
+    from blockkernels.backends import DeviceUnavailableError, check_device
     from blockzoo.evaluation.forward import LinkLoader
 
     try:
-        place = torch.device(device)
-        torch.empty(1, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise InvalidInputError(
-            f"torch cannot use the device {device!r}: {error}",
-            hint="Use cpu, or cuda if the machine has a GPU.",
-        ) from error
-    return LinkLoader(zoo, getattr(torch, dtype), place)
+        check_device(device)
+    except DeviceUnavailableError as error:
+        raise InvalidInputError(str(error), hint="Use cpu, or cuda if the machine has a GPU.") from error
+    return LinkLoader(zoo, getattr(torch, dtype), torch.device(device))
