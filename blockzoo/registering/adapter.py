@@ -14,14 +14,9 @@ from blockzoo import families
 from blockzoo.errors import AdapterError, UnsupportedAdapterError
 from blockzoo.folders.adapter import AdapterConfig, parse_adapter_config
 from blockzoo.folders.adapter_plan import AdapterPlan, plan_adapter
-from blockzoo.folders.checkpoint import (
-    TEMPLATE,
-    TOKENIZER_CONFIG,
-    FolderKind,
-    ModelFolder,
-    parse_json_object,
-)
+from blockzoo.folders.checkpoint import FolderKind, ModelFolder
 from blockzoo.folders.contents import LAYOUT_FILE, OWN_PREFIX, InBlock, InFile
+from blockzoo.folders.files import TEMPLATE, TOKENIZER_CONFIG, parse_json_object
 from blockzoo.folders.outline import Outline
 from blockzoo.manifest import (
     BlockId,

@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from blockzoo.errors import VariantNotFoundError
-from blockzoo.folders.checkpoint import ModelFolder, read_kept_file
+from blockzoo.folders.checkpoint import ModelFolder
 from blockzoo.folders.contents import FolderLayout, InBlock, InFile
+from blockzoo.folders.files import read_kept_file
 from blockzoo.folders.outline import Outline
 from blockzoo.json_report import JsonReport
 from blockzoo.manifest import BlockManifest, ChainId, FileRef, VariantRecord

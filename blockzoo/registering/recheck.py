@@ -15,19 +15,18 @@ from blockzoo.errors import CorruptionError, InvalidManifestError, NotFoundError
 from blockzoo.families import CHUNK_ROWS
 from blockzoo.folders.adapter import parse_adapter_config
 from blockzoo.folders.adapter_plan import plan_adapter
-from blockzoo.folders.checkpoint import (
+from blockzoo.folders.checkpoint import FolderKind, check_shards
+from blockzoo.folders.checkpoint_plan import match_tensors, plan_checkpoint
+from blockzoo.folders.contents import LAYOUT_FILE, FolderLayout, InBlock, InFile
+from blockzoo.folders.files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     CONFIG,
     INDEX,
     KEPT_FILES,
-    FolderKind,
     check_kept_file,
-    check_shards,
     parse_json_object,
 )
-from blockzoo.folders.checkpoint_plan import match_tensors, plan_checkpoint
-from blockzoo.folders.contents import LAYOUT_FILE, FolderLayout, InBlock, InFile
 from blockzoo.folders.safetensors_io import TensorEntry, parse_header
 from blockzoo.manifest import BlockId, BlockManifest, ChainManifest, DType, FileRef, TensorRef, VariantRecord
 from blockzoo.registering.adapter import adapter_layout, check_adaptable, inherited_files, put_adapter_chain

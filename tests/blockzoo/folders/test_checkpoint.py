@@ -11,7 +11,8 @@ from blockzoo.errors import (
     TensorMismatchError,
     TruncatedFileError,
 )
-from blockzoo.folders.checkpoint import FolderKind, inside, open_folder, read_kept_file
+from blockzoo.folders.checkpoint import FolderKind, open_folder
+from blockzoo.folders.files import inside, read_kept_file
 from support.folders import (
     adapter_config,
     config,
