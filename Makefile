@@ -105,7 +105,7 @@ proto-check:
 
 .PHONY: docs
 docs: venv ## Regenerate what docs/ takes from the code: settings, metrics, the list of modules
-	@$(BIN)/python scripts/config_docs.py && $(BIN)/python scripts/metrics_docs.py
+	@$(BIN)/python scripts/config_docs.py && $(BIN)/python scripts/metrics_docs.py && $(BIN)/python scripts/field_docs.py
 	@$(BIN)/python scripts/document_modules.py
 
 .PHONY: findings

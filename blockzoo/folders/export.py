@@ -95,6 +95,7 @@ class _Writer:
             self._progress.finish()
         for name in self._layout.filenames:
             data = self._store.blobs.read(self._record.files[name].blob)
+            (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(data)
             sizes[name] = len(data)
         return sizes

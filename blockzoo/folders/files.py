@@ -15,6 +15,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
 
@@ -23,7 +24,7 @@ KEPT_FILES = (
     INDEX,
     ADAPTER_CONFIG,
     "generation_config.json",
-    "tokenizer.json",
+    TOKENIZER,
     TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
@@ -38,6 +39,12 @@ KEPT_FILES = (
     "NOTICE",
 )
 """Files kept beside the weights: what serving needs and what says whose the model is."""
+
+TEMPLATE_FOLDER = "additional_chat_templates"
+"""The subfolder of named chat templates; every *.jinja in it is kept too."""
+
+MAX_TEMPLATES = 64
+"""Most named chat templates of a folder."""
 
 MAX_JSON_BYTES = 64 << 20
 """Largest config or shard index read."""
@@ -105,14 +112,29 @@ def check_kept_file(name: str, data: bytes) -> None:
             parse_json_object(name, data)
 
 
+def is_kept(name: str) -> bool:
+    """Tell whether a file of this name, relative to the folder, is kept with a variant."""
+    return name in KEPT_FILES or template_name(name) is not None
+
+
+def template_name(filename: str) -> str | None:
+    """Return the name of the chat template that a file of `TEMPLATE_FOLDER` holds, None for another file."""
+    folder, _, file = filename.partition("/")
+    name = file.removesuffix(".jinja")
+    return name if folder == TEMPLATE_FOLDER and name != file and _is_simple(file) and name else None
+
+
+def _is_simple(name: str) -> bool:
+    return name not in ("", ".", "..") and not set("/\\\0") & set(name) and name.isprintable()
+
+
 def inside(folder: Path, name: str) -> Path:
-    """Return the path of `name` in `folder`.
+    """Return the path of `name` in `folder`: a file directly in it, or a named chat template.
 
     Raises:
         PathEscapeError: the name, or a link that it names, leaves the folder.
     """
-    simple = name not in ("", ".", "..") and not set("/\\\0") & set(name) and name.isprintable()
-    if not simple or not _stays_inside(folder, name):
+    if not (_is_simple(name) or template_name(name)) or not _stays_inside(folder, name):
         raise PathEscapeError(
             f"file name {name[:200]!r} points outside the folder {folder.name}",
             hint="Weight files must lie directly in the checkpoint folder; copy them there.",
@@ -123,17 +145,33 @@ def inside(folder: Path, name: str) -> Path:
 
 def _stays_inside(folder: Path, name: str) -> bool:
     """Follow links, allowing those of the hub's cache: snapshots/<revision>/x -> ../../blobs/<digest>."""
-    target = (folder / name).resolve()
     real = folder.resolve()
-    if target.parent == real:
+    target = (real / name).resolve()
+    if target.parent == (real / name).parent:
         return True
     is_cache = real.parent.name == "snapshots" and target.parent == real.parent.parent / "blobs"
     return is_cache and real.parent.parent.name.startswith("models--")
 
 
 def kept_files(path: Path) -> dict[str, Path]:
-    """Return the kept files of a folder by name; raises PathEscapeError for a link that leaves it."""
-    return {name: inside(path, name) for name in KEPT_FILES if (path / name).is_file()}
+    """Return the kept files of a folder by name.
+
+    Raises:
+        PathEscapeError: a link leaves the folder.
+        InvalidConfigError: too many named chat templates.
+    """
+    names = [*KEPT_FILES, *_template_files(path)]
+    return {name: inside(path, name) for name in names if (path / name).is_file()}
+
+
+def _template_files(path: Path) -> list[str]:
+    names = sorted(f"{TEMPLATE_FOLDER}/{file.name}" for file in (path / TEMPLATE_FOLDER).glob("*.jinja"))
+    if len(names) > MAX_TEMPLATES:
+        raise InvalidConfigError(
+            f"{TEMPLATE_FOLDER} holds {len(names)} chat templates, more than {MAX_TEMPLATES}",
+            hint="Remove the ones that are not needed.",
+        )
+    return names
 
 
 def _read_limited(path: Path, limit: int) -> bytes:

@@ -14,10 +14,12 @@ from blockzoo import families
 from blockzoo.errors import AdapterError, UnsupportedAdapterError
 from blockzoo.folders.adapter import AdapterConfig, parse_adapter_config
 from blockzoo.folders.adapter_plan import AdapterPlan, plan_adapter
+from blockzoo.folders.chat_templates import has_templates, is_template_file
 from blockzoo.folders.checkpoint import FolderKind, ModelFolder
 from blockzoo.folders.contents import LAYOUT_FILE, OWN_PREFIX, InBlock, InFile
-from blockzoo.folders.files import TEMPLATE, TOKENIZER_CONFIG, parse_json_object
+from blockzoo.folders.files import TOKENIZER, TOKENIZER_CONFIG, parse_json_object
 from blockzoo.folders.outline import Outline
+from blockzoo.folders.safetensors_io import TensorEntry
 from blockzoo.manifest import (
     BlockId,
     BlockKind,
@@ -30,6 +32,7 @@ from blockzoo.manifest import (
     VariantRecord,
 )
 from blockzoo.names import near_names, parse_ref
+from blockzoo.registering.beside import check_files_beside
 from blockzoo.registering.job import RegisterJob, RegisterResult, folder_layout, read_outline, with_tied
 from blockzoo.registering.upload import Upload, put_files, put_uploads
 from blockzoo.store.writing import ManifestWriter, WritableZoo
@@ -37,8 +40,15 @@ from blockzoo.store.writing import ManifestWriter, WritableZoo
 _NOT_INHERITED = ("model.safetensors.index.json", "README.md", "LICENSE", "LICENSE.txt", "NOTICE")
 """Files of a base that say something about its own folder, not about how to serve it."""
 
-_TEMPLATES = (TEMPLATE, "chat_template.json")
-"""Files that hold a chat template and nothing else."""
+_TOKENIZER_FILES = (
+    TOKENIZER,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+"""Files of a tokenizer; a tokenizer.json holds what the others do."""
 
 
 def register_adapter(job: RegisterJob, base_ref: str | None) -> RegisterResult:
@@ -54,6 +64,7 @@ def register_adapter(job: RegisterJob, base_ref: str | None) -> RegisterResult:
     check_adaptable(record, base)
     plan = plan_adapter(config, folder.tensors, base, lambda a, b: _same_bytes(folder, a, b))
     files = job.read_files()
+    facts = check_files_beside(files, files.__getitem__, vocab_with(plan, folder.tensors, base))
     uploads = _adapter_uploads(folder, plan, base)
     pieces = job.inspect(uploads)
     with job.registration() as registration:
@@ -66,7 +77,7 @@ def register_adapter(job: RegisterJob, base_ref: str | None) -> RegisterResult:
             registration,
             chain,
             {**inherited_files(record, files, files.__getitem__), **own},
-            job.provenance(base),
+            {**job.provenance(base), **facts},
         )
 
 
@@ -75,26 +86,32 @@ def inherited_files(
 ) -> dict[str, FileRef]:
     """Return the files that an adapter takes over from its base.
 
-    An adapter's chat template replaces its base's in whichever file each of them has it: read together, the
-    base's could win.
+    What is spread over several files is replaced as a whole, as the base's part could win otherwise: an
+    adapter with a chat template takes over no template file, and one with a tokenizer.json no other file of
+    a tokenizer but tokenizer_config.json.
 
     Args:
         base: the base.
         own: names of the adapter's own kept files.
         read: gives the contents of one of them.
     """
-    left = {*_NOT_INHERITED, *own, *(_TEMPLATES if _has_template(own, read) else ())}
-    return {
-        name: ref for name, ref in base.files.items() if name not in left and not name.startswith(OWN_PREFIX)
-    }
+    config = parse_json_object(TOKENIZER_CONFIG, read(TOKENIZER_CONFIG)) if TOKENIZER_CONFIG in own else {}
+    own_templates = has_templates(own, config)
+
+    def is_taken(name: str) -> bool:
+        if name in own or name in _NOT_INHERITED or name.startswith(OWN_PREFIX):
+            return False
+        if name in _TOKENIZER_FILES:
+            return TOKENIZER not in own
+        return not (own_templates and (is_template_file(name) or name == "chat_template.json"))
+
+    return {name: ref for name, ref in base.files.items() if is_taken(name)}
 
 
-def _has_template(own: Collection[str], read: Callable[[str], bytes]) -> bool:
-    if TEMPLATE in own:
-        return True
-    if TOKENIZER_CONFIG not in own:
-        return False
-    return parse_json_object(TOKENIZER_CONFIG, read(TOKENIZER_CONFIG)).get("chat_template") is not None
+def vocab_with(plan: AdapterPlan, entries: Mapping[str, TensorEntry], base: Outline) -> int:
+    """Return the rows of the head with an adapter, which may bring a larger one."""
+    source = plan.replaced.get(base.head, {}).get("lm_head.weight")
+    return base.chain.vocab_size if source is None else entries[source].shape[0]
 
 
 def check_adaptable(record: VariantRecord, base: Outline) -> None:

@@ -11,6 +11,7 @@ from blockzoo.folders.contents import LAYOUT_FILE, InBlock, InFile
 from blockzoo.folders.outline import Outline
 from blockzoo.manifest import BlockManifest, ChainId, ChainManifest, Link, TensorRef
 from blockzoo.names import parse_ref
+from blockzoo.registering.beside import check_files_beside
 from blockzoo.registering.job import RegisterJob, RegisterResult, folder_layout, read_outline, with_tied
 from blockzoo.registering.upload import Upload, put_files, put_uploads
 from blockzoo.store.writing import ManifestWriter
@@ -28,6 +29,7 @@ def register_checkpoint(job: RegisterJob, base_ref: str | None) -> RegisterResul
     record = None if base_ref is None else job.store.resolve(*parse_ref(base_ref))
     base = None if record is None else read_outline(job.store, record)
     files = job.read_files()
+    facts = check_files_beside(files, files.__getitem__, plan.vocab_size)
     uploads = _checkpoint_uploads(folder, plan, matched.sources, base)
     pieces = job.inspect(uploads)
     with job.registration() as registration:
@@ -39,7 +41,7 @@ def register_checkpoint(job: RegisterJob, base_ref: str | None) -> RegisterResul
         layout = folder_layout(folder, checkpoint_layout(plan, matched.sources, matched.ignored))
         extra = {place.filename: bytes(folder.read(name)) for name, place in matched.ignored.items()}
         stored = put_files(registration, {**files, **extra, LAYOUT_FILE: layout.to_bytes()}, job.totals)
-        provenance = {**job.provenance(base), "architecture": architecture_of(folder.config)}
+        provenance = {**job.provenance(base), "architecture": architecture_of(folder.config), **facts}
         return job.finish(registration, chain, stored, provenance, tuple(matched.ignored))
 
 

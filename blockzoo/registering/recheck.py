@@ -23,13 +23,20 @@ from blockzoo.folders.files import (
     ADAPTER_WEIGHTS,
     CONFIG,
     INDEX,
-    KEPT_FILES,
     check_kept_file,
+    is_kept,
     parse_json_object,
 )
 from blockzoo.folders.safetensors_io import TensorEntry, parse_header
 from blockzoo.manifest import BlockId, BlockManifest, ChainManifest, DType, FileRef, TensorRef, VariantRecord
-from blockzoo.registering.adapter import adapter_layout, check_adaptable, inherited_files, put_adapter_chain
+from blockzoo.registering.adapter import (
+    adapter_layout,
+    check_adaptable,
+    inherited_files,
+    put_adapter_chain,
+    vocab_with,
+)
+from blockzoo.registering.beside import check_files_beside
 from blockzoo.registering.checkpoint import architecture_of, checkpoint_layout, put_checkpoint_chain
 from blockzoo.registering.checkpoint import checkpoint_blocks as make_blocks
 from blockzoo.registering.job import read_outline
@@ -103,7 +110,8 @@ def _remake_checkpoint(
             source = matched.sources[position, name]
             _check_ref(store, source, entries[source], refs, planned.chunk_rows)
     put_checkpoint_chain(recorder, make_blocks(plan, matched.sources, refs), plan)
-    return {"architecture": architecture_of(config)}
+    beside = check_files_beside(layout.filenames, partial(_read, store, pushed), plan.vocab_size)
+    return {"architecture": architecture_of(config), **beside}
 
 
 def _remake_adapter(
@@ -133,7 +141,9 @@ def _remake_adapter(
             chunk_rows = CHUNK_ROWS if name in ("weight", "lm_head.weight") else 0
             _check_ref(store, source, entries[source], refs, chunk_rows)
     put_adapter_chain(recorder, base, plan, refs)
-    return {"base": base.ref}
+    vocab_size = vocab_with(plan, entries, base)
+    beside = check_files_beside(layout.filenames, partial(_read, store, pushed), vocab_size)
+    return {"base": base.ref, **beside}
 
 
 def _read_layout(store: ZooStore, pushed: Pushed) -> FolderLayout:
@@ -144,7 +154,7 @@ def _read_layout(store: ZooStore, pushed: Pushed) -> FolderLayout:
     except (CorruptionError, ValueError) as error:
         raise _invalid(str(error)) from error
     for name in layout.filenames:
-        if name not in KEPT_FILES:
+        if not is_kept(name):
             raise _invalid(f"{name[:100]!r} is not a file that is kept with a variant", file=name[:100])
         check_kept_file(name, _read(store, pushed, name))
     for name in layout.shards:

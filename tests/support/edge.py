@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import hashlib
 import inspect
 import json
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -20,7 +22,9 @@ from blockserve.common.errors import ChainNotLoadedError
 from blockserve.embedded.server import EmbeddedServer
 from blockserve.embedded.settings import EmbeddedSettings
 from blockserve.embedded.startup import Parts
+from blockserve.router.intake.variant_files import VariantFiles
 from blockzoo.errors import NotFoundError, VariantNotFoundError
+from blockzoo.folders.files import kept_files
 from blockzoo.manifest import (
     BlobId,
     BlockId,
@@ -131,6 +135,25 @@ def suffix_tokenizer() -> Tokenizer:
 def tokenizer_json() -> bytes:
     """`byte_level_tokenizer` as a file."""
     return byte_level_tokenizer().to_str().encode()
+
+
+def files_of(contents: Mapping[str, Any]) -> VariantFiles:
+    """The small files of a variant, from their contents: bytes, or what is to be written as JSON."""
+    data = {
+        name: value if isinstance(value, bytes) else json.dumps(value).encode()
+        for name, value in contents.items()
+    }
+    files = {
+        name: FileRef(BlobId(hashlib.sha256(value).hexdigest()), len(value)) for name, value in data.items()
+    }
+    return VariantFiles(
+        VariantRecord(VariantName("v"), 1, ChainId("c" * 64), "checkpoint", files, {}), data.__getitem__
+    )
+
+
+def folder_contents(folder: Path) -> dict[str, bytes]:
+    """The kept files of a folder."""
+    return {name: path.read_bytes() for name, path in kept_files(folder).items()}
 
 
 def variant_files(**changes: bytes | None) -> dict[str, bytes]:

@@ -159,6 +159,8 @@ def _print_registered(result: RegisterResult) -> None:
         f"  {format_bytes(result.num_bytes)} in the folder, {known:.0%} of it known; "
         f"{format_bytes(result.new_bytes)} new, {format_bytes(result.stored_bytes)} stored"
     )
+    if aside := record.provenance.get("set_aside"):
+        say(f"  fields without effect here: {aside}")
     if result.ignored:
         names = ", ".join(result.ignored[:3]) + (", ..." if len(result.ignored) > 3 else "")
         say(

@@ -15,7 +15,7 @@ from typing import NewType
 
 from blockzoo.manifest import ChainId, Link
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 """Of the messages between routers and workers; see docs/compatibility.md."""
 
 WorkerId = NewType("WorkerId", str)

@@ -30,7 +30,10 @@ class SamplingParams:
             above 0, 1 is none.
         presence_penalty: subtracted from the logits of tokens of the output, once each.
         frequency_penalty: subtracted for each time they are in it.
-        logit_bias: (token id, value to add to its logit), ids distinct.
+        logit_bias: (token id, value to add to its logit), ids distinct; -inf forbids the token.
+        sequence_bias: (two or more token ids, value to add to the logit of the last one where prompt and
+            output end with the others).
+        begin_suppress: tokens that are not the first of the output.
     """
 
     temperature: float = 1.0
@@ -43,11 +46,18 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
+    sequence_bias: tuple[tuple[tuple[int, ...], float], ...] = ()
+    begin_suppress: tuple[int, ...] = ()
 
     @property
     def has_penalties(self) -> bool:
         """Whether the tokens so far change the logits of the next."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    @property
+    def has_biases(self) -> bool:
+        """Whether anything is added to logits."""
+        return bool(self.logit_bias or self.sequence_bias or self.begin_suppress)
 
     @property
     def is_greedy(self) -> bool:

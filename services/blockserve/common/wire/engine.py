@@ -151,6 +151,10 @@ def _sampling_to_message(sampling: SamplingParams) -> worker_pb2.ResolvedSamplin
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
         logit_bias=dict(sampling.logit_bias),
+        sequence_bias=[
+            worker_pb2.SequenceBias(token_ids=ids, bias=bias) for ids, bias in sampling.sequence_bias
+        ],
+        begin_suppress=sampling.begin_suppress,
     )
 
 
@@ -166,6 +170,8 @@ def _sampling_from_message(message: worker_pb2.ResolvedSampling) -> SamplingPara
         presence_penalty=message.presence_penalty,
         frequency_penalty=message.frequency_penalty,
         logit_bias=tuple(sorted(message.logit_bias.items())),
+        sequence_bias=tuple((tuple(one.token_ids), one.bias) for one in message.sequence_bias),
+        begin_suppress=tuple(message.begin_suppress),
     )
 
 

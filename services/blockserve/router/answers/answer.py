@@ -137,7 +137,7 @@ class Answer:
         ended_by_token = event.finish is FinishReason.STOP
         hidden = ended_by_token and not self._plan.call.stopping.include_stop
         text = "" if hidden else self._text.push(event.token_id)
-        if event.index >= self._plan.call.stopping.min_tokens:
+        if event.index >= self._plan.request.min_tokens:
             text = self._matcher.push(text)
         if event.finish is not None and self._matcher.matched is None:
             text += self._matcher.push(self._text.finish())

@@ -14,15 +14,14 @@ from typing import Protocol
 from blockserve.common.errors import PromptError
 from blockserve.router.intake.chat import ChatTemplates
 from blockserve.router.intake.tokenizer import TokenizerCache, VariantTokenizer
-from blockserve.router.intake.variant_files import GenerationDefaults, chat_templates, generation_defaults
+from blockserve.router.intake.variant_files import TokenizerSource, VariantFiles
 from blockserve.router.limits import RouterConfig
 from blockzoo.errors import BlockzooError
-from blockzoo.manifest import BlobId, ChainId, ChainManifest, VariantRecord
+from blockzoo.folders.generation import GenerationDefaults
+from blockzoo.manifest import ChainId, ChainManifest, VariantRecord
 from blockzoo.storage import Stamp
 
 log = logging.getLogger(__name__)
-
-TOKENIZER_FILE = "tokenizer.json"
 
 
 class ZooReader(Protocol):
@@ -63,23 +62,19 @@ class ServedVariant:
         chain: the manifest of its chain.
         defaults: what its generation_config.json asks for.
         templates: its chat templates.
+        tokenizer: what its tokenizer is made of, None when it was registered without one.
     """
 
     record: VariantRecord
     chain: ChainManifest
     defaults: GenerationDefaults
     templates: ChatTemplates
+    tokenizer: TokenizerSource | None
 
     @property
     def ref(self) -> str:
         """`name@version`."""
         return f"{self.record.name}@{self.record.version}"
-
-    @property
-    def tokenizer_blob(self) -> BlobId | None:
-        """Where its tokenizer.json is, if it has one."""
-        file = self.record.files.get(TOKENIZER_FILE)
-        return file.blob if file else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,11 +150,11 @@ class VariantCatalog:
         Raises:
             PromptError: its tokenizer.json cannot be used.
         """
-        blob = variant.tokenizer_blob
-        if blob is None:
+        source = variant.tokenizer
+        if source is None:
             return None
         # Handing work to a thread costs a request more than most other steps before the engine.
-        return self._tokenizers.ready(blob) or await asyncio.to_thread(self.tokenizer_blocking, variant)
+        return self._tokenizers.ready(source.key) or await asyncio.to_thread(self.tokenizer_blocking, variant)
 
     async def encode(self, variant: ServedVariant, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         """Token ids of a text by the variant's tokenizer.
@@ -217,10 +212,16 @@ class VariantCatalog:
 
     def tokenizer_blocking(self, variant: ServedVariant) -> VariantTokenizer | None:
         """`tokenizer` for threads."""
-        blob = variant.tokenizer_blob
-        if blob is None:
+        source = variant.tokenizer
+        if source is None:
             return None
-        return self._tokenizers.get(blob, lambda: self._zoo.read_file(variant.record, TOKENIZER_FILE))
+
+        def make() -> VariantTokenizer:
+            return VariantTokenizer.from_bytes(
+                self._zoo.read_file(variant.record, source.filename), source.facts
+            )
+
+        return self._tokenizers.get(source.key, make)
 
     def _by_name(self) -> list[VariantRecord]:
         return sorted(self._zoo.variants(), key=lambda record: record.name)
@@ -280,9 +281,15 @@ class VariantCatalog:
             return DamagedVariant(record, error)
 
     def _describe(self, record: VariantRecord) -> ServedVariant:
-        def read(filename: str) -> bytes | None:
-            return self._zoo.read_file(record, filename) if filename in record.files else None
+        def read(filename: str) -> bytes:
+            return self._zoo.read_file(record, filename)
 
         chain = self._zoo.chain(record.chain)
-        defaults = generation_defaults(read, chain.vocab_size)
-        return ServedVariant(record, chain, defaults, chat_templates(read))
+        files = VariantFiles(record, read)
+        return ServedVariant(
+            record,
+            chain,
+            files.generation_defaults(chain.vocab_size),
+            files.chat_templates(),
+            files.tokenizer(),
+        )

@@ -5,8 +5,9 @@ What depends on the variant (its vocabulary, context and defaults) is checked he
 
 from __future__ import annotations
 
+import math
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from blockserve.common.api.calls import CallField, GenerateCall, SamplingWishes
 from blockserve.common.api.engine import EngineRequest, SamplingParams
@@ -19,6 +20,7 @@ from blockserve.common.errors import (
 )
 from blockserve.router.intake.catalog import ServedVariant
 from blockserve.router.limits import RouterConfig
+from blockzoo.folders.generation import GenerationDefaults
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +71,14 @@ def plan(
             raise SamplingError(CallField.STOP_TOKEN_IDS.at(i), _outside(token, vocab))
     sampling = _sampling(call.sampling, variant)
     max_tokens = _max_tokens(call.stopping.max_tokens, variant, len(prompt), limits)
+    call = _with_default_stops(call, variant)
+    min_tokens = _min_tokens(call.stopping.min_tokens, variant, len(prompt), max_tokens)
     _check_resolved(call, sampling, vocab=vocab, max_tokens=max_tokens)
     _check_resume(call, sampling, max_tokens)
     eos = frozenset() if call.stopping.ignore_eos else variant.defaults.eos_token_ids
     # End tokens that are ignored are held back all the same, as in vLLM: a longer answer is wanted.
     held = variant.defaults.eos_token_ids | frozenset(call.stopping.stop_token_ids)
-    _check_held(held, call.stopping.min_tokens, vocab)
+    _check_held(held | _forbidden(sampling), min_tokens, vocab)
     request = EngineRequest(
         request_id=engine_id,
         chain=variant.record.chain,
@@ -82,8 +86,8 @@ def plan(
         sampling=sampling,
         max_tokens=max_tokens,
         stop_token_ids=eos | frozenset(call.stopping.stop_token_ids),
-        min_tokens=call.stopping.min_tokens,
-        held_token_ids=held if call.stopping.min_tokens else frozenset(),
+        min_tokens=min_tokens,
+        held_token_ids=held if min_tokens else frozenset(),
         logprobs=call.logprobs,
         prompt_logprobs=call.prompt_logprobs,
         deadline=deadline,
@@ -166,8 +170,34 @@ def _sampling(wishes: SamplingWishes, variant: ServedVariant) -> SamplingParams:
         repetition_penalty=first(wishes.repetition_penalty, defaults.repetition_penalty, 1.0),
         presence_penalty=wishes.presence_penalty,
         frequency_penalty=wishes.frequency_penalty,
-        logit_bias=wishes.logit_bias,
+        logit_bias=_added(defaults.token_bias, wishes.logit_bias),
+        sequence_bias=defaults.sequence_bias,
+        begin_suppress=defaults.begin_suppress,
     )
+
+
+def _added(
+    first: tuple[tuple[int, float], ...], second: tuple[tuple[int, float], ...]
+) -> tuple[tuple[int, float], ...]:
+    if not first:
+        return second
+    total = dict(first)
+    for token, bias in second:
+        total[token] = total.get(token, 0.0) + bias
+    return tuple(sorted(total.items()))
+
+
+def _forbidden(sampling: SamplingParams) -> frozenset[int]:
+    """Tokens that may be impossible at some position."""
+    pairs = (*sampling.logit_bias, *((ids[-1], bias) for ids, bias in sampling.sequence_bias))
+    return frozenset(token for token, bias in pairs if bias == -math.inf).union(sampling.begin_suppress)
+
+
+def _with_default_stops(call: GenerateCall, variant: ServedVariant) -> GenerateCall:
+    """The call with the variant's stop strings where it names none."""
+    if call.stopping.stop or not variant.defaults.stop_strings:
+        return call
+    return replace(call, stopping=replace(call.stopping, stop=variant.defaults.stop_strings))
 
 
 def _max_tokens(asked: int | None, variant: ServedVariant, prompt_tokens: int, limits: RouterConfig) -> int:
@@ -178,7 +208,27 @@ def _max_tokens(asked: int | None, variant: ServedVariant, prompt_tokens: int, l
             CallField.MAX_TOKENS,
             f"{asked} is more than the {context} tokens of context that {variant.ref} has",
         )
-    return min(context - prompt_tokens, limits.max_output_tokens if asked is None else asked)
+    if asked is None:
+        asked = int(min(limits.max_output_tokens, _default_length(variant.defaults, prompt_tokens)))
+    return min(context - prompt_tokens, asked)
+
+
+def _default_length(defaults: GenerationDefaults, prompt_tokens: int) -> float:
+    """Most output tokens by the variant's own defaults; an answer has at least one."""
+    if defaults.max_new_tokens is not None:
+        return defaults.max_new_tokens
+    return math.inf if defaults.max_length is None else max(1, defaults.max_length - prompt_tokens)
+
+
+def _min_tokens(asked: int, variant: ServedVariant, prompt_tokens: int, max_tokens: int) -> int:
+    """Least output tokens: what was asked, else what the variant wants and the answer can have."""
+    if asked:
+        return asked
+    defaults = variant.defaults
+    wanted = defaults.min_new_tokens
+    if wanted is None:
+        wanted = max(0, (defaults.min_length or 0) - prompt_tokens)
+    return min(wanted, max_tokens)
 
 
 def _check_resume(call: GenerateCall, sampling: SamplingParams, max_tokens: int) -> None:

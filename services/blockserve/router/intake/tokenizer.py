@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from blockserve.common.errors import PromptError
-from blockzoo.manifest import BlobId
+from blockzoo.folders.tokenizer_facts import AddedToken, TokenizerFacts
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -26,21 +26,20 @@ class VariantTokenizer:
         is_byte_level: the decoder maps token characters to bytes one to one (GPT-2's alphabet).
     """
 
-    def __init__(self, raw: Tokenizer) -> None:
+    def __init__(self, raw: Tokenizer, facts: TokenizerFacts | None = None) -> None:
         # Both may be baked into the file and would silently shorten or pad prompts.
         raw.no_truncation()
         raw.no_padding()
         self.raw = raw
-        self.special_ids = frozenset(
-            token_id for token_id, token in raw.get_added_tokens_decoder().items() if token.special
-        )
+        special = _apply(raw, facts) if facts is not None else set()
+        self.special_ids = frozenset(special | {i for i, token in _present(raw) if token.special})
         decoder = _decoder_types(raw)
         self.is_byte_level = decoder == ["ByteLevel"]
         self._has_byte_tokens = "ByteFallback" in decoder
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> VariantTokenizer:
-        """Parse tokenizer.json.
+    def from_bytes(cls, data: bytes, facts: TokenizerFacts | None = None) -> VariantTokenizer:
+        """Parse tokenizer.json and apply what the files beside it say.
 
         Raises:
             PromptError: the bytes are not a tokenizer that this version understands.
@@ -48,7 +47,7 @@ class VariantTokenizer:
         from tokenizers import Tokenizer
 
         try:
-            return cls(Tokenizer.from_buffer(bytes(data)))
+            return cls(Tokenizer.from_buffer(bytes(data)), facts)
         except Exception as error:  # the library raises bare Exception
             raise PromptError(
                 f"the variant's tokenizer.json cannot be used: {error}",
@@ -71,6 +70,42 @@ class VariantTokenizer:
         return None if spelled is None else int(spelled[1], 16)
 
 
+def _apply(raw: Tokenizer, facts: TokenizerFacts) -> set[int]:
+    """Add the tokens that the files beside tokenizer.json name; returns the ids of those that are special."""
+    from tokenizers import AddedToken as RawToken
+
+    tokens = facts.to_add(_present(raw))
+    raw.add_tokens(
+        [
+            RawToken(
+                token.content,
+                special=token.special,
+                lstrip=token.lstrip,
+                rstrip=token.rstrip,
+                single_word=token.single_word,
+                normalized=not token.special if token.normalized is None else token.normalized,
+            )
+            for token in tokens
+        ]
+    )
+    raw.encode_special_tokens = facts.split_special_tokens
+    ids = (raw.token_to_id(token.content) for token in tokens if token.special)
+    return {token_id for token_id in ids if token_id is not None}
+
+
+def _present(raw: Tokenizer) -> list[tuple[int, AddedToken]]:
+    """Ids and added tokens that the tokenizer has."""
+    return [
+        (
+            token_id,
+            AddedToken(
+                token.content, token.special, token.lstrip, token.rstrip, token.single_word, token.normalized
+            ),
+        )
+        for token_id, token in raw.get_added_tokens_decoder().items()
+    ]
+
+
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
@@ -83,7 +118,7 @@ def _decoder_types(raw: Tokenizer) -> list[str]:
 
 
 class TokenizerCache:
-    """Tokenizers by blob id: variants of one base share a single parsed copy.
+    """Tokenizers by what they are made of: variants of one base share a single parsed copy.
 
     Safe to call from several threads; one that is being parsed is waited for, not parsed twice.
     """
@@ -91,37 +126,37 @@ class TokenizerCache:
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._lock = threading.Lock()
-        self._entries: OrderedDict[BlobId, Future[VariantTokenizer]] = OrderedDict()
+        self._entries: OrderedDict[str, Future[VariantTokenizer]] = OrderedDict()
 
-    def ready(self, blob: BlobId) -> VariantTokenizer | None:
-        """The tokenizer of `blob` if it has been parsed; never blocks."""
+    def ready(self, key: str) -> VariantTokenizer | None:
+        """The tokenizer of this key if it has been made; never blocks."""
         with self._lock:
-            future = self._entries.get(blob)
+            future = self._entries.get(key)
             if future is None or not future.done() or future.exception() is not None:
                 return None
-            self._entries.move_to_end(blob)
+            self._entries.move_to_end(key)
             return future.result()
 
-    def get(self, blob: BlobId, read: Callable[[], bytes]) -> VariantTokenizer:
-        """The tokenizer of `blob`, parsed from `read()` on first use. Blocks.
+    def get(self, key: str, make: Callable[[], VariantTokenizer]) -> VariantTokenizer:
+        """The tokenizer of this key, made on first use. Blocks.
 
         Raises:
             PromptError: not a usable tokenizer; nothing is remembered, so a repaired blob works next time.
         """
         with self._lock:
-            future = self._entries.get(blob)
+            future = self._entries.get(key)
             owner = future is None
             if future is None:
-                future = self._entries[blob] = Future()
+                future = self._entries[key] = Future()
                 while len(self._entries) > self._capacity:
                     self._entries.popitem(last=False)
-            self._entries.move_to_end(blob)
+            self._entries.move_to_end(key)
         if owner:
             try:
-                future.set_result(VariantTokenizer.from_bytes(read()))
+                future.set_result(make())
             except BaseException as error:  # noqa: BLE001 - handed to everyone who waits, us included
                 with self._lock:
-                    if self._entries.get(blob) is future:
-                        del self._entries[blob]
+                    if self._entries.get(key) is future:
+                        del self._entries[key]
                 future.set_exception(error)
         return future.result()

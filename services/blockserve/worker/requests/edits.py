@@ -20,7 +20,7 @@ def edits_logits(request: EngineRequest) -> bool:
     """Whether a request's tokens are drawn from anything but the model's own logits."""
     sampling = request.sampling
     held = bool(request.min_tokens and request.held_token_ids)
-    return held or bool(sampling.logit_bias) or sampling.has_penalties
+    return held or sampling.has_biases or sampling.has_penalties
 
 
 class RequestEdits:
@@ -30,16 +30,16 @@ class RequestEdits:
         """Begin with an empty output."""
         self._request = request
         biases = dict(request.sampling.logit_bias)
-        self._bias = _arrays(biases)
         held = dict.fromkeys(sorted(request.held_token_ids), -math.inf)
-        self._bias_while_short = _arrays(biases | held)
+        self._biases, self._biases_while_short = biases, biases | held
+        self._bias, self._bias_while_short = _arrays(biases), _arrays(self._biases_while_short)
+        self._sequences = _Sequences(request)
         self._seen = _SeenTokens(request)
 
     def row(self, place: int, output: Sequence[int]) -> RowEdit:
         """The edit for the token after `output`, in the row `place` of a batch."""
         params = self._request.sampling
-        short = len(output) < self._request.min_tokens
-        bias_ids, bias = self._bias_while_short if short else self._bias
+        bias_ids, bias = self._bias_after(output)
         if not params.has_penalties:
             return RowEdit(place, bias_ids, bias)
         if not self._seen.follow(output):
@@ -53,6 +53,42 @@ class RequestEdits:
             repetition=params.repetition_penalty,
             presence=params.presence_penalty,
             frequency=params.frequency_penalty,
+        )
+
+    def _bias_after(self, output: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        short = len(output) < self._request.min_tokens
+        passing = self._sequences.biases(output)
+        if not output:
+            passing |= dict.fromkeys(self._request.sampling.begin_suppress, -math.inf)
+        if not passing:
+            return self._bias_while_short if short else self._bias
+        lasting = self._biases_while_short if short else self._biases
+        return _arrays({**lasting, **{t: lasting.get(t, 0.0) + bias for t, bias in passing.items()}})
+
+
+class _Sequences:
+    """Token sequences whose last token gets a bias where it would complete them."""
+
+    def __init__(self, request: EngineRequest) -> None:
+        self._prompt = request.prompt
+        self._by_end: dict[int, list[tuple[tuple[int, ...], int, float]]] = {}
+        for ids, bias in request.sampling.sequence_bias:
+            self._by_end.setdefault(ids[-2], []).append((ids[:-1], ids[-1], bias))
+
+    def biases(self, output: Sequence[int]) -> dict[int, float]:
+        """What to add to logits of the token after `output`."""
+        found: dict[int, float] = {}
+        end = output[-1] if output else self._prompt[-1]
+        for before, token, bias in self._by_end.get(end, ()):
+            if self._ends_with(before, output):
+                found[token] = found.get(token, 0.0) + bias
+        return found
+
+    def _ends_with(self, before: tuple[int, ...], output: Sequence[int]) -> bool:
+        inside = min(len(before), len(output))
+        split = len(before) - inside
+        return tuple(output[len(output) - inside :]) == before[split:] and (
+            split == 0 or self._prompt[-split:] == before[:split]
         )
 
 

@@ -74,7 +74,7 @@ def test_what_is_written_is_what_docs_say() -> None:
         "name": "w",
         "address": "unix:/run/w",
         "state": "ready",
-        "wire_version": 1,
+        "wire_version": 2,
         "kv_fingerprint": "",
         "block_bytes": 0,
         "speed": 1.0,
@@ -90,7 +90,7 @@ def test_what_is_written_is_what_docs_say() -> None:
 
 def test_fields_of_a_newer_writer_are_ignored() -> None:
     record = codec.decode_record('{"id":"w","name":"w","address":"a","colour":"blue","racks":[1]}')
-    assert record == WorkerRecord(WorkerId("w"), "w", "a")
+    assert record == WorkerRecord(WorkerId("w"), "w", "a", wire_version=1)
     assert codec.decode_load('{"queued_tokens":1,"mood":"good"}') == LoadReport(queued_tokens=1)
     assert codec.decode_segments('[["d",0,4,"gpu-1",{}]]') == {ResidentSegment(SegmentDigest("d"), Run(0, 4))}
     wanted = codec.decode_assignments('[{"chain":"c","run":[0,4],"until":9}]')
@@ -98,7 +98,9 @@ def test_fields_of_a_newer_writer_are_ignored() -> None:
 
 
 def test_fields_an_older_writer_lacks_are_defaulted() -> None:
-    assert codec.decode_record('{"id":"w","address":"a"}') == WorkerRecord(WorkerId("w"), "w", "a")
+    # The first releases spoke version 1 and did not say so.
+    expected = WorkerRecord(WorkerId("w"), "w", "a", wire_version=1)
+    assert codec.decode_record('{"id":"w","address":"a"}') == expected
     assert codec.decode_load("{}") == LoadReport()
 
 

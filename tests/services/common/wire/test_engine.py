@@ -1,5 +1,6 @@
 """Requests, tokens and errors survive the way between router and worker."""
 
+import math
 import time
 from dataclasses import fields, replace
 
@@ -16,7 +17,20 @@ REQUEST = EngineRequest(
     request_id="r",
     chain=ChainId("c0ffee"),
     prompt=(1, 2, 3),
-    sampling=SamplingParams(0.7, 5, 0.9, 0.05, 2**64 - 1, 3, 1.1, 0.2, 0.3, ((4, -1.5), (9, 2.25))),
+    sampling=SamplingParams(
+        0.7,
+        5,
+        0.9,
+        0.05,
+        2**64 - 1,
+        3,
+        1.1,
+        0.2,
+        0.3,
+        ((4, -1.5), (9, -math.inf)),
+        (((3, 4), -math.inf),),
+        (7,),
+    ),
     max_tokens=77,
     stop_token_ids=frozenset({7, 8}),
     min_tokens=2,

@@ -13,7 +13,7 @@ import pytest
 from blockserve.common.api.calls import Conversation
 from blockserve.common.errors import ChatTemplateError
 from blockserve.router.intake.chat import ChatLimits, ChatRenderer, ChatTemplates
-from support.edge import CHATML, async_test, byte_level_tokenizer
+from support.edge import CHATML, async_test, byte_level_tokenizer, files_of, folder_contents
 
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -195,16 +195,11 @@ def test_tool_results_render_as_in_transformers(reference: Any) -> None:
 def test_smollm2_matches_transformers(smollm2: Path) -> None:
     from transformers import AutoTokenizer
 
-    from blockserve.router.intake.variant_files import chat_templates
-
     theirs = AutoTokenizer.from_pretrained(smollm2)
-
-    def read(name: str) -> bytes | None:
-        return (smollm2 / name).read_bytes() if (smollm2 / name).is_file() else None
-
+    templates = files_of(folder_contents(smollm2)).chat_templates()
     for chat in CHATS:
         expected = theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        assert render_once(chat_templates(read), Conversation(chat)) == expected
+        assert render_once(templates, Conversation(chat)) == expected
 
 
 def render_once(templates: ChatTemplates, conversation: Conversation) -> str:

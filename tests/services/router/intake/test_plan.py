@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import replace
 from typing import Any
@@ -227,3 +228,45 @@ def test_resuming_choices_needs_the_seed() -> None:
     planned(replace(sampling(n=2), resume_choices=(0, 0)))
     with pytest.raises(ResumeError, match="seed"):
         planned(replace(sampling(n=2), resume_choices=(0, 1)))
+
+
+def test_lengths_of_the_variant_are_for_callers_who_say_nothing() -> None:
+    assert planned(max_new_tokens=7).request.max_tokens == 7
+    assert planned(max_length=7).request.max_tokens == 4
+    assert planned(max_length=2).request.max_tokens == 1
+    assert planned(max_length=50, max_new_tokens=60).request.max_tokens == 60
+    assert planned(max_new_tokens=1000).request.max_tokens == 97
+    assert planned(stopping(max_tokens=9), max_new_tokens=7).request.max_tokens == 9
+    assert planned(limits=RouterConfig(max_output_tokens=5), max_new_tokens=7).request.max_tokens == 5
+
+
+def test_least_lengths_of_the_variant_hold_its_end_tokens_back() -> None:
+    request = planned(min_new_tokens=3).request
+    assert (request.min_tokens, request.held_token_ids) == (3, {EOS})
+    assert planned(min_length=5).request.min_tokens == 2
+    assert planned(min_length=2).request.min_tokens == 0
+    assert planned(stopping(min_tokens=1), min_new_tokens=3).request.min_tokens == 1
+    assert planned(stopping(max_tokens=2), min_new_tokens=3).request.min_tokens == 2
+
+
+def test_stop_strings_of_the_variant_give_way_to_the_callers() -> None:
+    assert planned(stop_strings=["###"]).call.stopping.stop == ("###",)
+    assert planned(stop_strings="###").call.stopping.stop == ("###",)
+    assert planned(stopping(stop=("x",)), stop_strings=["###"]).call.stopping.stop == ("x",)
+
+
+def test_tokens_that_the_variant_forbids_stay_forbidden() -> None:
+    params = planned(
+        sampling(logit_bias=((4, 100.0), (5, 1.0))), suppress_tokens=[4], sequence_bias=[[[5], 2.0]]
+    ).request.sampling
+    assert params.logit_bias == ((4, -math.inf), (5, 3.0))
+    params = planned(bad_words_ids=[[4, 5], [6], [EOS]], begin_suppress_tokens=[7, 7]).request.sampling
+    assert params.logit_bias == ((6, -math.inf),)
+    assert params.sequence_bias == (((4, 5), -math.inf),)
+    assert params.begin_suppress == (7,)
+
+
+def test_something_must_be_left_to_choose_while_end_tokens_are_held_back() -> None:
+    others = [token for token in range(VOCAB) if token != EOS]
+    with pytest.raises(SamplingError, match="vocabulary"):
+        planned(suppress_tokens=others, min_new_tokens=2)

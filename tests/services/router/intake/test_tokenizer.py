@@ -1,4 +1,4 @@
-"""Text to token ids, as transformers does it; one parsed copy per blob."""
+"""Text to token ids, as transformers does it; one copy for all variants that share it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 
 from blockserve.common.errors import PromptError
 from blockserve.router.intake.tokenizer import TokenizerCache, VariantTokenizer
-from blockzoo.manifest import BlobId
 from support.edge import byte_fallback_tokenizer, byte_level_tokenizer, tokenizer_json
 
 TEXTS = [
@@ -22,6 +21,10 @@ TEXTS = [
     "x" * 3000,
     "def f(x):\n    return x**2  # 12345 67890",
 ]
+
+
+def made(data: bytes | None = None) -> VariantTokenizer:
+    return VariantTokenizer.from_bytes(tokenizer_json() if data is None else data)
 
 
 def test_special_tokens_come_from_the_post_processor_or_not_at_all() -> None:
@@ -52,16 +55,16 @@ def test_a_file_that_is_no_tokenizer_is_a_typed_error(data: bytes) -> None:
         VariantTokenizer.from_bytes(data)
 
 
-def test_threads_that_want_the_same_blob_parse_it_once() -> None:
+def test_threads_that_want_the_same_tokenizer_make_it_once() -> None:
     cache, reads, barrier = TokenizerCache(4), [], threading.Barrier(6)
 
-    def read() -> bytes:
+    def make() -> VariantTokenizer:
         reads.append(threading.get_ident())
-        return tokenizer_json()
+        return made()
 
     def get() -> VariantTokenizer:
         barrier.wait()
-        return cache.get(BlobId("a"), read)
+        return cache.get("a", make)
 
     with ThreadPoolExecutor(6) as pool:
         found = [future.result() for future in [pool.submit(get) for _ in range(6)]]
@@ -72,19 +75,19 @@ def test_threads_that_want_the_same_blob_parse_it_once() -> None:
 def test_the_least_used_tokenizer_is_forgotten() -> None:
     cache, reads = TokenizerCache(2), []
 
-    def get(blob: str) -> None:
-        cache.get(BlobId(blob), lambda: reads.append(blob) or tokenizer_json())
+    def get(key: str) -> None:
+        cache.get(key, lambda: reads.append(key) or made())
 
-    for blob in ("a", "b", "a", "c", "a", "b"):
-        get(blob)
+    for key in ("a", "b", "a", "c", "a", "b"):
+        get(key)
     assert reads == ["a", "b", "c", "b"]
 
 
 def test_a_failure_is_not_remembered() -> None:
     cache = TokenizerCache(2)
     with pytest.raises(PromptError):
-        cache.get(BlobId("a"), lambda: b"broken")
-    assert cache.get(BlobId("a"), tokenizer_json).token_id("<s>") is not None
+        cache.get("a", lambda: made(b"broken"))
+    assert cache.get("a", made).token_id("<s>") is not None
 
 
 @pytest.mark.parametrize("make", [byte_level_tokenizer, byte_fallback_tokenizer])
@@ -115,14 +118,14 @@ def compare(folder: Path) -> None:
 
 
 def test_one_that_has_been_parsed_is_had_without_blocking() -> None:
-    cache, blob = TokenizerCache(4), BlobId("b" * 64)
-    assert cache.ready(blob) is None
-    made = cache.get(blob, tokenizer_json)
-    assert cache.ready(blob) is made
+    cache = TokenizerCache(4)
+    assert cache.ready("a") is None
+    tokenizer = cache.get("a", made)
+    assert cache.ready("a") is tokenizer
 
 
 def test_one_that_cannot_be_parsed_is_never_ready() -> None:
-    cache, blob = TokenizerCache(4), BlobId("b" * 64)
+    cache = TokenizerCache(4)
     with pytest.raises(PromptError):
-        cache.get(blob, lambda: b"{}")
-    assert cache.ready(blob) is None
+        cache.get("a", lambda: made(b"{}"))
+    assert cache.ready("a") is None

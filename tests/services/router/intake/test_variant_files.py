@@ -1,27 +1,20 @@
-"""What the small files of a checkpoint say about serving it."""
+"""What the small files of a variant say about serving it, also where they make no sense."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from blockserve.router.intake.variant_files import GenerationDefaults, chat_templates, generation_defaults
-
-
-def reader(files: Mapping[str, Any]) -> Any:
-    def read(name: str) -> bytes | None:
-        value = files.get(name)
-        return value if value is None or isinstance(value, bytes) else json.dumps(value).encode()
-
-    return read
+from blockzoo.folders.generation import GenerationDefaults
+from support.edge import files_of, tokenizer_json
 
 
 def defaults(generation: Any = None, config: Any = None) -> GenerationDefaults:
-    return generation_defaults(reader({"generation_config.json": generation, "config.json": config}), 100)
+    found = {"generation_config.json": generation, "config.json": config}
+    return files_of({name: value for name, value in found.items() if value is not None}).generation_defaults(
+        100
+    )
 
 
 @pytest.mark.parametrize(
@@ -39,14 +32,6 @@ def test_end_tokens(generation: Any, config: Any, expected: set[int]) -> None:
     assert defaults(generation, config).eos_token_ids == expected
 
 
-def test_sampling_values_count_only_when_the_file_samples() -> None:
-    values = {"temperature": 0.6, "top_k": 50, "top_p": 0.95, "min_p": 0.05}
-    assert defaults(values) == GenerationDefaults()
-    assert defaults({"do_sample": False, **values}) == GenerationDefaults(temperature=0.0)
-    found = defaults({"do_sample": True, **values})
-    assert (found.temperature, found.top_k, found.top_p, found.min_p) == (0.6, 50, 0.95, 0.05)
-
-
 def test_values_that_make_no_sense_are_ignored_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     found = defaults(
         {"do_sample": True, "temperature": "hot", "top_k": -1, "top_p": 7, "min_p": float("nan")},
@@ -56,55 +41,33 @@ def test_values_that_make_no_sense_are_ignored_and_logged(caplog: pytest.LogCapt
         assert name in caplog.text
 
 
-def test_a_top_k_above_the_vocabulary_keeps_all() -> None:
-    assert defaults({"do_sample": True, "top_k": 1000}).top_k == 100
-
-
 @pytest.mark.parametrize("data", [b"", b"{", b"[1]", b"null", b"\xff"])
 def test_files_that_are_no_json_object_count_as_missing(data: bytes) -> None:
     assert defaults(data, data) == GenerationDefaults()
-    assert chat_templates(reader({"tokenizer_config.json": data})).by_name == {}
+    assert files_of({"tokenizer_config.json": data}).chat_templates().by_name == {}
 
 
-def test_the_template_file_comes_before_the_one_in_the_config() -> None:
-    files = {"tokenizer_config.json": {"chat_template": "old"}, "chat_template.jinja": b"new"}
-    assert chat_templates(reader(files)).by_name == {"default": "new"}
-    del files["chat_template.jinja"]
-    assert chat_templates(reader(files)).by_name == {"default": "old"}
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"chat_template.jinja": b"\xff"},
+        {"tokenizer_config.json": {"chat_template": ["junk"]}},
+        {"tokenizer_config.json": {"added_tokens_decoder": {"x": {}}, "bos_token": "<s>"}},
+    ],
+)
+def test_what_register_refuses_today_is_ignored_and_logged(
+    files: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    found = files_of(files).chat_templates()
+    assert (found.by_name, found.variables) == ({}, {})
+    assert "ignored" in caplog.text
 
 
-def test_templates_by_name() -> None:
-    listed = [
-        {"name": "default", "template": "a"},
-        {"name": "tool_use", "template": "b"},
-        "junk",
-        {"name": "x"},
-    ]
-    found = chat_templates(reader({"tokenizer_config.json": {"chat_template": listed}}))
-    assert found.by_name == {"default": "a", "tool_use": "b"}
+def test_variants_share_a_tokenizer_unless_their_files_say_otherwise() -> None:
+    def key(**config: Any) -> str:
+        source = files_of({"tokenizer.json": tokenizer_json(), "tokenizer_config.json": config}).tokenizer()
+        assert source is not None
+        return source.key
 
-
-def test_special_tokens_are_strings_or_objects_and_may_lie_in_the_old_file() -> None:
-    files = {
-        "tokenizer_config.json": {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "pad_token": None},
-        "special_tokens_map.json": {"pad_token": "<pad>", "eos_token": "other"},
-    }
-    variables = chat_templates(reader(files)).variables
-    assert variables == {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-
-
-def test_the_variables_are_those_of_transformers(tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
-    from support.edge import tokenizer_json
-
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<s>",
-        "eos_token": {"content": "</s>", "special": True, "__type": "AddedToken"},
-        "unk_token": None,
-    }
-    (tmp_path / "tokenizer.json").write_bytes(tokenizer_json())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    theirs = AutoTokenizer.from_pretrained(tmp_path).special_tokens_map
-    assert chat_templates(reader({"tokenizer_config.json": config})).variables == theirs
+    assert key(chat_template="a") == key(chat_template="b")
+    assert key() != key(extra_special_tokens=["<x>"])

@@ -7,8 +7,10 @@ from collections import Counter
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import SequenceBiasLogitsProcessor
 
 from blockkernels.penalties import RowEdit
 from blockserve.common.api.engine import EngineRequest, SamplingParams
@@ -45,6 +47,8 @@ def test_a_plain_request_edits_nothing() -> None:
         {"presence_penalty": -0.5},
         {"frequency_penalty": 0.1},
         {"logit_bias": ((4, 0.0),)},
+        {"sequence_bias": (((5, 4), 1.0),)},
+        {"begin_suppress": (4,)},
         {"min_tokens": 1},
     ],
 )
@@ -93,3 +97,30 @@ def test_the_row_carries_the_factors_and_its_place() -> None:
     params = {"repetition_penalty": 1.3, "presence_penalty": 0.2, "frequency_penalty": -0.1}
     edit = RequestEdits(request(**params)).row(6, [])
     assert (edit.row, edit.repetition, edit.presence, edit.frequency) == (6, 1.3, 0.2, -0.1)
+
+
+@given(
+    st.lists(st.tuples(st.lists(st.integers(0, 5), min_size=2, max_size=4), st.floats(-9, 9)), max_size=8),
+    st.lists(st.integers(0, 5), max_size=6),
+)
+def test_biases_of_sequences_are_those_of_transformers(
+    sequences: list[tuple[list[int], float]], output: list[int]
+) -> None:
+    # A sequence that is named twice has its last bias in transformers; requests name each once.
+    distinct = {tuple(ids): value for ids, value in sequences}
+    made = RequestEdits(
+        request(prompt=(1, 2, 1), sequence_bias=tuple(distinct.items()), logit_bias=((3, 2.0),))
+    )
+    scores = torch.zeros(1, 10)
+    pairs = [[list(ids), value] for ids, value in distinct.items()] + [[[3], 2.0]]
+    expected = SequenceBiasLogitsProcessor(pairs)(torch.tensor([[1, 2, 1, *output]]), scores)[0]
+    found = torch.zeros(10)
+    for token, value in bias(made.row(0, output)).items():
+        found[token] += value
+    torch.testing.assert_close(found, expected)
+
+
+def test_tokens_may_be_forbidden_at_the_beginning_only() -> None:
+    made = RequestEdits(request(begin_suppress=(4, 6), logit_bias=((4, 1.0),), min_tokens=1))
+    assert bias(made.row(0, [])) == {4: -math.inf, 6: -math.inf, 2: -math.inf, 8: -math.inf}
+    assert bias(made.row(0, [7])) == {4: 1.0}

@@ -1,0 +1,204 @@
+"""What the files beside tokenizer.json say about tokens, collected as transformers 5 collects it.
+
+Pure: parsed JSON in, values out. `blockserve.router.intake.tokenizer` applies them to the tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from blockzoo.errors import InvalidConfigError
+from blockzoo.folders.files import TOKENIZER_CONFIG
+
+ADDED_TOKENS = "added_tokens.json"
+SPECIAL_TOKENS_MAP = "special_tokens_map.json"
+
+ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""Names of special tokens that every tokenizer may have."""
+
+MAX_TOKENS = 100_000
+"""Most tokens that the files may add."""
+
+_FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
+
+
+@dataclass(frozen=True, slots=True)
+class AddedToken:
+    """One token that the tokenizer finds in text before anything else.
+
+    Attributes:
+        content: its text.
+        special: left out of answers.
+        lstrip, rstrip: takes the white space on its left or right along.
+        single_word: found only as a whole word.
+        normalized: found in normalised text; None for what goes with `special`.
+    """
+
+    content: str
+    special: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+    normalized: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFacts:
+    """What applies on top of tokenizer.json.
+
+    Attributes:
+        added: (id by the files, token) in the order of the ids; the tokenizer decides on the ids.
+        named: (role, token): bos_token and its like, and roles that only this model knows.
+        extra: further special tokens.
+        split_special_tokens: special tokens in text are cut up like other text.
+        has_decoder: `added` is complete; else the added tokens of tokenizer.json are part of it.
+    """
+
+    added: tuple[tuple[int, AddedToken], ...] = ()
+    named: tuple[tuple[str, AddedToken], ...] = ()
+    extra: tuple[AddedToken, ...] = ()
+    split_special_tokens: bool = False
+    has_decoder: bool = False
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """Special tokens by role, as chat templates may name them."""
+        return {role: token.content for role, token in self.named}
+
+    def to_add(self, present: Sequence[tuple[int, AddedToken]]) -> tuple[AddedToken, ...]:
+        """Return the tokens to add to a tokenizer, in order.
+
+        Args:
+            present: ids and added tokens of tokenizer.json.
+        """
+        decoder = dict(self.added) if self.has_decoder else dict(self.added) | dict(present)
+        by_content = {token.content: token for token in decoder.values()}
+        named = [by_content.get(token.content, token) for _, token in self.named]
+        adding = [token for _, token in sorted(decoder.items())]
+        known = {token.content for _, token in present} | {token.content for token in adding}
+        for token in (*named, *self.extra):
+            if token.content not in known:
+                known.add(token.content)
+                adding.append(token)
+        roles = {token.content for token in named}
+        return tuple(replace(token, special=token.special or token.content in roles) for token in adding)
+
+
+def tokenizer_facts(
+    config: Mapping[str, Any], special_tokens_map: Mapping[str, Any], added_tokens: Mapping[str, Any]
+) -> TokenizerFacts:
+    """Collect what the files beside tokenizer.json say.
+
+    Args:
+        config: tokenizer_config.json, {} where there is none; so for the others.
+        special_tokens_map: special_tokens_map.json; counts where the config has no `added_tokens_decoder`.
+        added_tokens: added_tokens.json; likewise.
+
+    Raises:
+        InvalidConfigError: a value makes no sense.
+    """
+    decoder = config.get("added_tokens_decoder")
+    values = {key: (TOKENIZER_CONFIG, value) for key, value in config.items()}
+    if decoder is None:
+        values |= _special_tokens(special_tokens_map)
+    named, extra = _named(values), _extra(values)
+    if decoder is None:
+        special = {token.content for token in (*named.values(), *extra)}
+        added = _added_tokens(added_tokens, special)
+    else:
+        added = _decoder(decoder)
+    if len(added) + len(extra) > MAX_TOKENS:
+        raise _invalid(TOKENIZER_CONFIG, "added_tokens_decoder", f"{len(added)} tokens")
+    return TokenizerFacts(
+        added=tuple(sorted(added.items())),
+        named=tuple(named.items()),
+        extra=tuple(extra),
+        split_special_tokens=config.get("split_special_tokens") is True,
+        has_decoder=decoder is not None,
+    )
+
+
+_Values = Mapping[str, tuple[str, Any]]
+"""Field -> the file that it is from, and its value."""
+
+_NOTHING = (TOKENIZER_CONFIG, None)
+
+
+def _special_tokens(source: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
+    """special_tokens_map.json, whose objects are all special tokens."""
+    values = {}
+    for key, value in source.items():
+        is_token = isinstance(value, dict) and key != "extra_special_tokens"
+        values[key] = SPECIAL_TOKENS_MAP, {**value, "special": True} if is_token else value
+    return values
+
+
+def _named(values: _Values) -> dict[str, AddedToken]:
+    """Tokens by role: the common roles, then those that only this model has."""
+    named = {}
+    own = [key for key in values if key.endswith("_token") and key not in ROLES]
+    for key in (*ROLES, *own):
+        file, value = values.get(key, _NOTHING)
+        if isinstance(value, (str, dict)):
+            named[key] = _token(file, key, value)
+    for key in ("model_specific_special_tokens", "extra_special_tokens"):
+        file, roles = values.get(key, _NOTHING)
+        if isinstance(roles, dict):
+            named |= {role: _token(file, role, value) for role, value in roles.items()}
+    return named
+
+
+def _extra(values: _Values) -> list[AddedToken]:
+    key = "extra_special_tokens"
+    if not values.get(key, _NOTHING)[1]:
+        key = "additional_special_tokens"
+    file, tokens = values.get(key, _NOTHING)
+    if tokens is None or isinstance(tokens, dict):
+        return []
+    if not isinstance(tokens, list):
+        raise _invalid(file, key, tokens)
+    return [_token(file, key, value) for value in tokens]
+
+
+def _added_tokens(source: Mapping[str, Any], special: set[str]) -> dict[int, AddedToken]:
+    added = {}
+    for content, index in source.items():
+        if type(index) is not int or index < 0:
+            raise _invalid(ADDED_TOKENS, content, index)
+        is_special = content in special
+        added[index] = AddedToken(content, special=is_special, normalized=not is_special)
+    return added
+
+
+def _decoder(source: Any) -> dict[int, AddedToken]:
+    if not isinstance(source, dict):
+        raise _invalid(TOKENIZER_CONFIG, "added_tokens_decoder", source)
+    added = {}
+    for index, value in source.items():
+        if not index.isascii() or not index.isdigit() or not isinstance(value, dict):
+            raise _invalid(TOKENIZER_CONFIG, "added_tokens_decoder", {index: value})
+        added[int(index)] = _token(TOKENIZER_CONFIG, f"added_tokens_decoder[{index}]", value)
+    return added
+
+
+def _token(file: str, key: str, value: Any) -> AddedToken:
+    """A token from its text or its object; a text alone is a special token."""
+    if isinstance(value, str):
+        return AddedToken(value, special=True)
+    if not isinstance(value, dict) or not isinstance(value.get("content"), str):
+        raise _invalid(file, key, value)
+    flags = {name: value[name] for name in _FLAGS if value.get(name) is not None}
+    if not all(type(flag) is bool for flag in flags.values()):
+        raise _invalid(file, key, value)
+    return AddedToken(value["content"], **flags)
+
+
+def _invalid(file: str, key: str, value: Any) -> InvalidConfigError:
+    return InvalidConfigError(
+        f"{file}: {key[:80]} is {str(value)[:80]!r}, which does not say what token is meant",
+        hint="Save the tokenizer again with save_pretrained of transformers, or correct the file.",
+        file=file,
+        field=key[:80],
+    )

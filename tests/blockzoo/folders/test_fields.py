@@ -1,0 +1,110 @@
+"""Every field that the installed transformers reads has its place in the tables, and does what they say."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from transformers import GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from blockzoo.errors import UnsupportedFeatureError
+from blockzoo.folders.fields import FIELDS, GENERATION_FIELDS, TOKENIZER_FIELDS, Treatment, check_fields
+from support.paths import ROOT
+
+GENERATION, TOKENIZER = "generation_config.json", "tokenizer_config.json"
+INTERNAL = {"_json_padding", "_json_truncation", "_spm_precompiled_charsmap", "tokenizer"}
+"""Arguments that transformers passes to itself and no file holds."""
+
+
+def test_every_field_of_generation_config_is_known() -> None:
+    assert set(vars(GenerationConfig())) - set(GENERATION_FIELDS) == set()
+
+
+def test_every_field_of_tokenizer_config_is_known() -> None:
+    found = set(read_by(PreTrainedTokenizerBase.__init__))
+    found |= set(read_by(PreTrainedTokenizerBase._from_pretrained))
+    found |= set(read_by(PreTrainedTokenizerFast.__init__))
+    assert {"chat_template", "added_tokens_decoder", "split_special_tokens"} < found
+    assert found - set(TOKENIZER_FIELDS) - INTERNAL == set()
+
+
+def read_by(function: Any) -> Iterator[str]:
+    """Keys that a function reads from its keyword arguments, or from the file that becomes them."""
+    for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))):
+        match node:
+            case ast.Call(
+                func=ast.Attribute(value=ast.Name(id=name), attr=method), args=[ast.Constant(value=key), *_]
+            ):
+                if method not in ("pop", "get", "setdefault"):
+                    continue
+            case ast.Subscript(value=ast.Name(id=name), slice=ast.Constant(value=key)):
+                pass
+            case ast.Compare(left=ast.Constant(value=key), comparators=[ast.Name(id=name)]):
+                pass
+            case _:
+                continue
+        if name in ("kwargs", "init_kwargs") and isinstance(key, str):
+            yield key
+
+
+def test_the_page_is_up_to_date() -> None:
+    script = ROOT / "scripts" / "field_docs.py"
+    done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "field"),
+    [
+        (GENERATION, {"num_beams": 4}, "num_beams"),
+        (GENERATION, {"no_repeat_ngram_size": 3}, "no_repeat_ngram_size"),
+        (GENERATION, {"do_sample": True, "typical_p": 0.9}, "typical_p"),
+        (GENERATION, {"forced_eos_token_id": 0}, "forced_eos_token_id"),
+        (GENERATION, {"token_healing": True}, "token_healing"),
+        (GENERATION, {"num_beams": True}, "num_beams"),
+        (TOKENIZER, {"fix_mistral_regex": True}, "fix_mistral_regex"),
+        (
+            TOKENIZER,
+            {"fast_tokenizer_files": ["tokenizer.json", "tokenizer.4.0.json"]},
+            "fast_tokenizer_files",
+        ),
+    ],
+)
+def test_what_blocks_do_not_compute_is_refused_by_name(file: str, values: dict[str, Any], field: str) -> None:
+    with pytest.raises(UnsupportedFeatureError, match=field) as caught:
+        check_fields(file, values)
+    assert (caught.value.metadata["file"], caught.value.metadata["field"]) == (file, field)
+    assert field in caught.value.hint
+
+
+def test_values_without_effect_are_no_reason_to_refuse() -> None:
+    defaults = GenerationConfig._get_default_generation_params()
+    refused = {name for name, field in GENERATION_FIELDS.items() if field.treatment is Treatment.REFUSED}
+    assert len(refused & set(defaults)) > 8
+    check_fields(GENERATION, defaults)
+    check_fields(GENERATION, dict.fromkeys(GENERATION_FIELDS))
+    check_fields(TOKENIZER, dict.fromkeys(TOKENIZER_FIELDS))
+
+
+def test_fields_without_effect_are_named_and_notes_are_not() -> None:
+    values = {
+        "num_return_sequences": 2,
+        "typical_p": 0.9,
+        "chat_format": "x",
+        "transformers_version": "5",
+        "top_k": 3,
+    }
+    assert check_fields(GENERATION, values) == ["num_return_sequences", "typical_p", "chat_format"]
+    values = {"think_token": "<t>", "model_max_length": 5, "some_token": 7, "bos_token": "<s>"}
+    assert check_fields(TOKENIZER, values) == ["model_max_length", "some_token"]
+
+
+def test_every_field_has_a_meaning() -> None:
+    for fields in FIELDS.values():
+        assert all(field.meaning for field in fields.values())
