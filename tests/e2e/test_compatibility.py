@@ -211,9 +211,7 @@ def test_records_of_other_releases_are_read_as_the_state_page_says(zoo: Zoo, tmp
             async with rig.client() as client:
                 expected = await ask(client)
             before = await computed(rig, "d")
-            await rewrite(
-                rig, "a", {"colour": "blue", "racks": [1]}, ("wire_version", "speed", "host", "name")
-            )
+            await rewrite(rig, "a", {"colour": "blue", "racks": [1]}, ("speed", "host", "name"))
             await rewrite(rig, "b", {"state": "ready", "moods": {"b": "good"}}, ("block_bytes",))
             await rewrite(rig, "d", {"state": "hibernating"}, ())
             await rig.start_router()
