@@ -14,9 +14,9 @@ version.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import TYPE_CHECKING, Self, Unpack
 
 from blockserve.common.errors import UnavailableError
 from blockserve.common.rpc.address import DEFAULT_TARGET
@@ -25,7 +25,7 @@ from blockserve.common.rpc.channel import Credentials, open_channel
 if TYPE_CHECKING:
     from blockserve.client.generation import AsyncGeneration
     from blockserve.client.operations import Operations
-    from blockserve.client.options import GenerateOptions, Message
+    from blockserve.client.options import ChatCallOptions, GenerateOptions, Message, TokenizeOptions
     from blockserve.common.api.call_trace import CallTrace
     from blockserve.common.api.placement import WishStatus
     from blockserve.common.api.results import ModelInfo, Tokenized
@@ -98,24 +98,19 @@ class AsyncClient:
         self,
         model: str,
         messages: str | Sequence[Message],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        **options: Unpack[GenerateOptions],
+        **options: Unpack[ChatCallOptions],
     ) -> AsyncGeneration:
         """Answer a conversation (a plain string is one turn of the user)."""
-        return self._inference.chat(model, messages, tools, add_generation_prompt, options)
+        return self._inference.chat(model, messages, options)
 
     async def tokenize(
         self,
         model: str,
         prompt: str | Sequence[Message],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
+        **options: Unpack[TokenizeOptions],
     ) -> Tokenized:
         """Token ids of a text, or of a conversation as the variant's template writes it."""
-        return await self._inference.tokenize(model, prompt, tools, add_generation_prompt)
+        return await self._inference.tokenize(model, prompt, options)
 
     async def models(self) -> list[ModelInfo]:
         """All variants of the zoo, current versions, by name."""

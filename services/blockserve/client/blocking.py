@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
@@ -24,7 +24,7 @@ from blockserve.common.rpc.channel import Credentials
 
 if TYPE_CHECKING:
     from blockserve.client.generation import AsyncGeneration
-    from blockserve.client.options import GenerateOptions, Message
+    from blockserve.client.options import ChatCallOptions, GenerateOptions, Message, TokenizeOptions
     from blockserve.common.api.call_trace import CallTrace
     from blockserve.common.api.placement import WishStatus
     from blockserve.common.api.results import Chunk, Completion, ModelInfo, Tokenized
@@ -129,29 +129,19 @@ class Client:
         self,
         model: str,
         messages: str | Sequence[Message],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        **options: Unpack[GenerateOptions],
+        **options: Unpack[ChatCallOptions],
     ) -> Generation:
         """As `AsyncClient.chat`."""
-        inner = self._client.chat(
-            model, messages, tools=tools, add_generation_prompt=add_generation_prompt, **options
-        )
-        return Generation(self._portal, inner)
+        return Generation(self._portal, self._client.chat(model, messages, **options))
 
     def tokenize(
         self,
         model: str,
         prompt: str | Sequence[Message],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
+        **options: Unpack[TokenizeOptions],
     ) -> Tokenized:
         """As `AsyncClient.tokenize`."""
-        return self._portal.run(
-            self._client.tokenize(model, prompt, tools=tools, add_generation_prompt=add_generation_prompt)
-        )
+        return self._portal.run(self._client.tokenize(model, prompt, **options))
 
     def models(self) -> list[ModelInfo]:
         """As `AsyncClient.models`."""

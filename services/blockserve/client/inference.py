@@ -5,21 +5,27 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any
 
 import grpc
 
 from blockproto.v1 import inference_pb2, inference_pb2_grpc
 from blockserve.client.calls import Calls
 from blockserve.client.generation import AsyncGeneration
-from blockserve.client.options import GenerateOptions, Message
+from blockserve.client.options import (
+    ChatCallOptions,
+    ChatOptions,
+    GenerateOptions,
+    Message,
+    TokenizeOptions,
+)
 from blockserve.common.api.calls import Conversation, GenerateCall, Prompt, SamplingWishes, StoppingWishes
 from blockserve.common.api.results import Chunk, ModelInfo, Tokenized
 from blockserve.common.errors import DeadlineExceededError, RemoteError, UnavailableError
 from blockserve.common.wire import inference as wire
+from blockserve.common.wire.chat import chat_to_message
 from blockserve.common.wire.errors import from_rpc_error
 from blockzoo.errors import BlockzooError, InvalidInputError
 
@@ -50,27 +56,25 @@ class Inference:
         self,
         model: str,
         messages: str | Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] | None,
-        add_generation_prompt: bool,
-        options: GenerateOptions,
+        options: ChatCallOptions,
     ) -> AsyncGeneration:
         """Answer a conversation (a plain string is one turn of the user)."""
-        return self._generate(model, as_conversation(messages, tools, add_generation_prompt), options)
+        return self._generate(model, as_conversation(messages, options), options)
 
     async def tokenize(
         self,
         model: str,
         prompt: str | Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] | None,
-        add_generation_prompt: bool,
+        options: TokenizeOptions,
     ) -> Tokenized:
         """Token ids of a text, or of a conversation as the variant's template writes it."""
         request = inference_pb2.TokenizeRequest(model=model)
         if isinstance(prompt, str):
             request.text = prompt
+            if not options.get("add_special_tokens", True):
+                request.add_special_tokens = False
         else:
-            conversation = as_conversation(prompt, tools, add_generation_prompt)
-            request.chat.CopyFrom(wire.chat_to_message(conversation))
+            request.chat.CopyFrom(chat_to_message(as_conversation(prompt, options)))
         return wire.tokenized_from_message(await self._calls.call(self._stub.Tokenize, request))
 
     async def models(self) -> list[ModelInfo]:
@@ -165,6 +169,8 @@ class Inference:
             priority=options.get("priority", 0),
             allow_equivalents=options.get("allow_equivalents", False),
             cache_salt=options.get("cache_salt", ""),
+            add_special_tokens=options.get("add_special_tokens", True),
+            skip_special_tokens=options.get("skip_special_tokens", True),
         )
         timeout = options.get("timeout", self._calls.timeout)
         return AsyncGeneration(self.stream(call, timeout), call.num_choices)
@@ -213,21 +219,31 @@ def is_transient(error: BlockzooError) -> bool:
     return isinstance(error, UnavailableError) or error.reason == "SERVER_STOPPING"
 
 
-def as_conversation(
-    messages: str | Sequence[Message],
-    tools: Sequence[Mapping[str, Any]] | None,
-    add_generation_prompt: bool,
-) -> Conversation:
+def as_conversation(messages: str | Sequence[Message], options: ChatOptions) -> Conversation:
     """What callers may write as a conversation.
 
     Raises:
-        InvalidInputError: a turn lacks its role or its content.
+        InvalidInputError: a turn lacks its role, or says nothing.
     """
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
     for i, turn in enumerate(messages):
-        if not (isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)):
+        content = turn.get("content")
+        says = any(value is not None for key, value in turn.items() if key != "role")
+        if not (isinstance(turn.get("role"), str) and says and isinstance(content, (str, list, type(None)))):
             raise InvalidInputError(
-                f"messages[{i}] needs a role and a content, both text", field=f"messages[{i}]"
+                f"messages[{i}] needs a role, which is text, and a content, which is text or text parts",
+                hint='Write a turn as {"role": "user", "content": "..."}.',
+                field=f"messages[{i}]",
             )
-    return Conversation(list(messages), add_generation_prompt, None if tools is None else list(tools))
+    continued = options.get("continue_final_message", False)
+    tools, documents = options.get("tools"), options.get("documents")
+    return Conversation(
+        messages=list(messages),
+        add_generation_prompt=options.get("add_generation_prompt", not continued),
+        tools=None if tools is None else list(tools),
+        variables=options.get("chat_template_kwargs", {}),
+        continue_final_message="content" if continued is True else continued or "",
+        documents=None if documents is None else list(documents),
+        template=options.get("template_name", ""),
+    )

@@ -183,7 +183,9 @@ class Router:
         if answer.finished and answer.timing is not None:
             self._pacer.note_served(time.monotonic() - answer.timing.scheduled)
 
-    async def tokenize(self, model: str, prompt: str | Conversation) -> Tokenized:
+    async def tokenize(
+        self, model: str, prompt: str | Conversation, *, add_special_tokens: bool = True
+    ) -> Tokenized:
         """The token ids that `generate` would run for this prompt.
 
         Raises:
@@ -192,7 +194,7 @@ class Router:
         if isinstance(prompt, Conversation):
             check_conversation(prompt, self.limits)
         variant = await self._catalog.get(model)
-        ids, text = await self._encode(variant, prompt)
+        ids, text = await self._encode(variant, prompt, add_special_tokens)
         return Tokenized(ids, text, variant.chain.context_length)
 
     async def models(self, after: str, size: int) -> tuple[list[ModelInfo], bool]:
@@ -242,15 +244,15 @@ class Router:
     async def _prompt_ids(self, variant: ServedVariant, call: GenerateCall) -> tuple[int, ...]:
         if isinstance(call.prompt, tuple):
             return call.prompt
-        ids, _ = await self._encode(variant, call.prompt)
+        ids, _ = await self._encode(variant, call.prompt, call.add_special_tokens)
         return ids
 
     async def _encode(
-        self, variant: ServedVariant, prompt: str | Conversation
+        self, variant: ServedVariant, prompt: str | Conversation, add_special_tokens: bool
     ) -> tuple[tuple[int, ...], str]:
         """Token ids and the text behind them; templates write their special tokens themselves."""
         if isinstance(prompt, str):
-            return await self._catalog.encode(variant, prompt, add_special_tokens=True), prompt
+            return await self._catalog.encode(variant, prompt, add_special_tokens=add_special_tokens), prompt
         text = await self._renderer.render(variant.templates, prompt)
         return await self._catalog.encode(variant, text, add_special_tokens=False), text
 

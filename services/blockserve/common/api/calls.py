@@ -43,17 +43,25 @@ class CallField(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What a template is given.
+    """What a template is given, as `apply_chat_template` of transformers takes it.
 
     Attributes:
-        messages: turns as `{"role": …, "content": …}`.
+        messages: turns as `{"role": …, "content": …, "tool_calls": …, …}`.
         add_generation_prompt: open the assistant's turn at the end.
         tools: tool definitions, or None when the caller sent none.
+        variables: further variables for the template.
+        continue_final_message: the field of the last turn that the answer continues; empty for a new turn.
+        documents: texts for the template to quote, or None.
+        template: name of the template; empty to choose by the tools.
     """
 
     messages: Sequence[Mapping[str, Any]]
     add_generation_prompt: bool = True
     tools: Sequence[Any] | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    continue_final_message: str = ""
+    documents: Sequence[Any] | None = None
+    template: str = ""
 
 
 Prompt = str | tuple[int, ...] | Conversation
@@ -106,6 +114,8 @@ class GenerateCall:
         allow_equivalents: approved equivalents may answer.
         resume_chain: the chain that the answer to be resumed began on; empty for the variant's own.
         cache_salt: separates this caller's cached prefixes from those of others.
+        add_special_tokens: put the tokenizer's special tokens around a prompt that is text.
+        skip_special_tokens: leave special tokens out of the text of the answer.
     """
 
     request_id: str
@@ -121,6 +131,8 @@ class GenerateCall:
     allow_equivalents: bool = False
     resume_chain: str = ""
     cache_salt: str = ""
+    add_special_tokens: bool = True
+    skip_special_tokens: bool = True
 
     @property
     def num_choices(self) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from blockserve.common.api.results import (
 )
 from blockserve.common.api.tokens import FinishReason, PositionLogprobs
 from blockserve.common.errors import PromptError
+from blockserve.common.wire.chat import chat_from_message, chat_to_message
 from blockzoo.errors import InvalidInputError
 
 MAX_REQUEST_ID_CHARS = 128
@@ -43,7 +43,7 @@ def call_from_message(message: inference_pb2.GenerateRequest, made_up_id: str) -
 
     Raises:
         InvalidInputError: request_id, model or cache_salt is not usable.
-        PromptError: no prompt is set, or its tools are not a JSON array of objects.
+        PromptError: no prompt is set, or what a conversation holds as JSON is something else.
     """
     _check_text("request_id", message.request_id, MAX_REQUEST_ID_CHARS)
     _check_text("cache_salt", message.cache_salt, MAX_CACHE_SALT_CHARS)
@@ -80,6 +80,8 @@ def call_from_message(message: inference_pb2.GenerateRequest, made_up_id: str) -
         allow_equivalents=message.allow_equivalents,
         resume_chain=message.resume_chain,
         cache_salt=message.cache_salt,
+        add_special_tokens=not message.HasField("add_special_tokens") or message.add_special_tokens,
+        skip_special_tokens=not response.HasField("skip_special_tokens") or response.skip_special_tokens,
     )
 
 
@@ -109,12 +111,18 @@ def call_to_message(call: GenerateCall) -> inference_pb2.GenerateRequest:
             min_tokens=call.stopping.min_tokens,
         ),
         resume_choices=call.resume_choices,
-        response=inference_pb2.ResponseOptions(logprobs=call.logprobs, prompt_logprobs=call.prompt_logprobs),
+        response=inference_pb2.ResponseOptions(
+            logprobs=call.logprobs,
+            prompt_logprobs=call.prompt_logprobs,
+            # Unset, as earlier releases know it, wherever it says nothing new.
+            skip_special_tokens=None if call.skip_special_tokens else False,
+        ),
         resume_from=call.resume_from,
         cache_salt=call.cache_salt,
         priority=call.priority,
         allow_equivalents=call.allow_equivalents,
         resume_chain=call.resume_chain,
+        add_special_tokens=None if call.add_special_tokens else False,
     )
     if isinstance(call.prompt, str):
         message.text = call.prompt
@@ -143,26 +151,14 @@ def tokenize_prompt(message: inference_pb2.TokenizeRequest) -> str | Conversatio
     """The prompt of a TokenizeRequest.
 
     Raises:
-        PromptError: none is set, or its tools are not a JSON array of objects.
+        PromptError: none is set, or what a conversation holds as JSON is something else.
     """
     kind = message.WhichOneof("prompt")
     if kind == "text":
         return message.text
     if kind == "chat":
-        return _conversation(message.chat)
+        return chat_from_message(message.chat)
     raise _no_prompt("text or chat")
-
-
-def chat_to_message(conversation: Conversation) -> inference_pb2.ChatPrompt:
-    """A conversation for the wire, where a turn has a role and a text."""
-    return inference_pb2.ChatPrompt(
-        messages=[
-            inference_pb2.ChatMessage(role=turn["role"], content=turn["content"])
-            for turn in conversation.messages
-        ],
-        add_generation_prompt=conversation.add_generation_prompt,
-        tools_json="" if conversation.tools is None else json.dumps(conversation.tools),
-    )
 
 
 def _prompt(message: inference_pb2.GenerateRequest) -> Prompt:
@@ -172,42 +168,12 @@ def _prompt(message: inference_pb2.GenerateRequest) -> Prompt:
     if kind == "token_ids":
         return tuple(message.token_ids.ids)
     if kind == "chat":
-        return _conversation(message.chat)
+        return chat_from_message(message.chat)
     raise _no_prompt("text, token_ids or chat")
 
 
 def _no_prompt(kinds: str) -> PromptError:
     return PromptError("the request has no prompt", hint=f"Set one of {kinds}.", field="prompt")
-
-
-def _conversation(chat: inference_pb2.ChatPrompt) -> Conversation:
-    return Conversation(
-        messages=[{"role": turn.role, "content": turn.content} for turn in chat.messages],
-        add_generation_prompt=chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True,
-        tools=_tools(chat.tools_json),
-    )
-
-
-def _tools(text: str) -> list[Any] | None:
-    if not text:
-        return None
-    try:
-        tools = json.loads(text)
-        # Escapes can spell half a surrogate pair, which is no text.
-        json.dumps(tools, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise _bad_tools(f"not JSON: {error}") from error
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise _bad_tools("not a JSON array of objects")
-    return tools
-
-
-def _bad_tools(why: str) -> PromptError:
-    return PromptError(
-        f"chat.tools_json: {why}",
-        hint='Send for example [{"type": "function", "function": {...}}].',
-        field="chat.tools_json",
-    )
 
 
 def _check_text(field: str, text: str, limit: int) -> None:

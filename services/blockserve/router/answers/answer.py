@@ -38,7 +38,9 @@ class Answer:
         self._tokenizer = tokenizer
         self._clock = clock
         self._arrival = arrival
-        self._text = detokenizer(tokenizer, plan.request.prompt)
+        self._text = detokenizer(
+            tokenizer, plan.request.prompt, skip_special_tokens=plan.call.skip_special_tokens
+        )
         stopping = plan.call.stopping
         self._matcher = StopMatcher(stopping.stop, include=stopping.include_stop)
         self._count = 0

@@ -46,18 +46,22 @@ class Detokenizer(Protocol):
         ...
 
 
-def detokenizer(tokenizer: VariantTokenizer | None, prompt: Sequence[int]) -> Detokenizer:
+def detokenizer(
+    tokenizer: VariantTokenizer | None, prompt: Sequence[int], *, skip_special_tokens: bool = True
+) -> Detokenizer:
     """The detokenizer for one request.
 
     Args:
         tokenizer: the variant's, or None when it has none: then the answer is token ids only.
         prompt: the request's prompt, for decoders that look at the tokens before.
+        skip_special_tokens: leave special tokens out of the text.
     """
     if tokenizer is None:
         return SilentDetokenizer()
+    skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
     if tokenizer.is_byte_level:
-        return ByteLevelDetokenizer(tokenizer)
-    return WindowDetokenizer(tokenizer, prompt)
+        return ByteLevelDetokenizer(tokenizer, skipped)
+    return WindowDetokenizer(tokenizer, prompt, skipped)
 
 
 class SilentDetokenizer:
@@ -76,13 +80,14 @@ class SilentDetokenizer:
 class ByteLevelDetokenizer:
     """Maps each token to its bytes and decodes UTF-8 incrementally."""
 
-    def __init__(self, tokenizer: VariantTokenizer) -> None:
+    def __init__(self, tokenizer: VariantTokenizer, skipped: frozenset[int]) -> None:
         self._tokenizer = tokenizer
+        self._skipped = skipped
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
         """See `Detokenizer`."""
-        if token_id in self._tokenizer.special_ids:
+        if token_id in self._skipped:
             return ""
         token = self._tokenizer.raw.id_to_token(token_id)
         return "" if token is None else self._utf8.decode(_token_bytes(token))
@@ -112,14 +117,15 @@ def _token_bytes(token: str) -> bytes:
 class WindowDetokenizer:
     """Decodes each token together with the one before it; what its text adds is new."""
 
-    def __init__(self, tokenizer: VariantTokenizer, prompt: Sequence[int]) -> None:
+    def __init__(self, tokenizer: VariantTokenizer, prompt: Sequence[int], skipped: frozenset[int]) -> None:
         self._tokenizer = tokenizer
+        self._skipped = skipped
         self._run: _ByteRun | None = None
         self._restart(_context(tokenizer, prompt))
 
     def push(self, token_id: int) -> str:
         """See `Detokenizer`."""
-        if token_id in self._tokenizer.special_ids:
+        if token_id in self._skipped:
             return ""
         byte = self._tokenizer.byte_of(token_id)
         if byte is None:
@@ -158,7 +164,7 @@ class WindowDetokenizer:
         self._sent = self._decode(context)
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.raw.decode(ids)
+        return self._tokenizer.raw.decode(ids, skip_special_tokens=bool(self._skipped))
 
 
 class _ByteRun:

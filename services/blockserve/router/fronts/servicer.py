@@ -49,8 +49,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         """Token ids of a prompt."""
         del context
         model, prompt = wire.model_name(request.model), wire.tokenize_prompt(request)
+        special = not request.HasField("add_special_tokens") or request.add_special_tokens
         with named_by(PROTOBUF_PATHS):
-            return wire.tokenized_to_message(await self._router.tokenize(model, prompt))
+            tokenized = await self._router.tokenize(model, prompt, add_special_tokens=special)
+        return wire.tokenized_to_message(tokenized)
 
     async def ListModels(  # noqa: N802
         self, request: inference_pb2.ListModelsRequest, context: Any

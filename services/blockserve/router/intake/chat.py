@@ -20,6 +20,7 @@ from typing import Any
 
 from blockserve.common.api.calls import Conversation
 from blockserve.common.errors import ChatTemplateError
+from blockserve.router.intake.conversation import prompt_text, template_context
 
 log = logging.getLogger(__name__)
 
@@ -56,12 +57,14 @@ class ChatTemplates:
     by_name: Mapping[str, str] = field(default_factory=dict)
     variables: Mapping[str, str] = field(default_factory=dict)
 
-    def pick(self, tools: Sequence[Any] | None) -> str:
-        """The source that renders a conversation with these tools.
+    def pick(self, tools: Sequence[Any] | None, name: str = "") -> str:
+        """The source that renders a conversation with these tools, or the one of this name.
 
         Raises:
             ChatTemplateError: the variant has no template for it.
         """
+        if name:
+            return self._named(name)
         if tools is not None and "tool_use" in self.by_name:
             return self.by_name["tool_use"]
         if "default" in self.by_name:
@@ -69,6 +72,14 @@ class ChatTemplates:
         raise ChatTemplateError(
             "the variant has no chat template" if not self.by_name else "the variant has no default template",
             hint="Send the prompt as text, or register the variant with a chat_template.jinja.",
+        )
+
+    def _named(self, name: str) -> str:
+        if name in self.by_name:
+            return self.by_name[name]
+        raise ChatTemplateError(
+            f"the variant has no chat template named {name[:80]!r}",
+            hint=f"It has {', '.join(sorted(self.by_name)) or 'none'}.",
         )
 
 
@@ -92,14 +103,8 @@ class ChatRenderer:
         Raises:
             ChatTemplateError: the template is missing, broken, refused the conversation, or was stopped.
         """
-        template = templates.pick(conversation.tools)
-        context = {
-            **templates.variables,
-            "messages": conversation.messages,
-            "tools": conversation.tools,
-            "documents": None,
-            "add_generation_prompt": conversation.add_generation_prompt,
-        }
+        template = templates.pick(conversation.tools, conversation.template)
+        context = template_context(conversation, template, templates.variables)
         request = {"template": template, "context": context, "max_chars": self._limits.max_chars}
         body = json.dumps(request).encode()
         async with self._slots:
@@ -127,7 +132,7 @@ class ChatRenderer:
             else:
                 self._keep(child)
         if "text" in answer:
-            return _checked(str(answer["text"]))
+            return prompt_text(conversation, _checked(str(answer["text"])))
         raise ChatTemplateError(
             f"the chat template failed: {answer['error']}",
             hint="Check the roles and their order against the variant's template (`blockzoo show`).",

@@ -34,8 +34,10 @@ KINDS = {
 }
 
 
-def pieces(tokenizer: VariantTokenizer, ids: list[int], prompt: tuple[int, ...] = ()) -> list[str]:
-    text = detokenizer(tokenizer, prompt)
+def pieces(
+    tokenizer: VariantTokenizer, ids: list[int], prompt: tuple[int, ...] = (), *, skip: bool = True
+) -> list[str]:
+    text = detokenizer(tokenizer, prompt, skip_special_tokens=skip)
     return [*(text.push(token) for token in ids), text.finish()]
 
 
@@ -57,18 +59,18 @@ def test_a_character_of_three_tokens_is_never_cut(tokenizer: VariantTokenizer, f
     assert whole[-1] == last
 
 
-def decoded(tokenizer: VariantTokenizer, ids: list[int], context: list[int]) -> str:
+def decoded(tokenizer: VariantTokenizer, ids: list[int], context: list[int], *, skip: bool) -> str:
     """What the tokenizer itself makes of an answer to a prompt that ends with a token."""
-    before = tokenizer.raw.decode(context)
-    whole = tokenizer.raw.decode(context + ids)
+    before = tokenizer.raw.decode(context, skip_special_tokens=skip)
+    whole = tokenizer.raw.decode(context + ids, skip_special_tokens=skip)
     assert whole.startswith(before)
     return whole[len(before) :]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=150, deadline=None)
-@given(data=st.data())
-def test_pieces_add_up_to_the_decoding_of_the_whole(kind: str, data: st.DataObject) -> None:
+@given(data=st.data(), skip=st.booleans())
+def test_pieces_add_up_to_the_decoding_of_the_whole(kind: str, data: st.DataObject, skip: bool) -> None:
     """Any tokens, after prompts that end with a word, inside a character, with special tokens, or nowhere."""
     tokenizer = KINDS[kind]
     tokens = st.integers(0, tokenizer.raw.get_vocab_size() - 1)
@@ -81,8 +83,8 @@ def test_pieces_add_up_to_the_decoding_of_the_whole(kind: str, data: st.DataObje
     context = data.draw(st.lists(st.sampled_from(words), max_size=1))
     other = [i for i in range(tokenizer.raw.get_vocab_size()) if tokenizer.byte_of(i) is not None]
     ignored = data.draw(st.lists(st.sampled_from([*other, *tokenizer.special_ids]), max_size=5))
-    got = pieces(tokenizer, ids, prompt=(*context, *ignored))
-    assert "".join(got) == decoded(tokenizer, ids, context)
+    got = pieces(tokenizer, ids, prompt=(*context, *ignored), skip=skip)
+    assert "".join(got) == decoded(tokenizer, ids, context, skip=skip)
 
 
 @given(st.text(alphabet="ab .龘靐😀é\n", max_size=30), st.text(alphabet="ab 龘😀", max_size=8))
@@ -108,9 +110,9 @@ def test_a_long_run_of_byte_tokens_is_shown_as_it_comes() -> None:
     assert "".join(pieces(BYTE_FALLBACK, [*ids, *ids[:2], word])) == f"{text}\ufffd\ufffd b"
 
 
-@given(st.lists(st.integers(0, BYTE_LEVEL.raw.get_vocab_size() - 1), max_size=40))
-def test_byte_level_pieces_add_up_to_the_decoding_of_the_whole(ids: list[int]) -> None:
-    assert "".join(pieces(BYTE_LEVEL, ids)) == BYTE_LEVEL.raw.decode(ids, skip_special_tokens=True)
+@given(st.lists(st.integers(0, BYTE_LEVEL.raw.get_vocab_size() - 1), max_size=40), st.booleans())
+def test_byte_level_pieces_add_up_to_the_decoding_of_the_whole(ids: list[int], skip: bool) -> None:
+    assert "".join(pieces(BYTE_LEVEL, ids, skip=skip)) == BYTE_LEVEL.raw.decode(ids, skip_special_tokens=skip)
 
 
 @given(st.text(max_size=30))
