@@ -37,6 +37,7 @@ MODULES = {
     "adapt-p95": "adapt_p95",
     "many-variants": "many_variants",
     "text-flood": "text_flood",
+    "busy-threads": "busy_threads",
 }
 
 

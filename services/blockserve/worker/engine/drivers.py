@@ -22,6 +22,7 @@ import torch
 
 from blockkernels.backends import Backend
 from blockserve.common.errors import EngineFailedError, ServerStoppingError
+from blockserve.worker.engine.crew import Crew
 from blockserve.worker.engine.passes import Pass, Passes
 
 _LOG = logging.getLogger(__name__)
@@ -80,11 +81,19 @@ def _ended() -> EngineFailedError:
 class ThreadDriver:
     """A thread of its own; see `Driver`."""
 
-    def __init__(self, passes: Passes, backend: Backend, num_threads: int) -> None:
-        """Drive `passes`, which `backend` computes with `num_threads` threads."""
+    def __init__(self, passes: Passes, backend: Backend, num_threads: int, *, yields: bool = False) -> None:
+        """Drive `passes`.
+
+        Args:
+            passes: what to drive.
+            backend: computes them.
+            num_threads: of a matrix product.
+            yields: use fewer threads while other programs use the cores.
+        """
         self._passes = passes
         self._backend = backend
         self._num_threads = num_threads
+        self._crew = Crew(num_threads) if yields else None
         self._commands: deque[Command] = deque()
         self._wake = threading.Condition()
         self._stopping = False
@@ -170,11 +179,18 @@ class ThreadDriver:
         work = self._passes.plan()
         if work is None:
             return False
+        self._size_crew()
         self._passes.compute(work, before=None if work.is_handed_on else self._passes.deliver)
         self._passes.finish(work)
         if work.is_handed_on:
             self._passes.deliver()
         return True
+
+    def _size_crew(self) -> None:
+        size = self._num_threads if self._crew is None else self._crew.size()
+        if size != self._num_threads:
+            self._num_threads = size
+            self._backend.prepare_thread(size)
 
 
 class LoopDriver:

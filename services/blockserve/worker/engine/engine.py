@@ -121,7 +121,8 @@ class BlockEngine:
         self._arriving: deque[RunningRequest] = deque()  # submitted, not yet seen by the driver
         self._arrivals = 0
         self._num_threads = self.config.num_threads or usable_cores()
-        self._driver: Driver = ThreadDriver(self._passes, self._backend, self._num_threads)
+        yields = not self.config.num_threads and not self.config.deterministic
+        self._driver: Driver = ThreadDriver(self._passes, self._backend, self._num_threads, yields=yields)
 
     # ---- its life
 
