@@ -41,9 +41,11 @@ class Driver(Protocol):
 
     Attributes:
         last_progress: `time.monotonic()` value of the end of the last turn, or of having nothing to do.
+        failure: gets what ended the driver, if that was not `stop`.
     """
 
     last_progress: float
+    failure: Future[EngineFailedError]
 
     def start(self) -> None:
         """Begin."""
@@ -74,8 +76,9 @@ def _stopped() -> ServerStoppingError:
     return ServerStoppingError("the server is stopping", hint="Send the request to another server.")
 
 
-def _ended() -> EngineFailedError:
-    return EngineFailedError("the engine's thread ended", hint="Restart the server.")
+def _ended(cause: BaseException | None = None) -> EngineFailedError:
+    why = "" if cause is None else f": {cause!r}"
+    return EngineFailedError(f"the engine ended{why}", hint="Restart the server.")
 
 
 class ThreadDriver:
@@ -100,6 +103,7 @@ class ThreadDriver:
         self._thread: threading.Thread | None = None
         self._is_idle = False  # the thread waits for work; guarded by `_wake`
         self.last_progress = time.monotonic()
+        self.failure: Future[EngineFailedError] = Future()
 
     def start(self) -> None:
         """See `Driver`."""
@@ -131,7 +135,7 @@ class ThreadDriver:
     def _run(self) -> None:
         try:
             self._work()
-        except BaseException:
+        except BaseException as error:
             # Nobody must wait for a thread that has ended.
             _LOG.critical("the engine's thread ended", exc_info=True)
             with self._wake:
@@ -139,6 +143,7 @@ class ThreadDriver:
             for sink in list(self._passes.sinks.values()):
                 sink(_ended())
             self._passes.deliver()
+            self.failure.set_result(_ended(error))
             raise
 
     def _work(self) -> None:
@@ -227,6 +232,7 @@ class LoopDriver:
         self._is_running = False
         self._ended = threading.Event()
         self.last_progress = time.monotonic()
+        self.failure: Future[EngineFailedError] = Future()
 
     def start(self) -> None:
         """See `Driver`; called in the event loop."""
@@ -289,8 +295,8 @@ class LoopDriver:
                 self._pool.submit(self._passes.compute, work).add_done_callback(
                     lambda future: self._loop.call_soon_threadsafe(self._computed, work, future)
                 )
-        except BaseException:
-            self._die()
+        except BaseException as error:
+            self._die(error)
             raise
 
     def _computed(self, work: Pass, future: Future[None]) -> None:
@@ -298,8 +304,8 @@ class LoopDriver:
         try:
             future.result()
             self._finish(work)
-        except BaseException:
-            self._die()
+        except BaseException as error:
+            self._die(error)
             raise
 
     def _finish(self, work: Pass) -> None:
@@ -323,7 +329,7 @@ class LoopDriver:
         self._passes.deliver()
         self._ended.set()
 
-    def _die(self) -> None:
+    def _die(self, error: BaseException) -> None:
         """Nobody must wait for a driver that has ended."""
         _LOG.critical("the engine ended", exc_info=True)
         self._is_running = False
@@ -332,3 +338,4 @@ class LoopDriver:
             sink(_ended())
         self._passes.deliver()
         self._ended.set()
+        self.failure.set_result(_ended(error))
