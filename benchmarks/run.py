@@ -36,6 +36,8 @@ MODULES = {
     "kv-choice": "kv_choice",
     "adapt-p95": "adapt_p95",
     "many-variants": "many_variants",
+    "text-flood": "text_flood",
+    "busy-threads": "busy_threads",
 }
 
 

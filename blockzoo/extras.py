@@ -17,6 +17,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
         "obstore",
         "pydantic",
         "pydantic_settings",
+        "re2",
         "rich",
         "typer",
         "yaml",

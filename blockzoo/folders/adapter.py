@@ -9,20 +9,18 @@ refused with a name.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeVar, cast
 
 from blockzoo.errors import AdapterError, UnknownTargetError, UnsupportedAdapterError
+from blockzoo.folders.patterns import ModulePattern, check_number, compile_pattern, compile_patterns
 
 MAX_RANK = 1 << 14
 """Highest LoRA rank accepted; above a layer's width it makes no sense."""
 
-_MAX_PATTERN = 4096
-"""Characters of a regular expression in adapter_config.json."""
-
 _ALL_LINEAR = "all-linear"
+_ANY_LAYERS = compile_pattern("layers_pattern", "", r".*?\.[^.]*", r"\.(?P<idx>\d+)\.")
 _HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 """Values of init_lora_weights that leave the base as it is; the others subtract from its weights."""
 
@@ -52,6 +50,9 @@ _METHODS = {
 }
 
 
+_Number = TypeVar("_Number", int, float)
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterConfig:
     """The part of adapter_config.json that decides what is computed.
@@ -60,35 +61,37 @@ class AdapterConfig:
         rank: rank of modules that no pattern matches.
         alpha: numerator of the scale of modules that no pattern matches.
         use_rslora: divide alpha by the square root of the rank instead of the rank.
-        rank_pattern: regular expression -> rank; the first match counts.
-        alpha_pattern: regular expression -> alpha; the first match counts.
-        targets: names, or one regular expression, or "all-linear".
-        excluded: names, or one regular expression.
+        ranks: patterns and the rank of modules that match; the first match counts.
+        alphas: patterns and the alpha of modules that match; the first match counts.
+        targets: names, or one pattern, or "all-linear".
+        excluded: names, or one pattern.
         layers: only these layers, or None for all.
-        layers_pattern: names of the list of layers, empty for any.
+        layers_pattern: patterns for the list of layers, empty for any.
         saved: suffixes of modules that are stored whole (modules_to_save).
+        saved_patterns: the same, as patterns for modules that LoRA leaves out.
         base_model: what the adapter was trained on, as PEFT recorded it.
     """
 
     rank: int
     alpha: float
     use_rslora: bool
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
-    targets: str | tuple[str, ...]
-    excluded: str | tuple[str, ...]
-    layers: tuple[int, ...] | None
-    layers_pattern: tuple[str, ...]
+    ranks: tuple[tuple[ModulePattern, int], ...]
+    alphas: tuple[tuple[ModulePattern, float], ...]
+    targets: str | ModulePattern | frozenset[str]
+    excluded: ModulePattern | frozenset[str]
+    layers: frozenset[int] | None
+    layers_pattern: tuple[ModulePattern, ...]
     saved: tuple[str, ...]
+    saved_patterns: tuple[ModulePattern, ...]
     base_model: str
 
     def rank_of(self, module: str) -> int:
         """Rank of the adapter on a module."""
-        return self.rank_pattern.get(_first_match(self.rank_pattern, module), self.rank)
+        return _first_match(self.ranks, module, self.rank)
 
     def scale_of(self, module: str) -> float:
         """What the product of the two matrices is multiplied with."""
-        alpha = self.alpha_pattern.get(_first_match(self.alpha_pattern, module), self.alpha)
+        alpha = _first_match(self.alphas, module, self.alpha)
         rank = self.rank_of(module)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
@@ -104,7 +107,7 @@ class AdapterConfig:
             UnknownTargetError: a target names nothing in the base.
         """
         modules, linears = list(modules), list(linears)
-        if isinstance(self.targets, str) and self.targets.lower() == _ALL_LINEAR:
+        if isinstance(self.targets, str):
             wanted = [module for module in linears if module != output]
         else:
             self._check_targets(modules, linears)
@@ -122,46 +125,40 @@ class AdapterConfig:
         return any(module.endswith(name) for name in self.saved)
 
     def _check_targets(self, modules: list[str], linears: list[str]) -> None:
-        targets = (self.targets,) if isinstance(self.targets, str) else self.targets
-        for target in targets:
-            if isinstance(self.targets, str):
-                known = any(re.fullmatch(target, module) for module in modules)
-            else:
-                known = any(_is_suffix(target, module) for module in modules)
-            if not known:
-                raise UnknownTargetError(
-                    f"the adapter changes {target[:200]!r}, which the base does not have",
-                    hint=f"Modules that can be adapted: {_leaf_names(linears)}.",
-                    target=target[:200],
-                )
+        if isinstance(self.targets, ModulePattern):
+            unknown = not any(self.targets.matches_all(module) for module in modules)
+            missing = self.targets.text if unknown else None
+        else:
+            known = {name for module in modules for name in _suffixes(module)}
+            missing = min(frozenset(self.targets) - known, default=None)
+        if missing is not None:
+            raise UnknownTargetError(
+                f"the adapter changes {missing[:200]!r}, which the base does not have",
+                hint=f"Modules that can be adapted: {_leaf_names(linears)}.",
+                target=missing[:200],
+            )
 
     def _is_target(self, module: str) -> bool:
-        if isinstance(self.targets, str):
-            return re.fullmatch(self.targets, module) is not None
+        if isinstance(self.targets, ModulePattern):
+            return self.targets.matches_all(module)
         if module in self.targets:
             return True
-        return any(_is_suffix(target, module) for target in self.targets) and self._is_chosen_layer(module)
+        return not _suffixes(module).isdisjoint(self.targets) and self._is_chosen_layer(module)
 
     def _is_chosen_layer(self, module: str) -> bool:
         if self.layers is None:
             return True
-        if self.layers_pattern:
-            tries = [
-                re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", module)
-                for pattern in self.layers_pattern
-            ]
-        else:
-            tries = [re.match(r".*?\.[^.]*\.(?P<index>\d+)\.", module)]
-        index = next((int(match["index"]) for match in tries if match), None)
-        return index in self.layers
+        found = (pattern.index(module) for pattern in self.layers_pattern or (_ANY_LAYERS,))
+        index = next((index for index in found if index is not False), None)
+        return isinstance(index, str) and int(index) in self.layers
 
     def _is_excluded(self, module: str) -> bool:
-        if isinstance(self.excluded, str):
-            if self.excluded and re.fullmatch(self.excluded, module):
+        if isinstance(self.excluded, ModulePattern):
+            if self.excluded.matches_all(module):
                 return True
-        elif any(_is_suffix(name, module) for name in self.excluded):
+        elif not _suffixes(module).isdisjoint(self.excluded):
             return True
-        return any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.saved)
+        return any(pattern.matches(module) for pattern in self.saved_patterns)
 
 
 def parse_adapter_config(values: Mapping[str, object]) -> AdapterConfig:
@@ -172,30 +169,29 @@ def parse_adapter_config(values: Mapping[str, object]) -> AdapterConfig:
         AdapterError: a value is missing or impossible.
     """
     _refuse_other_methods(values)
-    rank_pattern = {key: _rank(value, key) for key, value in _pattern(values, "rank_pattern").items()}
-    alpha_pattern = {key: _alpha(value, key) for key, value in _pattern(values, "alpha_pattern").items()}
+    ranks = _pattern(values, "rank_pattern", _rank)
+    alphas = _pattern(values, "alpha_pattern", _alpha)
     layers = values.get("layers_to_transform")
     if isinstance(layers, int) and not isinstance(layers, bool):
         layers = [layers]
     if layers is not None and not (isinstance(layers, list) and all(type(item) is int for item in layers)):
         raise _bad("layers_to_transform", layers)
-    targets = _names_or_pattern(values, "target_modules")
+    targets = _targets(values)
     saved = _names(values, "modules_to_save")
-    for name in saved:
-        _compile("modules_to_save", name)
     if not targets and not saved:
         raise AdapterError("adapter_config.json: target_modules is empty")
     return AdapterConfig(
         rank=_rank(values.get("r"), "r"),
         alpha=_alpha(values.get("lora_alpha"), "lora_alpha"),
         use_rslora=_flag(values, "use_rslora"),
-        rank_pattern=rank_pattern,
-        alpha_pattern=alpha_pattern,
+        ranks=ranks,
+        alphas=alphas,
         targets=targets,
         excluded=_names_or_pattern(values, "exclude_modules"),
-        layers=tuple(cast(list[int], layers)) if layers else None,
+        layers=frozenset(cast(list[int], layers)) if layers else None,
         layers_pattern=_layers_pattern(values),
         saved=saved,
+        saved_patterns=compile_patterns("modules_to_save", saved, r"(^|.*\.)", r"($|\..*)"),
         base_model=str(values.get("base_model_name_or_path") or "")[:1000],
     )
 
@@ -255,56 +251,52 @@ def _flag(values: Mapping[str, object], field: str) -> bool:
     return value
 
 
-def _pattern(values: Mapping[str, object], field: str) -> dict[str, object]:
+def _pattern(
+    values: Mapping[str, object], field: str, check: Callable[[object, str], _Number]
+) -> tuple[tuple[ModulePattern, _Number], ...]:
     value = values.get(field) or {}
     if not isinstance(value, dict):
         raise _bad(field, value)
-    for key in value:
-        _compile(field, key)
-    return value
+    patterns = compile_patterns(field, value, r"(.*\.)?(", ")$")
+    return tuple((pattern, check(value[pattern.text], pattern.text)) for pattern in patterns)
 
 
 def _names(values: Mapping[str, object], field: str) -> tuple[str, ...]:
     value = values.get(field) or []
     if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
         raise _bad(field, value)
+    check_number(field, value)
     return tuple(value)
 
 
-def _names_or_pattern(values: Mapping[str, object], field: str) -> str | tuple[str, ...]:
+def _names_or_pattern(values: Mapping[str, object], field: str) -> ModulePattern | frozenset[str]:
     value = values.get(field)
-    if isinstance(value, str):
-        _compile(field, value)
-        return value
-    return _names(values, field)
+    if isinstance(value, str) and value:
+        return compile_pattern(field, value)
+    return frozenset(() if value == "" else _names(values, field))
 
 
-def _layers_pattern(values: Mapping[str, object]) -> tuple[str, ...]:
+def _targets(values: Mapping[str, object]) -> str | ModulePattern | frozenset[str]:
+    value = values.get("target_modules")
+    if isinstance(value, str) and value.lower() == _ALL_LINEAR:
+        return _ALL_LINEAR
+    return _names_or_pattern(values, "target_modules")
+
+
+def _layers_pattern(values: Mapping[str, object]) -> tuple[ModulePattern, ...]:
     value = values.get("layers_pattern")
-    patterns = (value,) if isinstance(value, str) and value else _names(values, "layers_pattern")
-    for pattern in patterns:
-        _compile("layers_pattern", pattern)
-    return patterns
+    texts = (value,) if isinstance(value, str) and value else _names(values, "layers_pattern")
+    return compile_patterns("layers_pattern", texts, r"(?:^|.*?\.)", r"\.(?P<idx>\d+)\.")
 
 
-def _compile(field: str, pattern: str) -> None:
-    try:
-        if len(pattern) > _MAX_PATTERN:
-            raise _bad(field, pattern)
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise AdapterError(
-            f"adapter_config.json: {field} holds {pattern[:80]!r}, which is no regular expression: {error}",
-            field=field,
-        ) from error
+def _first_match(patterns: Iterable[tuple[ModulePattern, _Number]], module: str, default: _Number) -> _Number:
+    return next((value for pattern, value in patterns if pattern.matches(module)), default)
 
 
-def _first_match(patterns: Mapping[str, object], module: str) -> str:
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), module)
-
-
-def _is_suffix(name: str, module: str) -> bool:
-    return module == name or module.endswith(f".{name}")
+def _suffixes(module: str) -> set[str]:
+    """What a name in a list may be: the path, or its last parts."""
+    parts = module.split(".")
+    return {".".join(parts[start:]) for start in range(len(parts))}
 
 
 def _leaf_names(modules: Iterable[str]) -> str:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from blockzoo import layout
 from blockzoo.canonical import digest_bytes, parse_json, seal_json, unseal_json
 from blockzoo.clock import Clock
+from blockzoo.digest import is_digest
 from blockzoo.errors import (
     BlockzooError,
     CorruptManifestError,
@@ -67,6 +68,8 @@ class Objects:
     def read_manifest(self, key: str, digest: str) -> JsonValue:
         """Return the JSON at `key`, verified against its digest."""
         try:
+            if not is_digest(digest):
+                raise NotFoundError(f"{digest[:80]!r} is no digest")
             data = self.storage.get(key)
         except NotFoundError as error:
             raise ManifestNotFoundError(

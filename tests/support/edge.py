@@ -23,7 +23,7 @@ from blockserve.embedded.server import EmbeddedServer
 from blockserve.embedded.settings import EmbeddedSettings
 from blockserve.embedded.startup import Parts
 from blockserve.router.intake.variant_files import VariantFiles
-from blockzoo.errors import NotFoundError, VariantNotFoundError
+from blockzoo.errors import BlockzooError, NotFoundError, VariantNotFoundError
 from blockzoo.folders.files import kept_files
 from blockzoo.manifest import (
     BlobId,
@@ -265,6 +265,12 @@ class ScriptedEngine:
         self.pending = 0
         self.seconds_since_progress = 0.0
         self.is_running = False
+        self.failure: asyncio.Future[BlockzooError] | None = None
+
+    async def failed(self) -> BlockzooError:
+        """See `RunnableEngine`."""
+        self.failure = asyncio.get_running_loop().create_future()
+        return await self.failure
 
     def start(self) -> None:
         """See `RunnableEngine`."""

@@ -177,6 +177,11 @@ class EmbeddedServer:
             except BlockzooError as error:
                 log.error("variant not loaded variant=%s reason=%s: %s", ref, error.reason, error)
 
+    async def failed(self) -> BlockzooError:
+        """Wait until the engine ends by a fault."""
+        assert self._engine is not None
+        return await self._engine.failed()
+
     async def stop(self, *, drain_seconds: float | None = None) -> None:
         """Stop: NOT_SERVING first, then no new requests, then running answers to their end or the bound.
 

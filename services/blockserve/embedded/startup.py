@@ -35,6 +35,10 @@ class RunnableEngine(Engine, Protocol):
         """End; blocks until the current pass is over."""
         ...
 
+    async def failed(self) -> BlockzooError:
+        """Wait until the engine ends by a fault, and say by which."""
+        ...
+
 
 def open_zoo(url: str) -> ZooReader:
     """The zoo at `url` (ZooNotFoundError)."""

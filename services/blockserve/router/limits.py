@@ -103,6 +103,13 @@ class RouterConfig(Section):
         reason="Templates walk through the messages several times.",
         ge=1,
     )
+    long_text_bytes: int = setting(
+        256 << 10,
+        "Texts longer than this are tokenised one after the other, shorter ones side by side.",
+        unit="bytes",
+        reason="Tokenising takes about 100 bytes of memory for each byte of text, and seconds for megabytes.",
+        ge=1 << 10,
+    )
     chat_seconds: float = setting(
         2.0,
         "How long a chat template may take.",

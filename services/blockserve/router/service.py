@@ -94,6 +94,7 @@ class Router:
         """Let go of child processes and loads; requests have to be drained before."""
         await self._loader.close()
         await self._renderer.close()
+        self._catalog.close()
 
     async def generate(
         self, call: GenerateCall, *, arrival: float | None = None, deadline: float | None = None
@@ -253,6 +254,7 @@ class Router:
         """Token ids and the text behind them; templates write their special tokens themselves."""
         if isinstance(prompt, str):
             return await self._catalog.encode(variant, prompt, add_special_tokens=add_special_tokens), prompt
+        await self._catalog.check_conversation(variant, prompt)
         text = await self._renderer.render(variant.templates, prompt)
         return await self._catalog.encode(variant, text, add_special_tokens=False), text
 

@@ -17,7 +17,8 @@ class EngineConfig:
         dtype: type of weights and hidden states. "auto" keeps what the checkpoint has (on the CPU
             float16 becomes float32, because the CPU has no fast float16 products).
         num_threads: threads of a matrix product; 0 takes every core the process may use (affinity, and the
-            CPU quota of its container).
+            CPU quota of its container), and fewer while other programs use them (on Linux, and not if
+            deterministic).
         max_running_requests: maximum number of requests in one batch; bounds the time of one decode step.
         max_waiting_requests: maximum number of requests in the queue; further requests are refused, because
             the answers of a longer queue would come too late.

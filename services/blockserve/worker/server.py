@@ -21,6 +21,7 @@ from blockserve.worker.reconciler import Reconciler
 from blockserve.worker.service import WorkerService
 from blockserve.worker.servicer import WorkerServicer
 from blockserve.worker.settings import WorkerSettings
+from blockzoo.errors import BlockzooError
 from blockzoo.manifest import ChainId, ChainManifest
 from blockzoo.zoo import Zoo
 
@@ -51,6 +52,7 @@ class WorkerServer:
         self._store: StateStore | None = None
         self._host = RpcHost(settings, SERVICES, close_seconds=CLOSE_SECONDS)
         self._engine: BlockEngine | None = None
+        self._failure: BlockzooError | None = None
         self._announcer: Announcer | None = None
         self._reconciler: Reconciler | None = None
         self._second_store: StateStore | None = None
@@ -110,6 +112,12 @@ class WorkerServer:
             version("blockzoo"),
         )
 
+    async def failed(self) -> BlockzooError:
+        """Wait until the engine ends by a fault: a worker without one must not keep its lease."""
+        assert self._engine is not None
+        self._failure = await self._engine.failed()
+        return self._failure
+
     async def stop(self, *, drain_seconds: float | None = None) -> None:
         """Stop: no new requests, the running ones to their end or given back, then the lease.
 
@@ -117,6 +125,8 @@ class WorkerServer:
             drain_seconds: instead of the settings' value.
         """
         seconds = self.settings.drain_seconds if drain_seconds is None else drain_seconds
+        if self._failure is not None:
+            seconds = 0.0  # nothing that runs will end by itself
         await self._host.say_stopping()
         if self._reconciler is not None:
             await self._reconciler.stop()

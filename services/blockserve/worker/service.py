@@ -14,7 +14,7 @@ from functools import partial
 
 from blockserve.common.api.cluster import ChainSpan, Run, WorkerId, WorkerRecord, WorkerState
 from blockserve.common.api.engine import EngineRequest
-from blockserve.common.errors import BreakCause, PathBrokenError, ServerStoppingError, WireError
+from blockserve.common.errors import BreakCause, PathBrokenError, ServerStoppingError, SpanError, WireError
 from blockserve.common.rpc.channel import Credentials
 from blockserve.worker.engine.engine import BlockEngine
 from blockserve.worker.peers.kv_client import Pulled, pull
@@ -115,8 +115,10 @@ class WorkerService:
 
     async def span(self, chain: ChainId, first: int, end: int) -> ChainSpan:
         """The run of a chain; `end` 0 is the end of the chain (ManifestNotFoundError, SpanError)."""
-        length = end or len((await asyncio.to_thread(self._zoo.chain, chain)).links)
-        return ChainSpan(chain, Run(first, length))
+        links = len((await asyncio.to_thread(self._zoo.chain, chain)).links)
+        if not 0 <= first < (end or links) <= links:
+            raise SpanError(f"positions {first} to {end or links} are not in a chain of {links}")
+        return ChainSpan(chain, Run(first, end or links))
 
     async def load(self, span: ChainSpan, pinned: bool | None = None) -> None:
         """Have a run of a chain in memory."""
@@ -180,6 +182,8 @@ class WorkerService:
         """Take what another worker says; a request's opening waits until its blocks are in memory."""
         now: list[SpanMsg] = []
         for message in messages:
+            if isinstance(message, OpenMsg):
+                self._check_place(message)
             if isinstance(message, OpenMsg) and self.is_draining:
                 self._streams.send(message.request.path[0], [FailMsg(message.id, self._draining())])
                 continue
@@ -194,6 +198,12 @@ class WorkerService:
             now.append(message)
         if now:
             self._tell_engine(sender, now)
+
+    def _check_place(self, message: OpenMsg) -> None:
+        """Refuse what is opened at a place where the path has another worker, or none (WireError)."""
+        path, place = message.request.path, message.place
+        if not 1 <= place < len(path) or path[place].worker != self._record.id:
+            raise WireError(f"worker {self._record.id} is not at place {place} of a path of {len(path)}")
 
     async def _open_later(self, sender: WorkerId, message: OpenMsg) -> None:
         try:

@@ -17,6 +17,7 @@ from blockserve.common.errors import ServerStoppingError, WireError
 from blockserve.common.wire.engine import (
     error_to_message,
     request_from_message,
+    run_from_message,
     token_to_message,
 )
 from blockserve.common.wire.spans import span_to_message
@@ -48,7 +49,10 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         async def read() -> None:
             async for message in request_iterator:
                 for one in message.start:
-                    session.start(one.number, request_from_message(one.request))
+                    try:
+                        session.start(one.number, request_from_message(one.request))
+                    except BlockzooError as error:
+                        session.refuse(one.number, error)
                 for number in message.cancel:
                     session.cancel(number)
 
@@ -119,7 +123,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         """Send a request's cached keys and values, page by page."""
         del context
         prefix = prefix_from_message(request.prefix)
-        layers = Run(request.part_first, request.part_end) if request.part_end else None
+        layers = run_from_message(request.part_first, request.part_end) if request.part_end else None
         async with aclosing(self._service.export_kv(prefix, request.kv_fingerprint, layers)) as blocks:
             async for block in blocks:
                 keys, values = to_bytes(block.keys), to_bytes(block.values)

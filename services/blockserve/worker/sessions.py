@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
 from blockserve.common.api.engine import EngineRequest, TokenEvent
-from blockserve.common.errors import PathBrokenError
+from blockserve.common.errors import EngineFailedError, PathBrokenError
 from blockserve.worker.engine.engine import BlockEngine
 from blockserve.worker.requests.running import Outcome, RunningRequest
 from blockzoo.errors import BlockzooError
+
+log = logging.getLogger(__name__)
 
 Progress = tuple[int, Outcome]
 """Number of a request, and its new tokens or why it failed."""
@@ -46,6 +49,10 @@ class RouterSession:
         task = asyncio.create_task(self._start(number, request))
         self._starting[number] = task
         task.add_done_callback(lambda _: self._starting.pop(number, None))
+
+    def refuse(self, number: int, error: BlockzooError) -> None:
+        """A request that cannot be read fails; the others go on."""
+        self._take(number, error)
 
     def cancel(self, number: int) -> None:
         """Stop a request; one that has ended is left alone."""
@@ -86,6 +93,9 @@ class RouterSession:
             self._running[number] = self._engine.submit(request, sink)
         except BlockzooError as error:
             self._take(number, error)
+        except Exception as error:
+            log.exception("request %s could not be started", request.request_id)
+            self._take(number, EngineFailedError(f"the request could not be started: {error!r}"))
 
     def _take(self, number: int, outcome: Outcome) -> None:
         if isinstance(outcome, BlockzooError) or outcome[-1].finish is not None:

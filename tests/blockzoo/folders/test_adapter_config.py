@@ -26,6 +26,14 @@ CASES = {
     "layers with one pattern": {
         "target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers",
     },
+    "layers with alternatives that PEFT takes apart": {
+        "target_modules": ["q_proj"], "layers_to_transform": [1],
+        "layers_pattern": ["model.x|layers", "layers"],
+    },
+    "operators of every kind": {
+        "target_modules": r"(?i)MODEL\.\w{5,6}\.(?P<n>[0-1]|2)\.(?:self_attn|mlp)\.[^x-z]+?_(proj){1}\Z",
+        "rank_pattern": {r"[qk]_.*|up_p(?:roj){,1}": 3}, "alpha_pattern": {r"\d\.mlp\..+": 9},
+    },
     "pattern that matches nothing": {
         "target_modules": ["q_proj", "lm_head"], "layers_to_transform": [0], "layers_pattern": "layers",
     },
@@ -155,6 +163,9 @@ IMPOSSIBLE = {
     "layers with text": {"layers_to_transform": ["1"]},
     "rslora with text": {"use_rslora": "yes"},
     "modules to save with a broken regex": {"modules_to_save": ["("]},
+    "patterns with more text than anybody needs": {
+        "rank_pattern": {"q" * 4000 + str(n): 2 for n in range(99)}
+    },
 }
 
 

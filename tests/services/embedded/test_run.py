@@ -117,3 +117,17 @@ def test_a_server_that_cannot_start_says_why_in_two_lines(tmp_path: Path) -> Non
     assert "Traceback" not in done.stderr
     assert "error: " in done.stderr
     assert not (tmp_path / "s.sock").exists()
+
+
+def test_a_server_whose_engine_ends_ends_too(tmp_path: Path) -> None:
+    failing = "lambda: None"
+    program = PROGRAM.replace("STARTING", failing).replace(
+        "engine.hold_at = 1",
+        "engine.failed = lambda: asyncio.sleep(0.2, EngineFailedError('the engine ended: a bug'))",
+    )
+    program = "from blockserve.common.errors import EngineFailedError\n" + program
+    command = [sys.executable, "-c", program, f"unix:{tmp_path}/s.sock", "30"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert "the process ends: the engine ended: a bug" in done.stderr
+    assert not (tmp_path / "s.sock").exists()

@@ -1,10 +1,65 @@
-"""How many cores this process may use: its affinity, and the CPU quota of its container."""
+"""How many cores this process may use (affinity, quota of its container), and what others take of them."""
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+
+_STEPS = 100
+"""Parts of a second that the kernel counts a core's time in (USER_HZ)."""
+
+
+@dataclass(frozen=True, slots=True)
+class CoreTimes:
+    """What has been used of the cores that this process may run on.
+
+    Attributes:
+        cores: how many there are.
+        busy: seconds that they have worked, for whomever.
+        own: seconds of processor time that this process has used.
+        running: threads of others that run or want to run just now; 0 where that cannot be told.
+    """
+
+    cores: int
+    busy: float
+    own: float
+    running: int
+
+
+def read_core_times(system: Path = Path("/")) -> CoreTimes | None:
+    """Read the kernel's counters; None where there are none, as in some sandboxes.
+
+    Args:
+        system: where `proc` is mounted.
+
+    Source: proc.rst of the Linux documentation (`/proc/stat`).
+    """
+    mine = os.sched_getaffinity(0)
+    busy, running, cores, online = 0.0, 0, 0, 0
+    for line in _words(system / "proc/stat", separator="\n"):
+        name, _, rest = line.partition(" ")
+        if name.startswith("cpu") and name[3:].isdecimal():
+            online += 1
+            if int(name[3:]) in mine:
+                cores += 1
+                user, nice, kernel, _, _, *others = map(int, rest.split()[:8])
+                busy += (user + nice + kernel + sum(others)) / _STEPS
+        elif name == "procs_running":
+            running = int(rest)
+    if not cores or not busy:
+        return None
+    # Where others have cores that this process may not use, it is not known where they run.
+    running = max(0, running - _own_running(system)) if cores == online else 0
+    return CoreTimes(cores, busy, time.process_time(), running)
+
+
+def _own_running(system: Path) -> int:
+    """Threads of this process that run or want to run."""
+    states = (_words(file, separator=")")[-1:] for file in (system / "proc/self/task").glob("*/stat"))
+    return sum(1 for state in states if state and state[0].split()[0] == "R")
 
 
 def usable_cores(system: Path = Path("/")) -> int:

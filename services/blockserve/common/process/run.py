@@ -8,11 +8,13 @@ import logging
 import os
 import signal
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 from blockserve.common.process.event_loop import run_in_event_loop
 from blockserve.common.process.logs import configure_logging
+from blockserve.common.process.tasks import end
 from blockserve.common.rpc.settings import ServerSettings
+from blockzoo.errors import BlockzooError
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +38,15 @@ class RunnableServer(Protocol):
         ...
 
 
+@runtime_checkable
+class FailingServer(Protocol):
+    """A server that may end though nobody stopped it."""
+
+    async def failed(self) -> BlockzooError:
+        """Wait until the server can do no more work, and say why; most wait for ever."""
+        ...
+
+
 S = TypeVar("S", bound=RunnableServer)
 
 
@@ -48,7 +59,7 @@ def run(settings: ServerSettings, server: S, on_ready: Callable[[S], None] | Non
         on_ready: called once the server has started, for example to print its address.
 
     Raises:
-        BlockzooError: the server cannot start.
+        BlockzooError: the server cannot start, or failed for good later on.
     """
     configure_logging(settings.log_level, settings.log_format)
     run_in_event_loop(serve(server, on_ready))
@@ -78,11 +89,27 @@ async def serve(server: S, on_ready: Callable[[S], None] | None = None) -> None:
         if started:
             if on_ready is not None:
                 on_ready(server)
-            await stop.wait()
+            failure = await _until_end(server, stop)
             await server.stop()
+            if failure is not None:
+                raise failure
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
+
+
+async def _until_end(server: RunnableServer, stop: asyncio.Event) -> BlockzooError | None:
+    """Wait until the server is told to stop (None), or can do no more work."""
+    stopping = asyncio.create_task(stop.wait())
+    failing = asyncio.create_task(server.failed()) if isinstance(server, FailingServer) else None
+    await asyncio.wait({stopping, failing} if failing else {stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if failing is None or not failing.done():
+        await end(failing)
+        return None
+    failure = failing.result()
+    log.critical("the process ends: %s", failure)
+    return failure
 
 
 async def _start(server: RunnableServer, stop: asyncio.Event) -> bool:

@@ -11,6 +11,7 @@ from blockproto.v1 import errors_pb2, inference_pb2, worker_pb2
 from blockserve.common.api.cluster import PathStep, Run, WorkerId
 from blockserve.common.api.engine import EngineRequest, RequestTiming, SamplingParams, TokenEvent
 from blockserve.common.api.tokens import FinishReason, PositionLogprobs
+from blockserve.common.errors import WireError
 from blockserve.common.wire.errors import from_status, pack, to_status, unpack
 from blockzoo.errors import BlockzooError
 from blockzoo.manifest import ChainId
@@ -52,7 +53,11 @@ def request_to_message(request: EngineRequest) -> worker_pb2.SpanRequest:
 
 
 def request_from_message(message: worker_pb2.SpanRequest) -> EngineRequest:
-    """The inverse of `request_to_message`."""
+    """The inverse of `request_to_message`.
+
+    Raises:
+        WireError: a step of its path covers nothing.
+    """
     remaining = message.remaining_seconds if message.HasField("remaining_seconds") else None
     return EngineRequest(
         request_id=message.request_id,
@@ -71,11 +76,23 @@ def request_from_message(message: worker_pb2.SpanRequest) -> EngineRequest:
         output=tuple(message.output),
         arrival=message.arrival,
         path=tuple(
-            PathStep(WorkerId(step.worker_id), step.address, Run(step.first, step.end))
+            PathStep(WorkerId(step.worker_id), step.address, run_from_message(step.first, step.end))
             for step in message.path
         ),
         epoch=message.epoch,
     )
+
+
+def run_from_message(first: int, end: int) -> Run:
+    """Positions of a chain, as two numbers of a message.
+
+    Raises:
+        WireError: they cover nothing.
+    """
+    try:
+        return Run(first, end)
+    except ValueError as error:
+        raise WireError(str(error)) from error
 
 
 def token_to_message(event: TokenEvent) -> worker_pb2.OutputToken:

@@ -9,10 +9,13 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
+from blockserve.common.api.calls import Conversation
 from blockserve.common.errors import PromptError
 from blockserve.router.intake.chat import ChatTemplates
+from blockserve.router.intake.texts import TextThreads, check_text, size_of
 from blockserve.router.intake.tokenizer import TokenizerCache, VariantTokenizer
 from blockserve.router.intake.variant_files import TokenizerSource, VariantFiles
 from blockserve.router.limits import RouterConfig
@@ -118,6 +121,7 @@ class VariantCatalog:
         self._limits = limits or RouterConfig()
         self._clock = clock
         self._tokenizers = TokenizerCache(self._limits.cached_tokenizers)
+        self._texts = TextThreads(self._limits.long_text_bytes)
         self._lock = threading.Lock()
         self._served: OrderedDict[tuple[str, int, ChainId], ServedVariant] = OrderedDict()
         self._current: dict[str, _Look] = {}
@@ -126,6 +130,10 @@ class VariantCatalog:
     def zoo_url(self) -> str:
         """Where the zoo is."""
         return self._zoo.url
+
+    def close(self) -> None:
+        """End the thread for long texts."""
+        self._texts.close()
 
     def forget(self, name: str) -> None:
         """Look a name up again at its next request: it was changed just now."""
@@ -161,17 +169,31 @@ class VariantCatalog:
 
         Raises:
             PromptError: it has none, or its tokenizer.json cannot be used.
+            PromptTooLongError: the text is longer than the context, whatever its tokens.
         """
+        tokenizer = await self._needed_tokenizer(variant)
+        size = size_of(text)
+        check_text(size, variant.ref, variant.chain.context_length, tokenizer.longest_token)
+        encode = partial(tokenizer.encode, add_special_tokens=add_special_tokens)
+        return await self._texts.run(size, encode, text)
 
-        def work() -> tuple[int, ...]:
-            tokenizer = self.tokenizer_blocking(variant)
-            if tokenizer is None:
-                raise PromptError(
-                    f"{variant.ref} was registered without a tokenizer.json", hint="Send token ids."
-                )
-            return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    async def check_conversation(self, variant: ServedVariant, conversation: Conversation) -> None:
+        """Refuse a conversation whose text is too long for any template, before one is rendered.
 
-        return await asyncio.to_thread(work)
+        Raises:
+            PromptError: as `encode`.
+        """
+        tokenizer = await self._needed_tokenizer(variant)
+        size = size_of(conversation.messages) + size_of(conversation.tools)
+        check_text(size, variant.ref, variant.chain.context_length, tokenizer.longest_token)
+
+    async def _needed_tokenizer(self, variant: ServedVariant) -> VariantTokenizer:
+        tokenizer = await self.tokenizer(variant)
+        if tokenizer is None:
+            raise PromptError(
+                f"{variant.ref} was registered without a tokenizer.json", hint="Send token ids."
+            )
+        return tokenizer
 
     async def page(self, after: str, size: int) -> tuple[list[ServedVariant | DamagedVariant], bool]:
         """Current versions in the order of their names.

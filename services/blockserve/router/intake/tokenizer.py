@@ -24,6 +24,7 @@ class VariantTokenizer:
         raw: the `tokenizers.Tokenizer`.
         special_ids: ids of tokens that never appear in text.
         is_byte_level: the decoder maps token characters to bytes one to one (GPT-2's alphabet).
+        longest_token: UTF-8 bytes of the longest token's spelling: about the most text that a token holds.
     """
 
     def __init__(self, raw: Tokenizer, facts: TokenizerFacts | None = None) -> None:
@@ -35,6 +36,7 @@ class VariantTokenizer:
         self.special_ids = frozenset(special | {i for i, token in _present(raw) if token.special})
         decoder = _decoder_types(raw)
         self.is_byte_level = decoder == ["ByteLevel"]
+        self.longest_token = max((len(token.encode()) for token in raw.get_vocab()), default=1)
         self._has_byte_tokens = "ByteFallback" in decoder
 
     @classmethod
@@ -55,8 +57,12 @@ class VariantTokenizer:
             ) from error
 
     def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
-        """Token ids of `text`, with the special tokens of tokenizer.json's post-processor or without."""
-        return tuple(self.raw.encode(text, add_special_tokens=add_special_tokens).ids)
+        """Token ids of `text`, with the special tokens of tokenizer.json's post-processor or without.
+
+        Other threads go on meanwhile: `encode_batch` lets go of the interpreter's lock, which `encode` holds.
+        """
+        (encoding,) = self.raw.encode_batch([text], add_special_tokens=add_special_tokens)
+        return tuple(encoding.ids)
 
     def token_id(self, token: str) -> int | None:
         """The id of one token's exact spelling."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
+import torch
+
 from blockkernels.backends import Backend, PlannedAdapters
 from blockkernels.lora import GroupedRows, LoraBank, RowRange, TokenRun, group_rows
 from blockserve.worker.blocks.chain import LoadedChain
@@ -87,7 +89,8 @@ class AdapterPlans:
 
     def of(self, runs: Sequence[ChainRun]) -> AdapterPlan:
         """What adapters add to a batch of these runs."""
-        key = tuple((chain.span, count) for chain, count in runs)
+        # A plan holds the number of threads, which changes while other programs use the cores.
+        key = (torch.get_num_threads(), *((chain.span, count) for chain, count in runs))
         plan = self._plans.pop(key, None) or AdapterPlan(
             self._blocks, self._backend, tuple(runs), self._exact
         )

@@ -22,6 +22,7 @@ import torch
 
 from blockkernels.backends import Backend
 from blockserve.common.errors import EngineFailedError, ServerStoppingError
+from blockserve.worker.engine.crew import Crew
 from blockserve.worker.engine.passes import Pass, Passes
 
 _LOG = logging.getLogger(__name__)
@@ -40,9 +41,11 @@ class Driver(Protocol):
 
     Attributes:
         last_progress: `time.monotonic()` value of the end of the last turn, or of having nothing to do.
+        failure: gets what ended the driver, if that was not `stop`.
     """
 
     last_progress: float
+    failure: Future[EngineFailedError]
 
     def start(self) -> None:
         """Begin."""
@@ -73,24 +76,34 @@ def _stopped() -> ServerStoppingError:
     return ServerStoppingError("the server is stopping", hint="Send the request to another server.")
 
 
-def _ended() -> EngineFailedError:
-    return EngineFailedError("the engine's thread ended", hint="Restart the server.")
+def _ended(cause: BaseException | None = None) -> EngineFailedError:
+    why = "" if cause is None else f": {cause!r}"
+    return EngineFailedError(f"the engine ended{why}", hint="Restart the server.")
 
 
 class ThreadDriver:
     """A thread of its own; see `Driver`."""
 
-    def __init__(self, passes: Passes, backend: Backend, num_threads: int) -> None:
-        """Drive `passes`, which `backend` computes with `num_threads` threads."""
+    def __init__(self, passes: Passes, backend: Backend, num_threads: int, *, yields: bool = False) -> None:
+        """Drive `passes`.
+
+        Args:
+            passes: what to drive.
+            backend: computes them.
+            num_threads: of a matrix product.
+            yields: use fewer threads while other programs use the cores.
+        """
         self._passes = passes
         self._backend = backend
         self._num_threads = num_threads
+        self._crew = Crew(num_threads) if yields else None
         self._commands: deque[Command] = deque()
         self._wake = threading.Condition()
         self._stopping = False
         self._thread: threading.Thread | None = None
         self._is_idle = False  # the thread waits for work; guarded by `_wake`
         self.last_progress = time.monotonic()
+        self.failure: Future[EngineFailedError] = Future()
 
     def start(self) -> None:
         """See `Driver`."""
@@ -122,7 +135,7 @@ class ThreadDriver:
     def _run(self) -> None:
         try:
             self._work()
-        except BaseException:
+        except BaseException as error:
             # Nobody must wait for a thread that has ended.
             _LOG.critical("the engine's thread ended", exc_info=True)
             with self._wake:
@@ -130,6 +143,7 @@ class ThreadDriver:
             for sink in list(self._passes.sinks.values()):
                 sink(_ended())
             self._passes.deliver()
+            self.failure.set_result(_ended(error))
             raise
 
     def _work(self) -> None:
@@ -170,11 +184,18 @@ class ThreadDriver:
         work = self._passes.plan()
         if work is None:
             return False
+        self._size_crew()
         self._passes.compute(work, before=None if work.is_handed_on else self._passes.deliver)
         self._passes.finish(work)
         if work.is_handed_on:
             self._passes.deliver()
         return True
+
+    def _size_crew(self) -> None:
+        size = self._num_threads if self._crew is None else self._crew.size()
+        if size != self._num_threads:
+            self._num_threads = size
+            self._backend.prepare_thread(size)
 
 
 class LoopDriver:
@@ -211,6 +232,7 @@ class LoopDriver:
         self._is_running = False
         self._ended = threading.Event()
         self.last_progress = time.monotonic()
+        self.failure: Future[EngineFailedError] = Future()
 
     def start(self) -> None:
         """See `Driver`; called in the event loop."""
@@ -273,8 +295,8 @@ class LoopDriver:
                 self._pool.submit(self._passes.compute, work).add_done_callback(
                     lambda future: self._loop.call_soon_threadsafe(self._computed, work, future)
                 )
-        except BaseException:
-            self._die()
+        except BaseException as error:
+            self._die(error)
             raise
 
     def _computed(self, work: Pass, future: Future[None]) -> None:
@@ -282,8 +304,8 @@ class LoopDriver:
         try:
             future.result()
             self._finish(work)
-        except BaseException:
-            self._die()
+        except BaseException as error:
+            self._die(error)
             raise
 
     def _finish(self, work: Pass) -> None:
@@ -307,7 +329,7 @@ class LoopDriver:
         self._passes.deliver()
         self._ended.set()
 
-    def _die(self) -> None:
+    def _die(self, error: BaseException) -> None:
         """Nobody must wait for a driver that has ended."""
         _LOG.critical("the engine ended", exc_info=True)
         self._is_running = False
@@ -316,3 +338,4 @@ class LoopDriver:
             sink(_ended())
         self._passes.deliver()
         self._ended.set()
+        self.failure.set_result(_ended(error))

@@ -30,6 +30,7 @@ from blockserve.common.api.spans import PathTrace, SpanTrace, as_paths
 from blockserve.common.errors import (
     ChainNotLoadedError,
     ConfigurationError,
+    EngineFailedError,
     KvCapacityError,
     MemoryBudgetError,
     PathBrokenError,
@@ -53,6 +54,7 @@ from blockserve.worker.kv.pool import KvPool, KvShape
 from blockserve.worker.limits import EngineConfig
 from blockserve.worker.peers.kv_transfer import KvBlock, PrefixRef, export_blocks, from_bytes, import_blocks
 from blockserve.worker.peers.messages import SpanMsg
+from blockserve.worker.requests.checks import check_request
 from blockserve.worker.requests.running import Outcome, RunningRequest
 from blockzoo.errors import BlockzooError
 from blockzoo.manifest import ChainId
@@ -121,7 +123,8 @@ class BlockEngine:
         self._arriving: deque[RunningRequest] = deque()  # submitted, not yet seen by the driver
         self._arrivals = 0
         self._num_threads = self.config.num_threads or usable_cores()
-        self._driver: Driver = ThreadDriver(self._passes, self._backend, self._num_threads)
+        yields = not self.config.num_threads and not self.config.deterministic
+        self._driver: Driver = ThreadDriver(self._passes, self._backend, self._num_threads, yields=yields)
 
     # ---- its life
 
@@ -147,6 +150,10 @@ class BlockEngine:
         With `start(in_loop=True)` to be called from another thread, while the loop runs.
         """
         self._driver.stop()
+
+    async def failed(self) -> EngineFailedError:
+        """Wait until the engine ends by a fault, and say by which; waits for ever where it does not."""
+        return await asyncio.shield(asyncio.wrap_future(self._driver.failure))
 
     def _post(self, command: Callable[[], None], *, at_once: bool = False) -> None:
         """Have the driver run `command` before its next pass (ServerStoppingError)."""
@@ -262,6 +269,7 @@ class BlockEngine:
 
         Raises:
             ChainNotLoadedError, QueueFullError, KvCapacityError, ServerStoppingError: see `Engine.generate`.
+            InvalidInputError: see `check_request`.
         """
         chain = (
             self._chains.get(ChainSpan(request.chain, request.path[0].run))
@@ -272,6 +280,7 @@ class BlockEngine:
             raise ChainNotLoadedError(
                 f"chain {request.chain} is not in memory", hint="Load the variant first.", chain=request.chain
             )
+        check_request(request, chain.manifest)
         self._check_queue(len(request.prompt))
         self._arrivals += 1
         order = self._arrivals if request.arrival is None else request.arrival
@@ -340,7 +349,10 @@ class BlockEngine:
         """End what is executed here of requests that other workers began; those go on elsewhere."""
         if self._exchange is not None:
             exchange = self._exchange
-            self._post(lambda: exchange.give_back(reason))
+            try:
+                self._post(lambda: exchange.give_back(reason))
+            except ServerStoppingError:
+                _LOG.debug("nothing is left to give back: the engine has ended")
 
     def peer_lost(self, worker: WorkerId) -> None:
         """Give up every request that goes through another worker."""

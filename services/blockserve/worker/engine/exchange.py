@@ -18,7 +18,14 @@ from typing import Protocol
 
 from blockserve.common.api.cluster import ChainSpan, PathStep, WorkerId
 from blockserve.common.api.engine import TokenEvent
-from blockserve.common.errors import BreakCause, ChainNotLoadedError, KvCapacityError, PathBrokenError
+from blockserve.common.errors import (
+    BreakCause,
+    ChainNotLoadedError,
+    EngineFailedError,
+    KvCapacityError,
+    PathBrokenError,
+    WireError,
+)
 from blockserve.worker.blocks.chain import LoadedChain
 from blockserve.worker.engine.kv_memory import KvMemory
 from blockserve.worker.engine.scheduler import Scheduler
@@ -34,6 +41,7 @@ from blockserve.worker.peers.messages import (
     SpanMsg,
     TokenMsg,
 )
+from blockserve.worker.requests.checks import check_request, check_tokens
 from blockserve.worker.requests.clock import State
 from blockserve.worker.requests.running import ChunkHidden, Outcome, RunningRequest, SpanInput
 from blockzoo.errors import BlockzooError
@@ -175,25 +183,47 @@ class SpanExchange:
     def receive(self, sender: WorkerId, messages: Iterable[SpanMsg]) -> None:
         """Take messages of another worker, in the order in which it sent them."""
         for message in messages:
-            match message:
-                case ChunkMsg():
-                    self._untaken[sender] = self._untaken.get(sender, 0) + message.hidden.nbytes
-                    self._on_chunk(message)
-                case TokenMsg():
-                    self._on_token(message)
-                case OpenMsg():
-                    self._on_open(message)
-                case CloseMsg():
-                    self._on_close(message)
-                case ReadyMsg():
-                    self._on_ready(message)
-                case BusyMsg():
-                    self._reopen(self._running(message.id), BUSY_SECONDS)
-                case RestartMsg():
-                    self._reopen(self._running(message.id))
-                case FailMsg():
-                    if (running := self._running(message.id)) is not None:
-                        self._host.fail(running, message.error)
+            if isinstance(message, ChunkMsg):
+                self._untaken[sender] = self._untaken.get(sender, 0) + message.hidden.nbytes
+            try:
+                self._take(message)
+            except BlockzooError as error:
+                self._refuse(message, error)
+            except Exception as error:  # noqa: BLE001
+                # One request, not the engine: the thread that takes messages must not end by one of them.
+                _LOG.exception("a message of worker %s about request %s", sender, message.id.request_id)
+                self._refuse(message, EngineFailedError(f"the engine failed: {error!r}"))
+
+    def _take(self, message: SpanMsg) -> None:
+        match message:
+            case ChunkMsg():
+                self._on_chunk(message)
+            case TokenMsg():
+                self._on_token(message)
+            case OpenMsg():
+                self._on_open(message)
+            case CloseMsg():
+                self._on_close(message)
+            case ReadyMsg():
+                self._on_ready(message)
+            case BusyMsg():
+                self._reopen(self._running(message.id), BUSY_SECONDS)
+            case RestartMsg():
+                self._reopen(self._running(message.id))
+            case FailMsg():
+                if (running := self._running(message.id)) is not None:
+                    self._host.fail(running, message.error)
+
+    def _refuse(self, message: SpanMsg, error: BlockzooError) -> None:
+        """End the request that a message is about; who began it hears why."""
+        follower = self._followers.get(message.id.request_id)
+        running = self._running(message.id)
+        if running is None and follower is not None and attempt_of(follower) == message.id:
+            running = follower
+        if running is not None:
+            self._host.fail(running, error)
+        elif isinstance(message, OpenMsg):
+            self._post(message.request.path[0], FailMsg(message.id, error))
 
     def peer_lost(self, worker: WorkerId) -> None:
         """A worker cannot be reached any more: every request that goes through it is over here."""
@@ -234,6 +264,7 @@ class SpanExchange:
             missing = ChainNotLoadedError(f"positions {span.run.first} to {span.run.end} are not in memory")
             self._post(head, FailMsg(message.id, missing))
             return
+        check_request(request, chain.manifest)
         running = RunningRequest(
             request,
             chain,
@@ -267,6 +298,7 @@ class SpanExchange:
         running = self._followers.get(message.id.request_id)
         if running is None or attempt_of(running) != message.id:
             return
+        _check_chunk(message, running.chain)
         expected = running.num_computed + sum(one.num_tokens for one in running.inputs)
         if message.start < expected and not running.inputs:
             expected = self._rewind(running, message.start)
@@ -348,6 +380,7 @@ class SpanExchange:
         event = message.event
         if running is None or event.index != len(running.output):
             return
+        check_tokens((event.token_id,), running.chain.manifest.vocab_size)
         running.output.append(event.token_id)
         running.clock.came_back(self._clock())
         if event.index == 0:
@@ -374,6 +407,22 @@ def can_send(outlet: Outlet, running: RunningRequest) -> bool:
     """Whether what a pass computes of a split request can be handed on."""
     step = _next_step(running)
     return step is None or outlet.has_room(step)
+
+
+def _check_chunk(message: ChunkMsg, chain: LoadedChain) -> None:
+    """Refuse hidden states that the chain's blocks do not take.
+
+    Raises:
+        WireError: of another width or type, or of no tokens.
+        PromptError: of tokens that the vocabulary does not have.
+    """
+    rows, width = message.hidden.shape
+    if not rows or (width, message.hidden.dtype) != (chain.lane.hidden_size, chain.dtype):
+        raise WireError(
+            f"{rows} rows of {width} {message.hidden.dtype} came where rows of {chain.lane.hidden_size} "
+            f"{chain.dtype} are computed on"
+        )
+    check_tokens(message.token_ids, chain.manifest.vocab_size)
 
 
 def attempt_of(running: RunningRequest) -> AttemptId:

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from blockproto.v1 import worker_pb2
-from blockserve.common.api.cluster import ChainSpan, PathStep, Run, WorkerId
+from blockserve.common.api.cluster import ChainSpan, PathStep, WorkerId
 from blockserve.common.errors import WireError
 from blockserve.common.wire.engine import (
     error_from_message,
     error_to_message,
     request_from_message,
     request_to_message,
+    run_from_message,
     token_from_message,
     token_to_message,
 )
@@ -72,8 +73,8 @@ def from_frame(frame: worker_pb2.ExchangeRequest) -> list[SpanMsg]:
 
 
 def prefix_from_message(message: worker_pb2.PrefixRef) -> PrefixRef:
-    """The beginning of a request at a run of a chain."""
-    span = ChainSpan(ChainId(message.chain_digest), Run(message.first, message.end))
+    """The beginning of a request at a run of a chain (WireError)."""
+    span = ChainSpan(ChainId(message.chain_digest), run_from_message(message.first, message.end))
     return PrefixRef(span, message.cache_salt, tuple(message.tokens))
 
 
@@ -92,22 +93,19 @@ def prefix_to_message(prefix: PrefixRef) -> worker_pb2.PrefixRef:
 def parts_from_message(message: worker_pb2.PullKvRequest) -> tuple[KvPart, ...]:
     """From whom to fetch which layers; without parts all of the run from one worker (WireError)."""
     if not message.parts:
-        run = Run(message.prefix.first, message.prefix.end)
+        run = run_from_message(message.prefix.first, message.prefix.end)
         return (KvPart(PathStep(WorkerId(message.source_worker_id), message.source_address, run)),)
-    try:
-        return tuple(
-            KvPart(
-                PathStep(
-                    WorkerId(part.source_worker_id),
-                    part.source_address,
-                    Run(part.source_first, part.source_end),
-                ),
-                Run(part.first, part.end),
-            )
-            for part in message.parts
+    return tuple(
+        KvPart(
+            PathStep(
+                WorkerId(part.source_worker_id),
+                part.source_address,
+                run_from_message(part.source_first, part.source_end),
+            ),
+            run_from_message(part.first, part.end),
         )
-    except ValueError as error:
-        raise WireError(f"a part of a transfer cannot be read: {error}") from error
+        for part in message.parts
+    )
 
 
 def hidden_bytes(messages: Iterable[SpanMsg]) -> int:

@@ -175,10 +175,11 @@ def test_an_engine_thread_that_ends_leaves_nobody_waiting(tiny: TinyZoo) -> None
         waiting = asyncio.create_task(events(engine, ask(chain, max_tokens=200)))
         await asyncio.sleep(0.05)
         engine._post(explode)
-        with pytest.raises(EngineFailedError, match="thread ended"):
+        with pytest.raises(EngineFailedError, match="engine ended"):
             await waiting
         with pytest.raises(ServerStoppingError):
             await events(engine, ask(chain))
+        assert "a bug" in str(await engine.failed())
 
     with running(tiny) as engine:
         run(work(engine))

@@ -2,11 +2,13 @@
 
 import asyncio
 import itertools
+import math
 from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from blockserve.common.api.cluster import ChainSpan, PathStep, Run, WorkerId
 from blockserve.common.api.engine import EngineRequest, SamplingParams, TokenEvent
@@ -15,8 +17,10 @@ from blockserve.common.errors import (
     BreakCause,
     ChainNotLoadedError,
     DeadlineExceededError,
+    EmptyPromptError,
     KvCapacityError,
     PathBrokenError,
+    PromptError,
     SpanError,
     WireError,
 )
@@ -24,9 +28,11 @@ from blockserve.worker.engine.engine import BlockEngine
 from blockserve.worker.engine.exchange import TAKEN_BYTES
 from blockserve.worker.peers.kv_transfer import PrefixRef, to_bytes
 from blockserve.worker.peers.messages import (
+    AttemptId,
     BusyMsg,
     ChunkMsg,
     CloseMsg,
+    FailMsg,
     OpenMsg,
     RestartMsg,
     SpanMsg,
@@ -38,6 +44,13 @@ from support.tiny import SMALL, TinyZoo
 
 GREEDY = SamplingParams(temperature=0.0)
 SAMPLED = SamplingParams(temperature=0.9, top_p=0.95, seed=7, repetition_penalty=1.2)
+NONSENSE: list[dict[str, Any]] = [
+    {"prompt": ()},
+    {"prompt": (1 << 20,)},
+    {"logprobs": 1 << 20},
+    {"max_tokens": 1 << 20},
+    {"sampling": SamplingParams(temperature=math.nan)},
+]
 _ids = itertools.count()
 
 
@@ -536,3 +549,61 @@ def test_an_older_head_is_told_that_its_request_has_gone_on(tiny: TinyZoo, engin
 
     with span_cluster(tiny, "a b c") as cluster:
         run(work())
+
+
+def test_messages_that_make_no_sense_end_their_own_request_only(tiny: TinyZoo, engine: BlockEngine) -> None:
+    chain = tiny.chains["base"]
+
+    async def work() -> None:
+        with span_cluster(tiny, "a b") as cluster:
+            path = cluster.path(chain, a=2, b=0)
+            await cluster.load(chain, path)
+            good = ask(chain, path, max_tokens=40)
+            expected = await one_process(engine, [good])
+            running = asyncio.create_task(tokens(cluster.engine("a"), good))
+            opened = [ask(chain, path, **more) for more in NONSENSE]
+            for number, request in enumerate(opened):
+                message = OpenMsg(AttemptId(request.request_id, 0, number + 1), request, 1, 0)
+                cluster.engine("b").receive(WorkerId("a"), [message])
+            fine = ask(chain, path)
+            name = AttemptId(fine.request_id, 0, 1)
+            for rows in (torch.zeros(1, 3), torch.zeros(0, 64), torch.zeros(1, 64, dtype=torch.float64)):
+                chunk = ChunkMsg(name, 1, 0, (5,) * len(rows), rows)
+                cluster.engine("b").receive(WorkerId("a"), [OpenMsg(name, fine, 1, 0), chunk])
+                name = replace(name, attempt=name.attempt + 1)
+            assert [await running] == expected
+            with pytest.raises(EmptyPromptError):
+                await tokens(cluster.engine("a"), ask(chain, path, prompt=()))
+            await clean(cluster)
+            failed = [message for _, message in cluster.wire.sent if isinstance(message, FailMsg)]
+            assert {message.id.request_id for message in failed} == {
+                request.request_id for request in (*opened, fine)
+            }
+            assert sum(isinstance(message.error, WireError) for message in failed) == 3
+
+    run(work())
+
+
+def test_a_token_that_the_vocabulary_lacks_ends_its_request(tiny: TinyZoo) -> None:
+    chain = tiny.chains["base"]
+
+    async def work() -> None:
+        with span_cluster(tiny, "a b") as cluster:
+            path = cluster.path(chain, a=2, b=0)
+            await cluster.load(chain, path)
+
+            def spoil(to: WorkerId, message: SpanMsg) -> bool:
+                if isinstance(message, TokenMsg) and message.event.index == 2:
+                    wrong = replace(message, event=replace(message.event, token_id=1 << 20))
+                    cluster.engine(to).receive(WorkerId("b"), [wrong])
+                    return False
+                return True
+
+            cluster.wire.deliver = spoil
+            with pytest.raises(PromptError, match="token 1048576"):
+                await tokens(cluster.engine("a"), ask(chain, path))
+            cluster.wire.deliver = lambda _to, _message: True
+            assert len(await tokens(cluster.engine("a"), ask(chain, path))) == 12
+            await clean(cluster)
+
+    run(work())

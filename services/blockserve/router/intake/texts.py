@@ -1,0 +1,75 @@
+"""How much text is tokenised: a length that no prompt needs is refused, and long texts take turns."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from blockserve.common.errors import PromptTooLongError
+
+T = TypeVar("T")
+
+NORMALISED = 4
+"""UTF-8 bytes that a normaliser may make one byte of: mathematical letters become plain ones."""
+
+
+def size_of(value: object) -> int:
+    """UTF-8 bytes of a text, or of all texts in a JSON value."""
+    if isinstance(value, str):
+        return len(value) if value.isascii() else len(value.encode(errors="replace"))
+    if isinstance(value, Mapping):
+        return sum(size_of(key) + size_of(item) for key, item in value.items())
+    if isinstance(value, Sequence):
+        return sum(map(size_of, value))
+    return 0
+
+
+def check_text(size: int, ref: str, context: int, longest_token: int) -> None:
+    """Refuse a text that has more tokens than the context, however it is divided into them.
+
+    Args:
+        size: UTF-8 bytes of it.
+        ref: the variant.
+        context: tokens that prompt and answer can have together.
+        longest_token: UTF-8 bytes of the tokenizer's longest token.
+
+    Raises:
+        PromptTooLongError: naming the size and the most that may be sent.
+    """
+    most = context * longest_token * NORMALISED
+    if size > most:
+        raise PromptTooLongError(
+            f"the text has {size} bytes; the {context} tokens of context that {ref} has for prompt and "
+            f"answer together hold at most {most}",
+            hint="Shorten the text; most texts have three to four bytes in a token.",
+            text_bytes=size,
+            max_text_bytes=most,
+            context_length=context,
+        )
+
+
+class TextThreads:
+    """Runs what takes as long as a text is long: short ones side by side, one long one at a time.
+
+    So what is tokenised at once is bounded in bytes, and short texts never wait for long ones.
+    """
+
+    def __init__(self, long_bytes: int) -> None:
+        """Keep the bound.
+
+        Args:
+            long_bytes: texts of more bytes take turns.
+        """
+        self._long_bytes = long_bytes
+        self._turns = ThreadPoolExecutor(1, "long-text")
+
+    async def run(self, size: int, work: Callable[..., T], *arguments: Any) -> T:
+        """Return what `work` makes of a text of that many bytes; a caller that leaves gives up its turn."""
+        pool = self._turns if size > self._long_bytes else None
+        return await asyncio.get_running_loop().run_in_executor(pool, work, *arguments)
+
+    def close(self) -> None:
+        """Drop what waits."""
+        self._turns.shutdown(wait=False, cancel_futures=True)
