@@ -12,6 +12,7 @@ from pathlib import Path
 import grpc
 
 from blockserve.common.errors import ConfigurationError
+from blockserve.common.rpc.certificates import check_authorities, check_pair
 from blockserve.common.rpc.files import read_file
 from blockserve.common.rpc.settings import ServerSettings
 
@@ -83,6 +84,9 @@ def remove_socket(address: str) -> None:
 def _add_port(server: grpc.aio.Server, settings: ServerSettings) -> int:
     if settings.tls_cert is None or settings.tls_key is None:
         return server.add_insecure_port(settings.listen)
+    check_pair(settings.tls_cert, settings.tls_key)
+    if settings.tls_client_ca is not None:
+        check_authorities(settings.tls_client_ca)
     authority = read_file(settings.tls_client_ca) if settings.tls_client_ca else None
     credentials = grpc.ssl_server_credentials(
         [(read_file(settings.tls_key), read_file(settings.tls_cert))],
