@@ -46,6 +46,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     """Run a command line in this process; wide, so that help texts do not fold."""
     # A service that was about to start has set up logging to a standard error that ends with the test.
     monkeypatch.setattr(logging.getLogger(), "handlers", logging.getLogger().handlers[:])
+    monkeypatch.setenv("GRPC_VERBOSITY", "NONE")  # `main` would set it for the whole test process
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("TERMINAL_WIDTH", "200")
 

@@ -188,7 +188,7 @@ def test_a_token_does_not_travel_readable(run, tmp_path):
     assert outcome.code == 2
     assert "unencrypted" in outcome.err
     assert "secret" not in outcome.err
-    assert run("status", "--token-file", tmp_path / "none").code == 1
+    assert run("status", "--token-file", tmp_path / "none").code == 2
 
 
 def test_load_status_unload(run, served):
