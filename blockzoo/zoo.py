@@ -16,7 +16,7 @@ from blockzoo.care.verify import FOLDERS, VerifyReport, verify
 from blockzoo.errors import InvalidInputError, NotFoundError
 from blockzoo.folders.export import ExportResult, export_variant
 from blockzoo.manifest import BlockId, BlockManifest, ChainId, ChainManifest, TensorRef, VariantRecord
-from blockzoo.names import check_name, parse_ref
+from blockzoo.names import check_name, is_based_on, parse_ref
 from blockzoo.progress import NoProgress, Progress
 from blockzoo.registering.folder import RegisterResult, register_folder
 from blockzoo.reports.compare import compare
@@ -186,8 +186,12 @@ class Zoo:
         return RemoveReport(name, (version,), tuple(n for n in numbers if n != version))
 
     def rollback(self, name: str, to: int | None = None) -> VariantRecord:
-        """Make an older version current again, the one before the current when `to` is None."""
+        """Make an older version current again; see `blockzoo.store.zoo_store.ZooStore.rollback`."""
         return self.store.rollback(name, to)
+
+    def dependants(self, name: str) -> list[str]:
+        """Return the variants that were registered on a version of this one, or to differences from it."""
+        return [record.name for record in self.variants() if is_based_on(record.provenance.get("base"), name)]
 
     def gc(
         self,
@@ -198,9 +202,10 @@ class Zoo:
     ) -> GcReport:
         """Delete what no variant needs; see `blockzoo.care.gc.collect`."""
         meter = _Meter(progress)
-        # How much will go is known only when it has gone.
-        with meter.task("deleting", 0):
-            return gc.collect(self.store, grace_s=grace_s, dry_run=dry_run, on_object=meter.count)
+        with meter.ending():
+            return gc.collect(
+                self.store, grace_s=grace_s, dry_run=dry_run, on_object=meter.count, on_stage=meter.start
+            )
 
     def verify(
         self, repair_from: str | Path | None = None, *, progress: Progress | None = None
@@ -248,11 +253,21 @@ class _Meter:
     @contextmanager
     def task(self, title: str, total: int) -> Iterator[None]:
         """Start a task and finish it whatever happens."""
-        self._progress.start(title, total)
+        with self.ending():
+            self.start(title, total)
+            yield
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """Finish the task that was started last, whatever happens."""
         try:
             yield
         finally:
             self._progress.finish()
+
+    def start(self, title: str, total: int) -> None:
+        """Start the next task."""
+        self._progress.start(title, total)
 
     def count(self, info: ObjectInfo) -> None:
         """Count an object."""
