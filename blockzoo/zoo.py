@@ -20,6 +20,7 @@ from blockzoo.names import check_name, is_based_on, parse_ref
 from blockzoo.progress import NoProgress, Progress
 from blockzoo.registering.folder import RegisterResult, register_folder
 from blockzoo.reports.compare import compare
+from blockzoo.reports.facts import ChainReader
 from blockzoo.reports.survey import Survey
 from blockzoo.reports.values import DiffReport, RemoveReport, ShowReport, UsageReport, VariantRow
 from blockzoo.storage import open_storage
@@ -36,26 +37,29 @@ class Zoo:
 
     Args:
         store: the zoo below; most callers use `Zoo.open`.
+        facts_folder: where `ls` keeps what it knows of chains between processes; None: nowhere.
     """
 
-    def __init__(self, store: ZooStore) -> None:
+    def __init__(self, store: ZooStore, *, facts_folder: Path | None = None) -> None:
         self.store = store
         self._manifests: Manifests = _CachedManifests(store)
+        self._chains = ChainReader(store, facts_folder)
 
     @classmethod
-    def open(cls, url: str | Path, *, create: bool = False) -> Zoo:
+    def open(cls, url: str | Path, *, create: bool = False, facts_folder: Path | None = None) -> Zoo:
         """Open the zoo in a folder or at an object store URL.
 
         Args:
             url: folder path, `s3://bucket/prefix`, `gs://`, `az://` or `memory://`.
             create: begin a zoo there when there is none.
+            facts_folder: see the class.
 
         Raises:
             ZooNotFoundError: there is none and `create` is false.
             FormatVersionError: the zoo is newer than this version can read.
             StorageError: the storage refuses, or lacks conditional writes.
         """
-        return cls(ZooStore.open(open_storage(url), create=create))
+        return cls(ZooStore.open(open_storage(url), create=create), facts_folder=facts_folder)
 
     @property
     def url(self) -> str:
@@ -139,15 +143,15 @@ class Zoo:
 
     def ls(self) -> list[VariantRow]:
         """Return a row for every variant, with sizes."""
-        return Survey(self.store, self._manifests).rows()
+        return Survey(self.store, self._manifests, self._chains).rows()
 
     def show(self, ref: str) -> ShowReport:
         """Return all about one version: its chain as runs of links, sizes, who shares it."""
-        return Survey(self.store, self._manifests).show(self.resolve(ref))
+        return Survey(self.store, self._manifests, self._chains).show(self.resolve(ref))
 
     def du(self) -> UsageReport:
         """Return what everything takes, as checkpoints and in the zoo."""
-        return Survey(self.store, self._manifests).usage()
+        return Survey(self.store, self._manifests, self._chains).usage()
 
     def diff(self, a: str, b: str) -> DiffReport:
         """Return what differs between two variants or versions."""
