@@ -6,6 +6,7 @@
     ├── InvalidInputError            the caller's data or arguments are wrong
     │   ├── InvalidNameError
     │   ├── CurrentVersionError
+    │   ├── NoOlderVersionError
     │   ├── InvalidManifestError     what a push wants to register is not what its files make
     │   ├── CheckpointError          a checkpoint cannot be registered
     │   │   ├── TruncatedFileError
@@ -92,6 +93,12 @@ class CurrentVersionError(InvalidInputError):
             variant=name,
             version=version,
         )
+
+
+class NoOlderVersionError(InvalidInputError):
+    """There is no version to go back to."""
+
+    reason = "NO_OLDER_VERSION"
 
 
 class InvalidManifestError(InvalidInputError):

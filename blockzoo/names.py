@@ -72,3 +72,8 @@ def near_names(ref: str, names: Iterable[str], *, limit: int = 3) -> list[str]:
 
 def _shorten(text: str) -> str:
     return text if len(text) <= 2 * MAX_NAME_LEN else text[: 2 * MAX_NAME_LEN] + "..."
+
+
+def is_based_on(base: str | None, name: str) -> bool:
+    """Tell whether a base (NAME@VERSION, or None) is a version of this variant."""
+    return base is not None and base.partition("@")[0] == name

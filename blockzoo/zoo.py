@@ -16,10 +16,11 @@ from blockzoo.care.verify import FOLDERS, VerifyReport, verify
 from blockzoo.errors import InvalidInputError, NotFoundError
 from blockzoo.folders.export import ExportResult, export_variant
 from blockzoo.manifest import BlockId, BlockManifest, ChainId, ChainManifest, TensorRef, VariantRecord
-from blockzoo.names import check_name, parse_ref
+from blockzoo.names import check_name, is_based_on, parse_ref
 from blockzoo.progress import NoProgress, Progress
 from blockzoo.registering.folder import RegisterResult, register_folder
 from blockzoo.reports.compare import compare
+from blockzoo.reports.facts import ChainReader
 from blockzoo.reports.survey import Survey
 from blockzoo.reports.values import DiffReport, RemoveReport, ShowReport, UsageReport, VariantRow
 from blockzoo.storage import open_storage
@@ -36,26 +37,29 @@ class Zoo:
 
     Args:
         store: the zoo below; most callers use `Zoo.open`.
+        facts_folder: where `ls` keeps what it knows of chains between processes; None: nowhere.
     """
 
-    def __init__(self, store: ZooStore) -> None:
+    def __init__(self, store: ZooStore, *, facts_folder: Path | None = None) -> None:
         self.store = store
         self._manifests: Manifests = _CachedManifests(store)
+        self._chains = ChainReader(store, facts_folder)
 
     @classmethod
-    def open(cls, url: str | Path, *, create: bool = False) -> Zoo:
+    def open(cls, url: str | Path, *, create: bool = False, facts_folder: Path | None = None) -> Zoo:
         """Open the zoo in a folder or at an object store URL.
 
         Args:
             url: folder path, `s3://bucket/prefix`, `gs://`, `az://` or `memory://`.
             create: begin a zoo there when there is none.
+            facts_folder: see the class.
 
         Raises:
             ZooNotFoundError: there is none and `create` is false.
             FormatVersionError: the zoo is newer than this version can read.
             StorageError: the storage refuses, or lacks conditional writes.
         """
-        return cls(ZooStore.open(open_storage(url), create=create))
+        return cls(ZooStore.open(open_storage(url), create=create), facts_folder=facts_folder)
 
     @property
     def url(self) -> str:
@@ -139,15 +143,15 @@ class Zoo:
 
     def ls(self) -> list[VariantRow]:
         """Return a row for every variant, with sizes."""
-        return Survey(self.store, self._manifests).rows()
+        return Survey(self.store, self._manifests, self._chains).rows()
 
     def show(self, ref: str) -> ShowReport:
         """Return all about one version: its chain as runs of links, sizes, who shares it."""
-        return Survey(self.store, self._manifests).show(self.resolve(ref))
+        return Survey(self.store, self._manifests, self._chains).show(self.resolve(ref))
 
     def du(self) -> UsageReport:
         """Return what everything takes, as checkpoints and in the zoo."""
-        return Survey(self.store, self._manifests).usage()
+        return Survey(self.store, self._manifests, self._chains).usage()
 
     def diff(self, a: str, b: str) -> DiffReport:
         """Return what differs between two variants or versions."""
@@ -186,8 +190,12 @@ class Zoo:
         return RemoveReport(name, (version,), tuple(n for n in numbers if n != version))
 
     def rollback(self, name: str, to: int | None = None) -> VariantRecord:
-        """Make an older version current again, the one before the current when `to` is None."""
+        """Make an older version current again; see `blockzoo.store.zoo_store.ZooStore.rollback`."""
         return self.store.rollback(name, to)
+
+    def dependants(self, name: str) -> list[str]:
+        """Return the variants that were registered on a version of this one, or to differences from it."""
+        return [record.name for record in self.variants() if is_based_on(record.provenance.get("base"), name)]
 
     def gc(
         self,
@@ -198,9 +206,10 @@ class Zoo:
     ) -> GcReport:
         """Delete what no variant needs; see `blockzoo.care.gc.collect`."""
         meter = _Meter(progress)
-        # How much will go is known only when it has gone.
-        with meter.task("deleting", 0):
-            return gc.collect(self.store, grace_s=grace_s, dry_run=dry_run, on_object=meter.count)
+        with meter.ending():
+            return gc.collect(
+                self.store, grace_s=grace_s, dry_run=dry_run, on_object=meter.count, on_stage=meter.start
+            )
 
     def verify(
         self, repair_from: str | Path | None = None, *, progress: Progress | None = None
@@ -248,11 +257,21 @@ class _Meter:
     @contextmanager
     def task(self, title: str, total: int) -> Iterator[None]:
         """Start a task and finish it whatever happens."""
-        self._progress.start(title, total)
+        with self.ending():
+            self.start(title, total)
+            yield
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """Finish the task that was started last, whatever happens."""
         try:
             yield
         finally:
             self._progress.finish()
+
+    def start(self, title: str, total: int) -> None:
+        """Start the next task."""
+        self._progress.start(title, total)
 
     def count(self, info: ObjectInfo) -> None:
         """Count an object."""

@@ -66,6 +66,7 @@ def collect(
     sweep_s: float = SWEEP_S,
     dry_run: bool = False,
     on_object: Callable[[ObjectInfo], None] | None = None,
+    on_stage: Callable[[str, int], None] = lambda *_: None,
     kinds: Sequence[Holding] = HOLDINGS,
 ) -> GcReport:
     """Delete everything that nothing kept needs: no version of any variant, no approval in force.
@@ -76,6 +77,7 @@ def collect(
         sweep_s: most seconds to spend deleting.
         dry_run: only tell what would go.
         on_object: called after each object is dealt with.
+        on_stage: called when another kind of work begins, with how many bytes it is about, 0 for unknown.
         kinds: what a zoo keeps.
 
     Raises:
@@ -84,6 +86,7 @@ def collect(
         FormatVersionError: the zoo is newer than this version can write.
     """
     store.check_writable()
+    on_stage("looking for what no variant needs", 0)
     objects = {info.key: info for info in _objects(store)}
     needed = _needed_keys(store, kinds)
     condemned = [info for key, info in objects.items() if key not in needed]
@@ -95,7 +98,10 @@ def collect(
     expires = store.clock.now() + grace_s + sweep_s + SKEW_S
     marker = write_entry(store.storage, layout.CONDEMNED, digests, expires, "gc")
     try:
+        if grace_s:
+            on_stage(f"waiting {grace_s:g} s, while servers may still load what is to be deleted", 0)
         store.clock.sleep(grace_s)
+        on_stage("deleting", _bytes(condemned))
         doomed, deleted = _sweep(store, marker, condemned, on_object, kinds)
     finally:
         drop_marker(store.storage, marker)

@@ -82,13 +82,23 @@ class RegisterJob:
         return {name: read_kept_file(path) for name, path in self.folder.files.items()}
 
     @contextmanager
-    def task(self, title: str) -> Iterator[Callable[[int], None]]:
-        """Report one pass over the folder's tensors; what it yields may be called from any thread."""
-        self._progress.start(title, self.folder.num_bytes)
+    def task(self, title: str, more_bytes: int = 0) -> Iterator[Callable[[int], None]]:
+        """Report one pass over the folder's tensors; what it yields may be called from any thread.
+
+        Args:
+            title: what is done.
+            more_bytes: what is dealt with besides the tensors.
+        """
+        left = self.folder.num_bytes + more_bytes
+        self._progress.start(title, left)
 
         def advance(num_bytes: int) -> None:
+            nonlocal left
             with self._lock:
-                self._progress.advance(num_bytes)
+                # How the files say which tensor is where is known at the end only, and small.
+                counted = min(num_bytes, left)
+                left -= counted
+                self._progress.advance(counted)
 
         try:
             yield advance
@@ -99,7 +109,7 @@ class RegisterJob:
     def registration(self) -> Iterator[Writer]:
         """Begin to write."""
         with (
-            self.task("storing") as on_bytes,
+            self.task("storing", sum(path.stat().st_size for path in self.folder.files.values())) as on_bytes,
             self.store.registration(f"register {self.name}", on_bytes=on_bytes) as registration,
         ):
             yield registration

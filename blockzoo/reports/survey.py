@@ -7,7 +7,7 @@ from a listing.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 
 from blockzoo import layout
@@ -23,6 +23,7 @@ from blockzoo.manifest import (
     DType,
     VariantRecord,
 )
+from blockzoo.reports.facts import ChainFacts, ChainReader
 from blockzoo.reports.values import Applied, Run, ShowReport, UsageReport, UsageRow, VariantRow
 from blockzoo.store.blobs import TensorData
 from blockzoo.store.writing import Manifests
@@ -35,10 +36,12 @@ class Survey:
     Args:
         store: the zoo.
         manifests: where to read chains and blocks, possibly with a cache.
+        chains: where to read what `ls` needs of chains.
     """
 
-    def __init__(self, store: ZooStore, manifests: Manifests) -> None:
+    def __init__(self, store: ZooStore, manifests: Manifests, chains: ChainReader) -> None:
         self._store = store
+        self._chains = chains
         self._manifests = manifests
         self._parts: dict[BlobId, tuple[DType, tuple[int, ...]]] = {}
         self._blocks: dict[BlockId, frozenset[BlobId]] = {}
@@ -48,7 +51,12 @@ class Survey:
 
     def rows(self) -> list[VariantRow]:
         """Return `ls`: the current version of every variant."""
-        return [self._row(name, versions[-1]) for name, versions in sorted(self._records.items())]
+        facts = self._chains.facts(record.chain for versions in self._records.values() for record in versions)
+        private = self._private_sizes(facts)
+        return [
+            _row(versions[-1], facts[versions[-1].chain], *private[name])
+            for name, versions in sorted(self._records.items())
+        ]
 
     def show(self, record: VariantRecord) -> ShowReport:
         """Return `show` of one version."""
@@ -74,6 +82,7 @@ class Survey:
 
     def usage(self) -> UsageReport:
         """Return `du`."""
+        freed = self._freed()
         rows = [
             UsageRow(
                 name=name,
@@ -81,6 +90,7 @@ class Survey:
                 checkpoint_bytes=sum(map(self._checkpoint_bytes, versions)),
                 private_bytes=self._decoded(self._private[name]),
                 private_stored_bytes=self._stored_bytes(self._private[name]),
+                freed_bytes=freed[name],
             )
             for name, versions in sorted(self._records.items())
         ]
@@ -99,20 +109,29 @@ class Survey:
             unreachable_bytes=sum(self._stored.values()) - stored,
         )
 
-    def _row(self, name: str, record: VariantRecord) -> VariantRow:
-        chain = self._manifests.get_chain(record.chain)
-        return VariantRow(
-            name=name,
-            version=record.version,
-            kind=record.kind,
-            base=record.provenance.get("base"),
-            family=chain.family,
-            num_layers=len(chain.links) - 2,
-            checkpoint_bytes=self._checkpoint_bytes(record),
-            private_bytes=self._decoded(self._private[name]),
-            registered_at=record.provenance.get("registered_at", ""),
-            chain=record.chain,
-        )
+    def _private_sizes(self, facts: Mapping[ChainId, ChainFacts]) -> Mapping[str, tuple[int, int]]:
+        """Decoded and stored bytes of what only one variant needs, by name."""
+        owners: dict[bytes, str | None] = {}
+        sizes: dict[bytes, tuple[int, int]] = {}
+        for name, versions in self._records.items():
+            for digest, decoded, stored in _each_blob(versions, facts):
+                if owners.setdefault(digest, name) != name:
+                    owners[digest] = None
+                else:
+                    sizes[digest] = decoded, stored
+        found = dict.fromkeys(self._records, (0, 0))
+        for digest, owner in owners.items():
+            if owner is not None:
+                decoded, stored = sizes[digest]
+                total, total_stored = found[owner]
+                found[owner] = total + decoded, total_stored + (stored or self._stored_size(digest.hex()))
+        return found
+
+    def _stored_size(self, digest: str) -> int:
+        """Bytes of a blob's object: asked one by one where that costs less than listing all of them."""
+        if self._store.storage.is_remote:
+            return self._stored.get(BlobId(digest), 0)
+        return self._store.blobs.stored_bytes(BlobId(digest))
 
     def _runs(self, name: str, chain: ChainManifest) -> list[Run]:
         users = self._users
@@ -155,6 +174,29 @@ class Survey:
             if owner is not None:
                 private[owner].add(blob)
         return private
+
+    def _freed(self) -> Mapping[str, int]:
+        """Stored bytes of the objects that would go with each variant: nothing else needs them."""
+        owners: dict[str, set[str]] = defaultdict(set)
+        sizes: dict[str, int] = {}
+        for name, versions in self._records.items():
+            for blob in self._with_bases(self._by_name[name]):
+                owners[blob].add(name)
+                sizes[blob] = self._stored.get(blob, 0)
+            for record in versions:
+                for digest in (record.chain, *self._block_ids(record.chain)):
+                    owners[digest].add(name)
+        keys = {layout.block_key(digest): digest for digest in owners}
+        keys |= {layout.chain_key(digest): digest for digest in owners}
+        for folder in (layout.BLOCKS, layout.CHAINS):
+            for info in self._store.storage.list(folder):
+                if info.key in keys:
+                    sizes[keys[info.key]] = info.size
+        freed: dict[str, int] = defaultdict(int)
+        for digest, names in owners.items():
+            if len(names) == 1:
+                freed[next(iter(names))] += sizes.get(digest, 0)
+        return freed
 
     @cached_property
     def _users(self) -> Mapping[BlockId, set[str]]:
@@ -208,6 +250,33 @@ class Survey:
 
     def _stored_bytes(self, blobs: set[BlobId]) -> int:
         return sum(self._stored.get(blob, 0) for blob in blobs)
+
+
+def _row(record: VariantRecord, facts: ChainFacts, private: int, private_stored: int) -> VariantRow:
+    files = sum(ref.size for name, ref in record.files.items() if not name.startswith(OWN_PREFIX))
+    return VariantRow(
+        name=record.name,
+        version=record.version,
+        kind=record.kind,
+        base=record.provenance.get("base"),
+        family=facts.family,
+        num_layers=facts.num_layers,
+        checkpoint_bytes=facts.num_bytes + files,
+        private_bytes=private,
+        registered_at=record.provenance.get("registered_at", ""),
+        chain=record.chain,
+        private_stored_bytes=private_stored,
+    )
+
+
+def _each_blob(
+    versions: Iterable[VariantRecord], facts: Mapping[ChainId, ChainFacts]
+) -> Iterator[tuple[bytes, int, int]]:
+    """Digest, decoded and stored bytes (0: ask) of each blob that the versions of a variant need."""
+    for record in versions:
+        yield from facts[record.chain].each_blob()
+        for ref in record.files.values():
+            yield bytes.fromhex(ref.blob), ref.size, 0
 
 
 def _summary(block: BlockManifest) -> Applied:

@@ -27,6 +27,7 @@ class VariantRow(JsonReport):
         private_bytes: what only this variant needs, all versions.
         registered_at: ISO 8601, UTC.
         chain: digest.
+        private_stored_bytes: the private bytes as stored: less where differences are stored.
     """
 
     name: str
@@ -39,6 +40,7 @@ class VariantRow(JsonReport):
     private_bytes: int
     registered_at: str
     chain: str
+    private_stored_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +146,8 @@ class UsageRow(JsonReport):
         checkpoint_bytes: what they would take as checkpoints of their own.
         private_bytes: what no other variant needs.
         private_stored_bytes: the same as stored.
+        freed_bytes: what `rm` and `gc` would free: stored objects that only this variant needs, and no other
+            one as the base of a difference; manifests too.
     """
 
     name: str
@@ -151,6 +155,7 @@ class UsageRow(JsonReport):
     checkpoint_bytes: int
     private_bytes: int
     private_stored_bytes: int
+    freed_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,6 +117,10 @@ class BlobStore:
         """Tell whether the blob is stored; its bytes are not checked."""
         return self._storage.size(blob_key(blob)) is not None
 
+    def stored_bytes(self, blob: BlobId) -> int:
+        """Return the bytes of the blob's object, 0 where there is none."""
+        return self._storage.size(blob_key(blob)) or 0
+
     def info(self, blob: BlobId) -> BlobInfo:
         """Return what the blob's header says.
 

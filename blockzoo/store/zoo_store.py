@@ -15,9 +15,9 @@ from blockzoo.errors import (
     CurrentVersionError,
     FormatVersionError,
     InvalidInputError,
+    NoOlderVersionError,
     NotFoundError,
     UnsupportedStoreError,
-    VariantNotFoundError,
     ZooNotFoundError,
 )
 from blockzoo.manifest import ChainId, VariantRecord
@@ -127,18 +127,17 @@ class ZooStore(Objects):
 
         Args:
             name: variant.
-            to: version to go back to, the one before the current when None.
+            to: version to go back to. None: the one before the current, or before the one that the current
+                goes back to: each rollback goes one version further back.
 
         Raises:
             VariantNotFoundError: there is no such version.
+            NoOlderVersionError: `to` is None, and there is none before.
             CurrentVersionError: `to` is the current version.
         """
         current = self.resolve(name)
         if to is None:
-            older = [record.version for record in self.versions(name) if record.version < current.version]
-            if not older:
-                raise VariantNotFoundError(f"{name}@{current.version - 1}", [f"{name}@{current.version}"])
-            to = older[-1]
+            to = self._version_before(name, current)
         target = self.resolve(name, to)
         if target.version == current.version:
             hint = f"It is the current version already. `blockzoo show {name}@N` shows version N."
@@ -151,6 +150,31 @@ class ZooStore(Objects):
                 files=target.files,
                 provenance={**target.provenance, "rollback_of": f"{name}@{to}"},
             )
+
+    def _version_before(self, name: str, current: VariantRecord) -> int:
+        """The newest version before the content that is current, whichever version brought that."""
+        versions = {record.version: record for record in self.versions(name)}
+        origin = current.version
+        while (earlier := _rollback_target(versions.get(origin))) is not None and earlier < origin:
+            origin = earlier
+        older = [version for version in versions if version < origin]
+        if not older:
+            known = ", ".join(f"{name}@{version}" for version in sorted(versions))
+            raise NoOlderVersionError(
+                f"{name}@{origin} is the oldest version of {name}, so there is none to go back to",
+                hint=f"There is {known}. `blockzoo rollback {name} --to N` goes to version N."
+                if len(versions) > 1
+                else f"{name} has one version. Registering {name} again makes the next one.",
+                variant=name,
+                version=origin,
+            )
+        return max(older)
+
+
+def _rollback_target(record: VariantRecord | None) -> int | None:
+    """The version that a record went back to, None where it brought its own content."""
+    _, _, version = (record.provenance.get("rollback_of", "") if record else "").rpartition("@")
+    return int(version) if version.isdigit() else None
 
 
 def _create(storage: Storage) -> bytes:

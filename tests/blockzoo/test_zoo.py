@@ -164,8 +164,12 @@ def test_long_operations_report_progress(zoo, tmp_path):
         assert sum(steps) == total > 0
     recorder = Recorder()
     zoo.rm("base")
-    report = zoo.gc(grace_s=0, progress=recorder)
-    assert sum(recorder.events[1:-1]) == report.freed_bytes > 0
+    report = zoo.gc(grace_s=0.01, progress=recorder)
+    looking, waiting, (title, total), *steps, end = recorder.events
+    assert looking == ("looking for what no variant needs", 0)
+    assert waiting == ("waiting 0.01 s, while servers may still load what is to be deleted", 0)
+    assert (title, end) == ("deleting", "finish")
+    assert sum(steps) == total == report.freed_bytes > 0
 
 
 def test_reading_from_many_threads(zoo):

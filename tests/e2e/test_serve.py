@@ -300,6 +300,7 @@ def test_a_server_process_from_start_to_first_token(zoo: Zoo, tmp_path: Path) ->
         "BLOCKZOO_ZOO": zoo.url,
         "BLOCKZOO_LISTEN": address,
         "BLOCKZOO_PRELOAD": '["all"]',
+        "BLOCKZOO_LOG_LEVEL": "debug",
         "BLOCKZOO_ENGINE_NUM_THREADS": "1",
         "BLOCKZOO_ENGINE_KV_CACHE_BYTES": str(16 << 20),
     }

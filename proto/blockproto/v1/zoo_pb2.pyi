@@ -92,6 +92,7 @@ class VariantRow(_message.Message):
     PRIVATE_BYTES_FIELD_NUMBER: _builtins.int
     REGISTERED_AT_FIELD_NUMBER: _builtins.int
     CHAIN_FIELD_NUMBER: _builtins.int
+    PRIVATE_STORED_BYTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     version: _builtins.int
     kind: _builtins.str
@@ -106,6 +107,8 @@ class VariantRow(_message.Message):
     registered_at: _builtins.str
     """ISO 8601, UTC."""
     chain: _builtins.str
+    private_stored_bytes: _builtins.int
+    """The private bytes as stored."""
     def __init__(
         self,
         *,
@@ -119,10 +122,11 @@ class VariantRow(_message.Message):
         private_bytes: _builtins.int = ...,
         registered_at: _builtins.str = ...,
         chain: _builtins.str = ...,
+        private_stored_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_base", b"_base", "base", b"base"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_base", b"_base", "base", b"base", "chain", b"chain", "checkpoint_bytes", b"checkpoint_bytes", "family", b"family", "kind", b"kind", "name", b"name", "num_layers", b"num_layers", "private_bytes", b"private_bytes", "registered_at", b"registered_at", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_base", b"_base", "base", b"base", "chain", b"chain", "checkpoint_bytes", b"checkpoint_bytes", "family", b"family", "kind", b"kind", "name", b"name", "num_layers", b"num_layers", "private_bytes", b"private_bytes", "private_stored_bytes", b"private_stored_bytes", "registered_at", b"registered_at", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__base: _TypeAlias = _typing.Literal["base"]  # noqa: Y015
     _WhichOneofArgType__base: _TypeAlias = _typing.Literal["_base", b"_base"]  # noqa: Y015
@@ -574,11 +578,14 @@ class UsageRow(_message.Message):
     CHECKPOINT_BYTES_FIELD_NUMBER: _builtins.int
     PRIVATE_BYTES_FIELD_NUMBER: _builtins.int
     PRIVATE_STORED_BYTES_FIELD_NUMBER: _builtins.int
+    FREED_BYTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     versions: _builtins.int
     checkpoint_bytes: _builtins.int
     private_bytes: _builtins.int
     private_stored_bytes: _builtins.int
+    freed_bytes: _builtins.int
+    """Stored bytes of the objects, manifests included, that nothing else needs."""
     def __init__(
         self,
         *,
@@ -587,10 +594,11 @@ class UsageRow(_message.Message):
         checkpoint_bytes: _builtins.int = ...,
         private_bytes: _builtins.int = ...,
         private_stored_bytes: _builtins.int = ...,
+        freed_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_bytes", b"checkpoint_bytes", "name", b"name", "private_bytes", b"private_bytes", "private_stored_bytes", b"private_stored_bytes", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_bytes", b"checkpoint_bytes", "freed_bytes", b"freed_bytes", "name", b"name", "private_bytes", b"private_bytes", "private_stored_bytes", b"private_stored_bytes", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

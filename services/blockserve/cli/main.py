@@ -12,6 +12,9 @@ DEBUG_VARIABLE = "BLOCKZOO_DEBUG"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; return its exit code (see `blockserve.cli.options.failures`)."""
     arguments, debug = _take_debug(list(sys.argv[1:] if argv is None else argv))
+    if not debug:
+        # gRPC's C core writes past our log; what matters of it comes as an error as well.
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     if argv is None and arguments[:1] in (["serve"], ["worker"]) and not {"-h", "--help"} & set(arguments):
         _begin_loading_torch()
     # Leaving by exception ends without running what would print tracebacks over the message.

@@ -14,7 +14,7 @@ version.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Self, Unpack
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from blockserve.common.api.placement import WishStatus
     from blockserve.common.api.results import ModelInfo, Tokenized
     from blockserve.common.api.status import ServerStatus
+    from blockzoo.errors import BlockzooError
 
 
 class AsyncClient:
@@ -42,6 +43,7 @@ class AsyncClient:
         credentials: Credentials | None = None,
         timeout: float | None = None,
         resume_attempts: int = 3,
+        on_break: Callable[[BlockzooError, int], None] | None = None,
     ) -> None:
         """Prepare a connection; nothing is sent yet.
 
@@ -50,18 +52,19 @@ class AsyncClient:
             credentials: TLS and token; None for a plain connection.
             timeout: seconds for each call where the call gives none.
             resume_attempts: how often in a row an answer that broke off is taken up again; 0 never.
+            on_break: told of each such break, with the number of breaks in a row.
 
         Raises:
             ConfigurationError: a token would travel readable, or a file of the credentials cannot be read.
         """
         credentials = credentials or Credentials()
-        self._channel = open_channel(target, credentials)
+        self._channel = open_channel(target, credentials, reconnects_soon=True)
         # Loading protobuf takes a fifth of what gRPC takes: only programs that make a client pay for it.
         from blockserve.client.calls import Calls
         from blockserve.client.inference import Inference
 
         self._calls = Calls(credentials.metadata(), timeout)
-        self._inference = Inference(self._channel, self._calls, resume_attempts)
+        self._inference = Inference(self._channel, self._calls, resume_attempts, on_break)
 
     async def __aenter__(self) -> Self:
         return self

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from blockserve.common.api.placement import WishStatus
     from blockserve.common.api.results import Chunk, Completion, ModelInfo, Tokenized
     from blockserve.common.api.status import ServerStatus
+    from blockzoo.errors import BlockzooError
 
 __all__ = ["AsyncClient", "Client", "Credentials", "Generation"]
 
@@ -88,13 +89,18 @@ class Client:
         credentials: Credentials | None = None,
         timeout: float | None = None,
         resume_attempts: int = 3,
+        on_break: Callable[[BlockzooError, int], None] | None = None,
     ) -> None:
-        """As `AsyncClient`."""
+        """As `AsyncClient`; `on_break` is called in the client's own thread."""
         self._portal = _Portal()
 
         async def connect() -> AsyncClient:
             return AsyncClient(
-                target, credentials=credentials, timeout=timeout, resume_attempts=resume_attempts
+                target,
+                credentials=credentials,
+                timeout=timeout,
+                resume_attempts=resume_attempts,
+                on_break=on_break,
             )
 
         try:

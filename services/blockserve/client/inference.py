@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -36,17 +36,25 @@ MAX_BACKOFF_SECONDS = 2.0
 class Inference:
     """`InferenceService` of one server."""
 
-    def __init__(self, channel: grpc.aio.Channel, calls: Calls, resume_attempts: int) -> None:
+    def __init__(
+        self,
+        channel: grpc.aio.Channel,
+        calls: Calls,
+        resume_attempts: int,
+        on_break: Callable[[BlockzooError, int], None] | None = None,
+    ) -> None:
         """Prepare.
 
         Args:
             channel: to the server.
             calls: credentials and default deadline.
             resume_attempts: how often in a row an answer that broke off is taken up again; 0 never.
+            on_break: told of each such break, with the number of breaks in a row.
         """
         self._stub = inference_pb2_grpc.InferenceServiceStub(channel)
         self._calls = calls
         self._resume_attempts = resume_attempts
+        self._on_break = on_break
 
     def generate(self, model: str, prompt: str | Sequence[int], options: GenerateOptions) -> AsyncGeneration:
         """Continue a text, or a sequence of token ids."""
@@ -129,6 +137,8 @@ class Inference:
                 failures += 1
                 if failures > self._resume_attempts or not is_transient(error):
                     raise
+                if self._on_break is not None:
+                    self._on_break(error, failures)
             pause = min(FIRST_BACKOFF_SECONDS * 2 ** (failures - 1), MAX_BACKOFF_SECONDS)
             if deadline is not None and time.monotonic() + pause >= deadline:
                 # An attempt without time left can fail as unavailable before it fails as late.

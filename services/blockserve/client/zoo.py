@@ -21,7 +21,7 @@ from blockserve.common.wire import zoo as wire
 from blockzoo.care.gc import GRACE_S, GcReport
 from blockzoo.care.verify import VerifyReport
 from blockzoo.manifest import VariantRecord
-from blockzoo.names import parse_ref
+from blockzoo.names import is_based_on, parse_ref
 from blockzoo.progress import NoProgress, Progress
 from blockzoo.registering.folder import RegisterResult, register_folder
 from blockzoo.reports.compare import compare
@@ -115,6 +115,10 @@ class RemoteZoo:
         """As `Zoo.rollback`."""
         request = zoo_pb2.RollbackVariantRequest(name=name, to=to)
         return wire.record_from_message(self._calls.call("RollbackVariant", request).record)
+
+    def dependants(self, name: str) -> list[str]:
+        """As `Zoo.dependants`."""
+        return [row.name for row in self.ls() if is_based_on(row.base, name)]
 
     def gc(
         self, *, grace_s: float = GRACE_S, dry_run: bool = False, progress: Progress | None = None

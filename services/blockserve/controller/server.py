@@ -99,7 +99,8 @@ class ControllerServer:
             await self._store.close()
         await asyncio.to_thread(self.metrics.close)
         self._servicer = self._store = self._planner = None
-        log.info("stopped")
+        if self._host.has_started:
+            log.info("stopped")
 
     def remove_own_socket(self) -> None:
         """Take away the socket file, if it is this server's."""

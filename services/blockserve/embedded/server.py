@@ -121,7 +121,8 @@ class EmbeddedServer:
         self._host.health.watch(
             self._engine.report, stall_seconds=settings.stall_seconds, every=settings.health_seconds
         )
-        log.info("ready address=%s timeline: %s", self.address, self.timeline)
+        log.info("ready address=%s", self.address)
+        log.debug("timeline: %s", self.timeline)
 
     async def _prepare(self, renderer: ChatRenderer) -> tuple[ZooReader, VariantCatalog, list[str]]:
         """Side by side: import the engine, read the zoo, start the template process."""
@@ -208,7 +209,8 @@ class EmbeddedServer:
             await asyncio.to_thread(self._engine.stop)
         await asyncio.to_thread(self.metrics.close)
         self._router = self._engine = self._renderer = None
-        log.info("stopped")
+        if self._host.has_started:
+            log.info("stopped")
 
     def remove_own_socket(self) -> None:
         """Take away the socket file, if it is this server's."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from blockserve.common.errors import LocalClusterError
 from blockserve.local import record
 from blockserve.local.cluster import already_running
+from blockserve.local.keeper import error_in
 from blockserve.local.layout import Layout
 from blockserve.local.record import ClusterRecord
 
@@ -52,7 +53,7 @@ def start_detached(command: Sequence[str], layout: Layout, on_ready: Callable[[]
         owner.terminate()
         owner.wait()
         raise
-    words = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    message, hint = error_in(log.read_text(encoding="utf-8", errors="replace"))
     raise LocalClusterError(
-        f"the cluster did not start: {' | '.join(words[-2:])}", hint=f"The logs are in {layout.folder}."
+        f"the cluster did not start: {message}", hint=f"{hint} The logs are in {layout.folder}.".strip()
     )

@@ -82,10 +82,10 @@ class Keeper:
         deadline = time.monotonic() + START_SECONDS
         while not self._is_ready(running):
             if running.status() is not None or time.monotonic() > deadline:
-                lines = running.last_words().strip().splitlines()
+                message, hint = error_in(running.last_words())
                 raise LocalClusterError(
-                    f"{self.spec.name} did not start: {' | '.join(lines[-2:])}",
-                    hint="Read its log in the cluster's folder.",
+                    f"{self.spec.name} did not start: {message}",
+                    hint=f"{hint} Its log is in the cluster's folder.".strip(),
                 )
             await asyncio.sleep(self._look_seconds)
         self._task = asyncio.create_task(self._keep(), name=f"keep {self.spec.name}")
@@ -155,3 +155,11 @@ class Keeper:
             await asyncio.sleep(self._look_seconds)
         await self._forget(running)
         return status
+
+
+def error_in(log: str) -> tuple[str, str]:
+    """The sentence and the hint that a process printed before it ended; its last two lines."""
+    message, hint = ["", "", *log.strip().splitlines()][-2:]
+    if not message.lower().startswith("error: "):
+        message, hint = hint, ""  # an end without a hint, or of another kind: its last line says most
+    return message.partition(": ")[2] if message.lower().startswith("error: ") else message, hint

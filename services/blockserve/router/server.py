@@ -173,7 +173,8 @@ class RouterServer:
             await self._store.close()
         await asyncio.to_thread(self.metrics.close)
         self._router = self._renderer = self._watch = self._demand = self._store = None
-        log.info("stopped")
+        if self._host.has_started:
+            log.info("stopped")
 
     def remove_own_socket(self) -> None:
         """Take away the socket file, if it is this server's."""

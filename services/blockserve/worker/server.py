@@ -144,7 +144,8 @@ class WorkerServer:
         await asyncio.to_thread(self.metrics.close)
         self._engine = self._announcer = self._store = None
         self._reconciler = self._second_store = None
-        log.info("stopped")
+        if self._host.has_started:
+            log.info("stopped")
 
     def remove_own_socket(self) -> None:
         """Take away the socket file, if it is this server's."""

@@ -16,6 +16,7 @@ from blockzoo.errors import (
     InvalidInputError,
     InvalidNameError,
     ManifestNotFoundError,
+    NoOlderVersionError,
     StorageError,
     StorageFullError,
     UnsupportedStoreError,
@@ -197,10 +198,25 @@ def test_rollback(store):
         store.rollback("bot", 9)
 
 
+def test_each_rollback_goes_one_version_further_back(store):
+    for value in (1, 2, 3):
+        register(store, "bot", [tensor(value)])
+    went_to = [store.rollback("bot").provenance["rollback_of"] for _ in range(2)]
+    assert went_to == ["bot@2", "bot@1"]
+    with pytest.raises(NoOlderVersionError, match="bot@1 is the oldest version") as caught:
+        store.rollback("bot")
+    assert "rollback bot --to N" in caught.value.hint
+    assert store.rollback("bot", 3).version == 6
+    assert store.rollback("bot").provenance["rollback_of"] == "bot@2"
+    register(store, "bot", [tensor(4)])
+    assert store.rollback("bot").chain == store.resolve("bot", 2).chain
+
+
 def test_rollback_of_the_only_version(store):
     register(store, "bot", [tensor(1)])
-    with pytest.raises(VariantNotFoundError):
+    with pytest.raises(NoOlderVersionError) as caught:
         store.rollback("bot")
+    assert "@0" not in f"{caught.value} {caught.value.hint}"
     with pytest.raises(VariantNotFoundError):
         store.rollback("other")
 

@@ -5,6 +5,7 @@ import json
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 
 from blockserve.cli import main
 from blockzoo import Zoo
+from support.cuttable import Cut, CuttableWire
 from support.edge import Rig, serving
 from support.folders import config, tensors, write_adapter, write_checkpoint
 
@@ -44,6 +46,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     """Run a command line in this process; wide, so that help texts do not fold."""
     # A service that was about to start has set up logging to a standard error that ends with the test.
     monkeypatch.setattr(logging.getLogger(), "handlers", logging.getLogger().handlers[:])
+    monkeypatch.setenv("GRPC_VERBOSITY", "NONE")  # `main` would set it for the whole test process
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("TERMINAL_WIDTH", "200")
 
@@ -83,9 +86,11 @@ def zoo(tmp_path: Path, folders: Path, monkeypatch: pytest.MonkeyPatch) -> Zoo:
 class Served:
     """A server in a thread of its own, so that the commands under test can block."""
 
-    def __init__(self) -> None:
+    def __init__(self, **settings: Any) -> None:
+        self._settings = settings
         self.ready = threading.Event()
         self.rig: Rig
+        self.wire: CuttableWire
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
         self._thread = threading.Thread(target=lambda: self._loop.run_until_complete(self._serve()))
@@ -93,10 +98,26 @@ class Served:
         assert self.ready.wait(60)
 
     async def _serve(self) -> None:
-        async with serving() as rig:
+        async with serving(**self._settings) as rig:
             self.rig = rig
+            self.wire = await CuttableWire(lambda: int(rig.server.address.rpartition(":")[2])).start()
             self.ready.set()
             await self._stop.wait()
+            await self.wire.close()
+
+    @contextmanager
+    def gone(self) -> Iterator[None]:
+        """What is connected to `wire` loses the server meanwhile, and finds nobody at its address."""
+        cut = self.wire.cut(Cut.REFUSED)
+        self._wait_for(cut.__enter__)
+        yield
+        self._wait_for(lambda: cut.__exit__(None, None, None))
+
+    def _wait_for(self, act: Callable[[], object]) -> None:
+        async def run() -> None:
+            act()
+
+        asyncio.run_coroutine_threadsafe(run(), self._loop).result(60)
 
     def call(self, act: Callable[[], None]) -> None:
         """Run something in the server's event loop."""
@@ -116,3 +137,17 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
     monkeypatch.setenv("BLOCKZOO_SERVER", served.rig.server.address)
     yield served
     served.close()
+
+
+@pytest.fixture
+def serve_with() -> Iterator[Callable[..., Served]]:
+    """Start servers with settings of their own; the same as `served` otherwise."""
+    started: list[Served] = []
+
+    def start(**settings: Any) -> Served:
+        started.append(Served(**settings))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.close()

@@ -15,9 +15,12 @@ import typer
 if TYPE_CHECKING:
     from blockserve.client.blocking import Client
     from blockserve.common.rpc.channel import Credentials
+    from blockzoo.errors import BlockzooError
 
 DEFAULT_SERVER = "127.0.0.1:7450"
 PANEL = "Connection"
+NO_METHOD = "Method not found!"
+"""What gRPC says of a service that a process does not offer."""
 
 ServerOption = Annotated[
     str,
@@ -39,13 +42,22 @@ TokenFileOption = Annotated[
         help="A file with the bearer token.",
     ),
 ]
+TlsOption = Annotated[
+    bool,
+    typer.Option(
+        "--tls",
+        envvar="BLOCKZOO_TLS",
+        rich_help_panel=PANEL,
+        help="Encrypt, trusting the authorities of this system.",
+    ),
+]
 CaFileOption = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
         envvar="BLOCKZOO_CA_FILE",
         rich_help_panel=PANEL,
-        help="Encrypt, trusting this authority (PEM).",
+        help="Encrypt, trusting this authority (PEM) instead.",
     ),
 ]
 CertFileOption = Annotated[
@@ -74,13 +86,20 @@ class Connection:
 
     server: ServerOption = DEFAULT_SERVER
     token_file: TokenFileOption = None
+    tls: TlsOption = False
     ca_file: CaFileOption = None
     cert_file: CertFileOption = None
     key_file: KeyFileOption = None
 
     @contextmanager
-    def open(self, *, timeout: float | None = None) -> Iterator[Client]:
-        """A client for the verb's time.
+    def open(
+        self,
+        *,
+        timeout: float | None = None,
+        resume_attempts: int = 2,
+        on_break: Callable[[BlockzooError, int], None] | None = None,
+    ) -> Iterator[Client]:
+        """A client for the verb's time; the arguments are those of `Client`.
 
         Raises:
             UnavailableError: nobody answers there.
@@ -88,37 +107,66 @@ class Connection:
         from blockserve.client.blocking import Client
 
         options: dict[str, Any] = {"credentials": self.credentials(), "timeout": timeout}
-        with unreachable(self.server), Client(self.server, resume_attempts=2, **options) as client:
+        options |= {"resume_attempts": resume_attempts, "on_break": on_break}
+        with self.explained(), Client(self.server, **options) as client:
             yield client
 
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Say in one sentence why calls do not get through, or are refused."""
+        from blockserve.common.errors import RemoteError, UnauthenticatedError
+
+        try:
+            yield
+        except (RemoteError, UnauthenticatedError) as error:
+            raise self.explain(error) from error
+
+    def explain(self, error: BlockzooError) -> BlockzooError:
+        """The same error in the words of the command, where gRPC's own words or a program's hint came."""
+        from blockserve.common.errors import RemoteError, UnauthenticatedError, UnavailableError
+
+        if isinstance(error, UnavailableError):
+            from blockserve.cli.options.reach import why_unreachable
+
+            return why_unreachable(self.server, self.credentials())
+        if isinstance(error, UnauthenticatedError):
+            given = self.token_file
+            return UnauthenticatedError(
+                f"{self.server} "
+                + ("asks for a token" if given is None else f"refuses the token in {given}"),
+                hint="Give the file that holds it with --token-file, or in BLOCKZOO_TOKEN_FILE.",
+            )
+        if isinstance(error, RemoteError) and str(error) == NO_METHOD:
+            return RemoteError(
+                f"the process at {self.server} does not take this command",
+                hint="It is of an older version, or no `blockzoo serve` and no router.",
+                code=error.code,
+                server=self.server,
+            )
+        return error
+
     def credentials(self) -> Credentials:
-        """How the client proves itself, and checks the server."""
+        """How the client proves itself, and checks the server.
+
+        Raises:
+            ConfigurationError: one of two files is missing, or a file cannot be read.
+        """
         from blockserve.common.rpc.channel import Credentials
 
         return Credentials(
-            token=self._token(), ca_file=self.ca_file, cert_file=self.cert_file, key_file=self.key_file
+            token=self._token(),
+            tls=self.tls,
+            ca_file=self.ca_file,
+            cert_file=self.cert_file,
+            key_file=self.key_file,
         )
 
     def _token(self) -> str | None:
         if self.token_file is None:
             return None
-        return self.token_file.expanduser().read_text(encoding="utf-8").strip()
+        from blockserve.common.rpc.files import read_file
 
-
-@contextmanager
-def unreachable(server: str) -> Iterator[None]:
-    """Say in one sentence that nobody answers: gRPC's own sentence lists every address it tried."""
-    from blockserve.common.errors import UnavailableError
-
-    try:
-        yield
-    except UnavailableError as error:
-        raise UnavailableError(
-            f"no server answers at {server}",
-            hint="Start one with `blockzoo serve`, or give its address with --server.",
-            code=error.code,
-            server=server,
-        ) from error
+        return read_file(self.token_file.expanduser()).decode().strip()
 
 
 def connects(verb: Callable[..., None]) -> Callable[..., None]:

@@ -17,9 +17,9 @@ from blockserve.cli.options.connection import (
     CertFileOption,
     Connection,
     KeyFileOption,
+    TlsOption,
     TokenFileOption,
     set_signature,
-    unreachable,
 )
 from blockserve.cli.options.shared import DEFAULT_ZOO, ZooOption, open_zoo
 
@@ -52,6 +52,7 @@ class Place:
     zoo: ZooOption = DEFAULT_ZOO
     server: RemoteOption = None
     token_file: TokenFileOption = None
+    tls: TlsOption = False
     ca_file: CaFileOption = None
     cert_file: CertFileOption = None
     key_file: KeyFileOption = None
@@ -69,10 +70,10 @@ class Place:
             return
         from blockserve.client.zoo import RemoteZoo
 
-        credentials = Connection(
-            self.server, self.token_file, self.ca_file, self.cert_file, self.key_file
-        ).credentials()
-        with unreachable(self.server), RemoteZoo(self.server, credentials=credentials) as zoo:
+        connection = Connection(
+            self.server, self.token_file, self.tls, self.ca_file, self.cert_file, self.key_file
+        )
+        with connection.explained(), RemoteZoo(self.server, credentials=connection.credentials()) as zoo:
             yield zoo
 
 

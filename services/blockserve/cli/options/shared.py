@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -37,4 +39,9 @@ def open_zoo(place: str, *, create: bool = False) -> Zoo:
     """
     from blockzoo.zoo import Zoo
 
-    return Zoo.open(place, create=create)
+    return Zoo.open(place, create=create, facts_folder=cache_folder())
+
+
+def cache_folder() -> Path:
+    """Where the command keeps what it can find out again; it may be deleted at any time."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blockzoo"

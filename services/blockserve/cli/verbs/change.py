@@ -22,7 +22,13 @@ from blockserve.cli.views.progress import progress
 from blockserve.cli.views.tables import format_bytes, format_seconds, print_json, say
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from blockzoo.manifest import VariantRecord
     from blockzoo.registering.folder import RegisterResult
+
+HISTORY = 10
+"""Versions that `rollback` lists."""
 
 
 @at_a_place
@@ -97,7 +103,8 @@ def export(
 def rm(ref: RefArgument, yes: YesOption = False, as_json: JsonOption = False, *, place: Place) -> None:
     """Remove a variant with all its versions, or one old version of it.
 
-    `blockzoo gc` frees the bytes afterwards. Blocks that other variants use stay.
+    `blockzoo gc` frees the bytes afterwards. Blocks that other variants use stay: variants that were
+    registered on this one keep working.
 
     \b
     Examples:
@@ -106,17 +113,40 @@ def rm(ref: RefArgument, yes: YesOption = False, as_json: JsonOption = False, *,
     """
     with place.open() as zoo:
         record = zoo.resolve(ref)
+        dependants = zoo.dependants(record.name)
         if "@" in ref:
             question = f"Remove version {record.version} of {record.name}?"
         else:
-            question = f"Remove {record.name} with all its {len(zoo.show(record.name).versions)} version(s)?"
-        confirm(question, yes=yes)
+            count = len(zoo.show(record.name).versions)
+            question = (
+                f"Remove {record.name} with {'its one version' if count == 1 else f'all {count} versions'}?"
+            )
+        confirm(f"{_dependence(dependants)}{question}", yes=yes)
         report = zoo.rm(ref)
     if as_json:
-        print_json(report.to_json())
+        print_json({**report.to_json(), "dependants": dependants})
         return
     removed = ", ".join(f"{report.name}@{version}" for version in report.removed)
     say(f"Removed {removed}. `blockzoo gc` frees the bytes that no other variant uses.")
+    if dependants:
+        say(f"{_some(dependants)} still {'uses' if len(dependants) == 1 else 'use'} its blocks, which stay.")
+
+
+def _dependence(dependants: Sequence[str]) -> str:
+    """What a person should know before removing a base."""
+    if not dependants:
+        return ""
+    one = len(dependants) == 1
+    return (
+        f"{_some(dependants)} {'was' if one else 'were'} registered on it and "
+        f"{'keeps' if one else 'keep'} working. "
+    )
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    """Names as people list them: a, b and c; of many, the first few."""
+    shown = [*names[:most], *([f"{len(names) - most} more"] if len(names) > most else [])]
+    return " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
 
 
 @at_a_place
@@ -124,7 +154,7 @@ def rollback(
     name: NameArgument,
     to: Annotated[
         int | None,
-        typer.Option("--to", metavar="N", min=1, help="The version to go back to. [default: the one before]"),
+        typer.Option("--to", metavar="N", min=1, help="The version to go to. [default: one further back]"),
     ] = None,
     as_json: JsonOption = False,
     *,
@@ -132,7 +162,8 @@ def rollback(
 ) -> None:
     """Make an older version current again.
 
-    Versions never change: this adds a new version that points at the old chain.
+    Versions never change: this adds a new version that points at the old chain. Each further rollback goes
+    one version further back; --to goes to any version, forward too. `blockzoo show NAME` lists the versions.
 
     \b
     Examples:
@@ -141,10 +172,20 @@ def rollback(
     """
     with place.open() as zoo:
         record = zoo.rollback(name, to)
+        versions = zoo.show(name).versions
+        older = [zoo.resolve(f"{name}@{version}") for version in versions[-HISTORY:]]
     if as_json:
         print_json({"name": record.name, "version": record.version, "chain": record.chain})
-    else:
-        say(f"{record.name}@{record.version} is current now; chain {record.chain[:12]}")
+        return
+    say(f"{record.name}@{record.version} is current now, and the same as {record.provenance['rollback_of']}.")
+    left_out = "..., " if len(versions) > HISTORY else ""
+    say(f"  versions: {left_out}{', '.join(map(_describe_version, older))}")
+    say(f"  `blockzoo rollback {name} --to N` goes to any of them.")
+
+
+def _describe_version(record: VariantRecord) -> str:
+    origin = record.provenance.get("rollback_of")
+    return f"{record.version}" + (f" (= {origin.rpartition('@')[2]})" if origin else "")
 
 
 def _print_registered(result: RegisterResult) -> None:

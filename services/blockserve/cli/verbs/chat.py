@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from blockserve.cli.options.connection import Connection, connects
+from blockserve.cli.options.lines import Messages, line_editing
 from blockserve.cli.options.shared import RefArgument
 from blockserve.cli.verbs.generate import (
     MaxTokensOption,
@@ -27,15 +28,22 @@ from blockserve.cli.views.tables import note, say
 
 if TYPE_CHECKING:
     from blockserve.client.blocking import Client
+    from blockzoo.errors import BlockzooError
 
-HISTORY_LINES = 1000
+WAIT_ATTEMPTS = 20
+"""How often an answer that broke off is asked for again before the person is asked; about half a minute."""
+
 COMMANDS = """\
+  /retry          ask for the last answer again
   /reset          start a new conversation
   /model NAME     switch to another variant and keep the conversation
   /models         list the variants
   /system TEXT    set the system message and start a new conversation; without TEXT, remove it
+  /save FILE      write the conversation to a file, as JSON
+  /load FILE      continue a conversation that /save wrote
   /help           this list
   /quit           leave; Ctrl-D does the same
+A pasted text is one message; \"\"\" begins and ends a message of several typed lines.
 Ctrl-C stops an answer."""
 
 
@@ -56,8 +64,10 @@ def chat(
 ) -> None:
     """Talk to a variant.
 
-    Ctrl-C stops an answer, Ctrl-D leaves; /help lists the commands. Input lines are kept in a
-    history file that only you can read. If input comes from a pipe, each line is one message.
+    Ctrl-C stops an answer, Ctrl-D leaves; /help lists the commands. A pasted text is one message. If the
+    server goes away, the conversation stays: the answer continues when the server is back, and /retry asks
+    again. Input lines are kept in a history file that only you can read. If input comes from a pipe, each
+    line is one message.
 
     \b
     Examples:
@@ -73,12 +83,22 @@ def chat(
         "max_tokens": max_tokens,
     }
     given = {name: value for name, value in options.items() if value is not None}
-    with connection.open() as client, _line_history():
+    with (
+        connection.open(resume_attempts=WAIT_ATTEMPTS, on_break=_tell_waiting) as client,
+        line_editing() as messages,
+    ):
         info = client.model(model)
-        session = Conversation(client, model, given, system)
+        session = Conversation(client, model, given, system, explain=connection.explain)
         if sys.stdin.isatty():
             say(f"{info.name}@{info.version}, {info.context_length} tokens of context. /help lists commands.")
-        session.run()
+        session.run(messages)
+
+
+def _tell_waiting(error: BlockzooError, failures: int) -> None:
+    """Say once that an answer waits for its server."""
+    del error
+    if failures == 2 and sys.stderr.isatty():  # the first break is healed within a tenth of a second
+        note("[the server does not answer; waiting for it. Ctrl-C stops waiting]")
 
 
 @dataclass
@@ -91,6 +111,8 @@ class Conversation:
         options: sampling and stopping.
         system: system turn, or None.
         turns: what was said.
+        unanswered: the last message, while it has no answer.
+        explain: puts an error into the words of the command.
     """
 
     client: Client
@@ -98,31 +120,40 @@ class Conversation:
     options: dict[str, Any]
     system: str | None = None
     turns: list[dict[str, str]] = field(default_factory=list)
+    unanswered: str | None = None
+    explain: Callable[[BlockzooError], BlockzooError] = lambda error: error
+    _saved: Path | None = None
 
-    def run(self) -> None:
-        """Take lines until the person leaves."""
+    def run(self, messages: Messages) -> None:
+        """Take messages until the person leaves.
+
+        Raises:
+            UnavailableError: the server went away, and nobody is there to try again.
+        """
         from blockzoo.errors import BlockzooError
 
-        while (line := _read_line(f"{self.model}> ")) is not None:
-            if not line.strip():
+        while (text := messages.read(f"{self.model}> ")) is not None:
+            if not text.strip():
                 continue
             try:
-                if line.startswith("/"):
-                    if self.command(line):
+                if text.startswith("/") and "\n" not in text:
+                    if self.command(text):
                         return
                 else:
-                    self.answer(line)
+                    self.answer(text)
             except BlockzooError as error:
-                if error.reason == "UNAVAILABLE":
+                if error.reason == "UNAVAILABLE" and not sys.stdin.isatty():
                     raise
                 # A refused turn must not poison the ones after it.
-                note(f"Error: {error} {error.hint}".rstrip())
+                again = "" if self.unanswered is None else " The conversation is kept; /retry asks again."
+                shown = self.explain(error)
+                note(f"Error: {shown}. {shown.hint}".rstrip(". ") + "." + again)
 
-    def answer(self, line: str) -> None:
-        """Say a line and print the answer; Ctrl-C keeps what has come so far."""
-        said = {"role": "user", "content": line}
-        head = [] if self.system is None else [{"role": "system", "content": self.system}]
-        stream = iter(self.client.chat(self.model, [*head, *self.turns, said], **self.options))
+    def answer(self, text: str) -> None:
+        """Say a message and print the answer; Ctrl-C keeps what has come so far."""
+        self.unanswered = text
+        said = {"role": "user", "content": text}
+        stream = iter(self.client.chat(self.model, [*self._head(), *self.turns, said], **self.options))
         parts: list[str] = []
         summary = ""
         info = None
@@ -135,14 +166,18 @@ class Conversation:
                 if chunk.finish is not None and info is not None:
                     summary = describe_answer(info, chunk.finish)
         except KeyboardInterrupt:
-            summary = "[stopped]"
+            summary = "[stopped]" if parts else "[stopped; /retry asks again]"
+            if not parts:
+                return
         finally:
             # Closing the iterator cancels the request at the server.
             stream.close()  # type: ignore[attr-defined]
-        sys.stdout.write("\n")
-        sys.stdout.flush()
-        if summary and sys.stderr.isatty():
-            note(summary)
+            if parts or summary:
+                sys.stdout.write("\n")
+                sys.stdout.flush()
+            if summary and sys.stderr.isatty():
+                note(summary)
+        self.unanswered = None
         self.turns += [said, {"role": "assistant", "content": "".join(parts)}]
 
     def command(self, line: str) -> bool:
@@ -150,10 +185,13 @@ class Conversation:
         word, _, rest = line.partition(" ")
         rest = rest.strip()
         actions: dict[str, Callable[[], None]] = {
-            "/reset": self.turns.clear,
+            "/retry": self._retry,
+            "/reset": self._forget,
             "/model": lambda: self._switch(rest),
             "/models": self._list_models,
             "/system": lambda: self._set_system(rest),
+            "/save": lambda: self._save(rest),
+            "/load": lambda: self._load(rest),
             "/help": lambda: say(COMMANDS),
         }
         if word in ("/quit", "/exit"):
@@ -163,6 +201,23 @@ class Conversation:
         else:
             note(f"{word} is not a command; /help lists the commands.")
         return False
+
+    def _head(self) -> list[dict[str, str]]:
+        return [] if self.system is None else [{"role": "system", "content": self.system}]
+
+    def _retry(self) -> None:
+        """Ask for the last answer again, whether it came or not."""
+        if self.unanswered is None and [turn["role"] for turn in self.turns[-2:]] == ["user", "assistant"]:
+            self.unanswered = self.turns[-2]["content"]
+            del self.turns[-2:]
+        if self.unanswered is None:
+            note("There is nothing to ask again.")
+        else:
+            self.answer(self.unanswered)
+
+    def _forget(self) -> None:
+        self.turns.clear()
+        self.unanswered = None
 
     def _switch(self, ref: str) -> None:
         if not ref:
@@ -178,39 +233,39 @@ class Conversation:
 
     def _set_system(self, text: str) -> None:
         self.system = text or None
-        self.turns.clear()
+        self._forget()
 
-
-def _read_line(prompt: str) -> str | None:
-    """A line, or None at the end of input; Ctrl-C drops what was typed."""
-    while True:
+    def _save(self, name: str) -> None:
+        """Write the conversation; a file that this conversation did not write is left alone."""
+        if not name:
+            note("Name a file: /save FILE")
+            return
+        path = Path(name).expanduser().absolute()
+        left = [] if self.unanswered is None else [{"role": "user", "content": self.unanswered}]
+        value = {"model": self.model, "messages": [*self._head(), *self.turns, *left]}
+        flags = os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if path == self._saved else os.O_EXCL)
         try:
-            return input(prompt if sys.stdin.isatty() else "")
-        except EOFError:
-            if sys.stdin.isatty():
-                sys.stdout.write("\n")
-            return None
-        except KeyboardInterrupt:
-            sys.stdout.write("\n")
+            with open(os.open(path, flags, 0o600), "w", encoding="utf-8") as file:  # noqa: PTH123
+                file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        except OSError as error:
+            note(f"{path} cannot be written: {error.strerror}.")
+            return
+        self._saved = path
+        say(f"Saved {len(self.turns)} messages to {path}.")
 
-
-@contextmanager
-def _line_history() -> Iterator[None]:
-    """Editing and history of lines on a terminal; the history is kept where only the user can read it."""
-    if not sys.stdin.isatty():
-        yield
-        return
-    import readline
-
-    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    path = state / "blockzoo" / "chat_history"
-    with suppress(OSError):
-        readline.read_history_file(path)
-    readline.set_history_length(HISTORY_LINES)
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            path.touch(mode=0o600)
-            readline.write_history_file(path)
+    def _load(self, name: str) -> None:
+        """Continue what `/save` wrote."""
+        try:
+            messages = json.loads(Path(name).expanduser().read_text(encoding="utf-8"))["messages"]
+            turns = [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in messages]
+        except OSError as error:
+            note(f"{name or 'The file'} cannot be read: {error.strerror}.")
+            return
+        except (ValueError, TypeError, KeyError, IndexError):
+            note(f"{name} is not a conversation that /save wrote.")
+            return
+        is_system = bool(turns) and turns[0]["role"] == "system"
+        self.system = turns.pop(0)["content"] if is_system else None
+        self.unanswered = turns.pop()["content"] if turns and turns[-1]["role"] == "user" else None
+        self.turns = turns
+        say(f"{len(turns)} messages; {self.model} continues.")

@@ -152,10 +152,16 @@ class _Wish:
 
 def _check(layout: Layout, wish: _Wish) -> None:
     """Find what is wrong before anything is started (ZooNotFoundError, ConfigurationError)."""
+    from blockserve.common.rpc.listen import check_free
+    from blockserve.local.ending import end_leftovers
     from blockzoo.zoo import Zoo
 
     Zoo.open(wish.zoo)
     wish.plan(layout)
+    with layout.locked() as free:
+        if free:
+            end_leftovers(layout)
+            check_free(wish.listen)
 
 
 class _Told:

@@ -96,18 +96,36 @@ def load(
 def unload(model: RefArgument, as_json: JsonOption = False, *, connection: Connection) -> None:
     """Unload a variant's blocks from a server once its running requests have ended.
 
-    Blocks that other loaded variants use stay. The next request to the variant loads it again.
+    Blocks that other loaded variants use stay. The next request to the variant loads it again. Unloading also
+    ends a pin, and unloads the variants that have exactly the same blocks.
 
     \b
     Examples:
       blockzoo unload support-bot
     """
     with connection.open() as client:
+        was_pinned, others = _held_with(client, model)
         client.unload(model)
     if as_json:
-        print_json({"model": model})
-    else:
-        say(f"{model} is unloaded.")
+        print_json({"model": model, "was_pinned": was_pinned, "also": others})
+        return
+    say(f"{model} is unloaded{' and no longer pinned' if was_pinned else ''}.")
+    if others:
+        say(f"So {'is' if len(others) == 1 else 'are'} {', '.join(others)}: the same blocks.")
+
+
+def _held_with(client: Client, model: str) -> tuple[bool, list[str]]:
+    """Whether a variant is pinned, and which others have exactly its chain."""
+    report = client.status()
+    if report.cluster is not None:
+        pinned = (wish.variant for wish in client.wishes() if wish.pinned)
+        return model.partition("@")[0] in pinned, []
+    info = client.model(model)
+    ref = f"{info.name}@{info.version}"
+    chain = next((chain for chain in report.chains if ref in chain.models), None)
+    if chain is None:
+        return False, []
+    return chain.pinned, [name for name in chain.models if name != ref]
 
 
 @connects

@@ -59,20 +59,26 @@ class Bars:
     def __init__(self, unit: str = BYTES) -> None:
         """Prepare the bar; it appears when the operation has taken a while."""
         from rich import progress as rich_progress
+        from rich.text import Text
 
         from blockserve.cli.views.tables import stderr
 
-        counted: list[rich_progress.ProgressColumn] = [
-            rich_progress.DownloadColumn(),
-            rich_progress.TransferSpeedColumn(),
-        ]
-        if unit != BYTES:
-            counted = [rich_progress.MofNCompleteColumn(), rich_progress.TextColumn(unit)]
+        class Amount(rich_progress.ProgressColumn):
+            """What is done, of how much, in the units of all other sizes; nothing is shown for nothing."""
+
+            def render(self, task: rich_progress.Task) -> Text:
+                counted = task.total is not None or task.completed
+                return Text(
+                    describe_amount(int(task.completed), int(task.total or 0), unit) if counted else ""
+                )
+
+        columns: list[rich_progress.ProgressColumn] = [Amount()]
+        if unit == BYTES:
+            columns.append(rich_progress.TimeRemainingColumn(compact=True))
         self._bars = rich_progress.Progress(
             rich_progress.TextColumn("{task.description}", markup=False),
-            rich_progress.BarColumn(bar_width=30),
-            *counted,
-            rich_progress.TimeRemainingColumn(compact=True),
+            rich_progress.BarColumn(bar_width=20),
+            *columns,
             console=stderr(),
             transient=True,
         )
@@ -146,12 +152,10 @@ class Lines:
         with self._lock:
             if not self._title:
                 return ""
-            counts = [self._done, self._total] if self._total else [self._done]
-            if self._unit == BYTES:
-                amount = " of ".join(map(format_bytes, counts))
-            else:
-                amount = f"{' of '.join(map(str, counts))} {self._unit}"
-            return f"{self._title}: {amount}, {format_seconds(time.monotonic() - self._started)}"
+            seconds = format_seconds(time.monotonic() - self._started)
+            if not (self._total or self._done):
+                return f"{self._title}: {seconds}"
+            return f"{self._title}: {describe_amount(self._done, self._total, self._unit)}, {seconds}"
 
     def _write(self, first_after_s: float, every_s: float) -> None:
         delay = first_after_s
@@ -160,3 +164,11 @@ class Lines:
             if line := self.describe():
                 sys.stderr.write(line + "\n")
                 sys.stderr.flush()
+
+
+def describe_amount(done: int, total: int, unit: str) -> str:
+    """What is done, of how much where that is known."""
+    counts = [done, total] if total else [done]
+    if unit == BYTES:
+        return " of ".join(map(format_bytes, counts))
+    return f"{' of '.join(map(str, counts))} {unit}"

@@ -74,6 +74,8 @@ def format_bytes(count: float) -> str:
 
 def format_seconds(seconds: float) -> str:
     """0.21 s, 3.4 s, 2 min 05 s, 3 h 12 min."""
+    if seconds < 0.0005:
+        return "0 s"
     if seconds < 10:
         return f"{seconds:.2g} s"
     if seconds < 60:

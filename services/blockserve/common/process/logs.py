@@ -1,11 +1,17 @@
-"""Log lines: for people on a terminal, or one JSON object each for machines. Standard library only."""
+"""Log lines: for people on a terminal, or one JSON object each for machines."""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 from datetime import UTC, datetime
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
+
+from blockserve.common.errors import ConfigurationError
+
+OWN_LOGGERS = ("blockserve", "blockzoo", "blockkernels")
 
 
 class TextFormatter(logging.Formatter):
@@ -42,12 +48,35 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(entry, ensure_ascii=False)
 
 
-def configure_logging(level: str, form: Literal["text", "json"]) -> None:
-    """Send all log lines of this process to standard error."""
-    handler = logging.StreamHandler()
+def configure_logging(level: str, form: Literal["text", "json"], file: Path | None = None) -> None:
+    """Send all log lines of this process to standard error, or to a file.
+
+    Libraries are heard from `warning` on, or when everything is wanted (`debug`).
+
+    Args:
+        level: lowest level of our own lines.
+        form: lines for people, or JSON objects.
+        file: appended to; only the user can read it.
+
+    Raises:
+        ConfigurationError: the file cannot be written.
+    """
+    handler = logging.StreamHandler() if file is None else _open(file)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     root = logging.getLogger()
     for old in list(root.handlers):
         root.removeHandler(old)
     root.addHandler(handler)
-    root.setLevel(level.upper())
+    wanted = logging.getLevelNamesMapping()[level.upper()]
+    root.setLevel(wanted if wanted <= logging.DEBUG else max(wanted, logging.WARNING))
+    for name in OWN_LOGGERS:
+        logging.getLogger(name).setLevel(wanted)
+
+
+def _open(file: Path) -> logging.StreamHandler[Any]:
+    try:
+        descriptor = os.open(file.expanduser(), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    except OSError as error:
+        raise ConfigurationError(f"the log {file} cannot be written: {error.strerror}", path=file) from error
+    # Lives as long as the process.
+    return logging.StreamHandler(open(descriptor, "a", encoding="utf-8", buffering=1))  # noqa: PTH123

@@ -61,7 +61,7 @@ def run(settings: ServerSettings, server: S, on_ready: Callable[[S], None] | Non
     Raises:
         BlockzooError: the server cannot start, or failed for good later on.
     """
-    configure_logging(settings.log_level, settings.log_format)
+    configure_logging(settings.log_level, settings.log_format, settings.log_file)
     run_in_event_loop(serve(server, on_ready))
 
 

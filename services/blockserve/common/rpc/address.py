@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import ipaddress
 
+from blockserve.common.errors import ConfigurationError
+
 DEFAULT_TARGET = "127.0.0.1:7450"
 """Where a server listens, and a client looks for it, when nobody says otherwise."""
+
+
+GRPC_SCHEMES = ("unix:", "unix-abstract:", "dns:", "ipv4:", "ipv6:", "vsock:", "xds:")
+"""What gRPC itself resolves; programs may name several servers so."""
 
 
 def is_local(address: str) -> bool:
@@ -25,3 +31,28 @@ def is_host_and_port(address: str) -> bool:
     """Whether an address has the form host:port."""
     host, _, port = address.rpartition(":")
     return bool(host) and port.isascii() and port.isdigit() and int(port) <= 65535
+
+
+def check_target(target: str) -> None:
+    """Refuse what clients cannot call: a URL of the web, or a host without its port.
+
+    Raises:
+        ConfigurationError: the sentence says how the address is written.
+    """
+    scheme, colon, rest = target.partition("://")
+    if colon and scheme in ("http", "https"):
+        host = rest.partition("/")[0] or "host"
+        address = host if is_host_and_port(host) else f"{host}:PORT"
+        raise ConfigurationError(
+            f"{target} is a URL; the address of a server is host:port",
+            hint=f"The protocol is gRPC: give {address}."
+            + (" Encryption is chosen with --tls or --ca-file." if scheme == "https" else ""),
+            address=target,
+        )
+    if target.startswith(GRPC_SCHEMES) or is_host_and_port(target):
+        return
+    raise ConfigurationError(
+        f"{target!r} is no address of a server",
+        hint="Write host:port, as in models.example:7450, or unix:/path/to/socket.",
+        address=target,
+    )

@@ -8,7 +8,7 @@ from pathlib import Path
 import grpc
 
 from blockserve.common.errors import ConfigurationError
-from blockserve.common.rpc.address import is_local
+from blockserve.common.rpc.address import check_target, is_local
 from blockserve.common.rpc.files import read_file
 
 KEEPALIVE_MS = 30_000
@@ -42,7 +42,7 @@ class Credentials:
         ca_file: encrypt, trusting this authority (PEM) instead.
         cert_file: the client's own certificate (PEM), with `key_file`.
         key_file: its private key (PEM).
-        insecure: send the token over a plain connection to another machine all the same.
+        insecure: send the token over a plain connection to another machine all the same; for programs only.
     """
 
     token: str | None = field(default=None, repr=False)
@@ -55,23 +55,51 @@ class Credentials:
     @property
     def is_encrypted(self) -> bool:
         """Whether the connection uses TLS."""
-        return self.tls or self.ca_file is not None or self.cert_file is not None
+        return self.tls or self.ca_file is not None or self.cert_file is not None or self.key_file is not None
+
+    def check(self) -> None:
+        """Hold the files together, which gRPC does only while it connects, or not at all.
+
+        Raises:
+            ConfigurationError: a file cannot be read, one of two is missing, or the key does not fit.
+        """
+        if (self.cert_file is None) != (self.key_file is None):
+            lacking = "private key (key_file)" if self.key_file is None else "certificate (cert_file)"
+            raise ConfigurationError(
+                f"a client certificate and its private key belong together: the {lacking} is missing",
+                hint="Give both, --cert-file and --key-file.",
+            )
+        if not self.is_encrypted:
+            return
+        # The standard library's ssl takes a while to import, and most connections are plain.
+        from blockserve.common.rpc.certificates import check_authorities, check_pair
+
+        if self.ca_file is not None:
+            check_authorities(self.ca_file)
+        if self.cert_file is not None and self.key_file is not None:
+            check_pair(self.cert_file, self.key_file)
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """What each call carries."""
         return () if self.token is None else (("authorization", f"Bearer {self.token}"),)
 
 
-def open_channel(target: str, credentials: Credentials) -> grpc.aio.Channel:
+def open_channel(target: str, credentials: Credentials, *, reconnects_soon: bool = False) -> grpc.aio.Channel:
     """A channel for event loops; it connects on first use.
+
+    Args:
+        target: `host:port`, or `unix:/path`.
+        credentials: TLS and token.
+        reconnects_soon: look for a lost server every second; gRPC would wait for up to two minutes.
 
     Raises:
         ConfigurationError: a token would travel readable, or a file cannot be read.
     """
     tls = _check(target, credentials)
+    options = [*_OPTIONS, *_RECONNECT] if reconnects_soon else _OPTIONS
     if tls is None:
-        return grpc.aio.insecure_channel(target, options=_OPTIONS)
-    return grpc.aio.secure_channel(target, tls, options=_OPTIONS)
+        return grpc.aio.insecure_channel(target, options=options)
+    return grpc.aio.secure_channel(target, tls, options=options)
 
 
 def open_blocking_channel(target: str, credentials: Credentials) -> grpc.Channel:
@@ -85,13 +113,16 @@ def open_blocking_channel(target: str, credentials: Credentials) -> grpc.Channel
 
 def _check(target: str, credentials: Credentials) -> grpc.ChannelCredentials | None:
     """What encrypts the connection, None for a plain one."""
+    check_target(target)
+    credentials.check()
     if credentials.is_encrypted:
         return grpc.ssl_channel_credentials(
             _pem(credentials.ca_file), _pem(credentials.key_file), _pem(credentials.cert_file)
         )
     if credentials.token is not None and not (credentials.insecure or is_local(target)):
         raise ConfigurationError(
-            f"the token would be sent unencrypted to {target}", hint="Use TLS, or pass insecure=True."
+            f"the token would be sent unencrypted to {target}",
+            hint="Encrypt the connection (--tls, --ca-file).",
         )
     return None
 

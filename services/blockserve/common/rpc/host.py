@@ -59,6 +59,11 @@ class RpcHost:
         assert self._server is not None
         return self._server
 
+    @property
+    def has_started(self) -> bool:
+        """Whether it has ever answered calls."""
+        return self._is_started
+
     def bind(self) -> None:
         """Make the server and take its address.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import stat
@@ -12,10 +13,12 @@ from pathlib import Path
 import grpc
 
 from blockserve.common.errors import ConfigurationError
+from blockserve.common.rpc.certificates import check_authorities, check_pair
 from blockserve.common.rpc.files import read_file
 from blockserve.common.rpc.settings import ServerSettings
 
 SOCKET_MODE = 0o600
+OTHER = "Choose another address with --listen."
 
 
 def server_options(settings: ServerSettings) -> list[tuple[str, int]]:
@@ -55,8 +58,7 @@ def bind(server: grpc.aio.Server, settings: ServerSettings) -> str:
         ConfigurationError: the address is taken or not ours, or a TLS file cannot be read.
     """
     is_socket = settings.listen.startswith("unix:")
-    if is_socket:
-        _check_socket_free(Path(settings.listen.removeprefix("unix:")))
+    check_free(settings.listen)
     # The socket file is born with this mode; a chmod afterwards would leave a moment in which others connect.
     previous = os.umask(0o777 & ~SOCKET_MODE) if is_socket else None
     try:
@@ -64,13 +66,53 @@ def bind(server: grpc.aio.Server, settings: ServerSettings) -> str:
     except RuntimeError as error:
         raise ConfigurationError(
             f"cannot listen on {settings.listen}",
-            hint="Another server may use the address (`blockzoo status`); choose another with --listen.",
+            hint="Choose another address with --listen.",
             listen=settings.listen,
         ) from error
     finally:
         if previous is not None:
             os.umask(previous)
     return settings.listen if is_socket else f"{settings.listen.rpartition(':')[0]}:{port}"
+
+
+def check_free(listen: str) -> None:
+    """Find out whether an address can be listened on; gRPC says why not in its log only.
+
+    Args:
+        listen: `host:port`, or `unix:/path`.
+
+    Raises:
+        ConfigurationError: another process has it, or it is not ours to have.
+    """
+    if listen.startswith("unix:"):
+        _check_socket_free(Path(listen.removeprefix("unix:")))
+        return
+    host, _, port = listen.rpartition(":")
+    host = host.strip("[]")
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            # As gRPC does: a port whose connections are closing is free.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(place)
+            probe.listen(1)
+    except socket.gaierror as error:
+        raise ConfigurationError(
+            f"cannot listen on {listen}: the name {host} is not known", hint=OTHER, listen=listen
+        ) from error
+    except OSError as error:
+        message, hint = _describe_taken(listen, error)
+        raise ConfigurationError(message, hint=hint, listen=listen) from error
+
+
+def _describe_taken(listen: str, error: OSError) -> tuple[str, str]:
+    if error.errno == errno.EADDRINUSE:
+        return f"another process listens on {listen} already", f"Stop it if it is yours. {OTHER}"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return f"cannot listen on {listen}: this machine has no such address", OTHER
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return f"cannot listen on {listen}: ports below 1024 belong to the system", OTHER
+    return f"cannot listen on {listen}: {error.strerror}", OTHER
 
 
 def remove_socket(address: str) -> None:
@@ -83,6 +125,9 @@ def remove_socket(address: str) -> None:
 def _add_port(server: grpc.aio.Server, settings: ServerSettings) -> int:
     if settings.tls_cert is None or settings.tls_key is None:
         return server.add_insecure_port(settings.listen)
+    check_pair(settings.tls_cert, settings.tls_key)
+    if settings.tls_client_ca is not None:
+        check_authorities(settings.tls_client_ca)
     authority = read_file(settings.tls_client_ca) if settings.tls_client_ca else None
     credentials = grpc.ssl_server_credentials(
         [(read_file(settings.tls_key), read_file(settings.tls_cert))],
@@ -108,5 +153,5 @@ def _check_socket_free(path: Path) -> None:
         except OSError:
             return
     raise ConfigurationError(
-        f"another server answers at {path}", hint="Stop that server, or choose another path.", path=path
+        f"another server answers at {path}", hint=f"Stop that server. {OTHER}", path=path
     )

@@ -87,6 +87,12 @@ class ServerSettings(Settings):
         "text", "Log lines for people, or one JSON object per line.", reason="A terminal is the first reader."
     )
 
+    log_file: Path | None = setting(
+        None,
+        "A file to append log lines to, instead of standard error.",
+        reason="A terminal shows what the process says to people, the file the rest.",
+    )
+
     @property
     def has_tls(self) -> bool:
         """Whether connections are encrypted."""

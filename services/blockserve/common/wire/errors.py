@@ -56,6 +56,7 @@ STATUS: Mapping[type[BlockzooError], grpc.StatusCode] = {
     zoo_errors.InvalidInputError: _Code.INVALID_ARGUMENT,
     zoo_errors.InvalidNameError: _Code.INVALID_ARGUMENT,
     zoo_errors.CurrentVersionError: _Code.FAILED_PRECONDITION,
+    zoo_errors.NoOlderVersionError: _Code.FAILED_PRECONDITION,
     zoo_errors.InvalidManifestError: _Code.INVALID_ARGUMENT,
     zoo_errors.CheckpointError: _Code.INVALID_ARGUMENT,
     zoo_errors.TruncatedFileError: _Code.INVALID_ARGUMENT,

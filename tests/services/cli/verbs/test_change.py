@@ -117,7 +117,7 @@ class Keyboard:
 def test_rm_asks(run, zoo, monkeypatch, typed, removed):
     monkeypatch.setattr(questions.sys, "stdin", Keyboard(typed))
     outcome = run("rm", "bot")
-    assert "Remove bot with all its 1 version(s)? [y/N]" in outcome.err
+    assert "Remove bot with its one version? [y/N]" in outcome.err
     assert outcome.code == (0 if removed else 1)
     assert ("bot" in {record.name for record in zoo.variants()}) is not removed
 
@@ -126,8 +126,25 @@ def test_rm_where_nobody_can_answer_needs_yes(run, zoo):
     outcome = run("rm", "bot")
     assert outcome.code == 2
     assert "--yes" in outcome.err
-    assert run("rm", "bot", "--yes", "--json").json == {"name": "bot", "removed": [1], "remaining": []}
+    assert run("rm", "bot", "--yes", "--json").json == {
+        "name": "bot",
+        "removed": [1],
+        "remaining": [],
+        "dependants": [],
+    }
     assert run("show", "bot").code == 3
+
+
+def test_rm_of_a_base_names_what_was_registered_on_it(run, zoo, folders):
+    told = run("rm", "base").err
+    assert told.startswith("bot was registered on it and keeps working. Remove base with its one version?")
+    for number in range(6):
+        run("register", folders / "adapter", "--name", f"more-{number}", "--base", "base")
+    removed = run("rm", "base", "--yes").out
+    assert "bot, more-0, more-1, more-2, more-3 and 2 more still use its blocks, which stay." in removed
+    assert run("gc", "--grace", 0).code == 0
+    assert run("verify").code == 0
+    assert run("show", "bot").code == 0
 
 
 def test_rm_of_a_version_and_rollback(run, zoo, folders):
@@ -142,7 +159,13 @@ def test_rm_of_a_version_and_rollback(run, zoo, folders):
 
 def test_rollback_to_a_version(run, zoo, folders):
     run("register", folders / "tuned", "--name", "base")
-    assert "base@3 is current now" in run("rollback", "base", "--to", 1).out
+    out = run("rollback", "base", "--to", 1).out
+    assert out.splitlines() == [
+        "base@3 is current now, and the same as base@1.",
+        "  versions: 1, 2, 3 (= 1)",
+        "  `blockzoo rollback base --to N` goes to any of them.",
+    ]
+    assert "base@1 is the oldest version" in run("rollback", "base").err
     assert run("rollback", "base", "--to", 9).code == 3
     assert run("rollback", "base", "--to", 0).code == 2
 

@@ -1,6 +1,7 @@
 """The conversation, driven through pipes and through a real terminal."""
 
 import io
+import json
 import os
 import pty
 import select
@@ -87,9 +88,9 @@ def test_an_unknown_variant_ends_it(run, served, monkeypatch):
 class Terminal:
     """A `chat` process on a pseudo-terminal."""
 
-    def __init__(self, address, home):
+    def __init__(self, address, home, term="dumb"):
         self.fd, child = pty.openpty()
-        environment = {**os.environ, "BLOCKZOO_SERVER": address, "XDG_STATE_HOME": str(home), "TERM": "dumb"}
+        environment = {**os.environ, "BLOCKZOO_SERVER": address, "XDG_STATE_HOME": str(home), "TERM": term}
         command = [sys.executable, "-m", "blockserve.cli", "chat", "tale", "-t", "0", "-m", "30"]
         self.process = subprocess.Popen(
             command, stdin=child, stdout=child, stderr=child, env=environment, start_new_session=True
@@ -133,7 +134,7 @@ class Terminal:
 
 @pytest.fixture
 def terminal(served, tmp_path):
-    terminal = Terminal(served.rig.server.address, tmp_path / "state")
+    terminal = Terminal(f"127.0.0.1:{served.wire.port}", tmp_path / "state")
     yield terminal
     terminal.close()
 
@@ -162,3 +163,91 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(terminal, served, tmp_path):
     history = tmp_path / "state" / "blockzoo" / "chat_history"
     assert history.read_text().splitlines()[-2:] == ["first", "second"]
     assert history.stat().st_mode & 0o077 == 0
+
+
+def test_a_conversation_outlives_its_server(terminal, served):
+    """The answer is taken up where it broke off, once, when there is a server again."""
+    engine = served.rig.engine
+    engine.hold_at = 3
+    terminal.expect("tale> ")
+    terminal.type("first\n")
+    terminal.expect("hello w")
+    with served.gone():
+        terminal.expect("[the server does not answer; waiting for it.")
+        engine.hold_at = None
+    terminal.expect("örld €. ")
+    terminal.expect("[tale@1: ")
+    terminal.expect("tale> ")
+    with served.gone():
+        terminal.type("second\n")
+        terminal.expect("waiting for it")
+        terminal.interrupt()
+        terminal.expect("[stopped; /retry asks again]")
+        terminal.expect("tale> ")
+    terminal.type("/retry\n")
+    terminal.expect("[tale@1: ")
+    last = prompts(served)[-1]
+    assert "user\nfirst<|im_end|>" in last
+    assert "assistant\nhello wörld" in last
+    assert last.count("user\nsecond<|im_end|>") == 1
+
+
+def test_retry_asks_for_another_answer_in_place_of_the_last(say, served):
+    outcome = say("/retry", "one", "two", "/retry", words=["--seed", 1])
+    assert "There is nothing to ask again." in outcome.err
+    *_, second, third = prompts(served)
+    assert second == third
+    assert "user\none<|im_end|>" in third
+
+
+def test_a_refused_message_can_be_asked_again(say, served):
+    outcome = say("x" * 1000, "/system", "/retry")
+    assert "/retry asks again" in outcome.err
+    assert "There is nothing to ask again." in outcome.err  # a new conversation forgets it
+
+
+def test_a_saved_conversation_goes_on(say, served, tmp_path):
+    file = tmp_path / "talk.json"
+    outcome = say("one", f"/save {file}", "two", f"/save {file}", words=["--system", "Be brief."])
+    assert outcome.out.count(f"messages to {file}.") == 2
+    assert file.stat().st_mode & 0o077 == 0
+    value = json.loads(file.read_text())
+    assert [turn["role"] for turn in value["messages"]] == ["system", *["user", "assistant"] * 2]
+    expected = prompts(served)[-1]
+    say(f"/load {file}", "/retry")
+    assert prompts(served)[-1] == expected
+
+
+def test_files_that_are_no_conversation_are_left_alone(say, served, tmp_path):
+    file = tmp_path / "notes.txt"
+    file.write_text("mine")
+    outcome = say(f"/save {file}", f"/load {file}", "/save", "/load nowhere.json")
+    assert outcome.code == 0
+    assert file.read_text() == "mine"
+    for text in ("File exists", "is not a conversation", "Name a file", "nowhere.json cannot be read"):
+        assert text in outcome.err
+
+
+@pytest.mark.parametrize("term", ["xterm", "dumb"])
+def test_a_pasted_text_is_one_message(served, tmp_path, term):
+    terminal = Terminal(served.rig.server.address, tmp_path / "state", term)
+    try:
+        terminal.expect("tale> ")
+        pasted = "one\n  two\n\nthree"
+        terminal.type(f"\x1b[200~{pasted}\x1b[201~\n" if term == "xterm" else f"{pasted}\n")
+        terminal.expect("[tale@1: ")
+    finally:
+        terminal.close()
+    (prompt,) = prompts(served)
+    assert f"user\n{pasted}<|im_end|>" in prompt
+
+
+def test_quotes_begin_and_end_a_message_of_several_lines(terminal, served):
+    terminal.expect("tale> ")
+    terminal.type('"""one\n')
+    terminal.expect("... ")
+    terminal.type("two\n")
+    terminal.expect("... ")
+    terminal.type('three"""\n')
+    terminal.expect("[tale@1: ")
+    assert "user\none\ntwo\nthree<|im_end|>" in prompts(served)[0]

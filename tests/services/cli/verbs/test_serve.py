@@ -1,5 +1,6 @@
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -201,3 +202,37 @@ def test_serve_announces_itself_and_stops_on_ctrl_c(zoo):
         rest = process.stderr.read()
         assert process.wait() == 0, rest
     assert "Traceback" not in rest
+
+
+@pytest.mark.parametrize(
+    "verb", [("serve", "--metrics-listen", "off"), ("up", "--workers", "1"), ("up", "--detach")], ids=" ".join
+)
+def test_a_port_that_is_taken_is_one_sentence(zoo, tmp_path, monkeypatch, verb):
+    """Of a real process: gRPC writes past Python's standard error."""
+    assert isinstance(zoo, Zoo)
+    monkeypatch.setenv("BLOCKZOO_DIR", str(tmp_path / "cluster"))
+    monkeypatch.delenv("GRPC_VERBOSITY", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        command = [sys.executable, "-m", "blockserve.cli", *verb, "--listen", address]
+        outcome = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert outcome.returncode == 2
+    assert outcome.stderr.splitlines() == [
+        f"Error: another process listens on {address} already",
+        "Stop it if it is yours. Choose another address with --listen.",
+    ]
+    assert outcome.stdout == ""
+
+
+def test_a_server_shows_people_three_lines(zoo, monkeypatch):
+    monkeypatch.delenv("GRPC_VERBOSITY", raising=False)
+    command = [sys.executable, "-m", "blockserve.cli", "serve", "--listen", "127.0.0.1:0"]
+    with subprocess.Popen(
+        [*command, "--metrics-listen", "off"], stderr=subprocess.PIPE, text=True
+    ) as process:
+        lines = [process.stderr.readline() for _ in range(3)]
+        process.send_signal(signal.SIGINT)
+        process.wait()
+    assert " INFO embedded.server listening address=127.0.0.1:" in lines[0]
+    assert re.search(r" INFO embedded\.server ready address=\S+$", lines[1])
+    assert lines[2].startswith("Serving ")

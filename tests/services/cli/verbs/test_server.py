@@ -188,7 +188,7 @@ def test_a_token_does_not_travel_readable(run, tmp_path):
     assert outcome.code == 2
     assert "unencrypted" in outcome.err
     assert "secret" not in outcome.err
-    assert run("status", "--token-file", tmp_path / "none").code == 1
+    assert run("status", "--token-file", tmp_path / "none").code == 2
 
 
 def test_load_status_unload(run, served):
@@ -220,7 +220,7 @@ def test_load_status_unload(run, served):
     assert run("status", "--json").json["chains"][0]["pinned"] is True
     run("load", "tale", "--unpin")
     assert run("status", "--json").json["chains"][0]["pinned"] is False
-    assert run("unload", "tale", "--json").json == {"model": "tale"}
+    assert run("unload", "tale", "--json").json == {"model": "tale", "was_pinned": False, "also": []}
     assert run("status", "--json").json["chains"] == []
     assert set(run("load", "tale", "--json").json) == {"model", "seconds"}
 
@@ -291,3 +291,13 @@ def test_wishes_where_one_process_serves_alone(run, served):
 def test_place_needs_workers_or_anywhere(run, served):
     for words in (["tale"], ["tale", "w", "--anywhere"], ["--anywhere"]):
         assert run("place", *words).code == 2
+
+
+def test_unload_says_what_goes_with_it(run, served):
+    served.rig.zoo.add("twin", chain="chain-of-tale-1")
+    assert run("load", "tale", "--pin").code == 0
+    assert run("unload", "tale").out.splitlines() == [
+        "tale is unloaded and no longer pinned.",
+        "So is twin@1: the same blocks.",
+    ]
+    assert run("unload", "tale").out == "tale is unloaded.\n"

@@ -1,4 +1,5 @@
 import io
+import re
 import threading
 
 import pytest
@@ -75,6 +76,7 @@ def test_a_task_without_a_known_end(monkeypatch):
     monkeypatch.setattr(progress.sys, "stderr", Recorder(wanted=1))
     lines = progress.Lines(first_after_s=1000, every_s=1000)
     lines.start("deleting", 0)
+    assert re.fullmatch(r"deleting: [0-9.]+ s", lines.describe())
     lines.advance(10)
     assert lines.describe().startswith("deleting: 10 B, ")
     lines.close()
@@ -115,7 +117,7 @@ def test_a_bar_counts_in_the_unit_it_is_told(monkeypatch):
         reporter.start("evaluating a[b]:2", 4096)
         assert stream.reached.wait(60)
     assert "evaluating a[b]:2" in stream.getvalue()
-    assert "0/4096" in stream.getvalue()
+    assert "0 of 4096 tokens" in stream.getvalue()
     assert "bytes" not in stream.getvalue()
 
 

@@ -1,0 +1,182 @@
+"""Why no call gets through to a server, found out by connecting once more and looking.
+
+gRPC says of a certificate that expired, a name that nobody knows and a process that is not there the
+same: UNAVAILABLE, and every address that it tried.
+"""
+
+from __future__ import annotations
+
+import socket
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from blockserve.common.errors import UnavailableError
+
+if TYPE_CHECKING:
+    import ssl
+
+    from blockserve.common.rpc.channel import Credentials
+
+CONNECT_SECONDS = 3.0
+HELLO_SECONDS = 1.0
+"""A gRPC server speaks as soon as somebody connects."""
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+SETTINGS = 4
+"""The type of the frame that an HTTP/2 server sends first."""
+
+START = "Start one with `blockzoo serve`, or give its address with --server."
+
+
+def why_unreachable(server: str, credentials: Credentials) -> UnavailableError:
+    """The error that says in one sentence what is in the way.
+
+    Args:
+        server: `host:port`, or `unix:/path`.
+        credentials: as the call had them.
+    """
+    message, hint = _look(server, credentials)
+    return UnavailableError(message, hint=hint, code="UNAVAILABLE", server=server)
+
+
+def _look(server: str, credentials: Credentials) -> tuple[str, str]:
+    """What is wrong, and what to do."""
+    try:
+        connection = _connect(server)
+    except socket.gaierror:
+        return f"the name in {server} is not known", "Check the spelling of the host's name."
+    except TimeoutError:
+        return f"{server} does not answer within {CONNECT_SECONDS:g} s", "Is a firewall in the way?"
+    except PermissionError:
+        return f"{server} belongs to another user", "Ask as the user who runs the server."
+    except OSError:
+        return f"no server answers at {server}", START
+    with connection:
+        if credentials.is_encrypted:
+            return _look_encrypted(connection, server, credentials)
+        if _greets(connection):
+            return f"the connection to {server} broke", "Run the command again."
+    if not server.startswith("unix:") and _encrypts(server):
+        return f"the server at {server} encrypts", "Add --tls, or --ca-file with its authority."
+    return f"what answers at {server} is no blockzoo server", START
+
+
+def _connect(server: str) -> socket.socket:
+    if server.startswith("unix:"):
+        connection = socket.socket(socket.AF_UNIX)
+        connection.settimeout(CONNECT_SECONDS)
+        try:
+            connection.connect(server.removeprefix("unix:"))
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+    host, _, port = server.rpartition(":")
+    return socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS)
+
+
+def _greets(connection: socket.socket) -> bool:
+    """Whether the other side begins as HTTP/2 servers do."""
+    connection.settimeout(HELLO_SECONDS)
+    with suppress(OSError):
+        connection.sendall(PREFACE)
+        head = connection.recv(9)
+        return len(head) == 9 and head[3] == SETTINGS
+    return False
+
+
+def _host(server: str) -> str:
+    return server.rpartition(":")[0].strip("[]")
+
+
+def _encrypts(server: str) -> bool:
+    import ssl
+
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with suppress(OSError), _connect(server) as plain, context.wrap_socket(plain):
+        return True
+    return False
+
+
+def _look_encrypted(connection: socket.socket, server: str, credentials: Credentials) -> tuple[str, str]:
+    import ssl
+
+    context = ssl.create_default_context(cafile=credentials.ca_file)
+    if credentials.cert_file is not None and credentials.key_file is not None:
+        context.load_cert_chain(credentials.cert_file, credentials.key_file, password="")
+    context.set_alpn_protocols(["h2"])
+    try:
+        with context.wrap_socket(connection, server_hostname=_host(server) or "localhost") as encrypted:
+            greets = _greets(encrypted)
+    except ssl.SSLCertVerificationError as error:
+        return _describe_refusal(error, server, credentials)
+    except ssl.SSLError:
+        return f"the server at {server} does not encrypt", "Leave out --tls, --ca-file and --cert-file."
+    except OSError:
+        greets = False
+    if greets:
+        return f"the connection to {server} broke", "Run the command again."
+    return _describe_rejection(server, credentials)
+
+
+def _describe_refusal(
+    error: ssl.SSLCertVerificationError, server: str, credentials: Credentials
+) -> tuple[str, str]:
+    """What this side holds against the server's certificate."""
+    from blockserve.common.rpc.certificates import expired_on, facts
+
+    own = credentials.ca_file
+    if own is not None and (day := expired_on(own)) is not None:
+        return f"the authority in {own} expired on {day}", "Give --ca-file an authority that is valid."
+    certificate = _certificate_of(server)
+    if certificate is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "server.pem"
+            path.write_text(certificate)
+            day, names = expired_on(path), [name for _, name in facts(path).get("subjectAltName", ())]
+        if day is not None:
+            return f"the certificate of {server} expired on {day}", "The server needs a new one."
+        if "mismatch" in error.verify_message or "not valid for" in error.verify_message:
+            valid = f"it is valid for {', '.join(names)}" if names else "it names no host"
+            return (
+                f"the certificate of {server} is another host's: {valid}",
+                "Use one of these names as the address.",
+            )
+    trusted = f"the authority in {own} did not sign it" if own else "no authority of this system signed it"
+    return (
+        f"the certificate of {server} is not trusted: {trusted}",
+        "Give the authority that signed it with --ca-file.",
+    )
+
+
+def _describe_rejection(server: str, credentials: Credentials) -> tuple[str, str]:
+    """What the server holds against this side; it hangs up without a word."""
+    from blockserve.common.rpc.certificates import expired_on
+
+    if credentials.cert_file is None:
+        return (
+            f"the server at {server} hung up: it probably asks for a client certificate",
+            "Give yours with --cert-file and --key-file.",
+        )
+    if (day := expired_on(credentials.cert_file)) is not None:
+        return f"the client certificate {credentials.cert_file} expired on {day}", "Get a new one."
+    return (
+        f"the server at {server} does not accept the client certificate {credentials.cert_file}",
+        "It must be signed by the authority in the server's tls_client_ca.",
+    )
+
+
+def _certificate_of(server: str) -> str | None:
+    """The server's certificate in PEM form, whatever is wrong with it."""
+    import ssl
+
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with suppress(OSError), _connect(server) as plain:
+        with context.wrap_socket(plain, server_hostname=_host(server) or None) as encrypted:
+            der = encrypted.getpeercert(binary_form=True)
+        return None if der is None else ssl.DER_cert_to_PEM_cert(der)
+    return None
