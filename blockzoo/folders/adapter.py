@@ -104,39 +104,50 @@ class AdapterConfig:
             output: path of the output projection, which "all-linear" leaves out.
 
         Raises:
-            UnknownTargetError: a target names nothing in the base.
+            UnknownTargetError: the targets leave nothing of the base to change.
         """
         modules, linears = list(modules), list(linears)
         if isinstance(self.targets, str):
             wanted = [module for module in linears if module != output]
         else:
-            self._check_targets(modules, linears)
             wanted = [module for module in modules if self._is_target(module)]
         found = [module for module in wanted if not self._is_excluded(module)]
         if not found and not self.saved:
             raise UnknownTargetError(
-                "the adapter's target_modules leave no module of the base to change",
+                f"the adapter's target_modules ({self._targets_text()}) leave nothing of the base to change",
                 hint=f"Modules that can be adapted: {_leaf_names(linears)}.",
             )
         return found
+
+    def without_effect(self, modules: Iterable[str]) -> list[str]:
+        """Names in target_modules that match none of the base's modules, which PEFT passes over too."""
+        if isinstance(self.targets, str | ModulePattern):
+            return []
+        known = {name for module in modules for name in _suffixes(module)}
+        return sorted(self.targets - known)
+
+    def order_matters(self, modules: Iterable[str]) -> list[str]:
+        """Patterns for rank and alpha of which several match one module, with other values in another order.
+
+        PEFT takes the first that matches, and sorts them when it saves an adapter.
+        """
+        found: dict[str, None] = {}
+        for module in modules:
+            for field, patterns in (("rank_pattern", self.ranks), ("alpha_pattern", self.alphas)):
+                ordered = sorted(patterns, key=lambda item: item[0].text)
+                if _first_match(patterns, module, 0) != _first_match(ordered, module, 0):
+                    found[field] = None
+        return list(found)
 
     def saves(self, module: str) -> bool:
         """Whether modules_to_save covers a module; PEFT compares endings, not whole names."""
         return any(module.endswith(name) for name in self.saved)
 
-    def _check_targets(self, modules: list[str], linears: list[str]) -> None:
-        if isinstance(self.targets, ModulePattern):
-            unknown = not any(self.targets.matches_all(module) for module in modules)
-            missing = self.targets.text if unknown else None
-        else:
-            known = {name for module in modules for name in _suffixes(module)}
-            missing = min(frozenset(self.targets) - known, default=None)
-        if missing is not None:
-            raise UnknownTargetError(
-                f"the adapter changes {missing[:200]!r}, which the base does not have",
-                hint=f"Modules that can be adapted: {_leaf_names(linears)}.",
-                target=missing[:200],
-            )
+    def _targets_text(self) -> str:
+        if isinstance(self.targets, str):
+            return self.targets
+        names = [self.targets.text] if isinstance(self.targets, ModulePattern) else sorted(self.targets)
+        return ", ".join(names)[:200]
 
     def _is_target(self, module: str) -> bool:
         if isinstance(self.targets, ModulePattern):

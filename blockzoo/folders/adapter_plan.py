@@ -24,12 +24,15 @@ from blockzoo.errors import (
     UnsupportedAdapterError,
 )
 from blockzoo.folders.adapter import AdapterConfig
+from blockzoo.folders.contents import OWN_PREFIX, InFile
 from blockzoo.folders.outline import EMBEDDING_MODULE, HEAD_MODULE, Outline, Place
+from blockzoo.folders.renaming import without_adapter_name, without_marks
 from blockzoo.folders.safetensors_io import TensorEntry
 from blockzoo.manifest import DType
 
 _PREFIX = "base_model.model."
 _LORA = re.compile(r"(.+)\.lora_([AB])\.weight")
+_COPY = re.compile(r"(.+)(\.modules_to_save|\.original_module)\.[^.]+")
 _FLOATS = (DType.F32, DType.F16, DType.BF16)
 _EMBEDDING = f"{EMBEDDING_MODULE}.weight"
 _HEAD = f"{HEAD_MODULE}.weight"
@@ -67,10 +70,14 @@ class AdapterPlan:
     Attributes:
         pairs: chain position -> LoRA pairs there.
         replaced: chain position -> tensor name inside the base block -> name in the adapter's file.
+        ignored: names in the adapter's file that PEFT does not read -> where they are kept for export.
+        notes: what whoever registers the adapter may not expect, a sentence each.
     """
 
     pairs: Mapping[int, tuple[LoraPair, ...]]
     replaced: Mapping[int, Mapping[str, str]]
+    ignored: Mapping[str, InFile]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -81,6 +88,8 @@ class _Sorted:
     whole: dict[str, TensorEntry] = field(default_factory=dict)
     inner: set[str] = field(default_factory=set)
     """Whole tensors saved from below a LoRA module (`base_layer`)."""
+    ignored: list[str] = field(default_factory=list)
+    """Names in the file of copies that PEFT keeps beside a module in modules_to_save, and does not read."""
 
 
 def plan_adapter(
@@ -104,7 +113,9 @@ def plan_adapter(
         AdapterError: config and tensors contradict each other.
     """
     targeted = config.targeted(base.modules, base.linears, HEAD_MODULE)
-    tensors = _sort(entries)
+    plain, marks = without_marks(entries)
+    plain, names = without_adapter_name(plain)
+    tensors = _sort(plain, config)
     _check_lora_modules(targeted, tensors, base)
     whole = _check_whole(config, tensors, set(targeted), base)
     replaced = _share_when_tied(config, whole, base, equal)
@@ -119,10 +130,29 @@ def plan_adapter(
     for name, entry in replaced.items():
         place = base.tensors[name]
         by_position.setdefault(place.position, {})[place.name] = entry.name
-    return AdapterPlan({key: tuple(value) for key, value in pairs.items()}, by_position)
+    ignored = {
+        name: InFile(f"{OWN_PREFIX}tensors/{index}") for index, name in enumerate(sorted(tensors.ignored))
+    }
+    notes = _notes(config, base, targeted, (*marks, *names))
+    return AdapterPlan({key: tuple(value) for key, value in pairs.items()}, by_position, ignored, notes)
 
 
-def _sort(entries: Mapping[str, TensorEntry]) -> _Sorted:
+def _notes(
+    config: AdapterConfig, base: Outline, targeted: list[str], marks: tuple[str, ...]
+) -> tuple[str, ...]:
+    notes = []
+    if marks:
+        notes.append(f"names of tensors were read without {', '.join(map(repr, marks))}")
+    if missing := config.without_effect(base.modules):
+        notes.append(f"target_modules names {', '.join(missing)[:200]}, which the base does not have")
+    notes += [
+        f"the order of {field} matters here, and PEFT sorts it when it saves the adapter again"
+        for field in config.order_matters(targeted)
+    ]
+    return tuple(notes)
+
+
+def _sort(entries: Mapping[str, TensorEntry], config: AdapterConfig) -> _Sorted:
     tensors = _Sorted()
     for name, entry in entries.items():
         for mark, method in _FOREIGN.items():
@@ -137,6 +167,9 @@ def _sort(entries: Mapping[str, TensorEntry]) -> _Sorted:
                 f"tensor {name!r} is {entry.dtype}; adapters are F32, F16 or BF16", tensor=name
             )
         path = name.removeprefix(_PREFIX)
+        if (copy := _COPY.fullmatch(path)) and config.saves(copy[1]) and name.replace(copy[2], "") in entries:
+            tensors.ignored.append(entry.name)
+            continue
         lora = _LORA.fullmatch(path)
         if lora:
             slot, key = tensors.lora.setdefault(lora[1], {}), lora[2]

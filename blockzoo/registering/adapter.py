@@ -72,12 +72,14 @@ def register_adapter(job: RegisterJob, base_ref: str | None) -> RegisterResult:
         refs = put_uploads(registration, uploads, pieces, job.totals)
         chain = put_adapter_chain(registration, base, plan, refs)
         layout = folder_layout(folder, adapter_layout(plan))
-        own = put_files(registration, {**files, LAYOUT_FILE: layout.to_bytes()}, job.totals)
+        extra = {place.filename: bytes(folder.read(name)) for name, place in plan.ignored.items()}
+        own = put_files(registration, {**files, **extra, LAYOUT_FILE: layout.to_bytes()}, job.totals)
         return job.finish(
             registration,
             chain,
             {**inherited_files(record, files, files.__getitem__), **own},
-            {**job.provenance(base), **facts},
+            {**job.provenance(base), **facts, **notes_of(plan)},
+            tuple(plan.ignored),
         )
 
 
@@ -106,6 +108,11 @@ def inherited_files(
         return not (own_templates and (is_template_file(name) or name == "chat_template.json"))
 
     return {name: ref for name, ref in base.files.items() if is_taken(name)}
+
+
+def notes_of(plan: AdapterPlan) -> dict[str, str]:
+    """Return what the provenance says about surprises in an adapter."""
+    return {"notes": "; ".join(plan.notes)} if plan.notes else {}
 
 
 def vocab_with(plan: AdapterPlan, entries: Mapping[str, TensorEntry], base: Outline) -> int:
@@ -201,7 +208,7 @@ def _adapter_block(
 
 def adapter_layout(plan: AdapterPlan) -> dict[str, InBlock | InFile]:
     """Return where each tensor of the adapter's folder is kept."""
-    tensors: dict[str, InBlock | InFile] = {}
+    tensors: dict[str, InBlock | InFile] = dict(plan.ignored)
     for position, pairs in plan.pairs.items():
         for pair in pairs:
             tensors[pair.source_a] = InBlock(position, 0, f"{pair.module}.lora_A")

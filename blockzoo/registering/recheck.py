@@ -33,6 +33,7 @@ from blockzoo.registering.adapter import (
     adapter_layout,
     check_adaptable,
     inherited_files,
+    notes_of,
     put_adapter_chain,
     vocab_with,
 )
@@ -102,9 +103,7 @@ def _remake_checkpoint(
     _require_equal("layout", layout.tensors, checkpoint_layout(plan, matched.sources, matched.ignored))
     own = {*layout.filenames, LAYOUT_FILE, *(place.filename for place in matched.ignored.values())}
     _require_equal("files", set(pushed.files), own)
-    for name, place in matched.ignored.items():
-        if pushed.files[place.filename].size != entries[name].num_bytes:
-            raise _invalid(f"the file of tensor {name[:200]!r} has the wrong size")
+    _check_ignored(pushed, matched.ignored, entries)
     for position, block in enumerate(plan.blocks):
         for name, planned in block.tensors.items():
             source = matched.sources[position, name]
@@ -130,7 +129,9 @@ def _remake_adapter(
     plan = plan_adapter(config, entries, base, lambda a, b: refs.get(a) == refs.get(b))
     _require_equal("layout", layout.tensors, adapter_layout(plan))
     inherited = inherited_files(pushed.base, layout.filenames, partial(_read, store, pushed))
-    _require_equal("files", set(pushed.files), {*layout.filenames, LAYOUT_FILE, *inherited})
+    kept = {place.filename for place in plan.ignored.values()}
+    _require_equal("files", set(pushed.files), {*layout.filenames, LAYOUT_FILE, *kept, *inherited})
+    _check_ignored(pushed, plan.ignored, entries)
     for name, ref in inherited.items():
         _require_equal(f"file {name}", pushed.files[name], ref)
     for pairs in plan.pairs.values():
@@ -143,7 +144,14 @@ def _remake_adapter(
     put_adapter_chain(recorder, base, plan, refs)
     vocab_size = vocab_with(plan, entries, base)
     beside = check_files_beside(layout.filenames, partial(_read, store, pushed), vocab_size)
-    return {"base": base.ref, **beside}
+    return {"base": base.ref, **beside, **notes_of(plan)}
+
+
+def _check_ignored(pushed: Pushed, ignored: Mapping[str, InFile], entries: Mapping[str, TensorEntry]) -> None:
+    """Check the files of tensors that no block uses."""
+    for name, place in ignored.items():
+        if pushed.files[place.filename].size != entries[name].num_bytes:
+            raise _invalid(f"the file of tensor {name[:200]!r} has the wrong size")
 
 
 def _read_layout(store: ZooStore, pushed: Pushed) -> FolderLayout:

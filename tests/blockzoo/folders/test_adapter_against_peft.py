@@ -131,6 +131,68 @@ def test_resized_vocabulary(tmp_path, tied):
     assert zoo.chain(zoo.resolve("a").chain).vocab_size == 53
 
 
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("saved", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_the_default_folder_for_added_tokens(tmp_path, tied, saved):
+    """PEFT writes a resized module in modules_to_save three times, and reads it once."""
+    base_model(tied).save_pretrained(tmp_path / "base")
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(53, mean_resizing=False)
+    options = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], modules_to_save=saved)
+    wrapped = peft.get_peft_model(model, options)
+    train(wrapped)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    zoo = registered(tmp_path, base_model(tied), tmp_path / "adapter")
+    again = base_model(tied)
+    again.resize_token_embeddings(53, mean_resizing=False)
+    check(zoo, peft.PeftModel.from_pretrained(again, tmp_path / "adapter"))
+    out = zoo.export("a", tmp_path / "out").path
+    for file in (tmp_path / "adapter").glob("adapter_*"):
+        assert (out / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_what_was_converted_to_plain_lora_is_taken(tmp_path, init):
+    options = {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 6, "target_modules": ["q_proj"]}
+    wrapped = peft.get_peft_model(base_model(False), peft.LoraConfig(**options, init_lora_weights=init))
+    # PEFT's recipe: what training began with, to be subtracted when the result is saved.
+    wrapped.peft_config["default"].init_lora_weights = True
+    wrapped.save_pretrained(tmp_path / "start")
+    wrapped.peft_config["default"].init_lora_weights = init
+    train(wrapped)
+    wrapped.save_pretrained(tmp_path / "adapter", path_initial_model_for_weight_conversion=tmp_path / "start")
+    zoo = registered(tmp_path, base_model(False), tmp_path / "adapter")
+    check(zoo, peft.PeftModel.from_pretrained(base_model(False), tmp_path / "adapter"))
+
+
+RENAMINGS = {
+    "compiled": lambda name: f"_orig_mod.{name}",
+    "of-a-state-dict": lambda name: name.replace(".weight", ".mine.weight"),
+    "distributed": lambda name: f"module.{name}",
+    "sharded": lambda name: name.replace("layers.0", "layers.0._fsdp_wrapped_module"),
+}
+
+
+@pytest.mark.parametrize("name", RENAMINGS)
+def test_marks_of_wrappers_are_read_past(tmp_path, name):
+    from safetensors.torch import load_file, save_file
+
+    wrapped = peft.get_peft_model(
+        base_model(False), peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "gone"])
+    )
+    train(wrapped)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({RENAMINGS[name](key): value for key, value in load_file(path).items()}, path)
+    zoo = registered(tmp_path, base_model(False), tmp_path / "adapter")
+    check(zoo, wrapped)
+    notes = zoo.resolve("a").provenance["notes"]
+    assert "were read without" in notes
+    assert "target_modules names gone" in notes
+    out = zoo.export("a", tmp_path / "out").path
+    assert (out / path.name).read_bytes() == path.read_bytes()
+
+
 @pytest.mark.parametrize("options", [
     {"target_modules": ["q_proj", "embed_tokens"]},
     {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]},

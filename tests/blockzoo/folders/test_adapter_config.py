@@ -1,5 +1,7 @@
 """`blockzoo.folders.adapter` against PEFT: the same modules, ranks and scales for the same config."""
 
+import json
+
 import pytest
 
 from blockzoo.errors import AdapterError, UnknownTargetError, UnsupportedAdapterError
@@ -181,7 +183,7 @@ def test_impossible_values(name):
     "changes",
     [
         {"target_modules": ["c_attn"]},
-        {"target_modules": ["q_proj", "query_key_value"]},
+        {"target_modules": ["k_proj2", "query_key_value"]},
         {"target_modules": "transformer.*"},
         {"target_modules": ["q_proj"], "layers_to_transform": [99]},
         {"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]},
@@ -192,6 +194,42 @@ def test_targets_that_the_base_lacks(changes, model_class):
     with pytest.raises(UnknownTargetError) as caught:
         parse(**changes).targeted(modules, linears, "lm_head")
     assert "q_proj" in caught.value.hint
+
+
+def test_names_that_match_nothing_are_passed_over_as_peft_does(model_class):
+    modules, linears = base_modules(model_class())
+    config = parse(target_modules=["q_proj", "query_key_value", "0.self_attn.v_proj"])
+    assert config.targeted(modules, linears, "lm_head")
+    assert config.without_effect(modules) == ["query_key_value"]
+    assert parse(target_modules=".*q_proj").without_effect(modules) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "fields"),
+    [
+        ({}, []),
+        ({"rank_pattern": {"q_proj": 2, "v_proj": 3}}, []),
+        ({"rank_pattern": {"self_attn.q_proj": 2, "q_proj": 3}}, ["rank_pattern"]),
+        ({"rank_pattern": {"q_proj": 2, "self_attn.q_proj": 3}}, []),
+        ({"rank_pattern": {"self_attn.q_proj": 2, "q_proj": 2}}, []),
+        ({"alpha_pattern": {"self_attn.q_proj": 2, "q_proj": 3}}, ["alpha_pattern"]),
+    ],
+)
+def test_an_order_of_patterns_that_peft_does_not_keep_is_noticed(changes, fields, tmp_path, model_class):
+    peft = pytest.importorskip("peft")
+    modules, linears = base_modules(model_class())
+    config = parse(target_modules=["q_proj"], **changes)
+    targets = config.targeted(modules, linears, "lm_head")
+    assert config.order_matters(targets) == fields
+    peft.LoraConfig(target_modules=["q_proj"], r=4, lora_alpha=8, **changes).save_pretrained(tmp_path)
+    saved = parse_adapter_config(
+        {**json.loads((tmp_path / "adapter_config.json").read_text()), "task_type": "CAUSAL_LM"}
+    )
+    same = all(
+        (saved.rank_of(name), saved.scale_of(name)) == (config.rank_of(name), config.scale_of(name))
+        for name in targets
+    )
+    assert same == (not fields)
 
 
 def test_saved_modules_are_compared_by_their_endings():

@@ -330,7 +330,7 @@ REFUSED = {
     "rank of the config": ({"r": 8}, None, AdapterError),
     "not targeted": ({"target_modules": ["q_proj"]}, None, AdapterError),
     "unknown module": ({}, edited(**FOREIGN), UnknownTargetError),
-    "unknown target": ({"target_modules": ["q_proj", "v_proj", "c_attn"]}, None, UnknownTargetError),
+    "unknown targets": ({"target_modules": ["c_attn", "c_proj"]}, None, UnknownTargetError),
     "unknown tensor": ({}, edited(surprise__weight=tensor((4,), dtype="F32")), UnknownTargetError),
     "unknown module to save": ({"modules_to_save": ["classifier"]}, None, UnknownTargetError),
     "module to save missing": ({"modules_to_save": ["lm_head"]}, None, AdapterError),

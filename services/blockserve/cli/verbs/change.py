@@ -200,6 +200,8 @@ def _print_registered(result: RegisterResult) -> None:
         f"  {format_bytes(result.num_bytes)} in the folder, {known:.0%} of it known; "
         f"{format_bytes(result.new_bytes)} new, {format_bytes(result.stored_bytes)} stored"
     )
+    if notes := record.provenance.get("notes"):
+        say(f"  note: {notes}")
     if aside := record.provenance.get("set_aside"):
         say(f"  fields without effect here: {aside}")
     if result.ignored:
