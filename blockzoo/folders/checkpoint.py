@@ -71,7 +71,7 @@ class ModelFolder:
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(entry.num_bytes for shard in self.shards for entry in shard.tensors.values())
+        return sum(entry.num_bytes for entry in self.tensors.values())
 
     def read(self, name: str) -> memoryview:
         """Return a tensor's bytes as a view into its mapped file."""
@@ -92,7 +92,11 @@ def open_folder(path: Path) -> Iterator[ModelFolder]:
     shards: list[SafetensorsFile] = []
     try:
         shards.extend(SafetensorsFile.open(path / name) for name in names)
-        check_shards({shard.path.name: shard.tensors for shard in shards}, lambda: read_json(path / INDEX))
+        check_shards(
+            {shard.path.name: shard.tensors for shard in shards},
+            lambda: read_json(path / INDEX),
+            lambda name: _is_equal_everywhere(name, shards),
+        )
         yield ModelFolder(path, kind, config, tuple(shards), files)
     finally:
         for shard in shards:
@@ -152,40 +156,60 @@ def _shard_names(path: Path) -> list[str]:
     return shards
 
 
-def check_shards(shards: Mapping[str, Iterable[str]], read_index: Callable[[], Mapping[str, object]]) -> None:
-    """Refuse a tensor that two files hold, and an index that does not tell the truth about its shards.
+def _is_equal_everywhere(name: str, shards: Iterable[SafetensorsFile]) -> bool:
+    """Tell whether all files that hold a tensor hold the same."""
+    first, *others = [shard for shard in shards if name in shard.tensors]
+    entry = first.tensors[name]
+    return all(
+        (entry.dtype, entry.shape) == (other.tensors[name].dtype, other.tensors[name].shape)
+        and first.read(name) == other.read(name)
+        for other in others
+    )
+
+
+def check_shards(
+    shards: Mapping[str, Iterable[str]],
+    read_index: Callable[[], Mapping[str, object]],
+    is_equal: Callable[[str], bool],
+) -> None:
+    """Refuse a tensor that files hold with different bytes, and an index that is untrue about its shards.
 
     Args:
         shards: weight file -> names of its tensors.
         read_index: the shard index; called when there is one.
+        is_equal: tells whether all files that hold a tensor hold the same.
 
     Raises:
         TensorMismatchError: they contradict each other.
         InvalidConfigError: the index has no weight_map.
     """
-    owner: dict[str, str] = {}
+    owners: dict[str, list[str]] = {}
     for file, names in shards.items():
         for name in names:
-            if name in owner:
-                raise TensorMismatchError(f"tensor {name!r} is in both {owner[name]} and {file}", tensor=name)
-            owner[name] = file
+            if name in owners and not is_equal(name):
+                raise TensorMismatchError(
+                    f"tensor {name!r} is in both {owners[name][0]} and {file}, with different bytes",
+                    hint="Fetch the checkpoint again; its shards do not belong together.",
+                    tensor=name,
+                )
+            owners.setdefault(name, []).append(file)
     if len(shards) == 1 and set(shards) <= {WEIGHTS, ADAPTER_WEIGHTS}:
         return
     weight_map = read_index().get("weight_map")
     if not isinstance(weight_map, dict):
         raise InvalidConfigError(f"{INDEX} has no weight_map", file=INDEX)
     for name, file in weight_map.items():
-        if owner.get(name) != file:
+        if file not in owners.get(name, ()):
             raise TensorMismatchError(
                 f"{INDEX} says that {name!r} is in {file}, but it is not there",
                 hint="Fetch the checkpoint again; index and shards do not belong together.",
                 tensor=name,
                 file=file,
             )
-    extra = sorted(owner.keys() - weight_map.keys())
+    extra = sorted(owners.keys() - weight_map.keys())
     if extra:
         raise TensorMismatchError(
-            f"{INDEX} does not list tensor {extra[0]!r} of {owner[extra[0]]}", tensor=extra[0]
+            f"{INDEX} does not list tensor {extra[0]!r} of {owners[extra[0]][0]}", tensor=extra[0]
         )
 
 

@@ -9,9 +9,11 @@ from blockzoo import families
 from blockzoo.errors import InvalidConfigError, TensorMismatchError
 from blockzoo.families import ChainPlan
 from blockzoo.folders.contents import OWN_PREFIX, InFile
+from blockzoo.folders.renaming import without_marks
 from blockzoo.folders.safetensors_io import TensorEntry
 from blockzoo.manifest import DType
 
+_BODY = "model."
 _FLOATS = (DType.F32, DType.F16, DType.BF16)
 
 
@@ -22,10 +24,12 @@ class Matched:
     Attributes:
         sources: (position, tensor name inside the block) -> name in the folder.
         ignored: names that no block uses -> where they are kept for export.
+        notes: what whoever registers the checkpoint may not expect, a sentence each.
     """
 
     sources: Mapping[tuple[int, str], str]
     ignored: Mapping[str, InFile]
+    notes: tuple[str, ...] = ()
 
 
 def plan_checkpoint(config: Mapping[str, object]) -> ChainPlan:
@@ -55,6 +59,7 @@ def match_tensors(plan: ChainPlan, entries: Mapping[str, TensorEntry]) -> Matche
         TensorMismatchError: a tensor is missing, unexpected, or of another shape or type.
     """
     family = families.get(plan.family)
+    named, notes = _plain_names(entries)
     sources = {
         (position, name): planned.source
         for position, block in enumerate(plan.blocks)
@@ -63,9 +68,9 @@ def match_tensors(plan: ChainPlan, entries: Mapping[str, TensorEntry]) -> Matche
     if plan.tied:
         ends = [(0, "weight"), (len(plan.blocks) - 1, "lm_head.weight")]
         for this, other in (ends, ends[::-1]):
-            if sources[this] not in entries:
+            if sources[this] not in named:
                 sources[this] = sources[other]
-    missing = [source for source in sources.values() if source not in entries]
+    missing = [source for source in sources.values() if source not in named]
     if missing:
         raise TensorMismatchError(
             f"{len(missing)} tensors are missing, the first is {missing[0]!r}",
@@ -74,8 +79,8 @@ def match_tensors(plan: ChainPlan, entries: Mapping[str, TensorEntry]) -> Matche
         )
     for position, block in enumerate(plan.blocks):
         for name, planned in block.tensors.items():
-            _check(entries[sources[position, name]], planned.shape)
-    unused = sorted(entries.keys() - set(sources.values()))
+            _check(named[sources[position, name]], planned.shape)
+    unused = sorted(named.keys() - set(sources.values()))
     unexpected = [name for name in unused if not family.is_ignorable(name)]
     if unexpected:
         raise TensorMismatchError(
@@ -83,8 +88,19 @@ def match_tensors(plan: ChainPlan, entries: Mapping[str, TensorEntry]) -> Matche
             hint="config.json and the weights do not belong together, or an adapter was saved with them.",
             tensor=unexpected[0],
         )
-    kept = {name: InFile(f"{OWN_PREFIX}tensors/{index}") for index, name in enumerate(unused)}
-    return Matched(sources, kept)
+    kept = {named[name].name: InFile(f"{OWN_PREFIX}tensors/{index}") for index, name in enumerate(unused)}
+    return Matched({place: named[source].name for place, source in sources.items()}, kept, notes)
+
+
+def _plain_names(entries: Mapping[str, TensorEntry]) -> tuple[dict[str, TensorEntry], tuple[str, ...]]:
+    """The tensors by the names that the architecture gives them, and what was done to their own."""
+    named, marks = without_marks(entries)
+    notes = [f"names of tensors were read without {', '.join(map(repr, marks))}"] if marks else []
+    if f"{_BODY}embed_tokens.weight" not in named and "embed_tokens.weight" in named:
+        # As `save_pretrained` of the model without its head names them.
+        named = {name if name.startswith("lm_head.") else _BODY + name: e for name, e in named.items()}
+        notes.append(f"names of tensors were read with {_BODY!r} in front")
+    return named, tuple(notes)
 
 
 def _check(entry: TensorEntry, expected: tuple[int, ...]) -> None:

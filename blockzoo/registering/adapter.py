@@ -33,7 +33,14 @@ from blockzoo.manifest import (
 )
 from blockzoo.names import near_names, parse_ref
 from blockzoo.registering.beside import check_files_beside
-from blockzoo.registering.job import RegisterJob, RegisterResult, folder_layout, read_outline, with_tied
+from blockzoo.registering.job import (
+    RegisterJob,
+    RegisterResult,
+    folder_layout,
+    noted,
+    read_outline,
+    with_tied,
+)
 from blockzoo.registering.upload import Upload, put_files, put_uploads
 from blockzoo.store.writing import ManifestWriter, WritableZoo
 
@@ -78,7 +85,7 @@ def register_adapter(job: RegisterJob, base_ref: str | None) -> RegisterResult:
             registration,
             chain,
             {**inherited_files(record, files, files.__getitem__), **own},
-            {**job.provenance(base), **facts, **notes_of(plan)},
+            {**job.provenance(base), **facts, **noted(plan.notes)},
             tuple(plan.ignored),
         )
 
@@ -108,11 +115,6 @@ def inherited_files(
         return not (own_templates and (is_template_file(name) or name == "chat_template.json"))
 
     return {name: ref for name, ref in base.files.items() if is_taken(name)}
-
-
-def notes_of(plan: AdapterPlan) -> dict[str, str]:
-    """Return what the provenance says about surprises in an adapter."""
-    return {"notes": "; ".join(plan.notes)} if plan.notes else {}
 
 
 def vocab_with(plan: AdapterPlan, entries: Mapping[str, TensorEntry], base: Outline) -> int:

@@ -12,7 +12,14 @@ from blockzoo.folders.outline import Outline
 from blockzoo.manifest import BlockManifest, ChainId, ChainManifest, Link, TensorRef
 from blockzoo.names import parse_ref
 from blockzoo.registering.beside import check_files_beside
-from blockzoo.registering.job import RegisterJob, RegisterResult, folder_layout, read_outline, with_tied
+from blockzoo.registering.job import (
+    RegisterJob,
+    RegisterResult,
+    folder_layout,
+    noted,
+    read_outline,
+    with_tied,
+)
 from blockzoo.registering.upload import Upload, put_files, put_uploads
 from blockzoo.store.writing import ManifestWriter
 
@@ -42,6 +49,7 @@ def register_checkpoint(job: RegisterJob, base_ref: str | None) -> RegisterResul
         extra = {place.filename: bytes(folder.read(name)) for name, place in matched.ignored.items()}
         stored = put_files(registration, {**files, **extra, LAYOUT_FILE: layout.to_bytes()}, job.totals)
         provenance = {**job.provenance(base), "architecture": architecture_of(folder.config), **facts}
+        provenance |= noted(matched.notes)
         return job.finish(registration, chain, stored, provenance, tuple(matched.ignored))
 
 

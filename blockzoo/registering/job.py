@@ -151,6 +151,11 @@ class RegisterJob:
         )
 
 
+def noted(notes: Sequence[str]) -> dict[str, str]:
+    """Return what the provenance says about what was not to be expected in a folder."""
+    return {"notes": "; ".join(notes)} if notes else {}
+
+
 def read_outline(store: Manifests, record: VariantRecord) -> Outline:
     """Return the chain of a variant."""
     return Outline.read(store, f"{record.name}@{record.version}", record.chain)

@@ -199,7 +199,9 @@ def test_index_that_does_not_tell_the_truth(tmp_path):
 def test_tensor_in_two_shards(tmp_path):
     path = write_checkpoint(tmp_path / "a", shards=2)
     first, second = sorted(path.glob("*.safetensors"))
-    second.write_bytes(first.read_bytes())
+    data = bytearray(first.read_bytes())
+    data[-1] ^= 1
+    second.write_bytes(data)
     with pytest.raises(TensorMismatchError, match="both"), open_folder(path):
         pass
 

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,8 +7,19 @@ import pytest
 from blockzoo.errors import InvalidNameError, TensorMismatchError, VariantNotFoundError
 from blockzoo.folders.contents import LAYOUT_FILE
 from blockzoo.manifest import BlockKind, DType
+from blockzoo.registering.recheck import Pushed, recheck
 from blockzoo.zoo import Zoo
-from support.folders import ARCHITECTURES, LAYERS, Raw, config, shapes, tensor, tensors, write_checkpoint
+from support.folders import (
+    ARCHITECTURES,
+    LAYERS,
+    Raw,
+    config,
+    safetensors_bytes,
+    shapes,
+    tensor,
+    tensors,
+    write_checkpoint,
+)
 
 
 @pytest.fixture
@@ -120,6 +132,62 @@ def test_sharding_does_not_change_the_chain(zoo, tmp_path):
     one = zoo.register(write_checkpoint(tmp_path / "a"), name="a").record
     many = zoo.register(write_checkpoint(tmp_path / "b", shards=4), name="b").record
     assert one.chain == many.chain
+
+
+RENAMINGS = {
+    "compiled": (lambda name: f"_orig_mod.{name}", "'_orig_mod.'"),
+    "distributed": (lambda name: f"module.{name}", "'module.'"),
+    "sharded": (lambda name: name.replace("layers.1.", "layers.1._fsdp_wrapped_module."), "fsdp"),
+    "without the head": (lambda name: name.removeprefix("model."), "'model.' in front"),
+}
+
+
+@pytest.mark.parametrize("case", RENAMINGS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_marks_of_wrappers_are_read_past_and_come_back(zoo, tmp_path, case, tied):
+    rename, words = RENAMINGS[case]
+    values = config(tie_word_embeddings=tied)
+    items = tensors(values)
+    plain = zoo.register(write_checkpoint(tmp_path / "a", values, items), name="a").record
+    marked = write_checkpoint(tmp_path / "b", values, {rename(name): item for name, item in items.items()})
+    record = zoo.register(marked, name="b").record
+    assert record.chain == plain.chain
+    assert words in record.provenance["notes"]
+    assert "notes" not in plain.provenance
+    assert recheck(zoo.store, pushed(zoo, "b"))["notes"] == record.provenance["notes"]
+    out = Path(zoo.export("b", tmp_path / "out").path)
+    assert (out / "model.safetensors").read_bytes() == (marked / "model.safetensors").read_bytes()
+
+
+def test_names_that_would_be_equal_without_marks_are_refused(zoo, tmp_path):
+    items = tensors(config())
+    items["_orig_mod.model.norm.weight"] = items["model.norm.weight"]
+    with pytest.raises(TensorMismatchError, match="two tensors are"):
+        zoo.register(write_checkpoint(tmp_path / "a", items=items), name="a")
+
+
+def test_a_tensor_may_be_in_several_shards_with_equal_bytes(zoo, tmp_path):
+    one = zoo.register(write_checkpoint(tmp_path / "a"), name="a").record
+    path = write_checkpoint(tmp_path / "b", shards=2)
+    shards = sorted(path.glob("*.safetensors"))
+    items = tensors(config())
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    names = [name for name in items if index["weight_map"][name] == shards[1].name]
+    shards[1].write_bytes(safetensors_bytes({name: items[name] for name in [*names, "model.norm.weight"]}))
+    assert index["weight_map"]["model.norm.weight"] == shards[0].name
+    record = zoo.register(path, name="b").record
+    assert record.chain == one.chain
+    recheck(zoo.store, pushed(zoo, "b"))
+    out = Path(zoo.export("b", tmp_path / "out").path)
+    for shard in shards:
+        assert (out / shard.name).read_bytes() == shard.read_bytes()
+
+
+def pushed(zoo, ref):
+    record = zoo.resolve(ref)
+    chain = zoo.chain(record.chain)
+    blocks = {link.base: zoo.block(link.base) for link in chain.links}
+    return Pushed(record.kind, chain, blocks, record.files, None)
 
 
 def test_tuned_layers_are_the_only_private_ones(zoo, tmp_path):
