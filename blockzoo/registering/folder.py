@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from blockzoo.folders.checkpoint import FolderKind, open_folder
+from blockzoo.folders.hub import find_folder
 from blockzoo.names import check_name
 from blockzoo.progress import NoProgress, Progress
 from blockzoo.registering.adapter import register_adapter
@@ -21,26 +22,36 @@ __all__ = ["RegisterResult", "register_folder"]
 
 
 def register_folder(
-    store: WritableZoo, path: Path, *, name: str, base: str | None = None, progress: Progress | None = None
+    store: WritableZoo,
+    source: str | Path,
+    *,
+    name: str,
+    base: str | None = None,
+    revision: str | None = None,
+    progress: Progress | None = None,
 ) -> RegisterResult:
     """Register a checkpoint or adapter folder as the next version of a variant.
 
     Args:
         store: the zoo, at hand or behind a server.
-        path: the folder; its files tell which kind it is.
+        source: the folder, whose files tell which kind it is; or ORG/NAME of a model of the Hugging Face hub
+            where there is no such folder.
         name: variant name.
         base: variant that an adapter belongs to, or that a checkpoint was tuned from.
+        revision: of a model of the hub; its commit becomes part of the provenance.
         progress: told what is being done.
 
     Raises:
         InvalidNameError, CheckpointError, AdapterError: the input is refused; nothing was written.
+        HubModelNotFoundError, HubUnreachableError: the model cannot be fetched.
         VariantNotFoundError: there is no variant `base`.
         StorageError, ConflictError: nothing was registered; what was stored goes with the next gc.
     """
     check_name(name)
     store.check_writable()
-    with open_folder(path) as folder:
-        job = RegisterJob(store, folder, name, progress or NoProgress())
+    found = find_folder(source, revision)
+    with open_folder(found.path) as folder:
+        job = RegisterJob(store, folder, name, progress or NoProgress(), found.origin)
         if folder.kind is FolderKind.ADAPTER:
             return register_adapter(job, base)
         return register_checkpoint(job, base)

@@ -63,7 +63,15 @@ class RegisterResult(JsonReport):
 class RegisterJob:
     """One registration: what both kinds of folder need."""
 
-    def __init__(self, store: WritableZoo, folder: ModelFolder, name: str, progress: Progress) -> None:
+    def __init__(
+        self,
+        store: WritableZoo,
+        folder: ModelFolder,
+        name: str,
+        progress: Progress,
+        origin: Mapping[str, str] | None = None,
+    ) -> None:
+        self._origin = origin or {}
         self.store = store
         self.folder = folder
         self.name = name
@@ -121,6 +129,7 @@ class RegisterJob:
             "registered_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "registered_by": f"blockzoo {importlib.metadata.version('blockzoo')}",
             "num_bytes": str(self.folder.num_bytes),
+            **self._origin,
         }
         return facts if base is None else {**facts, "base": base.ref}
 

@@ -45,7 +45,16 @@ def build_app(arguments: Sequence[str]) -> typer.Typer:
     )
     app.callback(help=reflow(_root.__doc__ or ""))(_root)
     for panel, verbs in (
-        (ZOO_PANEL, (change_verbs.register, inspect_verbs.ls, inspect_verbs.show, inspect_verbs.du)),
+        (
+            ZOO_PANEL,
+            (
+                change_verbs.register,
+                change_verbs.pull,
+                inspect_verbs.ls,
+                inspect_verbs.show,
+                inspect_verbs.du,
+            ),
+        ),
         (ZOO_PANEL, (inspect_verbs.diff, change_verbs.export, change_verbs.rm, change_verbs.rollback)),
         (CARE_PANEL, (care_verbs.gc, care_verbs.verify, care_verbs.backup, care_verbs.restore)),
         (SERVER_PANEL, (_service(serve.SERVE, arguments),)),

@@ -96,6 +96,7 @@ class RemoteZoo:
         *,
         name: str,
         base: str | None = None,
+        revision: str | None = None,
         progress: Progress | None = None,
     ) -> RegisterResult:
         """As `Zoo.register`; only tensors that the server's zoo lacks are sent.
@@ -104,7 +105,7 @@ class RemoteZoo:
             PushInterruptedError: the connection broke, and did not come back in time.
             BlockzooError: as `blockzoo.registering.folder.register_folder`.
         """
-        return register_folder(self._store, Path(path), name=name, base=base, progress=progress)
+        return register_folder(self._store, path, name=name, base=base, revision=revision, progress=progress)
 
     def rm(self, ref: str) -> RemoveReport:
         """As `Zoo.rm`."""

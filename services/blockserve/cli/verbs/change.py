@@ -27,6 +27,15 @@ if TYPE_CHECKING:
     from blockzoo.manifest import VariantRecord
     from blockzoo.registering.folder import RegisterResult
 
+RevisionOption = Annotated[
+    str | None,
+    typer.Option(
+        "--revision",
+        metavar="REVISION",
+        help="Branch, tag or commit of a model of the hub; by default main.",
+    ),
+]
+
 HISTORY = 10
 """Versions that `rollback` lists."""
 
@@ -34,7 +43,11 @@ HISTORY = 10
 @at_a_place
 def register(
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="A Hugging Face checkpoint or a PEFT LoRA adapter.")
+        str,
+        typer.Argument(
+            metavar="FOLDER",
+            help="A Hugging Face checkpoint or a PEFT LoRA adapter; or ORG/NAME of a model of the hub.",
+        ),
     ],
     name: Annotated[str, typer.Option("--name", "-n", metavar="NAME", help="Name of the variant.")],
     base: Annotated[
@@ -46,6 +59,7 @@ def register(
             "tensors of a checkpoint are then stored as lossless differences when that is smaller.",
         ),
     ] = None,
+    revision: RevisionOption = None,
     as_json: JsonOption = False,
     *,
     place: Place,
@@ -64,9 +78,55 @@ def register(
       blockzoo register ./my-lora --name support-bot --base smollm2
       blockzoo register ./my-full-fine-tune --name legal --base smollm2
       blockzoo register ./my-lora --name support-bot --base smollm2 --server models.example:7450
+      blockzoo register HuggingFaceTB/SmolLM2-135M-Instruct --name smollm2
     """
     with progress() as reporter, place.open(create=True) as zoo:
-        result = zoo.register(folder, name=name, base=base, progress=reporter)
+        result = zoo.register(folder, name=name, base=base, revision=revision, progress=reporter)
+    if as_json:
+        print_json(result.to_json())
+    else:
+        _print_registered(result)
+
+
+@at_a_place
+def pull(
+    model: Annotated[
+        str, typer.Argument(metavar="ORG/NAME", help="A model or a LoRA adapter of the Hugging Face hub.")
+    ],
+    name: Annotated[
+        str | None,
+        typer.Option(
+            "--name", "-n", metavar="NAME", help="Name of the variant; by default that of the model."
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", metavar="VARIANT", help="The variant that an adapter belongs to."),
+    ] = None,
+    revision: RevisionOption = None,
+    as_json: JsonOption = False,
+    *,
+    place: Place,
+) -> None:
+    """Fetch a model from the Hugging Face hub and register it.
+
+    Fetched are safetensors, configs, tokenizer and templates, into the cache of huggingface_hub (HF_HOME);
+    what is there is not fetched again, and without a connection the cache answers. The commit becomes part of
+    the provenance. HF_TOKEN opens private and gated models, HF_ENDPOINT names another hub.
+
+    \b
+    Examples:
+      blockzoo pull HuggingFaceTB/SmolLM2-135M-Instruct --name smollm2
+      blockzoo pull someone/my-lora --base smollm2
+      blockzoo pull someone/my-model --revision v2
+    """
+    from blockzoo.folders.hub import is_hub_id
+
+    if not is_hub_id(model):
+        raise typer.BadParameter(f"{model} is no id of a model at the hub: write ORG/NAME.")
+    with progress() as reporter, place.open(create=True) as zoo:
+        named = name or model.rpartition("/")[2]
+        result = zoo.register(model, name=named, base=base, revision=revision, progress=reporter)
     if as_json:
         print_json(result.to_json())
     else:

@@ -90,6 +90,7 @@ STATUS: Mapping[type[BlockzooError], grpc.StatusCode] = {
     zoo_errors.NotFoundError: _Code.NOT_FOUND,
     zoo_errors.VariantNotFoundError: _Code.NOT_FOUND,
     zoo_errors.EquivalenceNotFoundError: _Code.NOT_FOUND,
+    zoo_errors.HubModelNotFoundError: _Code.NOT_FOUND,
     zoo_errors.ZooNotFoundError: _Code.NOT_FOUND,
     serve_errors.PushNotFoundError: _Code.NOT_FOUND,
     # A manifest names them, so their absence is damage, not a wrong name.
@@ -101,6 +102,7 @@ STATUS: Mapping[type[BlockzooError], grpc.StatusCode] = {
     # The caller may try again.
     zoo_errors.ConflictError: _Code.ABORTED,
     zoo_errors.StorageError: _Code.UNAVAILABLE,
+    zoo_errors.HubUnreachableError: _Code.UNAVAILABLE,
     serve_errors.CapacityError: _Code.RESOURCE_EXHAUSTED,
     serve_errors.QueueFullError: _Code.RESOURCE_EXHAUSTED,
     serve_errors.KvCapacityError: _Code.RESOURCE_EXHAUSTED,
