@@ -338,6 +338,9 @@ class SpanExchange:
     def _tell_head(self, running: RunningRequest, outcome: Outcome) -> None:
         head, name = running.request.path[0], attempt_of(running)
         if isinstance(outcome, BlockzooError):
+            if isinstance(outcome, EngineFailedError):
+                me = running.request.path[running.place].worker
+                outcome.metadata = {**outcome.metadata, "worker": me}
             self._post(head, FailMsg(name, outcome))
             return
         for event in outcome:
