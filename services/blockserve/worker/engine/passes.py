@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from blockserve.common.api.cluster import ChainSpan
 from blockserve.common.api.engine import TokenEvent
-from blockserve.common.errors import ChainNotLoadedError, DeadlineExceededError, EngineFailedError
+from blockserve.common.errors import LEAVING, ChainNotLoadedError, DeadlineExceededError, EngineFailedError
 from blockserve.worker.blocks.chain import LoadedChain
 from blockserve.worker.blocks.chains import LoadedChains
 from blockserve.worker.compute.executor import Executor
@@ -189,7 +189,9 @@ class Passes:
             done = time.monotonic()
             self.pace.note(work.chunks, done - began)
             self._traces.computed(work.chunks, began, done)
-        except Exception as error:  # noqa: BLE001
+        except LEAVING:
+            raise
+        except BaseException as error:  # noqa: BLE001
             _LOG.exception("pass %d failed", self.num_passes)
             self.failures.append(time.monotonic())
             failure = EngineFailedError(f"the engine failed: {error!r}")
