@@ -39,8 +39,8 @@ def server_options(settings: ServerSettings) -> list[tuple[str, int]]:
         ("grpc.keepalive_permit_without_calls", 1),
         # Two servers on one port would share its connections between them without a word.
         ("grpc.so_reuseport", 0),
-        # Calls that wait for the event loop. Beyond 1000, gRPC would cancel some without a word; here each of a
-        # burst is refused with the reason and a time to try again.
+        # Calls that wait for the event loop. Beyond 1000, gRPC would cancel some without a word; like this
+        # each of a burst is refused with the reason and a time to try again.
         ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
         ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
     ]
