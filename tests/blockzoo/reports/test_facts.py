@@ -5,7 +5,6 @@ import shutil
 import pytest
 
 from blockzoo import Zoo, layout
-from blockzoo.errors import CorruptManifestError
 from blockzoo.reports import facts
 from support.folders import adapter_config, adapter_tensors, config, tensors, write_adapter, write_checkpoint
 
@@ -109,9 +108,10 @@ def test_a_file_that_has_grown_is_begun_again(filled, tmp_path, monkeypatch):
     assert (kept / facts.FILE).exists()
 
 
-def test_a_block_that_is_none_is_named(filled):
+def test_a_block_that_is_none_is_damage_of_its_variants(filled):
     chain = filled.chain(filled.resolve("base").chain)
     key = layout.block_key(chain.links[1].base)
     filled.store.storage.replace(key, [b"{}"])
-    with pytest.raises(CorruptManifestError):
-        filled.ls()
+    rows = {row.name: row.kind for row in filled.ls()}
+    assert rows["base"] == "damaged"
+    assert filled.show("far").name == "far"

@@ -127,12 +127,8 @@ def test_one_that_has_been_parsed_is_had_without_blocking() -> None:
 def test_one_that_cannot_be_parsed_is_never_ready() -> None:
     cache = TokenizerCache(4)
     with pytest.raises(PromptError):
-<<<<<<< HEAD
         cache.get("a", lambda: made(b"{}"))
     assert cache.ready("a") is None
-=======
-        cache.get(blob, lambda: b"{}")
-    assert cache.ready(blob) is None
 
 
 def test_a_panic_of_the_library_is_a_typed_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,4 +143,3 @@ def test_a_panic_of_the_library_is_a_typed_error(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(tokenizers, "Tokenizer", type("Broken", (), {"from_buffer": staticmethod(explode)}))
     with pytest.raises(PromptError, match="index out of bounds"):
         VariantTokenizer.from_bytes(tokenizer_json())
->>>>>>> 6896cfa (Every call is answered with the right code: long messages in any script, panics, and messages that cannot be decoded)
