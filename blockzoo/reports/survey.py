@@ -71,7 +71,7 @@ class Survey:
         """Return `show` of one version."""
         self._leave_out_damaged(self._blobs)
         chain = self._manifests.get_chain(record.chain)
-        versions = tuple(other.version for other in self._records[record.name])
+        versions = tuple(other.version for other in self._records.get(record.name, ()))
         return ShowReport(
             name=record.name,
             version=record.version,
