@@ -38,6 +38,7 @@ MODULES = {
     "many-variants": "many_variants",
     "text-flood": "text_flood",
     "busy-threads": "busy_threads",
+    "sick-worker": "sick_worker",
 }
 
 

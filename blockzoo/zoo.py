@@ -25,6 +25,7 @@ from blockzoo.reports.survey import Survey
 from blockzoo.reports.values import DiffReport, RemoveReport, ShowReport, UsageReport, VariantRow
 from blockzoo.storage import open_storage
 from blockzoo.storage.base import ObjectInfo, Stamp
+from blockzoo.store.objects import OnDamage, ignore_damage
 from blockzoo.store.writing import Manifests
 from blockzoo.store.zoo_store import ZooStore
 
@@ -68,9 +69,13 @@ class Zoo:
 
     # Reading what is registered.
 
-    def variants(self) -> list[VariantRecord]:
-        """Return the current version of every variant, by name."""
-        return self.store.variants()
+    def variants(self, on_damage: OnDamage | None = None) -> list[VariantRecord]:
+        """Return the current version of every variant, by name.
+
+        Args:
+            on_damage: told of each damaged ref; without it CorruptManifestError is raised.
+        """
+        return self.store.variants(on_damage)
 
     def versions(self, name: str) -> list[VariantRecord]:
         """Return the versions of a variant, oldest first; raises VariantNotFoundError."""
@@ -183,7 +188,8 @@ class Zoo:
             CurrentVersionError: the version is the current one.
         """
         name, version = parse_ref(ref)
-        numbers = tuple(record.version for record in self.versions(name))
+        self.store.resolve(name)
+        numbers = tuple(record.version for record in self.store.versions(name, ignore_damage))
         if version is None:
             self.store.remove(name)
             return RemoveReport(name, numbers, ())

@@ -7,11 +7,12 @@ from a listing.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 
 from blockzoo import layout
 from blockzoo.digest import num_bytes
+from blockzoo.errors import BlockzooError
 from blockzoo.folders.contents import OWN_PREFIX
 from blockzoo.manifest import (
     BlobId,
@@ -28,6 +29,9 @@ from blockzoo.reports.values import Applied, Run, ShowReport, UsageReport, Usage
 from blockzoo.store.blobs import TensorData
 from blockzoo.store.writing import Manifests
 from blockzoo.store.zoo_store import ZooStore
+
+DAMAGED = "damaged"
+"""Instead of the kind of a variant that cannot be read; `blockzoo verify` says why."""
 
 
 class Survey:
@@ -46,22 +50,28 @@ class Survey:
         self._parts: dict[BlobId, tuple[DType, tuple[int, ...]]] = {}
         self._blocks: dict[BlockId, frozenset[BlobId]] = {}
         self._records: dict[str, list[VariantRecord]] = defaultdict(list)
-        for record in store.records():
+        self._damaged: dict[str, int] = {}
+        for record in store.records(lambda ref: self._note_damaged(ref.name, ref.version)):
             self._records[record.name].append(record)
 
     def rows(self) -> list[VariantRow]:
-        """Return `ls`: the current version of every variant."""
-        facts = self._chains.facts(record.chain for versions in self._records.values() for record in versions)
+        """Return `ls`: the current version of every variant, of a damaged one no more than its name."""
+        facts = self._facts()
         private = self._private_sizes(facts)
-        return [
-            _row(versions[-1], facts[versions[-1].chain], *private[name])
-            for name, versions in sorted(self._records.items())
-        ]
+        rows = {
+            name: _row(versions[-1], facts[versions[-1].chain], *private[name])
+            for name, versions in self._records.items()
+        }
+        for name, version in self._damaged.items():
+            if name not in rows or rows[name].version < version:
+                rows[name] = VariantRow(name, version, DAMAGED, None, "", 0, 0, 0, "", "")
+        return [row for _, row in sorted(rows.items())]
 
     def show(self, record: VariantRecord) -> ShowReport:
         """Return `show` of one version."""
+        self._leave_out_damaged(self._blobs)
         chain = self._manifests.get_chain(record.chain)
-        versions = tuple(other.version for other in self._records[record.name])
+        versions = tuple(other.version for other in self._records.get(record.name, ()))
         return ShowReport(
             name=record.name,
             version=record.version,
@@ -82,6 +92,7 @@ class Survey:
 
     def usage(self) -> UsageReport:
         """Return `du`."""
+        self._leave_out_damaged(self._blobs)
         freed = self._freed()
         rows = [
             UsageRow(
@@ -106,8 +117,34 @@ class Survey:
             manifest_bytes=sum(
                 info.size for folder in manifests for info in self._store.storage.list(folder)
             ),
-            unreachable_bytes=sum(self._stored.values()) - stored,
+            # Of a damaged variant it is not known what it needs, and gc deletes nothing then.
+            unreachable_bytes=0 if self._damaged else sum(self._stored.values()) - stored,
         )
+
+    def _note_damaged(self, name: str, version: int) -> None:
+        self._damaged[name] = max(version, self._damaged.get(name, 0))
+
+    def _leave_out_damaged(self, read: Callable[[VariantRecord], object]) -> None:
+        """Go on without the versions whose manifests cannot be read."""
+        for name, versions in list(self._records.items()):
+            for record in list(versions):
+                try:
+                    read(record)
+                except BlockzooError:
+                    versions.remove(record)
+                    self._note_damaged(name, record.version)
+            if not versions:
+                del self._records[name]
+
+    def _facts(self) -> Mapping[ChainId, ChainFacts]:
+        """What `ls` needs of all chains; those that cannot be read are left out."""
+        try:
+            everything = (record.chain for records in self._records.values() for record in records)
+            return self._chains.facts(everything)
+        except BlockzooError:
+            found: dict[ChainId, ChainFacts] = {}
+            self._leave_out_damaged(lambda record: found.update(self._chains.facts([record.chain])))
+            return found
 
     def _private_sizes(self, facts: Mapping[ChainId, ChainFacts]) -> Mapping[str, tuple[int, int]]:
         """Decoded and stored bytes of what only one variant needs, by name."""

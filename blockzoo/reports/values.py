@@ -19,7 +19,7 @@ class VariantRow(JsonReport):
     Attributes:
         name: variant.
         version: current version.
-        kind: "checkpoint" or "adapter".
+        kind: "checkpoint" or "adapter"; "damaged" when its ref or manifests cannot be read.
         base: NAME@VERSION of the base it was registered with, or None.
         family: model family, "" when the chain cannot be read.
         num_layers: decoder layers.

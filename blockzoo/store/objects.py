@@ -8,8 +8,8 @@ is still stored. Numbers are therefore never used twice.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 from blockzoo import layout
 from blockzoo.canonical import digest_bytes, parse_json, seal_json, unseal_json
@@ -36,6 +36,29 @@ from blockzoo.manifest_json import block_from_json, chain_from_json, variant_fro
 from blockzoo.names import MAX_VERSION, check_name, near_names
 from blockzoo.storage.base import ObjectInfo, Stamp, Storage
 from blockzoo.store.blobs import BlobStore
+
+
+@dataclass(frozen=True, slots=True)
+class DamagedRef:
+    """A version of a variant whose ref cannot be read.
+
+    Attributes:
+        name, version: what it names.
+        error: what is wrong with it.
+    """
+
+    name: VariantName
+    version: int
+    error: BlockzooError
+
+
+OnDamage = Callable[[DamagedRef], None]
+"""Told of each damaged ref, so that one does not hide all others."""
+
+
+def ignore_damage(ref: DamagedRef) -> None:
+    """For those who only look for something else."""
+    del ref
 
 
 class Objects:
@@ -93,13 +116,22 @@ class Objects:
                 found[VariantName(parsed[0])].append(parsed[1])
         return {name: sorted(numbers) for name, numbers in sorted(found.items())}
 
-    def versions(self, name: str) -> list[VariantRecord]:
-        """Return the versions of a variant, oldest first; empty when it is not registered."""
-        return self._live(check_name(name), self._numbers_of(name))
+    def versions(self, name: str, on_damage: OnDamage | None = None) -> list[VariantRecord]:
+        """Return the versions of a variant, oldest first; empty when it is not registered.
 
-    def records(self) -> list[VariantRecord]:
-        """Return every version of every variant: the roots of the zoo."""
-        return [record for name, numbers in self.numbers().items() for record in self._live(name, numbers)]
+        Args:
+            name: of the variant.
+            on_damage: called for each ref that is damaged. Without it the error is raised.
+        """
+        return self._live(check_name(name), self._numbers_of(name), on_damage)
+
+    def records(self, on_damage: OnDamage | None = None) -> list[VariantRecord]:
+        """Return every version of every variant: the roots of the zoo; `on_damage` as in `versions`."""
+        return [
+            record
+            for name, numbers in self.numbers().items()
+            for record in self._live(name, numbers, on_damage)
+        ]
 
     def dead_refs(self) -> Iterator[ObjectInfo]:
         """Yield the refs below a tombstone, which count as deleted and which a crash left behind."""
@@ -114,14 +146,14 @@ class Objects:
             if version < tombstones[name]:
                 yield info
 
-    def variants(self) -> list[VariantRecord]:
-        """Return the current version of every variant, by name."""
-        current = (self._newest(name, numbers) for name, numbers in self.numbers().items())
+    def variants(self, on_damage: OnDamage | None = None) -> list[VariantRecord]:
+        """Return the current version of every variant, by name; `on_damage` as in `versions`."""
+        current = (self._newest(name, numbers, on_damage) for name, numbers in self.numbers().items())
         return [record for record in current if record is not None and not record.deleted]
 
     def names(self) -> list[str]:
-        """Return the names of the registered variants."""
-        return [record.name for record in self.variants()]
+        """Return the names of the registered variants that can be read."""
+        return [record.name for record in self.variants(ignore_damage)]
 
     def resolve(self, name: str, version: int | None = None) -> VariantRecord:
         """Return a version of a variant, the current one when None.
@@ -135,9 +167,12 @@ class Objects:
             if record is not None and not record.deleted:
                 return record
         else:
-            for record in self.versions(name):
+            damaged: dict[int, BlockzooError] = {}
+            for record in self.versions(name, lambda ref: damaged.update({ref.version: ref.error})):
                 if record.version == version:
                     return record
+            if version in damaged:
+                raise damaged[version]
         ref = name if version is None else f"{name}@{version}"
         raise VariantNotFoundError(ref, self._suggest(name, version))
 
@@ -186,18 +221,33 @@ class Objects:
         parsed = (layout.version_of(info.key) for info in self.storage.list(f"{layout.REFS}/{name}"))
         return sorted(item[1] for item in parsed if item is not None)
 
-    def _live(self, name: VariantName, numbers: list[int]) -> list[VariantRecord]:
+    def _live(
+        self, name: VariantName, numbers: list[int], on_damage: OnDamage | None = None
+    ) -> list[VariantRecord]:
         """Read from the newest down to the first tombstone."""
         live: list[VariantRecord] = []
         for version in reversed(numbers):
-            try:
-                record = self.read_ref(name, version)
-            except NotFoundError:
-                continue  # removed since the listing
+            record = self._read_or_tell(name, version, on_damage)
+            if record is None:
+                continue
             if record.deleted:
                 break
             live.append(record)
         return live[::-1]
+
+    def _read_or_tell(
+        self, name: VariantName, version: int, on_damage: OnDamage | None
+    ) -> VariantRecord | None:
+        """A stored record; None when it was removed since the listing, or is damaged and that was told."""
+        try:
+            return self.read_ref(name, version)
+        except NotFoundError:
+            return None
+        except CorruptManifestError as error:
+            if on_damage is None:
+                raise
+            on_damage(DamagedRef(name, version, error))
+            return None
 
     def _last_tombstone(self, name: str) -> int:
         for version in reversed(self._numbers_of(name)):
@@ -208,12 +258,20 @@ class Objects:
                 continue
         return 0
 
-    def _newest(self, name: VariantName, numbers: list[int]) -> VariantRecord | None:
+    def _newest(
+        self, name: VariantName, numbers: list[int], on_damage: OnDamage | None = None
+    ) -> VariantRecord | None:
         for version in reversed(numbers):
             try:
                 return self.read_ref(name, version)
             except NotFoundError:
                 continue  # removed since the listing
+            except CorruptManifestError as error:
+                if on_damage is None:
+                    raise
+                # An older version must not stand in for it without a word.
+                on_damage(DamagedRef(name, version, error))
+                return None
         return None
 
     def _delete_refs(self, name: str, versions: list[int]) -> None:
@@ -224,10 +282,10 @@ class Objects:
 
     def _suggest(self, name: str, version: int | None) -> list[str]:
         if version is not None:
-            known = [f"{name}@{record.version}" for record in self.versions(name)]
+            known = [f"{name}@{record.version}" for record in self.versions(name, ignore_damage)]
             if known:
                 return known[-3:]
-        return near_names(name, [record.name for record in self.variants()])
+        return near_names(name, self.names())
 
 
 def ref_body(record: VariantRecord) -> bytes:

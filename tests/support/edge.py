@@ -36,6 +36,7 @@ from blockzoo.manifest import (
     VariantRecord,
 )
 from blockzoo.storage import Stamp
+from blockzoo.store.objects import OnDamage
 
 TIMEOUT = 60.0
 """Ends a test that hangs; never reached by one that works."""
@@ -207,7 +208,7 @@ class FakeZoo:
         versions.append(record)
         return record
 
-    def variants(self) -> list[VariantRecord]:
+    def variants(self, on_damage: OnDamage | None = None) -> list[VariantRecord]:
         """See `ZooReader`."""
         return [versions[-1] for versions in self.records.values()]
 

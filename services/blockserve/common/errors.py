@@ -43,9 +43,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from enum import StrEnum
 
 from blockzoo.errors import BlockzooError, InvalidInputError, NotFoundError
+
+LEAVING = (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit)
+"""What is no fault and goes on its way. Libraries in Rust raise panics beside `Exception`, and these are
+faults: where a caller waits for an answer, catch `LEAVING` and raise it again, then `BaseException`."""
 
 
 class PromptError(InvalidInputError):

@@ -17,6 +17,7 @@ from blockserve.common.api.engine import Engine
 from blockserve.embedded.settings import ALL
 from blockserve.router.intake.catalog import VariantCatalog, ZooReader
 from blockzoo.errors import BlockzooError
+from blockzoo.store.objects import ignore_damage
 
 if TYPE_CHECKING:
     from blockserve.worker.limits import EngineConfig
@@ -118,7 +119,7 @@ def names_to_preload(catalog_zoo: ZooReader, wanted: Sequence[str]) -> list[str]
     named = [ref for ref in dict.fromkeys(wanted) if ref != ALL]
     if ALL not in wanted:
         return named
-    return [*named, *sorted({record.name for record in catalog_zoo.variants()} - set(named))]
+    return [*named, *sorted({record.name for record in catalog_zoo.variants(ignore_damage)} - set(named))]
 
 
 def parse_ahead(catalog: VariantCatalog, refs: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from importlib.metadata import version
 
 from blockproto.v1 import worker_pb2, worker_pb2_grpc
 from blockserve.common.api.cluster import ResidentSegment, WorkerId, WorkerRecord, segment_digest
+from blockserve.common.errors import EngineFailedError
 from blockserve.common.rpc.host import RpcHost
 from blockserve.common.state.opening import open_store, refuse_unfit
 from blockserve.common.state.store import StateStore
@@ -33,6 +34,10 @@ CLOSE_SECONDS = 1.0
 HEALTH_SECONDS = 1.0
 STALL_SECONDS = 60.0
 """Work that waits so long without a pass being finished hangs; far longer than a full pass on a slow CPU."""
+
+
+SICK_SECONDS = 60.0
+"""In which `max_failed_passes` are counted."""
 
 
 class WorkerServer:
@@ -113,9 +118,23 @@ class WorkerServer:
         )
 
     async def failed(self) -> BlockzooError:
-        """Wait until the engine ends by a fault: a worker without one must not keep its lease."""
+        """Wait until the engine ends by a fault, or too many of its passes fail: the lease must not stay."""
         assert self._engine is not None
-        self._failure = await self._engine.failed()
+        ended = asyncio.ensure_future(self._engine.failed())
+        most = self.settings.max_failed_passes
+        try:
+            while not ended.done():
+                await asyncio.wait({ended}, timeout=HEALTH_SECONDS)
+                count = self._engine.failed_passes(SICK_SECONDS)
+                if most and count > most and not ended.done():
+                    self._failure = EngineFailedError(
+                        f"{count} passes failed within {SICK_SECONDS:g} s",
+                        hint="The log says why; memory that is short is the usual reason.",
+                    )
+                    return self._failure
+        finally:
+            ended.cancel()
+        self._failure = ended.result()
         return self._failure
 
     async def stop(self, *, drain_seconds: float | None = None) -> None:

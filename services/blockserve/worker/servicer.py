@@ -61,6 +61,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         try:
             async for news in session.progress():
                 yield worker_pb2.ServeResponse(progress=[_progress(one) for one in news])
+            await reader
         finally:
             reader.cancel()
             self._service.close_session(session)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 
 from blockserve.common.api.engine import EngineRequest, TokenEvent
-from blockserve.common.errors import EngineFailedError, PathBrokenError
+from blockserve.common.errors import LEAVING, EngineFailedError, PathBrokenError
 from blockserve.worker.engine.engine import BlockEngine
 from blockserve.worker.requests.running import Outcome, RunningRequest
 from blockzoo.errors import BlockzooError
@@ -93,7 +93,9 @@ class RouterSession:
             self._running[number] = self._engine.submit(request, sink)
         except BlockzooError as error:
             self._take(number, error)
-        except Exception as error:
+        except LEAVING:
+            raise
+        except BaseException as error:
             log.exception("request %s could not be started", request.request_id)
             self._take(number, EngineFailedError(f"the request could not be started: {error!r}"))
 

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from blockzoo import Zoo, layout
-from blockzoo.errors import CorruptManifestError, ManifestNotFoundError
+from blockzoo.errors import CorruptManifestError
 from blockzoo.reports import facts
 from support.folders import adapter_config, adapter_tensors, config, tensors, write_adapter, write_checkpoint
 
@@ -67,8 +67,7 @@ def test_a_new_process_reads_no_manifest_again(filled, tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "zoo" / "blocks")
     zoo = Zoo.open(tmp_path / "zoo", facts_folder=kept)
     assert zoo.ls() == expected
-    with pytest.raises(ManifestNotFoundError):
-        Zoo.open(tmp_path / "zoo").ls()
+    assert {row.kind for row in Zoo.open(tmp_path / "zoo").ls()} == {"damaged"}
 
 
 def test_what_changes_is_seen_at_once(filled, tmp_path):
@@ -110,9 +109,11 @@ def test_a_file_that_has_grown_is_begun_again(filled, tmp_path, monkeypatch):
     assert (kept / facts.FILE).exists()
 
 
-def test_a_block_that_is_none_is_named(filled):
+def test_a_block_that_is_none_is_damage_of_its_variants(filled):
     chain = filled.chain(filled.resolve("base").chain)
     key = layout.block_key(chain.links[1].base)
     filled.store.storage.replace(key, [b"{}"])
+    rows = {row.name: row.kind for row in filled.ls()}
+    assert rows["base"] == "damaged"
     with pytest.raises(CorruptManifestError):
-        filled.ls()
+        filled.show("base")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from blockzoo.errors import CorruptManifestError, VariantNotFoundError
 from blockzoo.json_report import JsonReport
 from blockzoo.zoo import Zoo
 from support.folders import (
@@ -215,3 +216,47 @@ def test_json_reports_nest():
     assert Outer((inner,), frozenset({"x"}), {"k": inner}).to_json() == {
         "items": [{"path": "a/b"}], "names": ["x"], "table": {"k": {"path": "a/b"}},
     }  # fmt: skip
+
+
+def damage(tmp_path, name, version=1):
+    (tmp_path / "zoo" / "refs" / "variants" / name / str(version)).write_bytes(b"{}")
+
+
+def test_a_damaged_ref_hides_no_other_variant(zoo, tmp_path):
+    whole = {row.name: row for row in zoo.ls()}
+    damage(tmp_path, "tuned")
+    rows = {row.name: row for row in zoo.ls()}
+    assert [row.kind for row in rows.values()] == ["checkpoint", "adapter", "damaged"]
+    assert rows["lora"] == whole["lora"]
+    assert (rows["tuned"].version, rows["tuned"].chain) == (1, "")
+    assert zoo.show("lora").name == "lora"
+    assert {row.name for row in zoo.du().rows} == {"base", "lora"}
+    assert zoo.du().unreachable_bytes == 0
+    with pytest.raises(CorruptManifestError, match="damaged"):
+        zoo.resolve("tuned")
+    with pytest.raises(VariantNotFoundError):
+        zoo.resolve("tunes")
+    with pytest.raises(CorruptManifestError):
+        zoo.gc(grace_s=0)
+
+
+def test_a_damaged_manifest_hides_no_other_variant(zoo, tmp_path):
+    (tmp_path / "zoo" / "chains" / f"{zoo.resolve('tuned').chain}.json").write_bytes(b"{}")
+    fresh = Zoo.open(tmp_path / "zoo")
+    assert {row.name: row.kind for row in fresh.ls()} == {
+        "base": "checkpoint",
+        "lora": "adapter",
+        "tuned": "damaged",
+    }
+    assert fresh.show("base").name == "base"
+
+
+def test_a_damaged_old_version_leaves_the_current_one_alone(zoo, tmp_path):
+    zoo.register(tmp_path / "tuned", name="lora")
+    damage(tmp_path, "lora")
+    row = next(row for row in zoo.ls() if row.name == "lora")
+    assert (row.version, row.kind) == (2, "checkpoint")
+    assert zoo.resolve("lora@2").version == zoo.resolve("lora").version == 2
+    with pytest.raises(CorruptManifestError):
+        zoo.resolve("lora@1")
+    assert zoo.rm("lora").removed == (2,)

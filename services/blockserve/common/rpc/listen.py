@@ -19,6 +19,8 @@ from blockserve.common.rpc.settings import ServerSettings
 
 SOCKET_MODE = 0o600
 OTHER = "Choose another address with --listen."
+MAX_PENDING_CALLS = 50_000
+"""Some kilobytes each; their messages are not read yet."""
 
 
 def server_options(settings: ServerSettings) -> list[tuple[str, int]]:
@@ -37,6 +39,10 @@ def server_options(settings: ServerSettings) -> list[tuple[str, int]]:
         ("grpc.keepalive_permit_without_calls", 1),
         # Two servers on one port would share its connections between them without a word.
         ("grpc.so_reuseport", 0),
+        # Calls that wait for the event loop. Beyond 1000, gRPC would cancel some without a word; like this
+        # each of a burst is refused with the reason and a time to try again.
+        ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
+        ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
     ]
 
 

@@ -9,7 +9,7 @@ these messages field for field as google.rpc does; on the wire they carry the na
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import grpc
@@ -40,10 +40,15 @@ M = TypeVar("M", bound=Message)
 DOMAIN = "blockzoo"
 DETAILS_KEY = "grpc-status-details-bin"
 
-# Trailers share one header frame limited to 8 KiB, so nothing a caller can make long goes in whole.
-MAX_MESSAGE_CHARS = 1024
-MAX_VALUE_CHARS = 256
+# Trailers share 8 KiB, beyond which gRPC may replace the status by another. Two can be long: the message,
+# whose bytes outside ASCII take three each (nine for a Chinese character), and the details in base64.
+MAX_HEADER_BYTES = 1536
+"""The message as it is encoded in the trailers; programs find more of it in the details."""
+MAX_DETAILS_BYTES = 3840
+"""The details before base64 adds a third."""
 MAX_VALUES = 12
+_LIMITS = ((1024, 256), (640, 96), (320, 48))
+"""UTF-8 bytes of a message and of a value in the details; the first that stay within the whole."""
 
 _Code = grpc.StatusCode
 
@@ -153,24 +158,35 @@ def unpack(packed: any_pb2.Any, kind: type[M]) -> M | None:
 
 
 def to_status(error: BlockzooError) -> errors_pb2.Status:
-    """The error as a `google.rpc.Status` whose details a program can read."""
-    status = errors_pb2.Status(code=status_code(error).value[0], message=_clip(str(error), MAX_MESSAGE_CHARS))
-    status.details.append(
-        pack(errors_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=_metadata(error)))
-    )
+    """The error as a `google.rpc.Status` whose details a program can read; at most MAX_DETAILS_BYTES."""
+    for message_bytes, value_bytes in _LIMITS:
+        status = _status(error, message_bytes, value_bytes)
+        if status.ByteSize() <= MAX_DETAILS_BYTES:
+            break
+    return status
+
+
+def header_message(status: errors_pb2.Status) -> str:
+    """The status's message, as much of it as the trailers hold."""
+    return _clip(status.message, MAX_HEADER_BYTES, _encoded_bytes)
+
+
+def _status(error: BlockzooError, message_bytes: int, value_bytes: int) -> errors_pb2.Status:
+    message = _clip(str(error), message_bytes)
+    status = errors_pb2.Status(code=status_code(error).value[0], message=message)
+    metadata = _metadata(error, message_bytes, value_bytes)
+    status.details.append(pack(errors_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata)))
     if isinstance(error, _RETRYABLE) and error.retry_after > 0:
         delay = duration_pb2.Duration()
         delay.FromMilliseconds(max(1, round(error.retry_after * 1000)))
         status.details.append(pack(errors_pb2.RetryInfo(retry_delay=delay)))
     if isinstance(error, InvalidInputError) and (field := error.metadata.get("field")):
-        violation = errors_pb2.BadRequest.FieldViolation(
-            field=_clip(field, MAX_VALUE_CHARS), description=_clip(str(error), MAX_MESSAGE_CHARS)
-        )
+        violation = errors_pb2.BadRequest.FieldViolation(field=_clip(field, value_bytes), description=message)
         status.details.append(pack(errors_pb2.BadRequest(field_violations=[violation])))
     return status
 
 
-def _metadata(error: BlockzooError) -> dict[str, str]:
+def _metadata(error: BlockzooError, message_bytes: int, value_bytes: int) -> dict[str, str]:
     values = dict(error.metadata)
     for name in ("suggestions", "supported"):
         if listed := getattr(error, name, ()):
@@ -179,11 +195,25 @@ def _metadata(error: BlockzooError) -> dict[str, str]:
         values["hint"] = error.hint
     # The hint and the lists are last in and must survive; ids beyond the bound are dropped oldest first.
     kept = list(values.items())[-MAX_VALUES:]
-    return {key: _clip(value, MAX_VALUE_CHARS if key != "hint" else MAX_MESSAGE_CHARS) for key, value in kept}
+    return {key: _clip(value, value_bytes if key != "hint" else message_bytes) for key, value in kept}
 
 
-def _clip(text: str, limit: int) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+def _clip(text: str, limit: int, size: Callable[[str], int] = lambda text: len(text.encode())) -> str:
+    """A text of at most `limit` bytes by some encoding; lone surrogates, which none has, are replaced."""
+    text = text.encode(errors="replace").decode()
+    if size(text) <= limit:
+        return text
+    left, end = limit - size("…"), 0
+    for end, char in enumerate(text):  # noqa: B007 - the last one that fits
+        left -= size(char)
+        if left < 0:
+            break
+    return text[:end] + "…"
+
+
+def _encoded_bytes(text: str) -> int:
+    """Bytes of a text in a `grpc-message` trailer (PROTOCOL-HTTP2.md of gRPC: percent-encoding)."""
+    return sum(1 if 0x20 <= byte <= 0x7E and byte != 0x25 else 3 for byte in text.encode())
 
 
 def from_rpc_error(error: grpc.RpcError) -> BlockzooError:

@@ -21,6 +21,7 @@ from blockserve.common.api.cluster import ClusterView, PathStep, WorkerId
 from blockserve.common.api.engine import EngineReport, EngineRequest, TokenEvent
 from blockserve.common.api.spans import PathTrace
 from blockserve.common.errors import (
+    EngineFailedError,
     NoPathError,
     WorkerNotFoundError,
 )
@@ -66,6 +67,10 @@ class PathChooser(Protocol):
 
     def note_parted(self, one: WorkerId, other: WorkerId) -> None:
         """A worker cannot reach another, which may be well all the same."""
+        ...
+
+    def note_faulty(self, worker: WorkerId) -> None:
+        """A pass of a worker failed."""
         ...
 
 
@@ -225,6 +230,7 @@ class ClusterEngine:
 
         Raises:
             PathBrokenError: too many paths broke.
+            EngineFailedError: its passes failed at two workers.
             NoPathError: no live workers hold all of the chain, and nobody loads it in time.
         """
         await self._chooser.prepare(request.chain)
@@ -262,6 +268,8 @@ class ClusterEngine:
     async def _go_on(self, state: Failover, error: BlockzooError) -> None:
         """Take the step that follows a broken path: raise what the caller gets, or pause."""
         step = state.fail(error, time.monotonic())
+        if isinstance(error, EngineFailedError):
+            self._chooser.note_faulty(state.faulty(error))
         if isinstance(step, GiveUp):
             raise step.error
         self.num_failovers += 1

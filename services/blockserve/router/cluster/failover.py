@@ -23,8 +23,10 @@ from blockserve.common.errors import (
 from blockserve.common.settings import Section, setting
 from blockzoo.errors import BlockzooError
 
-RETRYABLE = (PathBrokenError, ServerStoppingError, ChainNotLoadedError)
+RETRYABLE = (PathBrokenError, ServerStoppingError, ChainNotLoadedError, EngineFailedError)
 """Errors that another path may cure."""
+MAX_FAULTS = 1
+"""Failed passes that a request survives: a second one, at another worker, is probably its own doing."""
 
 
 class FailoverConfig(Section):
@@ -86,6 +88,7 @@ class Failover:
         request: as the engine was given it.
         tokens: output tokens so far; those that the request came with are the first.
         failures: paths that have broken.
+        faults: how many of them by a failed pass.
         excluded: workers that the next path should avoid; the driver removes those that turn out to live.
         previous: the path that broke last; empty before the first break.
         lost: the worker of `previous` that keys and values cannot be fetched from; None where all answer.
@@ -95,7 +98,7 @@ class Failover:
         """Begin before the first path."""
         self.request = request
         self.tokens = list(request.output)
-        self.failures = 0
+        self.failures = self.faults = 0
         self.excluded: set[WorkerId] = set()
         self.previous: tuple[PathStep, ...] = ()
         self.lost: WorkerId | None = None
@@ -138,6 +141,8 @@ class Failover:
         """
         if self.failures == self._config.max_failures:
             return GiveUp(error)
+        if isinstance(error, EngineFailedError) and self.faults == MAX_FAULTS:
+            return GiveUp(error)
         if (late := self.overdue(now)) is not None:
             return GiveUp(late)
         pause = self._config.backoff_seconds * 2 ** (self.failures - 1) if self.failures else 0.0
@@ -145,6 +150,12 @@ class Failover:
         self.previous = self._path
         self.excluded.clear()
         self.lost = None
+        if isinstance(error, EngineFailedError):
+            self.faults += 1
+            # What it has in its caches may be as wrong as what it computes.
+            self.lost = self.faulty(error)
+            self.excluded.add(self.lost)
+            return Retry(pause)
         if not isinstance(error, PathBrokenError) or not error.worker:
             return Retry(pause)
         worker = WorkerId(error.worker)
@@ -152,6 +163,10 @@ class Failover:
         if error.cause is not BreakCause.DRAINING:
             self.lost = worker
         return Retry(pause, (WorkerId(error.seen_by), worker) if error.seen_by else None)
+
+    def faulty(self, error: EngineFailedError) -> WorkerId:
+        """The worker of the current path whose pass failed; one that says nothing else is the head."""
+        return WorkerId(error.metadata.get("worker") or self._path[0].worker)
 
     def overdue(self, now: float) -> DeadlineExceededError | None:
         """The error of a request whose deadline has passed; None while there is time."""

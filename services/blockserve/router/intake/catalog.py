@@ -23,6 +23,7 @@ from blockzoo.errors import BlockzooError
 from blockzoo.folders.generation import GenerationDefaults
 from blockzoo.manifest import ChainId, ChainManifest, VariantRecord
 from blockzoo.storage import Stamp
+from blockzoo.store.objects import DamagedRef, OnDamage, ignore_damage
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +36,8 @@ class ZooReader(Protocol):
         """Where the zoo is."""
         ...
 
-    def variants(self) -> Sequence[VariantRecord]:
-        """The current version of every name."""
+    def variants(self, on_damage: OnDamage | None = None) -> Sequence[VariantRecord]:
+        """The current version of every name; damaged refs raise, or are told to `on_damage`."""
         ...
 
     def resolve(self, ref: str) -> VariantRecord:
@@ -207,8 +208,13 @@ class VariantCatalog:
         """
 
         def work() -> tuple[list[ServedVariant | DamagedVariant], bool]:
-            records = [record for record in self._by_name() if record.name > after]
-            return [self._or_damaged(record) for record in records[:size]], len(records) > size
+            damaged: dict[str, DamagedVariant] = {}
+            known = self._by_name(lambda ref: damaged.update({ref.name: _of_damaged_ref(ref)}))
+            records = [record for record in known if record.name > after]
+            records += [one.record for name, one in damaged.items() if name > after]
+            records.sort(key=lambda record: record.name)
+            page = [damaged.get(record.name) or self._or_damaged(record) for record in records[:size]]
+            return page, len(records) > size
 
         return await asyncio.to_thread(work)
 
@@ -245,8 +251,8 @@ class VariantCatalog:
 
         return self._tokenizers.get(source.key, make)
 
-    def _by_name(self) -> list[VariantRecord]:
-        return sorted(self._zoo.variants(), key=lambda record: record.name)
+    def _by_name(self, on_damage: OnDamage = ignore_damage) -> list[VariantRecord]:
+        return sorted(self._zoo.variants(on_damage), key=lambda record: record.name)
 
     def _known(self, ref: str) -> ServedVariant | None:
         """What a name means, where that was looked up lately and nothing has to be read."""
@@ -315,3 +321,8 @@ class VariantCatalog:
             files.chat_templates(),
             files.tokenizer(),
         )
+
+
+def _of_damaged_ref(ref: DamagedRef) -> DamagedVariant:
+    log.warning("variant %s@%d is damaged: %s", ref.name, ref.version, ref.error)
+    return DamagedVariant(VariantRecord(ref.name, ref.version, ChainId(""), "damaged", {}, {}), ref.error)

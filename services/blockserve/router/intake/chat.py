@@ -11,19 +11,21 @@ import importlib.util
 import json
 import logging
 import os
+import socket
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from blockserve.common.api.calls import Conversation
-from blockserve.common.errors import ChatTemplateError
+from blockserve.common.errors import CapacityError, ChatTemplateError
 from blockserve.router.intake.conversation import prompt_text, template_context
 
 log = logging.getLogger(__name__)
 
+START_TRIES = 3
 START_SECONDS = 30.0
 """How long a child may take to come up; far beyond what it needs."""
 
@@ -151,7 +153,19 @@ class ChatRenderer:
             child = self._idle.pop()
             if child.is_alive():
                 return child
-        return await _Child.start(self._limits)
+        return await self._start()
+
+    async def _start(self) -> _Child:
+        """A new child; a start that fails is no fault of the caller who happens to wait for it."""
+        for attempt in range(1, START_TRIES + 1):
+            try:
+                return await _Child.start(self._limits)
+            except (asyncio.IncompleteReadError, OSError, TimeoutError, ValueError) as error:
+                log.warning("the process for chat templates did not start, attempt %d: %r", attempt, error)
+        raise CapacityError(
+            "the process that renders chat templates does not start",
+            hint="Try again; the server's log says more. Prompts as text or token ids need no such process.",
+        )
 
     def _keep(self, child: _Child) -> None:
         if self._closed:
@@ -161,25 +175,30 @@ class ChatRenderer:
 
 
 class _Child:
-    """One sandbox process and its two pipes."""
+    """One sandbox process, and the socket that is its standard input and output.
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    It is started by `subprocess`, which uses vfork: the event loop's own way is a plain fork, and that runs
+    the fork handlers of gRPC, whose threads may hold their locks at that moment.
+    """
+
+    def __init__(
+        self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         self._process = process
+        self._reader = reader
+        self._writer = writer
 
     @classmethod
     async def start(cls, limits: ChatLimits) -> _Child:
-        script = Path(__file__).with_name("chat_sandbox.py")
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-s", "-P", str(script), str(limits.memory_bytes), str(limits.seconds)),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-            env=_environment(),
-            cwd="/",
-            # Ctrl-C in the terminal is the server's business.
-            start_new_session=True,
-        )
-        child = cls(process)
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                process = await asyncio.to_thread(_popen, limits, theirs)
+            reader, writer = await asyncio.open_connection(sock=ours)
+        except BaseException:
+            ours.close()
+            raise
+        child = cls(process, reader, writer)
         try:
             # Its start is not counted against the template: a busy machine is not its fault.
             await asyncio.wait_for(child._read(), START_SECONDS)
@@ -190,28 +209,40 @@ class _Child:
         return child
 
     async def ask(self, body: bytes) -> dict[str, Any]:
-        stdin = self._process.stdin
-        assert stdin is not None
-        stdin.write(len(body).to_bytes(4, "big") + body)
-        await stdin.drain()
+        self._writer.write(len(body).to_bytes(4, "big") + body)
+        await self._writer.drain()
         return await self._read()
 
     async def _read(self) -> dict[str, Any]:
-        stdout = self._process.stdout
-        assert stdout is not None
-        size = int.from_bytes(await stdout.readexactly(4), "big")
-        answer: dict[str, Any] = json.loads(await stdout.readexactly(size))
+        size = int.from_bytes(await self._reader.readexactly(4), "big")
+        answer: dict[str, Any] = json.loads(await self._reader.readexactly(size))
         return answer
 
     def is_alive(self) -> bool:
-        return self._process.returncode is None
+        return self._process.poll() is None
 
     def kill(self) -> None:
-        with suppress(ProcessLookupError):
-            self._process.kill()
+        self._process.kill()
+        self._writer.close()
+        # Killed, it ends at once, and somebody has to take its status.
+        asyncio.get_running_loop().run_in_executor(None, self._process.wait)
 
     async def wait(self) -> None:
-        await self._process.wait()
+        await asyncio.to_thread(self._process.wait)
+
+
+def _popen(limits: ChatLimits, channel: socket.socket) -> subprocess.Popen[bytes]:
+    script = Path(__file__).with_name("chat_sandbox.py")
+    return subprocess.Popen(
+        [sys.executable, "-s", "-P", str(script), str(limits.memory_bytes), str(limits.seconds)],
+        stdin=channel.fileno(),
+        stdout=channel.fileno(),
+        stderr=subprocess.DEVNULL,
+        env=_environment(),
+        cwd="/",
+        # Ctrl-C in the terminal is the server's business.
+        start_new_session=True,
+    )
 
 
 def _checked(text: str) -> str:

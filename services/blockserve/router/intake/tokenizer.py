@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
-from blockserve.common.errors import PromptError
+from blockserve.common.errors import LEAVING, PromptError
 from blockzoo.folders.tokenizer_facts import AddedToken, TokenizerFacts
 
 if TYPE_CHECKING:
@@ -50,7 +50,9 @@ class VariantTokenizer:
 
         try:
             return cls(Tokenizer.from_buffer(bytes(data)), facts)
-        except Exception as error:  # the library raises bare Exception
+        except LEAVING:
+            raise
+        except BaseException as error:  # the library raises bare Exception, and panics
             raise PromptError(
                 f"the variant's tokenizer.json cannot be used: {error}",
                 hint="Register the variant again with a tokenizer.json, or send token ids.",

@@ -20,6 +20,10 @@ EXPECTED_OUTPUT_TOKENS = 256
 """Most output tokens to reckon with: few answers are as long as they may be."""
 PARTED_SECONDS = 30.0
 """How long workers that lost each other are kept apart: to find that they still are takes a request 10 s."""
+FAULTS, FAULT_SECONDS = 2, 60.0
+"""A worker of which so many passes failed in that time is avoided."""
+AVOID_SECONDS = 30.0
+"""For how long: what it lacks, memory for example, is not there again at once."""
 _NO_PROMPT = RequestSize(prompt_tokens=1, output_tokens=1)
 
 
@@ -50,6 +54,7 @@ class ZooPathChooser:
         """
         self._clock = clock
         self._parted: dict[tuple[WorkerId, WorkerId], float] = {}  # until when
+        self._faults: dict[WorkerId, list[float]] = {}  # when passes failed
         self._zoo = zoo
         self._view = ClusterView()
         self._index = PathIndex(self._view, model)
@@ -62,6 +67,7 @@ class ZooPathChooser:
         self._view = view
         now = self._clock()
         self._parted = {pair: until for pair, until in self._parted.items() if until > now}
+        self._faults = {worker: times for worker, times in self._faults.items() if worker in view.workers}
         self._index.update(view, self._parted)
         self._has_path.clear()
 
@@ -69,6 +75,20 @@ class ZooPathChooser:
         """A worker cannot reach another: paths avoid this hop for a while, and take it where they must."""
         self._parted[one, other] = self._clock() + PARTED_SECONDS
         self.update(self._view)
+
+    def note_faulty(self, worker: WorkerId) -> None:
+        """A pass of a worker failed: after the second, paths avoid it for a while where they can."""
+        now = self._clock()
+        recent = [time for time in self._faults.get(worker, ()) if time > now - FAULT_SECONDS]
+        self._faults[worker] = [*recent[1 - FAULTS :], now]
+
+    def _avoided(self) -> frozenset[WorkerId]:
+        now = self._clock()
+        return frozenset(
+            worker
+            for worker, times in self._faults.items()
+            if len(times) == FAULTS and times[-1] > now - AVOID_SECONDS
+        )
 
     async def prepare(self, chain: ChainId) -> None:
         """Read a chain's links once."""
@@ -118,7 +138,13 @@ class ZooPathChooser:
         """The workers to execute a request, head worker first (NoPathError)."""
         size = self._size(request)
         links = self._links[request.chain]
-        path = assemble(self._index, request.chain, links, size, frozenset(excluded))
+        left_out, avoided = frozenset(excluded), self._avoided()
+        try:
+            path = assemble(self._index, request.chain, links, size, left_out | avoided)
+        except NoPathError:
+            if avoided <= left_out:
+                raise
+            path = assemble(self._index, request.chain, links, size, left_out)
         for span in path.spans:
             self._index.assigned.add(span.worker, span.run, size)
         steps = self._steps(path)

@@ -19,6 +19,7 @@ from typing import Protocol
 from blockserve.common.api.cluster import ChainSpan, PathStep, WorkerId
 from blockserve.common.api.engine import TokenEvent
 from blockserve.common.errors import (
+    LEAVING,
     BreakCause,
     ChainNotLoadedError,
     EngineFailedError,
@@ -189,7 +190,9 @@ class SpanExchange:
                 self._take(message)
             except BlockzooError as error:
                 self._refuse(message, error)
-            except Exception as error:  # noqa: BLE001
+            except LEAVING:
+                raise
+            except BaseException as error:  # noqa: BLE001
                 # One request, not the engine: the thread that takes messages must not end by one of them.
                 _LOG.exception("a message of worker %s about request %s", sender, message.id.request_id)
                 self._refuse(message, EngineFailedError(f"the engine failed: {error!r}"))
@@ -338,6 +341,9 @@ class SpanExchange:
     def _tell_head(self, running: RunningRequest, outcome: Outcome) -> None:
         head, name = running.request.path[0], attempt_of(running)
         if isinstance(outcome, BlockzooError):
+            if isinstance(outcome, EngineFailedError):
+                me = running.request.path[running.place].worker
+                outcome.metadata = {**outcome.metadata, "worker": me}
             self._post(head, FailMsg(name, outcome))
             return
         for event in outcome:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from blockserve.common.api.cluster import ChainSpan
 from blockserve.common.api.engine import TokenEvent
-from blockserve.common.errors import ChainNotLoadedError, DeadlineExceededError, EngineFailedError
+from blockserve.common.errors import LEAVING, ChainNotLoadedError, DeadlineExceededError, EngineFailedError
 from blockserve.worker.blocks.chain import LoadedChain
 from blockserve.worker.blocks.chains import LoadedChains
 from blockserve.worker.compute.executor import Executor
@@ -57,12 +58,17 @@ class Pass:
     outcomes: list[tuple[RunningRequest, Outcome]] = field(default_factory=list)
 
 
+MAX_FAILURES = 256
+"""Failed passes that are remembered."""
+
+
 class Passes:
     """The passes of one engine.
 
     Attributes:
         sinks: who takes the outcomes of each request that has not ended.
         num_passes: how many have been computed.
+        failures: `time.monotonic()` values of the last that failed.
         pace: how fast they are.
         exchange: requests that other workers execute with this one; None where there are no others.
     """
@@ -86,6 +92,7 @@ class Passes:
         self._outbox: list[tuple[asyncio.AbstractEventLoop, Letter]] = []
         self.sinks: dict[RunningRequest, Sink] = {}
         self.num_passes = 0
+        self.failures: deque[float] = deque(maxlen=MAX_FAILURES)
         self.pace = Pace()
         self.exchange = None if outlet is None else SpanExchange(self, scheduler, kv, outlet)
 
@@ -182,8 +189,11 @@ class Passes:
             done = time.monotonic()
             self.pace.note(work.chunks, done - began)
             self._traces.computed(work.chunks, began, done)
-        except Exception as error:  # noqa: BLE001
+        except LEAVING:
+            raise
+        except BaseException as error:  # noqa: BLE001
             _LOG.exception("pass %d failed", self.num_passes)
+            self.failures.append(time.monotonic())
             failure = EngineFailedError(f"the engine failed: {error!r}")
             work.outcomes = [(chunk.running, failure) for chunk in work.chunks]
 

@@ -9,7 +9,7 @@ import pytest
 from blockserve.common.api.cluster import ClusterView, PathStep, Run, WorkerId
 from blockserve.common.api.engine import EngineRequest, SamplingParams, TokenEvent
 from blockserve.common.api.tokens import FinishReason
-from blockserve.common.errors import BreakCause, NoPathError, PathBrokenError
+from blockserve.common.errors import BreakCause, EngineFailedError, NoPathError, PathBrokenError
 from blockserve.common.rpc.channel import Credentials
 from blockserve.router.cluster.engine import ClusterEngine
 from blockserve.router.cluster.failover import FailoverConfig
@@ -31,6 +31,7 @@ class Chooser:
         self.excluded: list[set[WorkerId]] = []
         self.released: list[WorkerId] = []
         self.parted: list[tuple[WorkerId, WorkerId]] = []
+        self.faulty: list[WorkerId] = []
 
     def update(self, view: ClusterView) -> None:
         pass
@@ -53,6 +54,9 @@ class Chooser:
 
     def note_parted(self, one: WorkerId, other: WorkerId) -> None:
         self.parted.append((one, other))
+
+    def note_faulty(self, worker: WorkerId) -> None:
+        self.faulty.append(worker)
 
 
 class Loader:
@@ -134,3 +138,21 @@ async def test_what_no_other_path_cures_is_not_tried_again() -> None:
     with pytest.raises(BlockzooError, match="a fault"):
         await run(engine)
     assert (engine.num_failovers, chooser.released, len(stream.given)) == (0, ["a"], 1)
+
+
+@async_test
+async def test_a_failed_pass_is_tried_once_more_elsewhere() -> None:
+    first, second = Stream("a", [tokens(0), EngineFailedError("no memory")]), Stream("b", [tokens(1, 2)])
+    engine, chooser, _ = rig(first, second)
+    assert await run(engine) == [100, 101, 102]
+    assert (chooser.excluded, chooser.faulty) == ([set(), {"a"}], ["a"])
+    assert second.given[0].output == (100,)
+
+
+@async_test
+async def test_a_request_that_fails_at_two_workers_is_given_up() -> None:
+    errors = [EngineFailedError("a bug"), EngineFailedError("a bug", worker="tail")]
+    engine, chooser, _ = rig(*(Stream(name, [error]) for name, error in zip("ab", errors, strict=True)))
+    with pytest.raises(EngineFailedError):
+        await run(engine)
+    assert (chooser.faulty, engine.num_failovers) == (["a", "tail"], 1)

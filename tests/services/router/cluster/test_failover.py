@@ -194,3 +194,14 @@ def test_the_first_retry_is_at_once_and_the_pause_doubles_for_each_later_one() -
         assert isinstance(step, Retry)
         pauses.append(step.pause_seconds)
     assert pauses == [0.0, 0.5, 1.0, 2.0, 4.0]
+
+
+def test_a_failed_pass_blames_who_computed_it() -> None:
+    state = begin()
+    state.attempt(path(A, B))
+    assert state.fail(EngineFailedError("no memory", worker=B), NOW) == Retry()
+    assert (state.excluded, state.lost, state.epoch) == ({B}, B, 1)
+    state.attempt(path(A, C))
+    assert isinstance(state.fail(lost(C), NOW), Retry)
+    last = EngineFailedError("no memory")
+    assert state.fail(last, NOW) == GiveUp(last)

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from blockserve.common.errors import PromptError
-from blockserve.router.intake.catalog import VariantCatalog
+from blockserve.router.intake.catalog import DamagedVariant, VariantCatalog
 from blockserve.router.limits import RouterConfig
-from blockzoo.errors import VariantNotFoundError
+from blockzoo.errors import CorruptManifestError, VariantNotFoundError
 from blockzoo.manifest import VariantRecord
 from blockzoo.storage import LocalStorage
 from blockzoo.zoo import Zoo
@@ -185,3 +185,21 @@ async def test_the_cache_of_variants_is_bounded() -> None:
     for name in "abcabc":
         assert (await catalog.get(name)).record.name == name
     assert len(catalog._served) == 2
+
+
+@async_test
+async def test_a_damaged_ref_is_listed_as_damaged_and_hides_no_other(tmp_path: Path) -> None:
+    zoo = Zoo.open(tmp_path / "zoo", create=True)
+    for number, name in enumerate(("bad", "good", "other")):
+        register(zoo.store, name, [tensor(number)])
+    (tmp_path / "zoo" / "refs" / "variants" / "bad" / "1").write_bytes(b"{}")
+    catalog = VariantCatalog(zoo)
+    page, more = await catalog.page("", 2)
+    assert [one.record.name for one in page] == ["bad", "good"]
+    assert more
+    assert isinstance(page[0], DamagedVariant)
+    assert page[0].error.reason == "CORRUPT_MANIFEST"
+    refs = [ref for refs in (await catalog.refs_by_chain()).values() for ref in refs]
+    assert sorted(refs) == ["good@1", "other@1"]
+    with pytest.raises(CorruptManifestError):
+        await catalog.get("bad")

@@ -7,12 +7,14 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from blockserve.common.api.calls import Conversation
-from blockserve.common.errors import ChatTemplateError
-from blockserve.router.intake.chat import ChatLimits, ChatRenderer, ChatTemplates
+from blockserve.common.errors import CapacityError, ChatTemplateError
+from blockserve.common.process.event_loop import run_in_event_loop
+from blockserve.router.intake.chat import START_TRIES, ChatLimits, ChatRenderer, ChatTemplates, _Child
 from support.edge import CHATML, async_test, byte_level_tokenizer, files_of, folder_contents
 
 SMOLLM2 = (
@@ -320,12 +322,12 @@ async def test_the_child_has_none_of_our_environment_and_ends_with_its_input() -
     os.environ["BLOCKZOO_TOKEN"] = "secret"
     try:
         await renderer.warm()
-        process = renderer._idle[0]._process
+        child = renderer._idle[0]
+        process = child._process
         environment = Path(f"/proc/{process.pid}/environ").read_bytes()
         assert b"secret" not in environment
-        assert process.stdin is not None
-        process.stdin.close()
-        assert await process.wait() == 0
+        child._writer.close()
+        assert await asyncio.to_thread(process.wait) == 0
     finally:
         del os.environ["BLOCKZOO_TOKEN"]
         await renderer.close()
@@ -360,3 +362,40 @@ def test_no_template_is_an_error_that_says_what_to_do() -> None:
     with pytest.raises(ChatTemplateError) as caught:
         ChatTemplates().pick(None)
     assert "text" in caught.value.hint
+
+
+def test_starting_a_child_runs_no_fork_handlers_and_a_start_that_fails_is_tried_again() -> None:
+    """Real forks run gRPC's handlers, which can hang or end the child. In the server's own event loop."""
+    forks: list[int] = []
+    os.register_at_fork(before=lambda: forks.append(1))
+    tries: list[int] = []
+    start = _Child.start
+
+    async def flaky(limits: ChatLimits) -> _Child:
+        tries.append(1)
+        if len(tries) < START_TRIES:
+            raise asyncio.IncompleteReadError(b"", 4)
+        return await start(limits)
+
+    async def work() -> None:
+        renderer = ChatRenderer(ChatLimits(processes=1))
+        with mock.patch.object(_Child, "start", flaky):
+            assert await renderer.render(ChatTemplates({"default": "text"}), Conversation([])) == "text"
+            assert len(tries) == START_TRIES
+        await renderer.close()
+
+    run_in_event_loop(work())
+    assert not forks
+
+
+@async_test
+async def test_a_child_that_never_starts_is_no_fault_of_the_caller() -> None:
+    renderer = ChatRenderer(ChatLimits(processes=1))
+    with (
+        mock.patch.object(_Child, "start", side_effect=BlockingIOError("no more processes")),
+        pytest.raises(CapacityError) as caught,
+    ):
+        await renderer.render(ChatTemplates({"default": "text"}), Conversation([]))
+    assert caught.value.retry_after > 0
+    assert await renderer.render(ChatTemplates({"default": "text"}), Conversation([])) == "text"
+    await renderer.close()

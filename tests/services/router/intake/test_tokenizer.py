@@ -129,3 +129,17 @@ def test_one_that_cannot_be_parsed_is_never_ready() -> None:
     with pytest.raises(PromptError):
         cache.get("a", lambda: made(b"{}"))
     assert cache.ready("a") is None
+
+
+def test_a_panic_of_the_library_is_a_typed_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    import tokenizers
+
+    class PanicError(BaseException):
+        """What a panic is to Python."""
+
+    def explode(data: bytes) -> None:
+        raise PanicError("index out of bounds")
+
+    monkeypatch.setattr(tokenizers, "Tokenizer", type("Broken", (), {"from_buffer": staticmethod(explode)}))
+    with pytest.raises(PromptError, match="index out of bounds"):
+        VariantTokenizer.from_bytes(tokenizer_json())

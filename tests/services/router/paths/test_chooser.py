@@ -17,7 +17,7 @@ from blockserve.common.api.cluster import (
     segment_digest,
 )
 from blockserve.common.api.engine import EngineRequest, SamplingParams
-from blockserve.router.paths.chooser import PARTED_SECONDS, ZooPathChooser
+from blockserve.router.paths.chooser import AVOID_SECONDS, FAULT_SECONDS, PARTED_SECONDS, ZooPathChooser
 from blockzoo.manifest import ChainId
 from blockzoo.zoo import Zoo
 from support.paths import TINY_ZOO
@@ -87,6 +87,31 @@ def test_who_has_no_other_way_is_tried_all_the_same(rig: Rig) -> None:
     rig.chooser.note_parted(WorkerId("a"), WorkerId("b"))
     rig.chooser.note_parted(WorkerId("a"), WorkerId("gone"))
     assert rig.choose() == ("a", "b")
+    assert rig.chooser.has_path(rig.chain)
+
+
+def test_a_worker_whose_passes_fail_is_avoided_for_a_while(rig: Rig) -> None:
+    rig.view(a=Run(0, 5), b=Run(0, 5))
+    (worker,) = rig.choose()
+    (other,) = {"a", "b"} - {worker}
+    rig.chooser.note_faulty(worker)
+    assert rig.choose() == (worker,)
+    rig.now += FAULT_SECONDS + 1
+    rig.chooser.note_faulty(worker)
+    assert rig.choose() == (worker,)
+    rig.chooser.note_faulty(worker)
+    rig.view(a=Run(0, 5), b=Run(0, 5))
+    assert rig.choose() == (other,)
+    assert rig.choose(excluded=[other]) == (worker,)
+    rig.now += AVOID_SECONDS + 1
+    assert rig.choose() == (worker,)
+
+
+def test_where_all_fail_all_are_used(rig: Rig) -> None:
+    rig.view(a=Run(0, 5))
+    for _ in range(3):
+        rig.chooser.note_faulty(WorkerId("a"))
+    assert rig.choose() == ("a",)
     assert rig.chooser.has_path(rig.chain)
 
 
