@@ -10,7 +10,8 @@ from blockserve.cli.options.failures import CORRUPTION
 from blockserve.cli.options.place import Place, at_a_place
 from blockserve.cli.options.shared import DEFAULT_ZOO, JsonOption, ZooOption, open_zoo
 from blockserve.cli.views.progress import progress
-from blockserve.cli.views.tables import add_row, format_bytes, make_table, print_json, say, stdout
+from blockserve.cli.views.tables import format_bytes, print_json, print_table, say
+from blockserve.cli.views.zoo import problems_table
 
 if TYPE_CHECKING:
     from blockzoo.care.backup import CopyReport
@@ -178,11 +179,7 @@ def _print_verify(report: VerifyReport, *, repairing: bool) -> None:
     if not report.problems:
         say("Everything is as it should be.")
         return
-    table = make_table("OBJECT", "PROBLEM", "HURTS", "REPAIRED")
-    for problem in report.problems:
-        hurts = ", ".join(problem.variants) or "nobody"
-        add_row(table, problem.key, problem.message, hurts, "yes" if problem.repaired else "no")
-    stdout().print(table)
+    print_table(problems_table(report.problems))
     if not report.ok:
         left = sum(not problem.repaired for problem in report.problems)
         way_out = (

@@ -48,7 +48,16 @@ def test_ls(run, zoo):
     assert rows["zoo"] == zoo.url
     assert [row["name"] for row in rows["variants"]] == ["base", "bot", "tuned"]
     lines = run("ls").out.splitlines()
-    assert lines[0].split() == ["NAME", "VERSION", "KIND", "BASE", "CHECKPOINT", "PRIVATE", "REGISTERED"]
+    assert lines[0].split() == [
+        "NAME",
+        "VERSION",
+        "KIND",
+        "BASE",
+        "CHECKPOINT",
+        "PRIVATE",
+        "STORED",
+        "REGISTERED",
+    ]
     assert lines[2].split()[:4] == ["bot", "1", "adapter", "base@1"]
 
 
@@ -63,6 +72,29 @@ def test_rows_are_not_folded_in_a_pipe(run, zoo, folders, monkeypatch):
     name = "a-name-that-is-long-" * 4
     run("register", folders / "base", "--name", name)
     assert any(line.startswith(f"{name} ") for line in run("ls").out.splitlines())
+
+
+def names(outcome):
+    return [line.split()[0] for line in outcome.out.splitlines()[1:]]
+
+
+def test_ls_of_some(run, zoo, folders):
+    run("register", folders / "adapter", "--name", "bot-2", "--base", "base")
+    assert names(run("ls", "bo*")) == ["bot", "bot-2"]
+    assert names(run("ls", "--base", "base")) == ["bot", "bot-2"]
+    assert names(run("ls", "--base", "base@2")) == []
+    assert names(run("ls", "--sort", "base"))[-2:] == ["bot", "bot-2"]
+    assert set(names(run("ls", "--sort", "age"))) == {"base", "bot", "bot-2", "tuned"}
+    listed = run("ls", "--limit", 1)
+    assert names(listed) == ["base"]
+    assert "3 more of 4 are not listed" in listed.err
+    assert [row["name"] for row in run("ls", "*-2", "--json").json["variants"]] == ["bot-2"]
+    stored = [row["private_stored_bytes"] for row in run("ls", "--sort", "stored", "--json").json["variants"]]
+    assert stored == sorted(stored, reverse=True)
+    assert len(set(stored)) > 1
+    nothing = run("ls", "x*")
+    assert (nothing.code, nothing.out) == (0, "")
+    assert "None of the 4 variants" in nothing.err
 
 
 def test_show(run, zoo):
