@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from blockserve.cli.options.failures import CORRUPTION
-from blockserve.cli.options.place import Place, at_a_place
+from blockserve.cli.options.place import Place, at_a_place, at_hand
 from blockserve.cli.options.shared import DEFAULT_ZOO, JsonOption, ZooOption, open_zoo
 from blockserve.cli.views.progress import progress
 from blockserve.cli.views.tables import format_bytes, print_json, print_table, say
@@ -100,6 +100,7 @@ def verify(
         raise typer.Exit(CORRUPTION)
 
 
+@at_hand
 def backup(
     destination: Annotated[
         str, typer.Argument(metavar="DEST", help="The zoo to copy to; created if it does not exist.")
@@ -122,6 +123,7 @@ def backup(
     _print_copy(report, "Backed up", as_json)
 
 
+@at_hand
 def restore(
     source: Annotated[
         str, typer.Argument(metavar="SOURCE", help="The zoo to copy from, for example a backup.")

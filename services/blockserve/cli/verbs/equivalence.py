@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from blockserve.cli.options.place import at_hand
 from blockserve.cli.options.shared import DEFAULT_ZOO, JsonOption, ZooOption, open_zoo
 from blockserve.cli.views.progress import progress
 from blockserve.cli.views.tables import Column, Table, note, print_json, print_table, say, short
@@ -274,7 +275,7 @@ def revoke(
         say(f"Revoked {short(decision.record)} at {decision.at} by {decision.by}.")
 
 
-VERBS = (evaluate, list_, show, approve, revoke)
+VERBS = (at_hand(evaluate), at_hand(list_), at_hand(show), at_hand(approve), at_hand(revoke))
 
 
 def _who(by: str | None) -> str:

@@ -21,6 +21,7 @@ from blockserve.common import errors as serve_errors
 from blockserve.common.errors import (
     BreakCause,
     CapacityError,
+    NoLeaderError,
     NoPathError,
     PathBrokenError,
     RemoteError,
@@ -47,7 +48,7 @@ MAX_VALUES = 12
 
 _Code = grpc.StatusCode
 
-_RETRYABLE = (CapacityError, ServerStoppingError, PathBrokenError, NoPathError)
+_RETRYABLE = (CapacityError, ServerStoppingError, PathBrokenError, NoPathError, NoLeaderError)
 """Classes that say in `retry_after` when trying again makes sense."""
 
 STATUS: Mapping[type[BlockzooError], grpc.StatusCode] = {
@@ -125,6 +126,7 @@ STATUS: Mapping[type[BlockzooError], grpc.StatusCode] = {
     serve_errors.RequestNotFoundError: _Code.NOT_FOUND,
     serve_errors.SpanError: _Code.INVALID_ARGUMENT,
     serve_errors.NoPathError: _Code.UNAVAILABLE,
+    serve_errors.NoLeaderError: _Code.UNAVAILABLE,
     serve_errors.StateStoreError: _Code.UNAVAILABLE,
     serve_errors.StaleLeaderError: _Code.ABORTED,
     serve_errors.RemoteError: _Code.INTERNAL,

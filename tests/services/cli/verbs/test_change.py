@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 
@@ -293,3 +294,29 @@ def test_json_keys_are_the_promised_ones(run, zoo, folders, tmp_path, words):
     assert set(outcome.json) >= DOCUMENTED[next(key for key in DOCUMENTED if key[0] == words[0])]
     assert outcome.err == ""
     assert json.dumps(outcome.json)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("export", "base", "{tmp}/out"),
+        ("backup", "{tmp}/backup"),
+        ("restore", "{tmp}/backup"),
+        ("equivalence", "list"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_verbs_on_bytes_take_no_other_zoo_for_that_of_a_server(run, zoo, tmp_path, monkeypatch, words):
+    words = [word.format(tmp=tmp_path) for word in words]
+    zoo.backup(tmp_path / "backup")
+    monkeypatch.setenv("BLOCKZOO_SERVER", "models.example:7450")
+    assert run(*words).code == 0  # BLOCKZOO_ZOO names the zoo
+    monkeypatch.delenv("BLOCKZOO_ZOO")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    refused = run(*words)
+    assert refused.code == 2
+    assert "BLOCKZOO_SERVER names models.example:7450" in refused.err
+    assert "--zoo" in refused.err
+    assert not (tmp_path / ".blockzoo").exists()
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    assert run(*words, "--zoo", zoo.url).code == 0
