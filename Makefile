@@ -103,6 +103,10 @@ proto: ## Generate the stubs under proto/ with the oldest supported tools
 proto-check:
 	@scripts/proto.sh check && echo 'ok  proto stubs'
 
+.PHONY: protos
+protos: ## Pack the public .proto files into dist/, for clients in Go, Node and other languages
+	@$(PYTHON) scripts/protos.py dist
+
 .PHONY: docs
 docs: venv ## Regenerate what docs/ takes from the code: settings, metrics, the list of modules
 	@$(BIN)/python scripts/config_docs.py && $(BIN)/python scripts/metrics_docs.py && $(BIN)/python scripts/field_docs.py

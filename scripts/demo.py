@@ -36,7 +36,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.rule import Rule
 
-from blockserve.cli.views.tables import add_row, format_bytes, make_table
+from blockserve.cli.views.tables import Column, Table, format_bytes
+from blockserve.cli.views.words import describe_run
 from blockserve.client.blocking import AsyncClient
 from blockserve.common.api.engine import SegmentReport
 from blockserve.common.api.status import ServerStatus
@@ -187,15 +188,23 @@ async def ask(client: AsyncClient, answer: Answer, prompt: str, view: View) -> N
     view.end(answer)
 
 
+def figures(name: str, *numeric: str) -> Table:
+    """A table of numbers under a name for each row."""
+    return Table((Column(name), *(Column(column, numeric=True, folds=1) for column in numeric)))
+
+
+def show(console: Console, table: Table) -> None:
+    """Print a table."""
+    console.print("\n".join(table.lines(console.width)), markup=False, highlight=False)
+
+
 def print_speed(console: Console, answers: Sequence[Answer]) -> None:
     """Time to first token and tokens per second of every answer, and of all together."""
-    table = make_table(
-        "variant", "first token", "tokens", "tokens/s", numeric=("first token", "tokens", "tokens/s")
-    )
+    table = figures("variant", "first token", "tokens", "tokens/s")
     for answer in answers:
         first = f"{answer.time_to_first_token:.2f} s"
-        add_row(table, answer.variant, first, answer.num_tokens, f"{answer.tokens_per_second:.1f}")
-    console.print(table)
+        table.add(answer.variant, first, answer.num_tokens, f"{answer.tokens_per_second:.1f}")
+    show(console, table)
     span = max(a.last_at or a.sent_at for a in answers) - min(a.sent_at for a in answers)
     total = sum(answer.num_tokens for answer in answers)
     console.print(f"together: {total} tokens in {span:.2f} s, {total / span:.0f} tokens/s")
@@ -204,11 +213,10 @@ def print_speed(console: Console, answers: Sequence[Answer]) -> None:
 def print_segments(console: Console, status: ServerStatus) -> None:
     """The table of forward calls per segment, counted where the forward is called."""
     numeric = ("variants", "calls", "mixed calls", "widest", "tokens")
-    table = make_table("segment", *numeric, numeric=numeric)
+    table = figures("segment", *numeric)
     last = max(segment.first_position + segment.num_blocks for segment in status.segments) - 1
     for segment in sorted(status.segments, key=lambda s: (s.first_position, -s.num_chains)):
-        add_row(
-            table,
+        table.add(
             segment_label(segment, last),
             segment.num_chains,
             segment.forward_calls,
@@ -216,7 +224,7 @@ def print_segments(console: Console, status: ServerStatus) -> None:
             segment.largest_batch_chains,
             segment.tokens,
         )
-    console.print(table)
+    show(console, table)
     note = (
         f"{status.passes} passes; calls: forward calls of the segment's base blocks, one for a whole batch; "
         "mixed calls: with several variants in the batch; widest: most variants in one call"
@@ -226,14 +234,7 @@ def print_segments(console: Console, status: ServerStatus) -> None:
 
 def segment_label(segment: SegmentReport, last: int) -> str:
     """A segment in words; position 0 is the embedding, `last` the head."""
-    first, end = segment.first_position, segment.first_position + segment.num_blocks - 1
-    parts = ["embedding"] if first == 0 else []
-    low, high = max(first, 1), min(end, last - 1)
-    if low <= high:
-        parts.append(f"layer {low - 1}" if low == high else f"layers {low - 1}-{high - 1}")
-    if end == last:
-        parts.append("head")
-    return ", ".join(parts)
+    return describe_run(segment.first_position, segment.num_blocks, last)
 
 
 def print_sharing(console: Console, zoo: Zoo, status: ServerStatus) -> None:
@@ -241,18 +242,17 @@ def print_sharing(console: Console, zoo: Zoo, status: ServerStatus) -> None:
     usage = zoo.du()
     in_memory = {model.partition("@")[0]: chain for chain in status.chains for model in chain.models}
     numeric = ("as a checkpoint", "private in the zoo", "stored as", "private in memory")
-    table = make_table("variant", *numeric, numeric=numeric)
+    table = figures("variant", *numeric)
     for row in usage.rows:
         chain = in_memory.get(row.name)
-        add_row(
-            table,
+        table.add(
             row.name,
             format_bytes(row.checkpoint_bytes),
             format_bytes(row.private_bytes),
             format_bytes(row.private_stored_bytes),
             format_bytes(chain.private_bytes) if chain else "-",
         )
-    console.print(table)
+    show(console, table)
     line = (
         f"as checkpoints {format_bytes(usage.checkpoint_bytes)}; "
         f"in the zoo {format_bytes(usage.stored_bytes)}, "
@@ -266,7 +266,7 @@ async def print_losses(
 ) -> None:
     """Held-out losses of base and variants through the server (prompt_logprobs), nats per token."""
     numeric = ("tokens", "base", "variant", "difference")
-    table = make_table("domain", *numeric, numeric=numeric)
+    table = figures("domain", *numeric)
     tuned = [variant for variant in variants if variant.heldout is not None]
     if not tuned:
         return
@@ -290,8 +290,8 @@ async def print_losses(
 
         measured = await asyncio.gather(*map(losses, tuned))
     for variant, (count, base, own) in zip(tuned, measured, strict=True):
-        add_row(table, variant.name, count, f"{base:.3f}", f"{own:.3f}", f"{own - base:+.3f}")
-    console.print(table)
+        table.add(variant.name, count, f"{base:.3f}", f"{own:.3f}", f"{own - base:+.3f}")
+    show(console, table)
     console.print("nats per token, lower is better; no training has seen these texts")
 
 

@@ -14,7 +14,7 @@ from blockzoo import layout
 from blockzoo.care.base import Holding
 from blockzoo.care.holdings import HOLDINGS
 from blockzoo.care.variants import is_difference
-from blockzoo.errors import CorruptionError, NotFoundError
+from blockzoo.errors import BlockzooError, CorruptionError, NotFoundError
 from blockzoo.storage.base import ObjectInfo
 from blockzoo.store.leases import LeaseHolder
 from blockzoo.store.zoo_store import ZooStore
@@ -110,11 +110,12 @@ def _read_all(
         try:
             kind.check(store, info.key)
         except CorruptionError as error:
-            return Problem(info.key, missing=False, message=str(error))
+            return Problem(info.key, missing=False, message=_blame(info.key, error) or str(error))
         except NotFoundError as error:
             # Deleted since the listing, unless it is the base of a difference that is missing.
             if store.storage.size(info.key) is not None:
-                return Problem(info.key, missing=False, message=f"cannot be decoded: {error}")
+                message = _blame(info.key, error) or f"cannot be decoded: {error}"
+                return Problem(info.key, missing=False, message=message)
         finally:
             if on_object is not None:
                 on_object(info)
@@ -123,6 +124,15 @@ def _read_all(
     workers = _REMOTE_WORKERS if store.storage.is_remote else _WORKERS
     with ThreadPoolExecutor(workers, thread_name_prefix="blockzoo-verify") as pool:
         yield from (problem for problem in pool.map(check, objects) if problem is not None)
+
+
+def _blame(key: str, error: BlockzooError) -> str | None:
+    """What to say of a difference whose base is at fault: nothing is known to be wrong with itself."""
+    base = error.metadata.get("blob")
+    if base is None or base == layout.digest_of(key):
+        return None
+    state = "damaged" if isinstance(error, CorruptionError) else "missing"
+    return f"cannot be checked while its base is {state}: {layout.blob_key(base)}"
 
 
 def _add_faults(store: ZooStore, kinds: Sequence[Holding], found: dict[str, Problem]) -> None:

@@ -102,6 +102,11 @@ def test_a_detached_cluster_answers_heals_and_is_ended_by_down(folder: Path) -> 
     assert set(modes) == {"state.sock", "controller.sock", "worker-1.sock", "worker-2.sock"}
     assert set(modes.values()) == {0o600}
 
+    listed = blockzoo("ls", "--server", cluster.address, "--json")
+    assert [row["name"] for row in json.loads(listed.stdout)["variants"]] == ["base", "tuned"], listed.stderr
+    assert blockzoo("rollback", "base", "--server", cluster.address).returncode == 1
+    assert blockzoo("rm", "base@7", "--server", cluster.address, "--yes").returncode == 3
+
     first = {model: answer(cluster.address, model) for model in ("base", "tuned")}
     shown = {name: metrics(folder, name) for name in ("router", "controller", "worker-1", "worker-2")}
     assert "blockzoo_path_workers_count 2.0" in shown["router"]

@@ -12,6 +12,7 @@ from blockproto.v1 import zoo_pb2_grpc
 from blockserve.common.errors import (
     CapacityError,
     DeadlineExceededError,
+    NoLeaderError,
     PushInterruptedError,
     PushNotFoundError,
     RemoteError,
@@ -83,7 +84,9 @@ class Calls:
 
 def is_broken(error: BlockzooError) -> bool:
     """Whether the same may succeed on another connection, or a little later."""
-    if isinstance(error, ServerStoppingError | DeadlineExceededError | PushNotFoundError | ConflictError):
+    if isinstance(
+        error, ServerStoppingError | NoLeaderError | DeadlineExceededError | PushNotFoundError | ConflictError
+    ):
         return True
     if isinstance(error, CapacityError):
         return error.retry_after > 0

@@ -31,6 +31,7 @@
     ├── WireError
     ├── PathBrokenError              `retry_after` seconds
     ├── NoPathError                  `retry_after` seconds
+    ├── NoLeaderError                `retry_after` seconds
     ├── StateStoreError
     │   └── StaleLeaderError
     ├── LocalClusterError
@@ -289,6 +290,20 @@ class NoPathError(BlockzooError):
     """
 
     reason = "NO_PATH"
+
+    def __init__(self, message: str, *, retry_after: float = 1.0, hint: str = "", **metadata: object) -> None:
+        super().__init__(message, hint=hint, **metadata)
+        self.retry_after = retry_after
+
+
+class NoLeaderError(BlockzooError):
+    """No controller leads, or the one that does cannot be reached.
+
+    Attributes:
+        retry_after: seconds after which there may be one.
+    """
+
+    reason = "NO_LEADER"
 
     def __init__(self, message: str, *, retry_after: float = 1.0, hint: str = "", **metadata: object) -> None:
         super().__init__(message, hint=hint, **metadata)

@@ -9,6 +9,7 @@ import secrets
 from importlib.metadata import version
 
 from blockproto.v1 import placement_pb2_grpc, zoo_pb2, zoo_pb2_grpc
+from blockserve.common.api.leader import leader_name
 from blockserve.common.placement.servicer import SERVICE as PLACEMENT_SERVICE
 from blockserve.common.placement.servicer import PlacementServicer
 from blockserve.common.placement.wishes import WishKeeper
@@ -72,7 +73,9 @@ class ControllerServer:
         self._planner = planner = Planner(
             zoo,
             self._store,
-            f"{platform.node()}-{secrets.token_hex(4)}",
+            leader_name(
+                f"{platform.node()}-{secrets.token_hex(4)}", settings.advertise or self._host.address
+            ),
             lease_seconds=settings.state.lease_seconds,
             look_seconds=settings.look_seconds,
             replicas=settings.replicas,

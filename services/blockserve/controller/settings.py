@@ -19,6 +19,11 @@ class ControllerSettings(ClusterSettings):
         "Where to listen: `host:port` (port 0 picks a free one) or `unix:/path/to/socket`.",
         reason="The router uses 7450 and metrics use 7451.",
     )
+    advertise: str = setting(
+        "",
+        "The address at which routers reach this controller. Empty: the address where it listens.",
+        reason="In a container the two differ.",
+    )
     create_zoo: bool = setting(
         False,
         "Create an empty zoo if there is none.",

@@ -19,6 +19,8 @@ from blockserve.common.state.store import StateStore
 from blockserve.router.cluster.demand import DemandTeller
 from blockserve.router.cluster.engine import ClusterEngine
 from blockserve.router.cluster.watching import ClusterWatch
+from blockserve.router.fronts.relay import SERVICE as ZOO_SERVICE
+from blockserve.router.fronts.relay import ZooRelay
 from blockserve.router.fronts.servicer import AdminServicer, InferenceServicer
 from blockserve.router.intake.catalog import VariantCatalog
 from blockserve.router.intake.chat import ChatRenderer
@@ -40,6 +42,7 @@ SERVICES = (
     inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
     admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name,
     PLACEMENT_SERVICE,
+    ZOO_SERVICE,
 )
 
 
@@ -66,6 +69,7 @@ class RouterServer:
         self._renderer: ChatRenderer | None = None
         self._watch: ClusterWatch | None = None
         self._demand: DemandTeller | None = None
+        self._relay: ZooRelay | None = None
         self._fresh: asyncio.Task[None] | None = None
         self.engine: ClusterEngine
 
@@ -101,6 +105,8 @@ class RouterServer:
         demand = self._demand = DemandTeller(store, f"router-{secrets.token_hex(4)}", evicted=feed)
         approvals = await asyncio.to_thread(Approvals, zoo.store)
         self._wire(zoo, renderer, demand, approvals)
+        self._relay = ZooRelay(store.leader, settings.peer_credentials())
+        self._relay.add_to(self._host.server)
         await self._host.start()
         self._watch = watch = ClusterWatch(store, self.engine.update)
         self.metrics.watch(self.engine, lambda: watch.seen)
@@ -160,6 +166,8 @@ class RouterServer:
             if cut_off:
                 log.warning("answers cut off count=%d", cut_off)
         await self._host.close()
+        if self._relay is not None:
+            await self._relay.close()
         await end(self._fresh)
         for part in (self._watch, self._demand):
             if part is not None:

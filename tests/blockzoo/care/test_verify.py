@@ -73,6 +73,12 @@ def test_a_damaged_base_hurts_the_difference_too(store):
     base, difference = (layout.blob_key(blob_of(store, name, 0)) for name in ("base", "tuned"))
     flip(store, base, 9000)
     assert hurt(store) == {base: ("base@1", "tuned@1"), difference: ("tuned@1",)}
+    messages = {problem.key: problem.message for problem in verify(store).problems}
+    assert messages[difference] == f"cannot be checked while its base is damaged: {base}"
+    assert "is damaged: its bytes hash to something else" in messages[base]
+    store.storage.delete(base)
+    messages = {problem.key: problem.message for problem in verify(store).problems}
+    assert messages[difference] == f"cannot be checked while its base is missing: {base}"
 
 
 def test_damaged_leftovers_hurt_nobody(store):

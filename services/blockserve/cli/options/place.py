@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -97,6 +98,33 @@ def at_a_place(verb: Callable[..., None]) -> Callable[..., None]:
 
     set_signature(with_place, own.replace(parameters=parameters))
     return with_place
+
+
+def at_hand(verb: Callable[..., None]) -> Callable[..., None]:
+    """Keep a verb that reads the zoo itself from taking another zoo than the one that is meant.
+
+    The verb has the option `--zoo` and no `--server`: what it does needs the bytes of the zoo, which a server
+    does not hand out. With BLOCKZOO_SERVER set and no zoo named, the zoo at hand is probably not meant.
+    """
+    own = inspect.signature(verb, eval_str=True)
+    parameters = [
+        *own.parameters.values(),
+        inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context),
+    ]
+
+    @functools.wraps(verb)
+    def with_zoo(*args: Any, context: typer.Context, **given: Any) -> None:
+        server = os.environ.get("BLOCKZOO_SERVER")
+        if server and _source(context, "zoo") == "DEFAULT":
+            name = verb.__name__.strip("_")
+            raise typer.BadParameter(
+                f"BLOCKZOO_SERVER names {server}, but `{name}` works on the bytes of a zoo, "
+                "which a server does not hand out. Name the zoo's folder or URL with --zoo."
+            )
+        verb(*args, **given)
+
+    set_signature(with_zoo, own.replace(parameters=parameters))
+    return with_zoo
 
 
 def _choose(context: typer.Context, options: dict[str, Any]) -> Place:

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from blockserve.cli.options.failures import CORRUPTION
-from blockserve.cli.options.place import Place, at_a_place
+from blockserve.cli.options.place import Place, at_a_place, at_hand
 from blockserve.cli.options.shared import DEFAULT_ZOO, JsonOption, ZooOption, open_zoo
 from blockserve.cli.views.progress import progress
-from blockserve.cli.views.tables import add_row, format_bytes, make_table, print_json, say, stdout
+from blockserve.cli.views.tables import format_bytes, print_json, print_table, say
+from blockserve.cli.views.zoo import problems_table
 
 if TYPE_CHECKING:
     from blockzoo.care.backup import CopyReport
@@ -99,6 +100,7 @@ def verify(
         raise typer.Exit(CORRUPTION)
 
 
+@at_hand
 def backup(
     destination: Annotated[
         str, typer.Argument(metavar="DEST", help="The zoo to copy to; created if it does not exist.")
@@ -121,6 +123,7 @@ def backup(
     _print_copy(report, "Backed up", as_json)
 
 
+@at_hand
 def restore(
     source: Annotated[
         str, typer.Argument(metavar="SOURCE", help="The zoo to copy from, for example a backup.")
@@ -178,11 +181,7 @@ def _print_verify(report: VerifyReport, *, repairing: bool) -> None:
     if not report.problems:
         say("Everything is as it should be.")
         return
-    table = make_table("OBJECT", "PROBLEM", "HURTS", "REPAIRED")
-    for problem in report.problems:
-        hurts = ", ".join(problem.variants) or "nobody"
-        add_row(table, problem.key, problem.message, hurts, "yes" if problem.repaired else "no")
-    stdout().print(table)
+    print_table(problems_table(report.problems))
     if not report.ok:
         left = sum(not problem.repaired for problem in report.problems)
         way_out = (

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from blockserve.cli.options.place import Place, at_a_place
+from blockserve.cli.options.place import Place, at_a_place, at_hand
 from blockserve.cli.options.questions import confirm
 from blockserve.cli.options.shared import (
     DEFAULT_ZOO,
@@ -133,6 +133,7 @@ def pull(
         _print_registered(result)
 
 
+@at_hand
 def export(
     ref: RefArgument,
     folder: Annotated[

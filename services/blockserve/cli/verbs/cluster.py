@@ -225,4 +225,8 @@ def _detach(layout: Layout, wish: _Wish) -> None:
 def _announce(address: str, wish: _Wish, layout: Layout, stop: str) -> None:
     server = "" if address == DEFAULT_SERVER else f" --server {address}"
     note(f"Serving {wish.zoo} on {address} with {wish.workers} workers; logs in {layout.folder}.")
-    note(f"Try: blockzoo status{server}; {stop}")
+    note(f"Try: blockzoo status{server}; blockzoo chat NAME{server}; {stop}")
+    note(
+        f"The same address takes every command: blockzoo register FOLDER --name NAME --server {address} "
+        "adds a variant, blockzoo ls --server lists them."
+    )

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from blockserve.cli.options.place import at_hand
 from blockserve.cli.options.shared import DEFAULT_ZOO, JsonOption, ZooOption, open_zoo
 from blockserve.cli.views.progress import progress
-from blockserve.cli.views.tables import add_row, make_table, note, print_json, say, short, stdout
+from blockserve.cli.views.tables import Column, Table, note, print_json, print_table, say, short
 
 if TYPE_CHECKING:
     from blockzoo.equivalence import Decision, EquivalenceRecord
@@ -113,7 +114,7 @@ def evaluate(
     table = _table()
     for record in records:
         _add_record(table, record)
-    stdout().print(table)
+    print_table(table)
     used = records[0]
     say(f"{used.num_tokens} tokens in windows of {used.window_tokens}, {used.dtype}.")
     best = records[-1].id
@@ -147,7 +148,7 @@ def list_(
         table = _table("STATE", "DATE")
         for report in reports:
             _add_record(table, report.record, _state(report), report.record.created_at[:10])
-        stdout().print(table)
+        print_table(table)
     elif approved:
         say("Nothing is approved. `blockzoo equivalence list` shows what was measured.")
     else:
@@ -274,7 +275,7 @@ def revoke(
         say(f"Revoked {short(decision.record)} at {decision.at} by {decision.by}.")
 
 
-VERBS = (evaluate, list_, show, approve, revoke)
+VERBS = (at_hand(evaluate), at_hand(list_), at_hand(show), at_hand(approve), at_hand(revoke))
 
 
 def _who(by: str | None) -> str:
@@ -288,14 +289,15 @@ def _who(by: str | None) -> str:
         ) from None
 
 
-def _table(*more: str) -> Any:
-    numeric = ("KL", "WORST", "TOP-1", "WEIGHTS", "TOKENS")
-    return make_table("ID", "A", "B IN ITS PLACE", *numeric, *more, numeric=numeric)
+def _table(*more: str) -> Table:
+    names = (Column("ID"), Column("A", folds=16), Column("B IN ITS PLACE", folds=16))
+    numbers = ("KL", 0), ("WORST", 1), ("TOP-1", 0), ("WEIGHTS", 3), ("TOKENS", 2)
+    numeric = (Column(name, numeric=True, rank=rank) for name, rank in numbers)
+    return Table((*names, *numeric, *(Column(name, folds=16) for name in more)))
 
 
-def _add_record(table: Any, record: EquivalenceRecord, *more: object) -> None:
-    add_row(
-        table,
+def _add_record(table: Table, record: EquivalenceRecord, *more: object) -> None:
+    table.add(
         short(record.id),
         record.original,
         record.substitute,
@@ -334,12 +336,13 @@ def _print_report(report: EquivalenceReport) -> None:
         say(f"  {key:<{width}}  {value}")
     if report.decisions:
         say("")
-        table = make_table("NO", "DECISION", "FOR", "BOUND", "BY", "AT", "REASON", numeric=("NO",))
+        folded = (Column(name, folds=16) for name in ("DECISION", "FOR", "BOUND", "BY"))
+        table = Table((Column("NO", numeric=True), *folded, Column("AT", rank=1), Column("REASON", folds=16)))
         for one in report.decisions:
             what = f"{one.action} (forced)" if one.forced else one.action
             cells = (", ".join(one.variants) or "-", _bound(one), one.by, one.at, one.reason)
-            add_row(table, one.number, what, *cells)
-        stdout().print(table)
+            table.add(one.number, what, *cells)
+        print_table(table)
 
 
 def _bound(decision: Decision) -> str:

@@ -2,51 +2,106 @@
 
 from __future__ import annotations
 
-from itertools import groupby
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable
+from enum import StrEnum
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from blockserve.cli.options.place import Place, at_a_place
 from blockserve.cli.options.shared import JsonOption, RefArgument
-from blockserve.cli.views.tables import add_row, format_bytes, make_table, print_json, say, stdout
+from blockserve.cli.views.tables import note, print_json, print_lines, print_table, say, terminal_width
+from blockserve.cli.views.zoo import draw_diff, draw_usage, draw_variant, variants_table
 
 FirstArgument = Annotated[str, typer.Argument(metavar="A", help="NAME or NAME@N.")]
 SecondArgument = Annotated[str, typer.Argument(metavar="B", help="NAME or NAME@N.")]
 
 if TYPE_CHECKING:
-    from blockzoo.reports.values import (
-        Applied,
-        DiffReport,
-        LinkDiff,
-        Run,
-        ShowReport,
-        UsageReport,
-        VariantRow,
-    )
+    from blockzoo.reports.values import VariantRow
+
+
+class Order(StrEnum):
+    """What `ls` can be sorted by."""
+
+    NAME = "name"
+    SIZE = "size"
+    STORED = "stored"
+    AGE = "age"
+    BASE = "base"
 
 
 @at_a_place
-def ls(as_json: JsonOption = False, *, place: Place) -> None:
+def ls(
+    pattern: Annotated[
+        str | None,
+        typer.Argument(metavar="[PATTERN]", help="Only names that match, as in 'support-*'; quote it."),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", metavar="VARIANT", help="Only variants registered on this one (or NAME@N)."),
+    ] = None,
+    sort: Annotated[
+        Order,
+        typer.Option("--sort", help="By name, or base; or the largest (size, stored) or newest (age) first."),
+    ] = Order.NAME,
+    limit: Annotated[
+        int | None, typer.Option("--limit", "-n", metavar="N", min=1, help="Only the first N of them.")
+    ] = None,
+    as_json: JsonOption = False,
+    *,
+    place: Place,
+) -> None:
     """List the variants of a zoo.
 
-    PRIVATE counts the bytes that only this variant needs: removing it frees about that much.
+    CHECKPOINT is what a variant would take as a checkpoint of its own, PRIVATE the part of it that no other
+    variant has, and STORED what that part takes in the zoo. `blockzoo du` says what removing a variant would
+    free. A narrow terminal shows fewer columns; --json has all.
 
     \b
     Examples:
       blockzoo ls
-      blockzoo ls --zoo s3://models/zoo
+      blockzoo ls 'support-*' --sort age
+      blockzoo ls --base smollm2 --sort stored --limit 10
       blockzoo ls --server models.example:7450
       blockzoo ls --json | jq -r '.variants[].name'
     """
     with place.open() as zoo:
         url, rows = zoo.url, zoo.ls()
+    found = [row for row in rows if _matches(row, pattern, base)]
+    shown = sorted(found, key=_ORDERS[sort])[:limit]
     if as_json:
-        print_json({"zoo": url, "variants": [row.to_json() for row in rows]})
+        print_json({"zoo": url, "variants": [row.to_json() for row in shown]})
+    elif shown:
+        print_table(variants_table(shown))
+        if len(shown) < len(found):
+            note(f"{len(found) - len(shown)} more of {len(found)} are not listed (--limit).")
     elif rows:
-        _print_rows(rows)
+        note(f"None of the {len(rows)} variants is meant by that.")
     else:
         say("The zoo is empty. Register a checkpoint: blockzoo register FOLDER --name NAME")
+
+
+_ORDERS: dict[Order, Callable[[VariantRow], Any]] = {
+    Order.NAME: lambda row: row.name,
+    Order.SIZE: lambda row: (-row.checkpoint_bytes, row.name),
+    Order.STORED: lambda row: (-row.private_stored_bytes, row.name),
+    Order.AGE: lambda row: (_descending(row.registered_at), row.name),
+    Order.BASE: lambda row: (row.base or "", row.name),
+}
+
+
+def _descending(text: str) -> tuple[int, ...]:
+    """Sorts texts from last to first."""
+    return tuple(-ord(char) for char in text)
+
+
+def _matches(row: VariantRow, pattern: str | None, base: str | None) -> bool:
+    if pattern is not None and not fnmatchcase(row.name, pattern):
+        return False
+    if base is None:
+        return True
+    return row.base == base if "@" in base else (row.base or "").partition("@")[0] == base
 
 
 @at_a_place
@@ -67,12 +122,15 @@ def show(ref: RefArgument, as_json: JsonOption = False, *, place: Place) -> None
     if as_json:
         print_json(report.to_json())
     else:
-        _print_variant(report)
+        print_lines(draw_variant(report, terminal_width()))
 
 
 @at_a_place
 def du(as_json: JsonOption = False, *, place: Place) -> None:
     """Show the sizes of variants, as checkpoints and in the zoo.
+
+    PRIVATE is what no other variant has, STORED what that takes in the zoo. RM FREES is what `blockzoo rm`
+    and `blockzoo gc` would free: not what other variants are stored as differences to.
 
     \b
     Examples:
@@ -84,7 +142,7 @@ def du(as_json: JsonOption = False, *, place: Place) -> None:
     if as_json:
         print_json(report.to_json())
     else:
-        _print_usage(report)
+        print_lines(draw_usage(report, terminal_width()))
 
 
 @at_a_place
@@ -101,109 +159,4 @@ def diff(a: FirstArgument, b: SecondArgument, as_json: JsonOption = False, *, pl
     if as_json:
         print_json(report.to_json())
     else:
-        _print_diff(report)
-
-
-def _print_rows(rows: list[VariantRow]) -> None:
-    table = make_table(
-        "NAME", "VERSION", "KIND", "BASE", "CHECKPOINT", "PRIVATE", "REGISTERED",
-        numeric=("VERSION", "CHECKPOINT", "PRIVATE"),
-    )  # fmt: skip
-    for row in rows:
-        sizes = (format_bytes(row.checkpoint_bytes), format_bytes(row.private_bytes))
-        add_row(table, row.name, row.version, row.kind, row.base or "-", *sizes, row.registered_at[:10])
-    stdout().print(table)
-
-
-def _print_variant(report: ShowReport) -> None:
-    current = "current" if report.current else "old"
-    versions = ", ".join(map(str, report.versions))
-    say(f"{report.name}@{report.version} ({current}; versions {versions}), {report.kind}, {report.family}")
-    say(f"  {report.draw()}")
-    facts = {
-        "chain": report.chain,
-        "context": f"{report.context_length} tokens, vocabulary {report.vocab_size}",
-        "bytes": f"{format_bytes(report.checkpoint_bytes)} as a checkpoint, "
-        f"{format_bytes(report.private_bytes)} private, {format_bytes(report.stored_bytes)} stored in all",
-        **dict(sorted(report.provenance.items())),
-    }
-    width = max(map(len, facts))
-    for key, value in facts.items():
-        say(f"  {key:<{width}}  {value}")
-    say("")
-    table = make_table("LINKS", "KIND", "BYTES", "APPLIED", "SHARED WITH", numeric=("BYTES",))
-    for run in report.runs:
-        applied = "; ".join(map(_describe_applied, run.applied)) or "-"
-        add_row(table, run.label, run.kind, format_bytes(run.num_bytes), applied, _shared(run))
-    stdout().print(table)
-    files = make_table("FILE", "BYTES", numeric=("BYTES",))
-    for name, size in sorted(report.files.items()):
-        if not name.startswith("."):
-            add_row(files, name, format_bytes(size))
-    say("")
-    stdout().print(files)
-
-
-def _shared(run: Run) -> str:
-    if not run.shared_with:
-        return "nobody"
-    more = len(run.shared_with) - 4
-    return ", ".join(run.shared_with[:4]) + (f" and {more} more" if more > 0 else "")
-
-
-def _describe_applied(item: Applied) -> str:
-    ranks = "/".join(map(str, item.ranks))
-    return f"{item.kind} rank {ranks} on {', '.join(item.modules)} ({format_bytes(item.num_bytes)})"
-
-
-def _print_usage(report: UsageReport) -> None:
-    numeric = ("VERSIONS", "CHECKPOINTS", "PRIVATE", "PRIVATE STORED")
-    table = make_table("NAME", *numeric, numeric=numeric)
-    for row in report.rows:
-        sizes = (row.checkpoint_bytes, row.private_bytes, row.private_stored_bytes)
-        add_row(table, row.name, row.versions, *map(format_bytes, sizes))
-    stdout().print(table)
-    say("")
-    say(f"as checkpoints   {format_bytes(report.checkpoint_bytes):>8}")
-    say(f"distinct         {format_bytes(report.distinct_bytes):>8}")
-    say(
-        f"stored           {format_bytes(report.stored_bytes):>8}   "
-        f"checkpoints would take {report.sharing_factor:.1f} times as much"
-    )
-    say(f"manifests        {format_bytes(report.manifest_bytes):>8}")
-    if report.unreachable_bytes:
-        say(f"unreachable      {format_bytes(report.unreachable_bytes):>8}   `blockzoo gc` frees it")
-
-
-def _print_diff(report: DiffReport) -> None:
-    say(f"{report.a} -> {report.b}")
-    say(
-        f"  {report.equal} links equal, {report.adapters} differ in adapters only, "
-        f"{report.different} differ; {format_bytes(report.changed_bytes)} of base blocks changed"
-    )
-    changed = [link for link in report.links if link.status != "equal"]
-    if changed:
-        table = make_table("LINKS", "STATUS", "CHANGED", "BYTES", numeric=("BYTES",))
-        for (kind, status, names, applied), group in groupby(changed, _alike):
-            links = list(group)
-            size = sum(tensor.changed_bytes for link in links for tensor in link.tensors)
-            if applied:
-                names = (*names, "what is applied")
-                size += sum(link.applied_bytes_b for link in links)
-            add_row(table, _label(kind, links), status, ", ".join(names), format_bytes(size))
-        stdout().print(table)
-    if report.files:
-        say(f"  files: {', '.join(name for name in report.files if not name.startswith('.')) or '-'}")
-
-
-def _alike(link: LinkDiff) -> tuple[str, str, tuple[str, ...], bool]:
-    applied = link.status == "adapters" or link.applied_bytes_a != link.applied_bytes_b
-    return link.kind, link.status, tuple(tensor.name for tensor in link.tensors), applied
-
-
-def _label(kind: str, links: list[LinkDiff]) -> str:
-    """Layers are numbered as in the checkpoint: the embedding stands before them."""
-    if kind != "layer":
-        return kind
-    first, last = links[0].position - 1, links[-1].position - 1
-    return f"layer {first}" if first == last else f"layers {first}-{last}"
+        print_lines(draw_diff(report, terminal_width()))

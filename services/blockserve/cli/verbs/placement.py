@@ -12,7 +12,7 @@ import typer
 from blockserve.cli.options.connection import Connection, connects
 from blockserve.cli.options.shared import JsonOption, NameArgument
 from blockserve.cli.verbs.server import CALL_TIMEOUT_S
-from blockserve.cli.views.tables import add_row, make_table, print_json, say
+from blockserve.cli.views.tables import Column, Table, print_json, print_table, say, some
 
 if TYPE_CHECKING:
     from blockserve.common.api.placement import WishStatus
@@ -197,16 +197,15 @@ def _sentence(status: WishStatus) -> str:
 
 
 def _print_wishes(wishes: list[WishStatus], as_json: bool) -> None:
-    from blockserve.cli.views.tables import stdout
-
     if as_json:
         print_json({"wishes": [dataclasses.asdict(status) for status in wishes]})
         return
     if not wishes:
         say("No placement wishes; traffic decides what is loaded where.")
         return
-    table = make_table("VARIANT", "WISHED", "PLACED ON", "SINCE")
+    folded = (Column("WISHED", folds=16), Column("PLACED ON", folds=16))
+    table = Table((Column("VARIANT"), *folded, Column("SINCE", rank=1)))
     for status in wishes:
-        placed = ", ".join(status.placed) or ("-" if status.chain else "not registered")
-        add_row(table, status.variant, _sentence(status), placed, status.since)
-    stdout().print(table)
+        placed = some(status.placed, 6) or ("-" if status.chain else "not registered")
+        table.add(status.variant, _sentence(status), placed, status.since)
+    print_table(table)

@@ -11,19 +11,17 @@ import typer
 
 from blockserve.cli.options.connection import Connection, connects
 from blockserve.cli.options.shared import JsonOption, RefArgument
+from blockserve.cli.views.server import draw_status, headline
 from blockserve.cli.views.tables import (
-    add_row,
-    format_bytes,
     format_seconds,
-    make_table,
     print_json,
+    print_lines,
     say,
-    short,
+    terminal_height,
+    terminal_width,
 )
 
 if TYPE_CHECKING:
-    from rich.console import Group
-
     from blockserve.client.blocking import Client
     from blockserve.common.api.status import ServerStatus
 
@@ -37,6 +35,9 @@ def status(
         float | None,
         typer.Option("--watch", "-w", metavar="SECONDS", min=0.1, help="Refresh every SECONDS until Ctrl-C."),
     ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", "-a", help="List idle variants and workers one by one, however many.")
+    ] = False,
     as_json: JsonOption = False,
     *,
     connection: Connection,
@@ -44,9 +45,9 @@ def status(
     """Show what a server or a cluster holds and does: chains, workers, segments, queues, KV pages.
 
     A segment is a run of base blocks that the same chains pass through. MIXED counts forward calls that
-    served more than one variant at once. A cluster's router shows its workers, how many of them hold each
-    segment, and the paths of its running requests instead. With --json and --watch each line is one JSON
-    value.
+    served more than one variant at once. Chains are listed busiest first; of many, the idle ones are one
+    line. A cluster's router shows its workers, how many of them hold each segment, and the paths of its
+    running requests instead. With --json and --watch each line is one JSON value.
 
     \b
     Examples:
@@ -56,7 +57,7 @@ def status(
     """
     with connection.open(timeout=CALL_TIMEOUT_S) as client:
         if watch is None:
-            _print_once(client.status(), as_json)
+            _print_once(client.status(), as_json, everything)
         elif as_json or not sys.stdout.isatty():
             _print_lines(client, watch, as_json)
         else:
@@ -167,13 +168,11 @@ def status_to_json(report: ServerStatus) -> dict[str, Any]:
     return dataclasses.asdict(report)
 
 
-def _print_once(report: ServerStatus, as_json: bool) -> None:
-    from blockserve.cli.views.tables import stdout
-
+def _print_once(report: ServerStatus, as_json: bool, everything: bool) -> None:
     if as_json:
         print_json(status_to_json(report))
     else:
-        stdout().print(_draw(report))
+        print_lines(draw_status(report, terminal_width(), everything=everything))
 
 
 def _print_lines(client: Client, seconds: float, as_json: bool) -> None:
@@ -181,81 +180,22 @@ def _print_lines(client: Client, seconds: float, as_json: bool) -> None:
 
     while True:
         report = client.status()
-        say(json.dumps(status_to_json(report)) if as_json else _headline(report))
+        say(json.dumps(status_to_json(report)) if as_json else headline(report))
         sys.stdout.flush()
         threading.Event().wait(seconds)
 
 
 def _watch(client: Client, seconds: float) -> None:
+    from rich.console import Console
     from rich.live import Live
-
-    from blockserve.cli.views.tables import stdout
-
-    with Live(_draw(client.status()), console=stdout(), screen=True, auto_refresh=False) as live:
-        while True:
-            threading.Event().wait(seconds)
-            live.update(_draw(client.status()), refresh=True)
-
-
-def _headline(report: ServerStatus) -> str:
-    held = (
-        f"{len(report.chains)} chains loaded"
-        if report.cluster is None
-        else f"{len(report.cluster.workers)} workers, {report.cluster.failovers} failovers"
-    )
-    return (
-        f"{report.running_requests} running, {report.waiting_requests} waiting, "
-        f"{report.kv_pages_used} of {report.kv_pages_total} KV pages, {held}"
-    )
-
-
-def _draw(report: ServerStatus) -> Group:
-    from blockserve.cli.views.cluster import draw_cluster
-
-    return _draw_server(report) if report.cluster is None else draw_cluster(report, report.cluster)
-
-
-def _draw_server(report: ServerStatus) -> Group:
-    from rich.console import Group
     from rich.text import Text
 
-    used = report.kv_pages_used / report.kv_pages_total if report.kv_pages_total else 0.0
-    head = "\n".join(
-        (
-            f"blockzoo {report.version}, up {format_seconds(report.uptime_seconds)}, "
-            f"on {report.device}, zoo {report.zoo_url}",
-            f"requests  {report.running_requests} running, {report.waiting_requests} waiting; "
-            f"{report.passes} passes",
-            f"KV pages  {report.kv_pages_used} of {report.kv_pages_total} used ({used:.0%} of "
-            f"{format_bytes(report.kv_bytes_total)}), {report.kv_pages_cached} more cached; "
-            f"{report.preemptions} pre-emptions",
-            f"prefixes  {report.prefix_hit_tokens} of {report.prefix_queried_tokens} prompt tokens "
-            "were in the cache",
-            f"blocks    {format_bytes(report.block_bytes)} in memory; "
-            f"{report.chain_evictions} chains made room for others",
-        )
-    )
-    chains = make_table(
-        "CHAIN", "VARIANTS", "RUNNING", "PRIVATE", "TOTAL", "PINNED", numeric=("RUNNING", "PRIVATE", "TOTAL")
-    )
-    for chain in report.chains:
-        sizes = (format_bytes(chain.private_bytes), format_bytes(chain.total_bytes))
-        models = ", ".join(chain.models) or "-"
-        pinned = "yes" if chain.pinned else ""
-        add_row(chains, short(chain.chain_digest), models, chain.running_requests, *sizes, pinned)
-    numeric = ("CHAINS", "CALLS", "TOKENS", "MIXED", "MOST SEQUENCES", "MOST CHAINS")
-    segments = make_table("SEGMENT", "BLOCKS", *numeric, numeric=numeric)
-    for segment in report.segments:
-        last = segment.first_position + segment.num_blocks - 1
-        add_row(
-            segments,
-            short(segment.segment_id),
-            f"{segment.first_position}-{last}",
-            segment.num_chains,
-            segment.forward_calls,
-            segment.tokens,
-            segment.mixed_calls,
-            segment.largest_batch_sequences,
-            segment.largest_batch_chains,
-        )
-    return Group(Text(head), Text(), chains, Text(), segments)
+    def draw() -> Text:
+        lines = draw_status(client.status(), terminal_width(), terminal_height())
+        return Text("\n".join(lines[: terminal_height()]), no_wrap=True)
+
+    console = Console(file=sys.stdout, highlight=False)
+    with Live(draw(), console=console, screen=True, auto_refresh=False) as live:
+        while True:
+            threading.Event().wait(seconds)
+            live.update(draw(), refresh=True)

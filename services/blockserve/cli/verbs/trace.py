@@ -8,7 +8,7 @@ import typer
 
 from blockserve.cli.options.connection import Connection, connects
 from blockserve.cli.options.shared import JsonOption
-from blockserve.cli.views.tables import print_json
+from blockserve.cli.views.tables import print_json, print_lines, terminal_width
 
 CALL_TIMEOUT_S = 10.0
 """Each worker of the path is given two seconds."""
@@ -43,7 +43,6 @@ def trace(
       blockzoo trace invoice-1
       blockzoo trace invoice-1 --json | jq '.calls[-1].choices[0].parts'
     """
-    from blockserve.cli.views.tables import stdout
     from blockserve.cli.views.trace import call_to_json, draw_call
 
     with connection.open(timeout=CALL_TIMEOUT_S) as client:
@@ -52,6 +51,4 @@ def trace(
         print_json({"calls": [call_to_json(call) for call in calls]})
         return
     for number, call in enumerate(calls):
-        if number:
-            stdout().print()
-        stdout().print(draw_call(call))
+        print_lines([*([""] if number else []), *draw_call(call, terminal_width())])

@@ -1,30 +1,29 @@
-"""What the verbs print: tables for people, one JSON value with `--json`."""
+"""What the verbs print: tables for people, one JSON value with `--json`.
+
+Tables are laid out for a width: columns that do not fit are folded at spaces, then the least important ones
+are left out, and at last each row becomes a short paragraph. No word is ever broken. In a pipe a row is one
+line.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
-
-PIPE_WIDTH = 10_000
-"""Columns where there is no terminal: rows are never folded, so that grep and awk see whole ones."""
-
-
-def stdout() -> Console:
-    """The console for results. Made anew each time, because tests and pipes replace `sys.stdout`."""
-    from rich.console import Console
-
-    return Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+GAP = "  "
+INDENT = "  "
 
 
 def stderr() -> Console:
-    """The console for progress, notes and errors."""
+    """The console for progress, notes and errors. Made anew each time, because tests replace `sys.stderr`."""
     from rich.console import Console
 
     return Console(file=sys.stderr, highlight=False)
@@ -36,21 +35,148 @@ def print_json(value: Any) -> None:
     sys.stdout.flush()
 
 
-def make_table(*columns: str, numeric: Sequence[str] = ()) -> Table:
-    """A plain table; the columns in `numeric` are aligned right."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for column in columns:
-        table.add_column(column, justify="right" if column in numeric else "left", overflow="fold")
-    return table
+def terminal_width() -> int | None:
+    """Columns of the terminal that results go to; None where they go elsewhere, and lines may be long."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
-def add_row(table: Table, *cells: object) -> None:
-    """Add a row of plain text: a name with brackets is a name, not markup."""
-    from rich.text import Text
+def terminal_height() -> int | None:
+    """Lines of the terminal that results go to, or None."""
+    return shutil.get_terminal_size().lines if sys.stdout.isatty() else None
 
-    table.add_row(*(Text(str(cell)) for cell in cells))
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column of a table.
+
+    Attributes:
+        name: its head.
+        numeric: whether cells are aligned right.
+        folds: width down to which cells may be folded at spaces rather than that columns are left out; 0 for
+            cells that are not folded.
+        rank: the higher, the sooner it is left out where there is no room; 0 never.
+    """
+
+    name: str
+    numeric: bool = False
+    folds: int = 0
+    rank: int = 0
+
+
+@dataclass(slots=True)
+class Table:
+    """Rows of plain text under named columns; the first column names the row.
+
+    Attributes:
+        columns: from left to right.
+        rows: one text for each column.
+    """
+
+    columns: tuple[Column, ...]
+    rows: list[list[str]] = field(default_factory=list)
+
+    def add(self, *cells: object) -> None:
+        """Add a row."""
+        assert len(cells) == len(self.columns)
+        self.rows.append([printable(str(cell)) for cell in cells])
+
+    def lines(self, width: int | None) -> list[str]:
+        """The table as lines of at most `width` columns, where words allow; None: as wide as it is."""
+        kept = [n for n, column in enumerate(self.columns) if not column.rank or any(r[n] for r in self.rows)]
+        while width is not None:
+            if (widths := self._fit(kept, width)) is not None:
+                return self._draw(kept, widths)
+            droppable = [index for index in kept if self.columns[index].rank]
+            if not droppable:
+                return self._paragraphs(kept, width)
+            kept.remove(max(droppable, key=lambda index: self.columns[index].rank))
+        return self._draw(kept, [self._natural(index) for index in kept])
+
+    def _texts(self, index: int) -> list[str]:
+        return [self.columns[index].name, *(row[index] for row in self.rows)]
+
+    def _natural(self, index: int) -> int:
+        return max(map(cells_of, self._texts(index)))
+
+    def _least(self, index: int) -> int:
+        """The narrowest that a column is made: no word is broken, and few lines are needed."""
+        natural, folds = self._natural(index), self.columns[index].folds
+        if not folds:
+            return natural
+        longest = max((cells_of(word) for text in self._texts(index) for word in text.split()), default=0)
+        return max(longest, min(natural, folds))
+
+    def _fit(self, kept: Sequence[int], width: int) -> list[int] | None:
+        """Widths of the columns, or None where they do not fit."""
+        room = width - len(GAP) * (len(kept) - 1)
+        widths = [self._least(index) for index in kept]
+        spare = room - sum(widths)
+        if spare < 0:
+            return None
+        wants = [self._natural(index) - least for index, least in zip(kept, widths, strict=True)]
+        for place in sorted(range(len(kept)), key=lambda place: wants[place]):
+            sharers = sum(want > 0 for want in wants[place:]) or 1
+            given = min(wants[place], max(spare // sharers, 0)) if wants[place] else 0
+            widths[place] += given
+            spare -= given
+        # What rounding and narrow columns left over goes to the widest.
+        for place in sorted(range(len(kept)), key=lambda place: -wants[place]):
+            more = min(spare, self._natural(kept[place]) - widths[place])
+            widths[place] += more
+            spare -= more
+        return widths
+
+    def _draw(self, kept: Sequence[int], widths: Sequence[int]) -> list[str]:
+        lines = []
+        for row in ([column.name for column in self.columns], *self.rows):
+            folded = [fold(row[index], width) for index, width in zip(kept, widths, strict=True)]
+            for number in range(max(map(len, folded))):
+                cells = [
+                    _align(part[number] if number < len(part) else "", width, self.columns[index].numeric)
+                    for part, index, width in zip(folded, kept, widths, strict=True)
+                ]
+                lines.append(GAP.join(cells).rstrip())
+        return lines
+
+    def _paragraphs(self, kept: Sequence[int], width: int) -> list[str]:
+        """Each row as its name and, indented, what the other columns say."""
+        lines = []
+        for row in self.rows:
+            lines.append(row[kept[0]])
+            told = [
+                f"{self.columns[index].name.lower()} {row[index]}"
+                for index in kept[1:]
+                if row[index] not in ("", "-")
+            ]
+            lines += [INDENT + line for line in fold("; ".join(told), width - len(INDENT))]
+        return lines
+
+
+def as_many_as_fit(draw: Callable[[int], list[str]], rows: int, most: int | None) -> list[str]:
+    """What `draw` makes of as many rows as go into `most` lines; at least one, and all where most is None."""
+    while most is not None and rows > 1 and len(draw(rows)) > most:
+        rows -= max(1, (len(draw(rows)) - most) // 3)
+    return draw(max(rows, 1))
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Write lines of a result."""
+    for line in lines:
+        say(line)
+    sys.stdout.flush()
+
+
+def print_table(table: Table) -> None:
+    """Write a table for the terminal, or the lack of one; its head in bold where that can be shown."""
+    first, *rest = table.lines(terminal_width()) or [""]
+    say(bold(first) if first.lstrip().startswith(table.columns[0].name) else first)
+    print_lines(rest)
+
+
+def bold(text: str) -> str:
+    """The text in bold, on a terminal that can."""
+    plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
+    return text if plain else f"\x1b[1m{text}\x1b[0m"
 
 
 def say(text: str) -> None:
@@ -61,6 +187,57 @@ def say(text: str) -> None:
 def note(text: str) -> None:
     """Write a line that is not part of the result."""
     sys.stderr.write(text + "\n")
+
+
+def fold(text: str, width: int | None) -> list[str]:
+    """Cut a text at spaces into lines of at most `width` columns, indented like the first of them.
+
+    A word that is longer has a line of its own.
+    """
+    if width is None or cells_of(text) <= width:
+        return [text]
+    blank = text[: len(text) - len(text.lstrip(" "))]
+    first, *words = text.lstrip(" ").split(" ")
+    lines = [blank + first]
+    for word in words:
+        longer = f"{lines[-1]} {word}"
+        if cells_of(longer) > width:
+            lines.append(blank + word)
+        else:
+            lines[-1] = longer
+    return [line.rstrip() for line in lines]
+
+
+def cells_of(text: str) -> int:
+    """Columns that a text takes on a terminal."""
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len
+
+    return cell_len(text)
+
+
+def _align(text: str, width: int, right: bool) -> str:
+    blank = " " * max(0, width - cells_of(text))
+    return blank + text if right else text + blank
+
+
+def printable(text: str) -> str:
+    """The text with control characters spelled out: what comes from a file must not steer the terminal."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def counted(count: int, word: str) -> str:
+    """1 chain, 2 chains."""
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
+
+
+def some(names: Sequence[str], most: int = 4) -> str:
+    """Names in a row; of many, the first few and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names) if more <= 1 else f"{', '.join(names[:most])} and {more} more"
 
 
 def format_bytes(count: float) -> str:

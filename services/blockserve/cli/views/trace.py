@@ -5,31 +5,37 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from blockserve.cli.views.tables import add_row, format_seconds, make_table
+from blockserve.cli.views.tables import Column, Table, fold, format_seconds
+from blockserve.cli.views.words import describe_run, last_position
 
 if TYPE_CHECKING:
-    from rich.console import Group
-    from rich.table import Table
-
     from blockserve.common.api.call_trace import CallTrace, ChoiceTrace
     from blockserve.common.api.spans import PathTrace, SpanTimes
     from blockserve.router.traces.parts import Part
 
-NUMERIC = ("TOKENS", "PROMPT", "DECODE", "PER TOKEN", "LONGEST", "WAITED", "TIME", "SHARE")
+COLUMNS = (
+    Column("PART", folds=22),
+    Column("HOLDS", folds=22, rank=3),
+    Column("TOKENS", numeric=True, folds=14, rank=2),
+    Column("PROMPT", numeric=True, rank=5),
+    Column("DECODE", numeric=True, rank=4),
+    Column("PER TOKEN", numeric=True, rank=1),
+    Column("LONGEST", numeric=True, rank=7),
+    Column("WAITED", numeric=True, rank=6),
+    Column("TIME", numeric=True),
+    Column("SHARE", numeric=True),
+)
 
 
-def draw_call(call: CallTrace) -> Group:
-    """A call for people."""
-    from rich.console import Group
-    from rich.text import Text
-
-    parts: list[Text | Table] = [Text(_headline(call))]
+def draw_call(call: CallTrace, width: int | None) -> list[str]:
+    """A call for people, as lines of at most `width` columns; None where lines may be long."""
+    lines = [line for text in _headline(call) for line in fold(text, width)]
     for choice in call.choices:
-        parts += [Text(), Text(_choice_line(choice, len(call.choices)))]
+        lines += ["", *fold(_choice_line(choice, len(call.choices)), width)]
         for path in choice.paths:
-            parts.append(Text(_path_line(path)))
-        parts.append(_table(choice))
-    return Group(*parts)
+            lines += fold(_path_line(path), width)
+        lines += _table(choice).lines(width)
+    return lines
 
 
 def call_to_json(call: CallTrace) -> dict[str, Any]:
@@ -55,13 +61,13 @@ def _parts_to_json(choice: ChoiceTrace) -> list[dict[str, Any]]:
     ]
 
 
-def _headline(call: CallTrace) -> str:
+def _headline(call: CallTrace) -> tuple[str, str]:
     model = f"{call.model}@{call.version}" if call.version else call.model
     tokens = sum(choice.tokens for choice in call.choices)
     return (
         f"request {call.request_id}  {model}, {call.prompt_tokens} + {tokens} tokens, {call.outcome}, "
-        f"{_ms(call.seconds)}; it came {format_seconds(call.age)} ago\n"
-        f"variant found in {_ms(call.resolving)}, prompt tokenised in {_ms(call.tokenising)}"
+        f"{_ms(call.seconds)}; it came {format_seconds(call.age)} ago",
+        f"variant found in {_ms(call.resolving)}, prompt tokenised in {_ms(call.tokenising)}",
     )
 
 
@@ -85,14 +91,16 @@ def _table(choice: ChoiceTrace) -> Table:
     from blockserve.router.traces.parts import parts_of
 
     several = len(choice.paths) > 1
-    table = make_table("PART", "POSITIONS", *NUMERIC, numeric=NUMERIC)
+    runs = [step.run for path in choice.paths for step in path.steps]
+    last = last_position((run.first, len(run)) for run in runs)
+    table = Table(COLUMNS)
     for part in parts_of(choice):
-        add_row(table, *_cells(part, choice, several))
-    add_row(table, "total", "", *[""] * 6, _ms(choice.seconds), "100%")
+        table.add(*_cells(part, choice, several, last))
+    table.add("total", *[""] * 7, _ms(choice.seconds), "100%")
     return table
 
 
-def _cells(part: Part, choice: ChoiceTrace, several: bool) -> list[str]:
+def _cells(part: Part, choice: ChoiceTrace, several: bool, last: int) -> list[str]:
     path = f"path {part.epoch}: " if several and part.epoch is not None else ""
     share = f"{part.seconds / choice.seconds:.0%}" if choice.seconds else ""
     time = [_ms(part.seconds), share]
@@ -100,7 +108,7 @@ def _cells(part: Part, choice: ChoiceTrace, several: bool) -> list[str]:
         per_token = _ms(part.per_token) if part.per_token else ""
         return [f"{path}{_name(part, choice)}", "", "", "", "", per_token, "", "", *time]
     run, times = part.step.run, part.step.times
-    row = [f"{path}{part.step.name or 'this process'}", f"{run.first}-{run.end - 1}"]
+    row = [f"{path}{part.step.name or 'this process'}", describe_run(run.first, len(run), last)]
     if times is None:
         return [*row, "unknown", "", "", "", "", "", "", ""]
     return [*row, *_measured(times), *time]

@@ -20,7 +20,8 @@ import grpc
 
 from blockserve.common.rpc.health import NOT_SERVING, SERVING, HealthReporter
 from blockserve.common.rpc.interceptors import ErrorInterceptor, TokenInterceptor
-from blockserve.common.rpc.listen import bind, enable_reflection, remove_socket, server_options
+from blockserve.common.rpc.listen import bind, remove_socket, server_options
+from blockserve.common.rpc.reflection import enable_reflection
 from blockserve.common.rpc.settings import ServerSettings, read_token
 
 CLOSE_SECONDS = 2.0

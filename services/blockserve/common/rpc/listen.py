@@ -6,7 +6,6 @@ import errno
 import os
 import socket
 import stat
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -44,14 +43,6 @@ def server_options(settings: ServerSettings) -> list[tuple[str, int]]:
         ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
         ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
     ]
-
-
-def enable_reflection(server: grpc.aio.Server, services: Sequence[str]) -> None:
-    """Answer gRPC reflection for these services, and for health."""
-    from grpc_health.v1 import health
-    from grpc_reflection.v1alpha import reflection
-
-    reflection.enable_server_reflection((*services, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
 
 
 def bind(server: grpc.aio.Server, settings: ServerSettings) -> str:

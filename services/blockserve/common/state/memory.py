@@ -147,6 +147,11 @@ class InProcessStore:
         shared.leader, shared.leader_end = holder, now + lease_seconds
         return FencingToken(shared.token)
 
+    async def leader(self) -> str | None:
+        """Who leads, as they call themselves; None while nobody does."""
+        shared = self._shared
+        return shared.leader if shared.leader_end > shared.clock() else None
+
     async def resign(self, holder: str) -> None:
         """Give up leadership, if it is `holder`'s."""
         if self._shared.leader == holder:

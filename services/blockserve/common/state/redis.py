@@ -122,6 +122,11 @@ class RedisStore:
         self._newest_token = max(self._newest_token, int(answer))
         return FencingToken(int(answer))
 
+    async def leader(self) -> str | None:
+        """Who leads, as they call themselves; None while nobody does."""
+        answer = await self._connection.run(scripts.LEADER)
+        return None if answer is None else str(answer)
+
     async def resign(self, holder: str) -> None:
         """Give up leadership, if it is `holder`'s."""
         await self._connection.run(scripts.RESIGN, holder)

@@ -223,6 +223,9 @@ return token
 )
 """Arguments: holder, lease in ms, the largest known token. Returns a token, or nil: another one leads."""
 
+LEADER = _COMMON + "return call('GET', leader)"
+"""No arguments. Returns the holder, or nil."""
+
 RESIGN = _COMMON + "if call('GET', leader) == ARGV[1] then call('DEL', leader) end"
 """Arguments: holder."""
 

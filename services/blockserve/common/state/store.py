@@ -68,6 +68,10 @@ class StateStore(Protocol):
         """Become or stay the leader; None while another one is. A leader that stays keeps its token."""
         ...
 
+    async def leader(self) -> str | None:
+        """Who leads, as they call themselves; None while nobody does."""
+        ...
+
     async def resign(self, holder: str) -> None:
         """Give up leadership, if it is `holder`'s."""
         ...

@@ -21,6 +21,7 @@ from blockserve.common import errors as serve_errors
 from blockserve.common.errors import (
     BreakCause,
     CapacityError,
+    NoLeaderError,
     NoPathError,
     PathBrokenError,
     RemoteError,
@@ -52,7 +53,7 @@ _LIMITS = ((1024, 256), (640, 96), (320, 48))
 
 _Code = grpc.StatusCode
 
-_RETRYABLE = (CapacityError, ServerStoppingError, PathBrokenError, NoPathError)
+_RETRYABLE = (CapacityError, ServerStoppingError, PathBrokenError, NoPathError, NoLeaderError)
 """Classes that say in `retry_after` when trying again makes sense."""
 
 STATUS: Mapping[type[BlockzooError], grpc.StatusCode] = {
@@ -132,6 +133,7 @@ STATUS: Mapping[type[BlockzooError], grpc.StatusCode] = {
     serve_errors.RequestNotFoundError: _Code.NOT_FOUND,
     serve_errors.SpanError: _Code.INVALID_ARGUMENT,
     serve_errors.NoPathError: _Code.UNAVAILABLE,
+    serve_errors.NoLeaderError: _Code.UNAVAILABLE,
     serve_errors.StateStoreError: _Code.UNAVAILABLE,
     serve_errors.StaleLeaderError: _Code.ABORTED,
     serve_errors.RemoteError: _Code.INTERNAL,

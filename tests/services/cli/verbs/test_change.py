@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 
@@ -48,7 +49,16 @@ def test_ls(run, zoo):
     assert rows["zoo"] == zoo.url
     assert [row["name"] for row in rows["variants"]] == ["base", "bot", "tuned"]
     lines = run("ls").out.splitlines()
-    assert lines[0].split() == ["NAME", "VERSION", "KIND", "BASE", "CHECKPOINT", "PRIVATE", "REGISTERED"]
+    assert lines[0].split() == [
+        "NAME",
+        "VERSION",
+        "KIND",
+        "BASE",
+        "CHECKPOINT",
+        "PRIVATE",
+        "STORED",
+        "REGISTERED",
+    ]
     assert lines[2].split()[:4] == ["bot", "1", "adapter", "base@1"]
 
 
@@ -63,6 +73,29 @@ def test_rows_are_not_folded_in_a_pipe(run, zoo, folders, monkeypatch):
     name = "a-name-that-is-long-" * 4
     run("register", folders / "base", "--name", name)
     assert any(line.startswith(f"{name} ") for line in run("ls").out.splitlines())
+
+
+def names(outcome):
+    return [line.split()[0] for line in outcome.out.splitlines()[1:]]
+
+
+def test_ls_of_some(run, zoo, folders):
+    run("register", folders / "adapter", "--name", "bot-2", "--base", "base")
+    assert names(run("ls", "bo*")) == ["bot", "bot-2"]
+    assert names(run("ls", "--base", "base")) == ["bot", "bot-2"]
+    assert names(run("ls", "--base", "base@2")) == []
+    assert names(run("ls", "--sort", "base"))[-2:] == ["bot", "bot-2"]
+    assert set(names(run("ls", "--sort", "age"))) == {"base", "bot", "bot-2", "tuned"}
+    listed = run("ls", "--limit", 1)
+    assert names(listed) == ["base"]
+    assert "3 more of 4 are not listed" in listed.err
+    assert [row["name"] for row in run("ls", "*-2", "--json").json["variants"]] == ["bot-2"]
+    stored = [row["private_stored_bytes"] for row in run("ls", "--sort", "stored", "--json").json["variants"]]
+    assert stored == sorted(stored, reverse=True)
+    assert len(set(stored)) > 1
+    nothing = run("ls", "x*")
+    assert (nothing.code, nothing.out) == (0, "")
+    assert "None of the 4 variants" in nothing.err
 
 
 def test_show(run, zoo):
@@ -261,3 +294,29 @@ def test_json_keys_are_the_promised_ones(run, zoo, folders, tmp_path, words):
     assert set(outcome.json) >= DOCUMENTED[next(key for key in DOCUMENTED if key[0] == words[0])]
     assert outcome.err == ""
     assert json.dumps(outcome.json)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("export", "base", "{tmp}/out"),
+        ("backup", "{tmp}/backup"),
+        ("restore", "{tmp}/backup"),
+        ("equivalence", "list"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_verbs_on_bytes_take_no_other_zoo_for_that_of_a_server(run, zoo, tmp_path, monkeypatch, words):
+    words = [word.format(tmp=tmp_path) for word in words]
+    zoo.backup(tmp_path / "backup")
+    monkeypatch.setenv("BLOCKZOO_SERVER", "models.example:7450")
+    assert run(*words).code == 0  # BLOCKZOO_ZOO names the zoo
+    monkeypatch.delenv("BLOCKZOO_ZOO")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    refused = run(*words)
+    assert refused.code == 2
+    assert "BLOCKZOO_SERVER names models.example:7450" in refused.err
+    assert "--zoo" in refused.err
+    assert not (tmp_path / ".blockzoo").exists()
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    assert run(*words, "--zoo", zoo.url).code == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from blockserve.cli.views.tables import stdout
 from blockserve.cli.views.trace import call_to_json, draw_call
 from blockserve.common.api.call_trace import CallTrace, ChoiceTrace
 from blockserve.common.api.cluster import Run, WorkerId
@@ -34,18 +33,17 @@ def call(*paths: PathTrace, count: int = 1) -> CallTrace:
 
 
 def drawn(shown: CallTrace) -> list[str]:
-    console = stdout()
-    with console.capture() as captured:
-        console.print(draw_call(shown))
-    return [" ".join(line.split()) for line in captured.get().splitlines()]
+    return [" ".join(line.split()) for line in draw_call(shown, None)]
 
 
 def test_a_chain_of_two_workers() -> None:
     lines = drawn(call(path(0, TAIL)))
     assert lines[0] == "request r tale@3, 8 + 11 tokens, finished, 15000 ms; it came 30 s ago"
     assert "path 0: a -> b; opened 2 times" in lines
-    assert "a 0-2 2 (6 cached) + 10 1000 ms 2000 ms 200 ms 1000 ms 250 ms 3250 ms 22%" in lines
-    assert "b 3-5 8 + 10 1500 ms 500 ms 50.00 ms 1500 ms 3500 ms 5500 ms 37%" in lines
+    assert (
+        "a embedding, layers 0-1 2 (6 cached) + 10 1000 ms 2000 ms 200 ms 1000 ms 250 ms 3250 ms 22%" in lines
+    )
+    assert "b layers 2-3, head 8 + 10 1500 ms 500 ms 50.00 ms 1500 ms 3500 ms 5500 ms 37%" in lines
     assert "hops (2 a token, 2.00 ms each by probes) 200 ms 2500 ms 17%" in lines
     assert lines[-1] == "total 15000 ms 100%"
     value = call_to_json(call(path(0, TAIL)))
@@ -58,7 +56,7 @@ def test_a_request_that_lost_a_worker() -> None:
     lines = drawn(call(path(0, None, ended="worker b is gone"), path(1, TAIL, moved="recompute: owner_lost")))
     assert "path 0: a -> b; opened 2 times; left: worker b is gone" in lines
     assert "path 1: a -> b; opened 2 times; keys and values: recompute: owner_lost" in lines
-    assert "path 0: b 3-5 unknown" in lines
+    assert "path 0: b layers 2-3, head unknown" in lines
     assert any(line.startswith("path 0: unknown") for line in lines)
     assert any(line.startswith("path 1: fetching keys and values 62.50 ms") for line in lines)
 

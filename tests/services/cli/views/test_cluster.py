@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from blockserve.cli.verbs import server as server_verbs
-from blockserve.cli.views.tables import stdout
+from blockserve.cli.verbs.server import status_to_json
+from blockserve.cli.views.server import draw_status, headline
 from blockserve.common.api.cluster import (
     ClusterView,
     LoadReport,
@@ -76,27 +76,25 @@ def test_each_worker_is_described_by_name() -> None:
 
 
 def test_tables_show_workers_and_replicas() -> None:
-    console = stdout()
-    with console.capture() as captured:
-        console.print(server_verbs._draw(status()))
-    lines = captured.get().splitlines()
-    assert "placement version 7; 3 failovers" in lines[1]
-    (paths,) = [number for number, line in enumerate(lines) if line.startswith("PATH ")]
-    (worker,) = [line.split() for line in lines[:paths] if line.startswith("a ")]
-    assert worker == ["a", "ready", "1", "2", "0.25", "s", "10", "of", "40", "5", "MB", "of", "9", "MB", "2",
-                      "0-3,", "4-5", "unix:/a"]  # fmt: skip
-    (idle,) = [line.split() for line in lines[:paths] if line.startswith("b ")]
-    assert idle == ["b", "draining", "0", "0", "-", "0", "of", "0", "0", "B", "1", "0-3", "unix:/b"]
-    (trunk,) = [line.split() for line in lines if line.startswith("aaaa")]
-    assert trunk == ["a" * 12, "0-3", "2", "a,", "b"]
-    (head,) = [line.split() for line in lines if line.startswith("bbbb")]
-    assert head == ["b" * 12, "4-5", "1", "a"]
-    assert [line.split() for line in lines[paths + 1 :]] == [
-        ["a", "(0-3)", "->", "b", "(4-5)", "5"],
-        ["b", "(4-5)", "1"],
+    lines = [" ".join(line.split()) for line in draw_status(status(), None)]
+    assert lines == [
+        "blockzoo 1.0, router up 5 s, 2 workers, zoo memory:",
+        "requests 2 running, 1 waiting; 3 failovers",
+        "",
+        "WORKER STATE RUNNING WAITING STEP KV PAGES MEMORY HOLDS ADDRESS",
+        "a ready 2 1 0.25 s 10 of 40 5 MB of 9 MB embedding, layers 0-3, head unix:/a",
+        "b draining 0 0 - - 0 B embedding, layers 0-2 unix:/b",
+        "",
+        "SEGMENT COUNT REPLICAS WORKERS ID",
+        "embedding, layers 0-2 1 2 a, b aaaaaaaaaaaa",
+        "layer 3, head 1 1 a bbbbbbbbbbbb",
+        "",
+        "PATH REQUESTS",
+        "a (embedding, layers 0-2) -> b (layer 3, head) 5",
+        "b (layer 3, head) 1",
     ]
 
 
 def test_one_line_of_a_watched_cluster() -> None:
-    assert server_verbs._headline(status()).endswith("2 workers, 3 failovers")
-    assert server_verbs.status_to_json(status())["cluster"]["workers"][0]["name"] == "a"
+    assert headline(status()).endswith("2 workers, 3 failovers")
+    assert status_to_json(status())["cluster"]["workers"][0]["name"] == "a"

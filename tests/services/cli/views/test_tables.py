@@ -33,10 +33,16 @@ def test_format_seconds(seconds, text):
 
 
 def test_cells_are_text_and_not_markup(capsys):
-    table = output.make_table("NAME")
-    output.add_row(table, "[red]x[/red]")
-    output.stdout().print(table)
+    table = output.Table((output.Column("NAME"),))
+    table.add("[red]x[/red]")
+    output.print_table(table)
     assert "[red]x[/red]" in capsys.readouterr().out
+
+
+def test_what_comes_from_files_does_not_steer_the_terminal():
+    table = output.Table((output.Column("NAME"),))
+    table.add("a\x1b[2Jb\nc\u202e\x9b1m é 日")
+    assert table.lines(None)[1] == r"a\x1b[2Jb\nc\u202e\x9b1m é 日"
 
 
 class Recorder(io.StringIO):

@@ -10,8 +10,9 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 
 from blockserve.common.errors import ConfigurationError, QueueFullError
 from blockserve.common.rpc.host import RpcHost
@@ -22,6 +23,7 @@ from support.edge import async_test
 SERVICE = "blockproto.v1.AdminService"
 """A service whose descriptor exists, so that reflection can list it; the tests answer its method `Say`."""
 REFLECTION = "grpc.reflection.v1alpha.ServerReflection"
+REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 FREE_PORT = "127.0.0.1:0"
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -114,11 +116,37 @@ async def test_the_token_is_asked_for_before_a_servicer_is_reached() -> None:
     await host.close()
 
 
-async def listed(channel: grpc.aio.Channel) -> set[str]:
-    stub = reflection_pb2_grpc.ServerReflectionStub(channel)
-    request = reflection_pb2.ServerReflectionRequest(list_services="")
-    [answer] = [answer async for answer in stub.ServerReflectionInfo(iter([request]))]
+async def reflect(channel: grpc.aio.Channel, service: str, **request: str) -> Any:
+    """Ask for reflection under one of its two names, whose messages are the same."""
+    call = channel.stream_stream(
+        f"/{service}/ServerReflectionInfo",
+        request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
+        response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
+    )
+    [answer] = [one async for one in call(iter([reflection_pb2.ServerReflectionRequest(**request)]))]
+    return answer
+
+
+async def listed(channel: grpc.aio.Channel, service: str) -> set[str]:
+    answer = await reflect(channel, service, list_services="")
     return {service.name for service in answer.list_services_response.service}
+
+
+@async_test
+async def test_reflection_has_two_names_and_describes_both() -> None:
+    host = make(reflection=True)
+    await host.start()
+    async with calling(host) as channel:
+        for asked in (REFLECTION, REFLECTION_V1):
+            assert {SERVICE, REFLECTION, REFLECTION_V1} <= await listed(channel, asked)
+            for symbol in (SERVICE, REFLECTION, REFLECTION_V1):
+                answer = await reflect(channel, asked, file_containing_symbol=symbol)
+                files = map(
+                    FileDescriptorProto.FromString, answer.file_descriptor_response.file_descriptor_proto
+                )
+                found = {f"{file.package}.{service.name}" for file in files for service in file.service}
+                assert symbol in found
+    await host.close()
 
 
 @async_test
@@ -127,7 +155,7 @@ async def test_reflection_is_answered_where_the_settings_say_so() -> None:
     for host in (open_host, closed_host):
         await host.start()
     async with calling(open_host) as channel:
-        assert {SERVICE, "grpc.health.v1.Health"} <= await listed(channel)
+        assert {SERVICE, "grpc.health.v1.Health"} <= await listed(channel, REFLECTION)
     async with calling(closed_host) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             # Unary: a stream may be refused while its request is being sent, and then fails with INTERNAL.

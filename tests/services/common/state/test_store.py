@@ -191,6 +191,7 @@ async def test_a_view_is_a_snapshot(backend: Backend) -> None:
 async def test_one_leader_at_a_time_and_it_keeps_its_token(backend: Backend) -> None:
     one, two = backend.open(), backend.open()
     token = await leader(one, "a")
+    assert await two.leader() == await one.leader() == "a"
     assert await two.lead("b", lease_seconds=LONG) is None
     assert await one.lead("a", lease_seconds=LONG) == token
     await two.resign("b")

@@ -1,0 +1,204 @@
+"""What the verbs about a zoo show: ls, show, du, diff, verify."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from blockserve.cli.views.tables import Column, Table, cells_of, fold, format_bytes, printable, some
+from blockserve.cli.views.words import describe_run
+
+if TYPE_CHECKING:
+    from blockzoo.care.verify import Problem
+    from blockzoo.reports.values import (
+        Applied,
+        DiffReport,
+        LinkDiff,
+        Run,
+        ShowReport,
+        UsageReport,
+        VariantRow,
+    )
+
+NAMED = 4
+"""Variants that are named where many share something."""
+
+
+def variants_table(rows: Sequence[VariantRow]) -> Table:
+    """`ls`: one row for each variant."""
+    table = Table(
+        (
+            Column("NAME"),
+            Column("VERSION", numeric=True, rank=4),
+            Column("KIND", rank=3),
+            Column("BASE", rank=1),
+            Column("CHECKPOINT", numeric=True, rank=5),
+            Column("PRIVATE", numeric=True, rank=6),
+            Column("STORED", numeric=True),
+            Column("REGISTERED", rank=2),
+        )
+    )
+    for row in rows:
+        sizes = map(format_bytes, (row.checkpoint_bytes, row.private_bytes, row.private_stored_bytes))
+        table.add(row.name, row.version, row.kind, row.base or "-", *sizes, row.registered_at[:10])
+    return table
+
+
+def draw_variant(report: ShowReport, width: int | None) -> list[str]:
+    """`show`: one variant, its chain and its files."""
+    current = "current" if report.current else "old"
+    versions = ", ".join(map(str, report.versions))
+    head = f"{report.name}@{report.version} ({current}; versions {versions}), {report.kind}, {report.family}"
+    facts = {
+        "chain": report.chain,
+        "context": f"{report.context_length} tokens, vocabulary {report.vocab_size}",
+        "bytes": f"{format_bytes(report.checkpoint_bytes)} as a checkpoint, "
+        f"{format_bytes(report.private_bytes)} private, {format_bytes(report.stored_bytes)} stored in all",
+        **{printable(key): printable(value) for key, value in sorted(report.provenance.items())},
+    }
+    files = Table((Column("FILE"), Column("BYTES", numeric=True)))
+    for name, size in sorted(report.files.items()):
+        if not name.startswith("."):
+            files.add(name, format_bytes(size))
+    drawn = fold(report.draw(), None if width is None else width - 2)
+    return [
+        *fold(head, width),
+        *(f"  {line}" for line in drawn),
+        *_facts(facts, width),
+        "",
+        *_links(report).lines(width),
+        "",
+        *files.lines(width),
+    ]
+
+
+def _facts(facts: dict[str, str], width: int | None) -> list[str]:
+    """Names and values side by side, long values folded under their beginning."""
+    left = max(map(cells_of, facts)) + 4
+    lines = []
+    for key, value in facts.items():
+        first, *rest = fold(value, None if width is None else max(20, width - left))
+        if width is not None and left + cells_of(first) > width:
+            lines += [f"  {key}", *(f"    {line}" for line in (first, *rest))]
+            continue
+        lines += [f"  {key:<{left - 4}}  {first}", *(f"{'':<{left}}{line}" for line in rest)]
+    return lines
+
+
+def _links(report: ShowReport) -> Table:
+    table = Table(
+        (
+            Column("LINKS"),
+            Column("BYTES", numeric=True, rank=1),
+            Column("APPLIED", folds=22),
+            Column("SHARED WITH", folds=18),
+        )
+    )
+    for run in report.runs:
+        applied = "; ".join(map(_describe_applied, run.applied)) or "-"
+        table.add(run.label, format_bytes(run.num_bytes), applied, _shared(run))
+    return table
+
+
+def _shared(run: Run) -> str:
+    return some(run.shared_with, NAMED) or "nobody"
+
+
+def _describe_applied(item: Applied) -> str:
+    ranks = "/".join(map(str, item.ranks))
+    return f"{item.kind} rank {ranks} on {', '.join(item.modules)} ({format_bytes(item.num_bytes)})"
+
+
+def draw_usage(report: UsageReport, width: int | None) -> list[str]:
+    """`du`: sizes of variants, and of all of them together."""
+    table = Table(
+        (
+            Column("NAME"),
+            Column("VERSIONS", numeric=True, rank=3),
+            Column("CHECKPOINTS", numeric=True, rank=2),
+            Column("PRIVATE", numeric=True, rank=4),
+            Column("STORED", numeric=True, rank=1),
+            Column("RM FREES", numeric=True),
+        )
+    )
+    for row in report.rows:
+        sizes = (row.checkpoint_bytes, row.private_bytes, row.private_stored_bytes, row.freed_bytes)
+        table.add(row.name, row.versions, *map(format_bytes, sizes))
+    totals = {
+        "as checkpoints": (report.checkpoint_bytes, ""),
+        "distinct": (report.distinct_bytes, ""),
+        "stored": (report.stored_bytes, f"checkpoints would take {report.sharing_factor:.1f} times as much"),
+        "manifests": (report.manifest_bytes, ""),
+    }
+    if report.unreachable_bytes:
+        totals["unreachable"] = report.unreachable_bytes, "`blockzoo gc` frees it"
+    lines = [f"{name:<14} {format_bytes(size):>8}   {text}".rstrip() for name, (size, text) in totals.items()]
+    return [*table.lines(width), "", *(part for line in lines for part in fold_totals(line, width))]
+
+
+def fold_totals(line: str, width: int | None) -> list[str]:
+    """A line of totals, its remark on the next line where there is no room."""
+    if width is None or cells_of(line) <= width:
+        return [line]
+    figures, _, remark = line.rpartition("   ")
+    return [figures.rstrip(), *(f"  {part}" for part in fold(remark, width - 2))]
+
+
+def draw_diff(report: DiffReport, width: int | None) -> list[str]:
+    """`diff`: what differs, links that differ alike in one row."""
+    summary = (
+        f"  {report.equal} links equal, {report.adapters} differ in adapters only, "
+        f"{report.different} differ; {format_bytes(report.changed_bytes)} of base blocks changed"
+    )
+    lines = [f"{report.a} -> {report.b}", *fold(summary, width)]
+    changed = [link for link in report.links if link.status != "equal"]
+    if changed:
+        table = Table(
+            (
+                Column("LINKS"),
+                Column("STATUS", folds=10),
+                Column("CHANGED", folds=24),
+                Column("BYTES", numeric=True),
+            )
+        )
+        for (kind, status, names, applied), group in groupby(changed, _alike):
+            links = list(group)
+            size = sum(tensor.changed_bytes for link in links for tensor in link.tensors)
+            if applied:
+                names = (*names, "what is applied")
+                size += sum(link.applied_bytes_b for link in links)
+            table.add(_label(kind, links), status, ", ".join(names), format_bytes(size))
+        lines += table.lines(width)
+    if report.files:
+        shown = ", ".join(name for name in report.files if not name.startswith(".")) or "-"
+        lines += fold(f"  files: {shown}", width)
+    return lines
+
+
+def _alike(link: LinkDiff) -> tuple[str, str, tuple[str, ...], bool]:
+    applied = link.status == "adapters" or link.applied_bytes_a != link.applied_bytes_b
+    return link.kind, link.status, tuple(tensor.name for tensor in link.tensors), applied
+
+
+def _label(kind: str, links: list[LinkDiff]) -> str:
+    if kind != "layer":
+        return kind
+    first = links[0].position
+    return describe_run(first, links[-1].position - first + 1, links[-1].position + 1)
+
+
+def problems_table(problems: Sequence[Problem]) -> Table:
+    """`verify`: what is wrong, and whom it hurts."""
+    table = Table(
+        (
+            Column("PROBLEM", folds=24),
+            Column("HURTS", folds=20),
+            Column("REPAIRED", rank=2),
+            Column("OBJECT", rank=1),
+        )
+    )
+    for problem in problems:
+        hurts = some(problem.variants, NAMED) or "nobody"
+        table.add(problem.message, hurts, "yes" if problem.repaired else "no", problem.key)
+    return table

@@ -1,0 +1,150 @@
+"""Calls of `ZooService`, passed on to the controller that leads: clients need one address for everything.
+
+Messages go through as bytes, in both directions, so a router passes on calls of later versions too.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+
+from blockproto.v1 import zoo_pb2
+from blockserve.common.api.leader import leader_address
+from blockserve.common.errors import NoLeaderError
+from blockserve.common.rpc.channel import Credentials, open_channel
+from blockserve.common.wire.errors import DETAILS_KEY
+
+log = logging.getLogger(__name__)
+
+_SERVICE = zoo_pb2.DESCRIPTOR.services_by_name["ZooService"]
+SERVICE: str = _SERVICE.full_name
+
+
+class ZooRelay:
+    """Passes calls on. One event loop.
+
+    Args:
+        leader: asks the shared state who leads; see `StateStore.leader`.
+        credentials: of this process; what callers prove themselves with is checked before.
+    """
+
+    def __init__(self, leader: Callable[[], Awaitable[str | None]], credentials: Credentials) -> None:
+        self._leader = leader
+        self._credentials = credentials
+        self._address = ""
+        self._channel: grpc.aio.Channel | None = None
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Let a server take the calls."""
+        handlers = {
+            method.name: _handler(self, f"/{SERVICE}/{method.name}", method) for method in _SERVICE.methods
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+
+    async def close(self) -> None:
+        """Let go of the connection; calls on their way break off."""
+        if self._channel is not None:
+            await self._channel.close(0)
+            self._channel = None
+
+    async def call(
+        self, path: str, requests: AsyncIterator[bytes], context: Any
+    ) -> AsyncGenerator[bytes, None]:
+        """Make one call at the leader.
+
+        Args:
+            path: of the method.
+            requests: what the caller sends.
+            context: of the caller's call.
+
+        Raises:
+            NoLeaderError: nobody leads, or the leader cannot be reached.
+            StateStoreError: the shared state does not say who leads.
+        """
+        channel = await self._to_leader()
+        method: Any = channel.stream_stream(path)
+        rpc = method(requests, timeout=context.time_remaining(), metadata=self._credentials.metadata())
+        try:
+            async for response in rpc:
+                yield response
+        except grpc.aio.AioRpcError as error:
+            await self._answer_error(error, context)
+        finally:
+            rpc.cancel()
+
+    async def _to_leader(self) -> grpc.aio.Channel:
+        leader = await self._leader()
+        if leader is None:
+            raise NoLeaderError(
+                "no controller leads now, so nobody looks after the zoo",
+                hint="Start a controller (`blockzoo controller`), or wait until another one leads.",
+            )
+        address = leader_address(leader)
+        if not address:
+            raise NoLeaderError(
+                "the controller that leads does not say where it is reached",
+                hint="It is of an older version: call it at its own address.",
+                retry_after=0.0,
+            )
+        if self._channel is None or address != self._address:
+            # Calls on their way to the leader before end with its connection, and are made again.
+            await self.close()
+            self._address = address
+            self._channel = open_channel(address, self._credentials, reconnects_soon=True)
+            log.info("zoo calls go to leader=%s", leader)
+        return self._channel
+
+    async def _answer_error(self, error: grpc.aio.AioRpcError, context: Any) -> None:
+        """The leader's own error as it is; that it cannot be reached in words of ours."""
+        trailers = tuple((key, value) for key, value in error.trailing_metadata() or () if key == DETAILS_KEY)
+        if error.code() is grpc.StatusCode.UNAVAILABLE and not trailers:
+            raise NoLeaderError(
+                f"the controller that leads cannot be reached at {self._address}",
+                hint="If it runs, set its `advertise` to an address that routers reach.",
+                address=self._address,
+            ) from error
+        await context.abort(error.code(), error.details() or "", trailers)
+
+
+def _handler(relay: ZooRelay, path: str, method: Any) -> Any:
+    """The handler of one method, of the kind that it is."""
+
+    async def many_to_many(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+        async with aclosing(relay.call(path, requests, context)) as responses:
+            async for response in responses:
+                yield response
+
+    async def one_to_many(request: bytes, context: Any) -> AsyncIterator[bytes]:
+        async with aclosing(relay.call(path, _only(request), context)) as responses:
+            async for response in responses:
+                yield response
+
+    async def many_to_one(requests: AsyncIterator[bytes], context: Any) -> bytes:
+        return await _single(relay.call(path, requests, context))
+
+    async def one_to_one(request: bytes, context: Any) -> bytes:
+        return await _single(relay.call(path, _only(request), context))
+
+    if method.client_streaming and method.server_streaming:
+        return grpc.stream_stream_rpc_method_handler(many_to_many)
+    if method.client_streaming:
+        return grpc.stream_unary_rpc_method_handler(many_to_one)
+    if method.server_streaming:
+        return grpc.unary_stream_rpc_method_handler(one_to_many)
+    return grpc.unary_unary_rpc_method_handler(one_to_one)
+
+
+async def _only(request: bytes) -> AsyncIterator[bytes]:
+    yield request
+
+
+async def _single(responses: AsyncIterator[bytes]) -> bytes:
+    """The one message of an answer; what the leader says when it ends follows it."""
+    answer = b""
+    async for response in responses:
+        answer = response
+    return answer
