@@ -194,7 +194,7 @@ class DecoderFamily(Family):
         return {"norm": {"eps": eps, "kind": self.norm_kind}, **details}
 
     def _activation(self, reader: ConfigReader) -> str:
-        name = reader.text(self.activation_key, default="silu")
+        name = reader.text(self.activation_key, default=str(self.absent.get(self.activation_key, "silu")))
         if name not in _ACTIVATIONS:
             raise UnsupportedFeatureError(
                 f"config.json: activation {name[:80]!r} is not supported",

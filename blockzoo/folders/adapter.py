@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -21,6 +21,9 @@ MAX_RANK = 1 << 14
 
 _MAX_PATTERN = 4096
 """Characters of a regular expression in adapter_config.json."""
+
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""Matrices that hold several linear maps, and what these are called elsewhere."""
 
 _ALL_LINEAR = "all-linear"
 _HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
@@ -127,7 +130,8 @@ class AdapterConfig:
             if isinstance(self.targets, str):
                 known = any(re.fullmatch(target, module) for module in modules)
             else:
-                known = any(_is_suffix(target, module) for module in modules)
+                # PEFT passes over names that match nothing if others do; here the parts of one matrix may.
+                known = any(_is_suffix(target, module) for module in (*modules, *_parts(modules)))
             if not known:
                 raise UnknownTargetError(
                     f"the adapter changes {target[:200]!r}, which the base does not have",
@@ -301,6 +305,13 @@ def _compile(field: str, pattern: str) -> None:
 
 def _first_match(patterns: Mapping[str, object], module: str) -> str:
     return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), module)
+
+
+def _parts(modules: Iterable[str]) -> Iterator[str]:
+    """Paths that the parts of fused matrices have in checkpoints that do not fuse them."""
+    for module in modules:
+        parent, _, leaf = module.rpartition(".")
+        yield from (f"{parent}.{part}" for part in _FUSED.get(leaf, ()))
 
 
 def _is_suffix(name: str, module: str) -> bool:
