@@ -33,7 +33,7 @@ def build_block(
     """
     try:
         if manifest.kind == BlockKind.EMBEDDING:
-            return EmbeddingBlock(tensors)
+            return EmbeddingBlock(manifest.config, tensors)
         if manifest.kind == BlockKind.LAYER:
             return LayerBlock(manifest.config, tensors, backend, exact=exact)
         if manifest.kind == BlockKind.HEAD:

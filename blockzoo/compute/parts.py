@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -15,32 +16,80 @@ from blockzoo.errors import InvalidConfigError
 from blockzoo.manifest import JsonValue
 
 
-def rope_parameters(config: Mapping[str, JsonValue]) -> RopeParameters:
-    """Rotary parameters of a layer's config.
+def rope_parameters(config: Mapping[str, JsonValue]) -> RopeParameters | None:
+    """Rotary parameters of a layer's config; None for a layer without positions, whose `rope` is null.
 
     Raises:
         InvalidConfigError: there are none, or a value is no number.
         KeyError: a value is missing; `build_block` turns it into InvalidConfigError.
     """
-    rope = config.get("rope")
+    rope = config["rope"]
+    if rope is None:
+        return None
     if not isinstance(rope, dict):
         raise InvalidConfigError("layer config has no rope parameters")
     kind = str(rope["type"])
-    if kind == "default":
-        return RopeParameters(integer(config, "head_dim"), real(rope, "theta"))
-    if kind == "linear":
-        return RopeParameters(
-            integer(config, "head_dim"), real(rope, "theta"), kind, factor=real(rope, "factor")
-        )
-    return RopeParameters(
-        integer(config, "head_dim"),
+    sizes = rope if "rotary_dim" in rope else {"rotary_dim": config["head_dim"]}
+    parameters = RopeParameters(
+        integer(sizes, "rotary_dim"),
         real(rope, "theta"),
-        kind,
+        neighbours=rope.get("pairs") == "neighbours",
+        wide=rope.get("angles") == "float32",
+    )
+    if kind == "default":
+        return parameters
+    if kind == "linear":
+        return replace(parameters, kind=kind, factor=real(rope, "factor"))
+    return replace(
+        parameters,
+        kind=kind,
         factor=real(rope, "factor"),
         low_freq_factor=real(rope, "low_freq_factor"),
         high_freq_factor=real(rope, "high_freq_factor"),
         original_context=integer(rope, "original_context_length"),
     )
+
+
+NORM_KINDS = ("rounded", "wide", "centred")
+"""How a norm applies its weight; see `Norms`."""
+
+
+class Norms:
+    """The norms of a block: their epsilon, and how their weights are applied.
+
+    "rounded" rounds before the product with the weight, as Llama does. "wide" multiplies in float32 and
+    rounds once. "centred" is the same with 1 + weight.
+
+    Attributes:
+        eps: of all of them.
+    """
+
+    def __init__(self, config: Mapping[str, JsonValue]) -> None:
+        """Read `norm`, or `norm_eps` for "rounded" ones.
+
+        A block that older programs would compute wrongly has no `norm_eps`, which they ask for.
+
+        Raises:
+            InvalidConfigError: a kind that this version does not know.
+            KeyError: there is neither.
+        """
+        norm = config.get("norm")
+        if not isinstance(norm, dict):
+            norm = {"eps": config["norm_eps"]}
+        self.eps = real(norm, "eps")
+        self._kind = str(norm.get("kind", "rounded"))
+        if self._kind not in NORM_KINDS:
+            raise InvalidConfigError(
+                f"norms of kind {self._kind[:80]!r} cannot be run by this version",
+                hint="Upgrade blockzoo on this machine.",
+            )
+
+    def weight(self, stored: Tensor) -> Tensor:
+        """A stored weight as `rms_norm` takes it."""
+        if self._kind == "rounded":
+            return stored
+        wide = stored.to(torch.float32)
+        return wide + 1 if self._kind == "centred" else wide
 
 
 def fused(
@@ -76,6 +125,11 @@ def integer(config: Mapping[str, JsonValue], key: str) -> int:
     if not isinstance(value, int):
         raise InvalidConfigError(f"block config {key!r} is {value!r}, not an integer", field=key)
     return value
+
+
+def optional(config: Mapping[str, JsonValue], key: str) -> float | None:
+    """The number under `key` of a block's config, None when it is missing; raises InvalidConfigError."""
+    return real(config, key) if key in config else None
 
 
 def real(config: Mapping[str, JsonValue], key: str) -> float:

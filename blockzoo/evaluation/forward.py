@@ -148,16 +148,26 @@ class Windows:
     def rotary(self, rope: RopeParameters) -> tuple[Tensor, Tensor]:
         """See `BlockContext`; every window begins at position 0."""
         if rope not in self._tables:
-            table = RotaryTable(inverse_frequencies(rope, self._positions.device), self._dtype)
+            table = RotaryTable(
+                inverse_frequencies(rope, self._positions.device), rope.table_dtype(self._dtype)
+            )
             self._tables[rope] = table.at(self._positions, self.length)
         return self._tables[rope]
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None = None,
     ) -> Tensor:
         """See `BlockContext`; a token sees the tokens of its own window up to itself."""
         parts = zip(query.split(self.length), key.split(self.length), value.split(self.length), strict=True)
-        return torch.cat([attend(q, k, v, scale=scale, window=window) for q, k, v in parts])
+        seen = [attend(q, k, v, scale=scale, window=window, softcap=softcap) for q, k, v in parts]
+        return torch.cat(seen)
 
     def adapt(self, module: str, x: Tensor, y: Tensor) -> None:
         """See `BlockContext`; every token has the same adapters."""

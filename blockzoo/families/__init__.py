@@ -7,10 +7,17 @@ from __future__ import annotations
 
 from blockzoo.errors import UnsupportedArchitectureError
 from blockzoo.families.base import CHUNK_ROWS, ChainPlan, Family, PlannedBlock, PlannedTensor
+from blockzoo.families.gemma2 import Gemma2Family
+from blockzoo.families.gemma3 import Gemma3Family
+from blockzoo.families.glm4 import Glm4Family
+from blockzoo.families.granite import GraniteFamily
 from blockzoo.families.llama import LlamaFamily
 from blockzoo.families.mistral import MistralFamily
+from blockzoo.families.olmo2 import Olmo2Family
+from blockzoo.families.phi3 import Phi3Family
 from blockzoo.families.qwen2 import Qwen2Family
 from blockzoo.families.qwen3 import Qwen3Family
+from blockzoo.families.smollm3 import SmolLM3Family
 
 __all__ = [
     "CHUNK_ROWS",
@@ -23,7 +30,19 @@ __all__ = [
     "supported",
 ]
 
-_FAMILIES: tuple[Family, ...] = (LlamaFamily(), MistralFamily(), Qwen2Family(), Qwen3Family())
+_FAMILIES: tuple[Family, ...] = (
+    LlamaFamily(),
+    MistralFamily(),
+    Qwen2Family(),
+    Qwen3Family(),
+    Gemma2Family(),
+    Gemma3Family(),
+    Glm4Family(),
+    GraniteFamily(),
+    Olmo2Family(),
+    Phi3Family(),
+    SmolLM3Family(),
+)
 _BY_NAME = {family.name: family for family in _FAMILIES}
 _BY_ARCHITECTURE = {name: family for family in _FAMILIES for name in family.architectures}
 

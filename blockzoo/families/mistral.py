@@ -8,7 +8,6 @@ from typing import ClassVar
 from blockzoo.errors import UnsupportedFeatureError
 from blockzoo.families.base import ConfigReader
 from blockzoo.families.decoder import DecoderFamily
-from blockzoo.manifest import JsonValue
 
 
 class MistralFamily(DecoderFamily):
@@ -16,7 +15,7 @@ class MistralFamily(DecoderFamily):
 
     name = "mistral"
     architectures = ("MistralForCausalLM",)
-    absent: ClassVar[Mapping[str, JsonValue]] = {"num_key_value_heads": 8, "sliding_window": 4096}
+    absent: ClassVar[Mapping[str, object]] = {"num_key_value_heads": 8, "sliding_window": 4096}
 
     def attention_bias(self, config: ConfigReader) -> tuple[bool, bool]:  # noqa: ARG002 - hook
         """Never."""

@@ -7,7 +7,6 @@ from typing import ClassVar
 
 from blockzoo.families.base import ConfigReader
 from blockzoo.families.decoder import DecoderFamily, layer_windows
-from blockzoo.manifest import JsonValue
 
 
 class Qwen2Family(DecoderFamily):
@@ -15,7 +14,7 @@ class Qwen2Family(DecoderFamily):
 
     name = "qwen2"
     architectures = ("Qwen2ForCausalLM",)
-    absent: ClassVar[Mapping[str, JsonValue]] = {"num_key_value_heads": 32, "sliding_window": 4096}
+    absent: ClassVar[Mapping[str, object]] = {"num_key_value_heads": 32, "sliding_window": 4096}
 
     def attention_bias(self, config: ConfigReader) -> tuple[bool, bool]:  # noqa: ARG002 - hook
         """On q, k and v, not on the output projection."""

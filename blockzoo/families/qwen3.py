@@ -7,7 +7,6 @@ from typing import ClassVar
 
 from blockzoo.families.base import ConfigReader
 from blockzoo.families.decoder import DecoderFamily, layer_windows
-from blockzoo.manifest import JsonValue
 
 
 class Qwen3Family(DecoderFamily):
@@ -15,16 +14,13 @@ class Qwen3Family(DecoderFamily):
 
     name = "qwen3"
     architectures = ("Qwen3ForCausalLM",)
-    absent: ClassVar[Mapping[str, JsonValue]] = {"num_key_value_heads": 32, "sliding_window": 4096}
+    qk_norm = "head"
+    absent: ClassVar[Mapping[str, object]] = {"num_key_value_heads": 32, "sliding_window": 4096}
 
     def attention_bias(self, config: ConfigReader) -> tuple[bool, bool]:
         """One switch for all four attention projections."""
         bias = config.boolean("attention_bias", default=False)
         return bias, bias
-
-    def has_qk_norm(self) -> bool:
-        """Always."""
-        return True
 
     def windows(self, config: ConfigReader, num_layers: int) -> tuple[int | None, ...]:
         """Off unless `use_sliding_window`."""

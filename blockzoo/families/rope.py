@@ -7,41 +7,98 @@ transformers 4 wrote `rope_theta` beside `rope_scaling`; transformers 5 writes o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 from blockzoo.errors import UnsupportedFeatureError
 from blockzoo.families.base import ConfigReader
 from blockzoo.manifest import JsonValue
 
 SUPPORTED_TYPES = ("default", "linear", "llama3")
-_DEFAULT_THETA = 10000.0
 
 
-def rope_config(config: ConfigReader) -> dict[str, JsonValue]:
+@dataclass(frozen=True, slots=True)
+class RopeForm:
+    """Which rotary positions an architecture can have.
+
+    Attributes:
+        types: that transformers takes for it, of `SUPPORTED_TYPES`.
+        theta: base of the wavelengths when the config gives none.
+        is_partial: whether `partial_rotary_factor` may leave the end of a head as it is.
+        neighbours: pairs of dimensions stand beside each other, not half of the rotated part apart.
+        wide: values are rotated in float32 and rounded once, whatever the type of the model.
+    """
+
+    types: tuple[str, ...] = SUPPORTED_TYPES
+    theta: float = 10000.0
+    is_partial: bool = False
+    neighbours: bool = False
+    wide: bool = False
+
+
+def rope_config(
+    config: ConfigReader, form: RopeForm, head_dim: int, values: Mapping[str, object] | None = None
+) -> dict[str, JsonValue]:
     """Return the rope part of a layer's config.
+
+    Args:
+        config: of the model.
+        form: what the architecture can have.
+        head_dim: dimensions of a head.
+        values: the rope parameters, for a layer that has others than the model.
 
     Raises:
         InvalidConfigError: a parameter is missing or out of range.
         UnsupportedFeatureError: another type, or rotary positions on a part of the head only.
     """
-    values = _rope_values(config)
+    values = _rope_values(config) if values is None else values
     rope = ConfigReader(values, where="config.json: rope parameters")
     kind = rope.text("rope_type", default=rope.text("type", default="default"))
-    if kind not in SUPPORTED_TYPES:
+    if kind not in form.types:
         raise UnsupportedFeatureError(
             f"config.json: rope type {kind[:80]!r} is not supported",
-            hint=f"Supported rope types: {', '.join(SUPPORTED_TYPES)}.",
+            hint=f"Supported rope types: {', '.join(form.types)}.",
             rope_type=kind[:80],
         )
-    for reader in (rope, config):
-        if reader.positive("partial_rotary_factor", default=1.0) != 1.0:
-            raise UnsupportedFeatureError("config.json: partial_rotary_factor other than 1 is not supported")
-    theta = rope.positive("rope_theta", default=config.positive("rope_theta", default=_DEFAULT_THETA))
+    theta = rope.positive("rope_theta", default=config.positive("rope_theta", default=form.theta))
+    found: dict[str, JsonValue] = {
+        "type": kind,
+        "theta": repr(theta),
+        **_layout(config, rope, form, head_dim),
+    }
     factor = rope.positive("factor") if kind != "default" else 1.0
     if kind == "llama3":
-        return {"type": kind, "theta": repr(theta), "factor": repr(factor), **_llama3(rope, config)}
+        return {**found, "factor": repr(factor), **_llama3(rope, config)}
     # A factor of 1 divides nothing; spelling both the same lets such layers be shared.
     if factor == 1.0:
-        return {"type": "default", "theta": repr(theta)}
-    return {"type": kind, "theta": repr(theta), "factor": repr(factor)}
+        return {**found, "type": "default"}
+    return {**found, "factor": repr(factor)}
+
+
+def _layout(config: ConfigReader, rope: ConfigReader, form: RopeForm, head_dim: int) -> dict[str, JsonValue]:
+    """Which dimensions of a head are rotated and how, where that is not all of them, by halves."""
+    found: dict[str, JsonValue] = {}
+    share = rope.positive(
+        "partial_rotary_factor", default=config.positive("partial_rotary_factor", default=1.0)
+    )
+    if share != 1.0:
+        if not form.is_partial:
+            raise UnsupportedFeatureError(
+                "config.json: partial_rotary_factor other than 1 is not supported for this architecture"
+            )
+        rotary_dim = int(head_dim * share)
+        if not 0 < rotary_dim <= head_dim or rotary_dim % 2:
+            raise config.error(
+                "partial_rotary_factor",
+                f"is {share}: of {head_dim} dimensions of a head {rotary_dim} cannot be rotated in pairs",
+            )
+        if rotary_dim != head_dim:
+            found["rotary_dim"] = rotary_dim
+    if form.neighbours:
+        found["pairs"] = "neighbours"
+    if form.wide:
+        found["angles"] = "float32"
+    return found
 
 
 def _rope_values(config: ConfigReader) -> dict[str, object]:

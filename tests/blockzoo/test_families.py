@@ -13,6 +13,12 @@ def plan(architecture="LlamaForCausalLM", **changes):
     return families.for_architecture(architecture).plan(config(architecture, **changes))
 
 
+def transformers_config(values):
+    transformers = pytest.importorskip("transformers")
+    options = {key: value for key, value in values.items() if key not in ("architectures", "model_type")}
+    return transformers.CONFIG_MAPPING[values["model_type"]](**options)
+
+
 def planned_shapes(chain):
     return {tensor.source: tensor.shape for block in chain.blocks for tensor in block.tensors.values()}
 
@@ -34,10 +40,8 @@ def test_plan_agrees_with_the_modules_of_transformers(architecture, changes):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     values = config(architecture, tie_word_embeddings=False, use_sliding_window=False, **changes)
-    name = architecture.removesuffix("ForCausalLM") + "Config"
-    options = {key: value for key, value in values.items() if key not in ("architectures", "model_type")}
     with torch.device("meta"):
-        model = getattr(transformers, architecture)(getattr(transformers, name)(**options))
+        model = getattr(transformers, architecture)(transformers_config({**values, "pad_token_id": 0}))
     expected = {name: tuple(item.shape) for name, item in model.state_dict().items()}
     if architecture in ("Qwen2ForCausalLM", "MistralForCausalLM"):
         values = {key: value for key, value in values.items() if key not in ("attention_bias", "mlp_bias")}
@@ -170,7 +174,7 @@ FOR_ABSENT = {
     "hidden_size": 128,
     "num_attention_heads": 32,
     "num_key_value_heads": 16,
-    "head_dim": 6,
+    "head_dim": 8,
     "use_sliding_window": True,
     "sliding_window": 16,
     "max_window_layers": 1,
@@ -189,7 +193,7 @@ ABSENT = [
 
 @pytest.mark.parametrize(("architecture", "key"), ABSENT)
 def test_an_absent_key_is_what_transformers_takes_it_for_or_is_named(architecture, key):
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
     values = config(architecture, **FOR_ABSENT)
     del values[key]
     family = families.for_architecture(architecture)
@@ -198,9 +202,7 @@ def test_an_absent_key_is_what_transformers_takes_it_for_or_is_named(architectur
             family.plan(values)
         assert caught.value.metadata["field"] == key
         return
-    options = {name: value for name, value in values.items() if name not in ("architectures", "model_type")}
-    filled = getattr(transformers, architecture.removesuffix("ForCausalLM") + "Config")(**options).to_dict()
-    assert family.plan(filled) == family.plan(values)
+    assert family.plan(transformers_config(values).to_dict()) == family.plan(values)
 
 
 def windows(**changes):
@@ -316,6 +318,13 @@ GOLDEN = {
     "MistralForCausalLM": "a1a29ae97f3f80b4e5cb914de23f2a8299eac65d2d1b7404de75ee0ea73f8634",
     "Qwen2ForCausalLM": "40caab60cc7a86eecce969c303061f6d00f92507433cdc37e16aeb4c47c55913",
     "Qwen3ForCausalLM": "85cd46032a3500fc1135ba01f9224aedf0422c099f76c5df0e4374e363317d43",
+    "Gemma2ForCausalLM": "eb39c88a9da3c86eb23e8554f8d311d5da2b10a099b193041fda6a6ba9d0d93e",
+    "Gemma3ForCausalLM": "90d748172cac3ca86ee5cfb8b1e47f925649b413a76fc26f238baaa51552976b",
+    "Glm4ForCausalLM": "5096978e848352a9b679e258b070d4e159dc7184aa400eebc5ebd393404adb15",
+    "GraniteForCausalLM": "78d46b5de170349a4fcb80b51337d899b67d457873b68af02c877fc22224fba2",
+    "Olmo2ForCausalLM": "91cf71bf75b71bf0db7876496947da8f8a3ec501d190bb6101b40c909513f12a",
+    "Phi3ForCausalLM": "13a31f5ce8ef98c45bada230951e47ffc7da6824abfe8871c692a8a64f11c63a",
+    "SmolLM3ForCausalLM": "7b649b75b3270446ca018113ad9972000441025333fd7569a9b58ca167afd0c9",
 }
 
 

@@ -51,13 +51,13 @@ class Batch:
         rows = [(query[n - c :], keys[n - c :], values[n - c :]) for query, (keys, values), n, c in parts]
         return [torch.cat(part) for part in zip(*rows, strict=True)]
 
-    def expected(self, window: int | None) -> torch.Tensor:
+    def expected(self, **options: float | None) -> torch.Tensor:
         """What the reference says, one request after the other, in float64."""
         parts = zip(self.query, self.whole, self.lengths, self.counts, strict=True)
         return torch.cat(
             [
                 attend_reference(
-                    query[n - c :].double(), keys.double(), values.double(), scale=0.3, window=window
+                    query[n - c :].double(), keys.double(), values.double(), scale=0.3, **options
                 )
                 for query, (keys, values), n, c in parts
             ]
@@ -75,8 +75,10 @@ def test_mixed_batch_is_the_reference(
     batch = Batch(REQUESTS, scattered=scattered, dtype=dtype)
     made = batch.made()
     assert made.num_tokens == sum(batch.counts)
-    got = made(*batch.new(), layer=LAYER, scale=0.3, window=window)
-    torch.testing.assert_close(got.double(), batch.expected(window), rtol=tolerance, atol=tolerance)
+    for softcap in (None, 0.5):
+        got = made(*batch.new(), layer=LAYER, scale=0.3, window=window, softcap=softcap)
+        want = batch.expected(window=window, softcap=softcap)
+        torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("scattered", [False, True])
@@ -104,4 +106,4 @@ def test_tables_with_other_numbers_of_layers_and_pages_set_aside() -> None:
     batch.tables[0] = np.concatenate([batch.tables[0], spare], axis=1)
     batch.tables[1] = np.concatenate([batch.tables[1], batch.tables[1][:1]])
     got = batch.made()(*batch.new(), layer=LAYER, scale=0.3, window=None)
-    torch.testing.assert_close(got.double(), batch.expected(None), rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(got.double(), batch.expected(), rtol=2e-5, atol=2e-5)

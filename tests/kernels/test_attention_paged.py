@@ -26,6 +26,7 @@ class Shape:
     head_dim: int = 16
     page_tokens: int = 7
     window: int | None = None
+    softcap: float | None = None
     dtype: torch.dtype = torch.float32
 
 
@@ -72,7 +73,7 @@ def attend_in_pages(shape: Shape, sequences: list[Sequence], seed: int = 0) -> l
     query, key, value = torch.cat(new).split((shape.heads, shape.kv_heads, shape.kv_heads), dim=1)
     lengths, counts = zip(*shape.requests, strict=True)
     batch = PagedAttention(pool[0], pool[1], shape.page_tokens, tables, lengths, counts)
-    out = batch(query, key, value, layer=LAYER, scale=0.3, window=shape.window)
+    out = batch(query, key, value, layer=LAYER, scale=0.3, window=shape.window, softcap=shape.softcap)
     return list(out.split(counts))
 
 
@@ -83,7 +84,7 @@ def assert_reference(shape: Shape) -> None:
         attend_in_pages(shape, sequences), sequences, shape.requests, strict=True
     ):
         inputs = (one.query[length - count :].double(), one.keys.double(), one.values.double())
-        want = attend_reference(*inputs, scale=0.3, window=shape.window)
+        want = attend_reference(*inputs, scale=0.3, window=shape.window, softcap=shape.softcap)
         torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
 
 
@@ -97,14 +98,14 @@ def test_mixed_batch_is_the_reference(
     heads: int, kv_heads: int, head_dim: int, window: int | None, dtype: torch.dtype
 ) -> None:
     requests = ((1, 1), (5, 5), (64, 63), (65, 1), (500, 1), (200, 130), (67, 2))
-    assert_reference(Shape(requests, heads, kv_heads, head_dim, 7, window, dtype))
+    assert_reference(Shape(requests, heads, kv_heads, head_dim, 7, window, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_long_contexts_are_the_reference(dtype: torch.dtype) -> None:
     requests = ((16384, 1), (5001, 3), (4097, 70))
-    assert_reference(Shape(requests, 4, 2, 32, 32, None, dtype))
-    assert_reference(Shape(requests, 4, 2, 32, 32, 4000, dtype))
+    assert_reference(Shape(requests, 4, 2, 32, 32, None, dtype=dtype))
+    assert_reference(Shape(requests, 4, 2, 32, 32, 4000, dtype=dtype))
 
 
 @settings(max_examples=80, deadline=None)
@@ -115,19 +116,26 @@ def test_long_contexts_are_the_reference(dtype: torch.dtype) -> None:
     head_dim=st.sampled_from([2, 6, 31, 32, 33, 64]),
     page_tokens=st.sampled_from([1, 3, 16, 32, 200]),
     window=st.one_of(st.none(), st.integers(1, 160)),
+    softcap=st.sampled_from([None, 0.5, 50.0]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
-def test_any_shape_is_the_reference(lengths, group, kv_heads, head_dim, page_tokens, window, dtype) -> None:
+def test_any_shape_is_the_reference(
+    lengths, group, kv_heads, head_dim, page_tokens, window, softcap, dtype
+) -> None:
     requests = tuple((length, min(count, length)) for length, count in lengths)
-    assert_reference(Shape(requests, group * kv_heads, kv_heads, head_dim, page_tokens, window, dtype))
+    assert_reference(
+        Shape(requests, group * kv_heads, kv_heads, head_dim, page_tokens, window, softcap, dtype)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (50, None), (50, 2.0)])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_no_bit_depends_on_the_batch(threads: int, window: int | None, dtype: torch.dtype) -> None:
+def test_no_bit_depends_on_the_batch(
+    threads: int, window: int | None, softcap: float | None, dtype: torch.dtype
+) -> None:
     """Alone, in company, in other pages, as one chunk or token by token: the same bits for every query."""
-    shape = Shape(((300, 300), (33, 1), (190, 77), (129, 129)), 9, 3, 64, 7, window, dtype)
+    shape = Shape(((300, 300), (33, 1), (190, 77), (129, 129)), 9, 3, 64, 7, window, softcap, dtype)
     sequences = make_sequences(shape)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,6 @@ from blockkernels.decoder import (
     DecoderLayers,
     LayerAdapters,
     LayerSizes,
-    LayerSlot,
     LayerWeights,
     SlotAdapters,
     decoder_layers_reference,
@@ -27,7 +26,7 @@ from blockkernels.linear import Linear, PlainLinear
 from blockkernels.lora import GroupedRows, LoraBank, RowRange, TokenRun, add_lora, group_rows
 from blockkernels.native import library
 from blockkernels.rotary import RopeParameters, RotaryTable, inverse_frequencies
-from blockzoo.compute.decoder import SLOTS, LayerBlock
+from blockzoo.compute.decoder import PRE_NORMS, SLOTS, LayerBlock
 
 CPU = torch.device("cpu")
 PAGE_TOKENS, NUM_LAYERS, FIRST = 7, 3, 1
@@ -41,6 +40,11 @@ class Case:
     """Sizes of layers and what they have.
 
     Attributes:
+        norms: place -> module, as a layer's config has it; None for Llama's.
+        norm_kind: as in `blockzoo.compute.parts.Norms`.
+        rope: entries of a layer's rope config; None for a layer without positions.
+        details: more entries of a layer's config.
+        fused: queries, keys and values are one matrix, and gate and up.
         requests: keys with the new ones, and new tokens, of each.
     """
 
@@ -50,7 +54,12 @@ class Case:
     head_dim: int = 8
     wide: int = 70
     window: int | None = None
-    head_norms: bool = False
+    head_norms: bool | str = False
+    norms: dict[str, str] | None = None
+    norm_kind: str = "rounded"
+    rope: dict[str, Any] | None = field(default_factory=dict)
+    details: dict[str, str] = field(default_factory=dict)
+    fused: bool = False
     biases: bool = False
     adapters: bool = False
     activation: str = "silu"
@@ -62,6 +71,7 @@ class Case:
         return sum(count for _, count in self.requests)
 
 
+_POST = {"attention_output": "after_attention", "mlp_output": "after_mlp"}
 CASES = {
     "plain": Case(),
     "one token": Case(requests=((1, 1),)),
@@ -74,6 +84,23 @@ CASES = {
         hidden=34, heads=6, kv_heads=3, head_dim=10, window=9, head_norms=True, biases=True, adapters=True
     ),
     "gelu": Case(activation="gelu", adapters=True),
+    "gelu by tanh": Case(activation="gelu_pytorch_tanh"),
+    "post norms": Case(norms=_POST, norm_kind="wide", head_norms="projection", rope={"angles": "float32"}),
+    "sandwich": Case(norms=_POST | PRE_NORMS, norm_kind="centred", head_norms=True, adapters=True),
+    "no positions": Case(rope=None, head_norms=True),
+    "no positions, no norms": Case(rope=None, adapters=True),
+    "neighbours": Case(rope={"pairs": "neighbours", "rotary_dim": 4}),
+    "many neighbours": Case(head_dim=46, rope={"pairs": "neighbours", "angles": "float32", "rotary_dim": 42}),
+    "a part of a head": Case(head_dim=38, rope={"rotary_dim": 34}, head_norms="projection"),
+    "fused matrices": Case(fused=True, adapters=True, biases=True),
+    "scales": Case(details={"attention_scale": "0.2", "residual_scale": "0.4"}),
+    "soft cap": Case(details={"attention_softcap": "1.5"}, window=9),
+    "everything new": Case(
+        hidden=34, heads=6, kv_heads=3, head_dim=10, window=9, norms=_POST | PRE_NORMS, norm_kind="centred",
+        head_norms=True, activation="gelu_pytorch_tanh", fused=True, adapters=True,
+        rope={"pairs": "neighbours", "rotary_dim": 6},
+        details={"attention_softcap": "2.5", "attention_scale": "0.3", "residual_scale": "0.7"},
+    ),
 }  # fmt: skip
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -84,10 +111,16 @@ class Layers:
     def __init__(self, case: Case) -> None:
         torch.manual_seed(1)
         self.case = case
-        self.rope = RopeParameters(case.head_dim, 10000.0)
+        rope = case.rope or {}
+        self.rope = RopeParameters(
+            rope.get("rotary_dim", case.head_dim), 10000.0, neighbours="pairs" in rope, wide="angles" in rope
+        )
+        details = {name: float(value) for name, value in case.details.items()}
         self.sizes = LayerSizes(
-            case.hidden, case.heads, case.kv_heads, case.head_dim, case.window, 1e-5, case.head_dim**-0.5,
-            case.activation,
+            case.hidden, case.heads, case.kv_heads, case.head_dim, case.window, 1e-5,
+            details.get("attention_scale", case.head_dim**-0.5), case.activation,
+            details.get("attention_softcap"), details.get("residual_scale", 1.0), case.rope is not None,
+            self.rope.neighbours,
         )  # fmt: skip
         self.tensors = [self._tensors() for _ in range(2)]
         self.hidden = self._random(case.num_tokens, case.hidden)
@@ -96,7 +129,7 @@ class Layers:
         positions = [
             at for start, (end, _) in zip(starts, case.requests, strict=True) for at in range(start, end)
         ]
-        table = RotaryTable(inverse_frequencies(self.rope), case.dtype)
+        table = RotaryTable(inverse_frequencies(self.rope), self.rope.table_dtype(case.dtype))
         self.cos, self.sin = table.at(torch.tensor(positions), 1 + max(positions))
         widths = [-(-length // PAGE_TOKENS) for length, _ in case.requests]
         pages = np.random.default_rng(0).permutation(NUM_LAYERS * sum(widths))
@@ -111,26 +144,34 @@ class Layers:
     def _module_shapes(self) -> dict[str, tuple[int, int]]:
         case = self.case
         query, kv = case.heads * case.head_dim, case.kv_heads * case.head_dim
-        shapes = {
-            LayerSlot.QUERY: (query, case.hidden), LayerSlot.KEY: (kv, case.hidden),
-            LayerSlot.VALUE: (kv, case.hidden), LayerSlot.OUT: (case.hidden, query),
-            LayerSlot.GATE: (case.wide, case.hidden), LayerSlot.UP: (case.wide, case.hidden),
-            LayerSlot.DOWN: (case.hidden, case.wide),
+        inputs = {
+            "self_attn.q_proj": query, "self_attn.k_proj": kv, "self_attn.v_proj": kv,
+            "mlp.gate_proj": case.wide, "mlp.up_proj": case.wide,
         }  # fmt: skip
-        return {module: shapes[slot] for module, slot in SLOTS.items()}
+        if case.fused:
+            inputs = {"self_attn.qkv_proj": query + 2 * kv, "mlp.gate_up_proj": 2 * case.wide}
+        return {
+            **{module: (outer, case.hidden) for module, outer in inputs.items()},
+            "self_attn.o_proj": (case.hidden, query),
+            "mlp.down_proj": (case.hidden, case.wide),
+        }
 
     def _tensors(self) -> dict[str, Tensor]:
         """A layer's tensors as a checkpoint names them."""
         case = self.case
-        found = {name: 1 + self._random(case.hidden, scale=0.1)
-                 for name in ("input_layernorm.weight", "post_attention_layernorm.weight")}  # fmt: skip
+        neutral = 0 if case.norm_kind == "centred" else 1
+        found = {
+            f"{name}.weight": neutral + self._random(case.hidden, scale=0.1)
+            for name in (PRE_NORMS if case.norms is None else case.norms).values()
+        }
         for module, (outer, inner) in self._module_shapes().items():
             found[f"{module}.weight"] = self._random(outer, inner, scale=inner**-0.5)
             if case.biases:
                 found[f"{module}.bias"] = self._random(outer, scale=0.1)
         if case.head_norms:
-            for name in ("self_attn.q_norm.weight", "self_attn.k_norm.weight"):
-                found[name] = 1 + self._random(case.head_dim, scale=0.1)
+            for name, heads in (("q_norm", case.heads), ("k_norm", case.kv_heads)):
+                size = case.head_dim * (heads if case.head_norms == "projection" else 1)
+                found[f"self_attn.{name}.weight"] = neutral + self._random(size, scale=0.1)
         return found
 
     def _adapters(self) -> tuple[list[TokenRun], dict[str, list[tuple[Tensor, Tensor, float]]]]:
@@ -149,15 +190,27 @@ class Layers:
         case = self.case
         config: dict[str, Any] = {
             "hidden_size": case.hidden, "num_heads": case.heads, "num_kv_heads": case.kv_heads,
-            "head_dim": case.head_dim, "norm_eps": 1e-5, "activation": case.activation,
-            "sliding_window": case.window, "rope": {"type": "default", "theta": self.rope.theta},
+            "head_dim": case.head_dim, "norm": {"eps": "1e-5", "kind": case.norm_kind},
+            "activation": case.activation, "sliding_window": case.window, **case.details,
+            "rope": None if case.rope is None
+            else {"type": "default", "theta": self.rope.theta, **case.rope},
         }  # fmt: skip
+        if case.norms is not None:
+            config["norms"] = case.norms
         return LayerBlock(config, self.tensors[number], backend, exact=True)
 
     def weights(self, number: int, linear: Any) -> LayerWeights:
         """A layer in the words of the kernels; `linear` lays out a weight and a bias."""
         tensors = self.tensors[number]
-        names = list(SLOTS)
+        names = list(self._module_shapes())
+        qkv, gate_up = (names[:1], names[1:2]) if self.case.fused else (names[:3], names[3:5])
+        places = PRE_NORMS if self.case.norms is None else self.case.norms
+
+        def norm(module: str | None) -> Tensor | None:
+            stored = tensors.get(f"{module}.weight")
+            if stored is None or self.case.norm_kind == "rounded":
+                return stored
+            return stored.float() + (1 if self.case.norm_kind == "centred" else 0)
 
         def joined(*modules: str) -> Linear:
             biases = [tensors.get(f"{module}.bias") for module in modules]
@@ -166,14 +219,16 @@ class Layers:
             return made
 
         return LayerWeights(
-            tensors["input_layernorm.weight"],
-            tensors["post_attention_layernorm.weight"],
-            tensors.get("self_attn.q_norm.weight"),
-            tensors.get("self_attn.k_norm.weight"),
-            joined(*names[:3]),
-            joined(names[3]),
-            joined(*names[4:6]),
-            joined(names[6]),
+            norm(places.get("attention_input")),
+            norm(places.get("mlp_input")),
+            norm("self_attn.q_norm"),
+            norm("self_attn.k_norm"),
+            joined(*qkv),
+            joined("self_attn.o_proj"),
+            joined(*gate_up),
+            joined("mlp.down_proj"),
+            norm(places.get("attention_output")),
+            norm(places.get("mlp_output")),
         )
 
     def attention(self, backend: Backend | None = None) -> BatchAttention:
@@ -243,10 +298,8 @@ class Context:
         assert rope == self._layers.rope
         return self._layers.cos, self._layers.sin
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
-    ) -> Tensor:
-        return self._attention(query, key, value, layer=self.number, scale=scale, window=window)
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        return self._attention(query, key, value, layer=self.number, **options)
 
     def adapt(self, module: str, x: Tensor, y: Tensor) -> None:
         if module in self._planned:
@@ -285,12 +338,12 @@ def test_the_kernel_is_the_reference_with_the_bits_of_the_parts(case: Case) -> N
 
 @cases
 def test_which_layers_have_a_kernel(case: Case) -> None:
-    """Where the processor multiplies pairs of bfloat16: SiLU, and weights with an even number of inputs."""
+    """Where the processor multiplies pairs of bfloat16: all but GELU by the error function."""
     native = library()
     has_pairs = native is not None and native.linear_panel > 0
     for dtype in TOLERANCE:
         layers = Layers(replace(case, dtype=dtype))
-        expected = has_pairs and dtype == torch.bfloat16 and case.activation == "silu"
+        expected = has_pairs and dtype == torch.bfloat16 and case.activation != "gelu"
         for number in range(2):
             assert (layers.block(number, CpuBackend()).kernel is not None) == expected
             assert layers.block(number, ReferenceBackend(CPU)).kernel is None
@@ -314,5 +367,12 @@ def test_the_reference_leaves_its_input_and_stores_keys_and_values() -> None:
 def test_adapters_and_sizes_change_the_result() -> None:
     """No two cases are alike by mistake: each setting is seen in the reference."""
     plain = Layers(Case(requests=((30, 30),))).reference()
-    for change in ({"adapters": True}, {"window": 5}, {"head_norms": True}, {"biases": True}):
-        assert not torch.equal(Layers(Case(requests=((30, 30),), **change)).reference(), plain)  # type: ignore[arg-type]
+    changes: list[dict[str, Any]] = [
+        {"adapters": True}, {"window": 5}, {"head_norms": True}, {"biases": True}, {"rope": None},
+        {"rope": {"pairs": "neighbours"}}, {"rope": {"rotary_dim": 6}}, {"norms": _POST},
+        {"norms": _POST | PRE_NORMS}, {"activation": "gelu_pytorch_tanh"},
+        {"details": {"attention_scale": "0.2"}}, {"details": {"residual_scale": "0.9"}},
+        {"details": {"attention_softcap": "1.5"}},
+    ]  # fmt: skip
+    for change in changes:
+        assert not torch.equal(Layers(Case(requests=((30, 30),), **change)).reference(), plain), change

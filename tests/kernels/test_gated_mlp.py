@@ -26,11 +26,20 @@ def test_activation_is_the_reference_and_exact_rows_stand_alone(name: str, dtype
         assert torch.equal(gated_activation(gate_up[start:end], name, exact=True), whole[start:end])
 
 
-def test_values_without_bounds() -> None:
+@pytest.mark.parametrize("name", ["silu", "gelu_pytorch_tanh"])
+def test_values_without_bounds(name: str) -> None:
     gate = torch.tensor([float("nan"), float("inf"), -float("inf"), 500.0, -500.0, 0.0, 1e-30, -80.0] * 3)
     gate_up = torch.cat((gate, torch.ones(24)))[None]
-    got, want = gated_activation(gate_up, "silu"), gated_activation_reference(gate_up, "silu")
+    got, want = gated_activation(gate_up, name), gated_activation_reference(gate_up, name)
     torch.testing.assert_close(got, want, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_float32_is_near_the_reference_in_float64(name: str) -> None:
+    gate = torch.cat((torch.linspace(-9, 9, 4001), torch.logspace(-9, 0, 500)))
+    gate_up = torch.stack((gate, torch.ones(len(gate))))[None].flatten(1)
+    got, want = gated_activation(gate_up, name), gated_activation_reference(gate_up.double(), name)
+    torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=1e-6)
 
 
 def test_the_input_is_left_alone() -> None:

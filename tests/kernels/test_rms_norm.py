@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from blockkernels.rms_norm import rms_norm, rms_norm_reference
 
@@ -25,6 +28,23 @@ def test_rms_norm_reference_is_the_models_norm() -> None:
     module.weight.data = torch.randn(177)
     x = torch.randn(9, 177)
     torch.testing.assert_close(rms_norm_reference(x, module.weight.data, 1e-3), module(x).detach())
+
+
+@pytest.mark.parametrize(("module", "shift"), [(Olmo2RMSNorm, 0), (Gemma2RMSNorm, 1)])
+def test_a_wide_weight_is_the_models_norm_bit_for_bit_in_bfloat16(
+    module: type[nn.Module], shift: int
+) -> None:
+    """The weight is float32 and the rows are not: the product is the first to be rounded."""
+    torch.manual_seed(3)
+    theirs = module(177, eps=1e-6).bfloat16()
+    theirs.weight.data = torch.randn(177).bfloat16()
+    x, weight = torch.randn(9, 177).bfloat16(), theirs.weight.data.float() + shift
+    assert torch.equal(rms_norm_reference(x, weight, 1e-6), theirs(x).detach())
+    got = rms_norm(x, weight, 1e-6)
+    torch.testing.assert_close(got, theirs(x).detach(), rtol=2**-7, atol=0)
+    assert not torch.equal(got, rms_norm(x, weight.bfloat16(), 1e-6))
+    for row in range(9):
+        assert torch.equal(rms_norm(x[row : row + 1], weight, 1e-6)[0], got[row])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

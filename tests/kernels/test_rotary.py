@@ -2,8 +2,11 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import Glm4Config, LlamaConfig, Olmo2Config, Phi3Config
+from transformers.models.glm4 import modeling_glm4
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.olmo2 import modeling_olmo2
+from transformers.models.phi3 import modeling_phi3
 
 from blockkernels.rotary import (
     RopeParameters,
@@ -46,18 +49,56 @@ _KINDS = [
 def test_rotation_is_the_models(rope: RopeParameters, parameters: dict[str, object]) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=rope.head_dim * 3,
+        hidden_size=rope.rotary_dim * 3,
         num_attention_heads=3,
-        head_dim=rope.head_dim,
+        head_dim=rope.rotary_dim,
         max_position_embeddings=2048,
         rope_parameters=parameters,
     )
     positions = torch.tensor([0, 1, 5, 63, 500, 1999])
-    x = torch.randn(len(positions), 3, rope.head_dim)
+    x = torch.randn(len(positions), 3, rope.rotary_dim)
     cos, sin = LlamaRotaryEmbedding(config)(x, positions[None])
     want, _ = apply_rotary_pos_emb(x.transpose(0, 1)[None], x.transpose(0, 1)[None], cos, sin)
     got = rotary_reference(x, *rotary_table(positions, inverse_frequencies(rope), torch.float32))
     torch.testing.assert_close(got, want[0].transpose(0, 1), rtol=1e-5, atol=1e-5)
+
+
+_FORMS = {
+    "neighbours in a part": (
+        RopeParameters(12, 10000.0, neighbours=True),
+        Glm4Config(head_dim=24, rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+        modeling_glm4.Glm4RotaryEmbedding, modeling_glm4.apply_rotary_pos_emb,
+    ),
+    "many neighbours": (
+        RopeParameters(46, 10000.0, neighbours=True),
+        Glm4Config(head_dim=46, rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 1.0}),
+        modeling_glm4.Glm4RotaryEmbedding, modeling_glm4.apply_rotary_pos_emb,
+    ),
+    "a part": (
+        RopeParameters(18, 10000.0),
+        Phi3Config(head_dim=24, rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.75}),
+        modeling_phi3.Phi3RotaryEmbedding, modeling_phi3.apply_rotary_pos_emb,
+    ),
+    "wide": (
+        RopeParameters(24, 10000.0, wide=True),
+        Olmo2Config(head_dim=24, rope_parameters={"rope_theta": 1e4, "rope_type": "default"}),
+        modeling_olmo2.Olmo2RotaryEmbedding, modeling_olmo2.apply_rotary_pos_emb,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", _FORMS)
+def test_other_forms_are_the_models_bit_for_bit(form: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(3)
+    rope, config, embedding, apply = _FORMS[form]
+    positions = torch.tensor([0, 1, 5, 63, 500, 1999])
+    x = torch.randn(len(positions), 3, config.head_dim).to(dtype)
+    cos, sin = embedding(config)(x, positions[None])
+    want, _ = apply(x.transpose(0, 1)[None], x.transpose(0, 1)[None], cos, sin)
+    angles = rotary_table(positions, inverse_frequencies(rope), rope.table_dtype(dtype))
+    for ours in (rotary, rotary_reference):
+        assert torch.equal(ours(x, *angles, neighbours=rope.neighbours), want[0].transpose(0, 1))
 
 
 def test_rotation_is_complex_multiplication() -> None:
@@ -79,13 +120,20 @@ def test_unknown_kind_is_refused() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("neighbours", [False, True])
 @pytest.mark.parametrize(("tokens", "heads", "dim"), [(1, 12, 64), (33, 3, 10), (200, 12, 64)])
-def test_rotary_is_the_reference_bit_for_bit(tokens: int, heads: int, dim: int, dtype: torch.dtype) -> None:
+def test_rotary_is_the_reference_bit_for_bit(
+    tokens: int, heads: int, dim: int, neighbours: bool, dtype: torch.dtype
+) -> None:
     torch.manual_seed(2)
     x = torch.randn(tokens, heads + 2, dim).to(dtype)[:, :heads]
     positions = torch.randint(0, 3000, (tokens,))
-    angles = rotary_table(positions, inverse_frequencies(RopeParameters(dim, 1e4)), dtype)
-    assert torch.equal(rotary(x, *angles), rotary_reference(x, *angles))
+    for rotated, wide in ((dim, False), (dim - 4, False), (dim - 4, True)):
+        rope = RopeParameters(rotated, 1e4, wide=wide)
+        angles = rotary_table(positions, inverse_frequencies(rope), rope.table_dtype(dtype))
+        want = rotary_reference(x, *angles, neighbours=neighbours)
+        assert torch.equal(rotary(x, *angles, neighbours=neighbours), want)
+        assert torch.equal(want[..., rotated:], x[..., rotated:])
 
 
 def test_a_table_grows_and_never_changes() -> None:

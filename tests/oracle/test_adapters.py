@@ -3,11 +3,12 @@
 import pytest
 
 from blockzoo.errors import UnsupportedAdapterError
-from support.adapters import ADAPTERS, TRAINABLE_TOKENS
+from support.adapters import ADAPTERS, FUSED, TRAINABLE_TOKENS
 from support.engine import Ask
 from support.oracle import LOGITS_TOLERANCE, logits_error
 
 BASES = ["llama-gqa", "llama-gqa-tied"]
+OTHER_BASES = ["olmo2", "granite", "smollm3", "phi3-partial", "glm4", "gemma2", "gemma3"]
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -26,6 +27,42 @@ def test_adapter_equals_peft(engine, variants, base, name):
 def test_adapter_on_other_architectures_equals_peft(engine, variants, base, name):
     adapter = variants.adapter(variants.checkpoint(base), name)
     report = engine.check(variants, adapter, 8)
+    engine.unload(engine.register(adapter))
+    assert report.is_equal, report
+
+
+@pytest.mark.parametrize("base", OTHER_BASES)
+def test_adapter_on_every_linear_module_equals_peft(engine, variants, base):
+    adapter = variants.adapter(variants.checkpoint(base), "every-linear")
+    report = engine.check(variants, adapter, 8)
+    engine.unload(engine.register(adapter))
+    assert report.is_equal, report
+
+
+def test_adapter_on_fused_matrices_equals_peft(engine, variants):
+    adapter = variants.adapter(variants.checkpoint("phi3-window"), "fused", spec=FUSED)
+    report = engine.check(variants, adapter, 8)
+    engine.unload(engine.register(adapter))
+    assert report.is_equal, report
+
+
+@pytest.mark.parametrize("name", ["patterns", "some-layers", "lm-head"])
+def test_names_of_parts_of_fused_matrices_match_nothing_as_in_peft(engine, variants, name):
+    """Lists of targets are copied from one model to the next; PEFT adapts what it finds."""
+    adapter = variants.adapter(variants.checkpoint("phi3-window"), name)
+    if name == "lm-head":  # all but the head is a part of something
+        plan = engine.zoo.chain(engine.register(adapter))
+        assert [len(link.applied) for link in plan.links] == [0, 0, 0, 0, 0, 1]
+    report = engine.check(variants, adapter, 8)
+    engine.unload(engine.register(adapter))
+    assert report.is_equal, report
+
+
+@pytest.mark.parametrize("name", ["saved-embedding", "saved-lm-head"])
+@pytest.mark.parametrize("base", ["granite", "gemma2"])
+def test_saved_matrices_are_scaled_and_capped_as_the_bases_own(engine, variants, base, name):
+    adapter = variants.adapter(variants.checkpoint(base), name)
+    report = engine.check(variants, adapter, 4)
     engine.unload(engine.register(adapter))
     assert report.is_equal, report
 

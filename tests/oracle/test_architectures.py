@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from blockserve.worker.limits import EngineConfig
-from support.engine import EngineHarness
+from support.engine import Ask, EngineHarness
 from support.memory import poisoned_memory
 from support.models import CONTEXT_LENGTH, SPECS, load_model
 from support.oracle import logits_error
@@ -39,8 +39,12 @@ def test_top_quarter_tuned_equals_transformers(engine, variants, name):
 
 # max_running_requests, max_tokens_per_pass, kv_page_tokens
 BATCHING = [(1, 1, 1), (3, 5, 3), (2, 63, 500), (36, 47, 7), (64, 512, 32), (8, 4096, 16)]
-CHUNKED = ["llama-rope-llama3", "mistral-window", "qwen2", "qwen3"]
+CHUNKED = [
+    *("llama-rope-llama3", "mistral-window", "qwen2", "qwen3"),
+    *("olmo2", "granite", "smollm3", "phi3-window", "glm4", "gemma2", "gemma3"),
+]
 BRIEF = {(row, column) for row in range(1, 6) for column in range(4) if (row + column) % 2} | {(0, 1)}
+BRIEF |= {(1 + column % 2, column) for column in range(4, len(CHUNKED))}
 """Every size and every architecture outside test-long; single tokens take a quarter of a minute each."""
 CASES = [
     pytest.param(*sizes, name, marks=[] if (row, column) in BRIEF else [pytest.mark.long])
@@ -67,6 +71,19 @@ def test_chunks_and_pages_of_any_size_give_the_same(variants, tmp_path, name, ru
     assert report.is_equal, report
 
 
+@pytest.mark.parametrize("name", CHUNKED[4:])
+def test_cached_prefixes_give_the_same(engine, variants, name):
+    """Long prompts are answered as by transformers at first, and again over the pages that were kept."""
+    variant = variants.checkpoint(name)
+    chain, cases = engine.load(variant), variants.cases(variant, 4, lengths=(63, 129), num_tokens=16, seed=4)
+    asks = [Ask(chain, case.prompt, len(case.tokens)) for case in cases]
+    for _ in range(2):
+        before = engine.report().prefix_hit_tokens
+        assert engine.run(asks) == [case.tokens for case in cases]
+    assert engine.report().prefix_hit_tokens >= before + 2 * (63 + 129 - 2 * 7)
+    engine.unload(chain)
+
+
 def test_a_pool_too_small_for_all_requests_gives_the_same(variants, tmp_path):
     """Requests wait for pages; pages that others left behind are used again."""
     variant = variants.checkpoint("llama-gqa")
@@ -90,7 +107,10 @@ def test_half_precision_checkpoints_are_exact_by_default_on_the_cpu(variants, tm
     assert report.is_equal, report
 
 
-@pytest.mark.parametrize("name", ["llama-bf16-sharded", "qwen3-tied-bf16"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama-bf16-sharded", "qwen3-tied-bf16", "olmo2", "granite", "glm4", "gemma2", "gemma3"],
+)
 def test_bfloat16_stays_near_transformers(variants, tmp_path, name):
     """With dtype "auto" bfloat16 weights are computed in bfloat16: near the float32 oracle, not equal to it.
 

@@ -45,6 +45,7 @@ def _move_embedding(model: PreTrainedModel) -> None:
 
 ADAPTERS: dict[str, AdapterSpec] = {
     "all-linear": AdapterSpec(_lora(*ALL_LINEAR)),
+    "every-linear": AdapterSpec({"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}),
     "q-v": AdapterSpec(_lora("q_proj", "v_proj", r=3, lora_alpha=5)),
     "rank-one": AdapterSpec(_lora("o_proj", "down_proj", r=1, lora_alpha=1)),
     "patterns": AdapterSpec(
@@ -72,6 +73,17 @@ ADAPTERS: dict[str, AdapterSpec] = {
     ),
 }
 """Adapters by name; each is valid on every checkpoint of `support.models.SPECS`, tied or not."""
+
+FUSED = AdapterSpec(
+    _lora(
+        "qkv_proj",
+        "gate_up_proj",
+        "down_proj",
+        rank_pattern={"qkv_proj": 7, r"layers\.1\.mlp\.gate_up_proj": 2},
+        alpha_pattern={r"layers\.[02]\.self_attn\.qkv_proj": 3},
+    )
+)
+"""For checkpoints that hold queries, keys and values in one matrix, and gate and up in one."""
 
 TRAINABLE_TOKENS = AdapterSpec(_lora("q_proj", trainable_token_indices=[3, 17, 400]))
 """New values for single rows of the embedding, without saving the matrix."""

@@ -16,7 +16,44 @@ import numpy as np
 
 HIDDEN, WIDE, HEADS, KV_HEADS, VOCAB, LAYERS = 16, 24, 4, 2, 40, 3
 BITS = {"BF16": 16, "F16": 16, "F32": 32, "F64": 64, "I64": 64, "U8": 8}
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+_GEMMA = {
+    "hidden_act": None,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "head_dim": 8,
+    "query_pre_attn_scalar": 9,
+    "sliding_window": 32,
+    "attention_bias": False,
+    "final_logit_softcapping": 12.0,
+}
+_OWN: dict[str, dict[str, Any]] = {
+    "LlamaForCausalLM": {},
+    "MistralForCausalLM": {"sliding_window": 32},
+    "Qwen2ForCausalLM": {},
+    "Qwen3ForCausalLM": {"head_dim": 6},
+    "Gemma2ForCausalLM": {**_GEMMA, "attn_logit_softcapping": 11.0},
+    "Gemma3ForCausalLM": {
+        **_GEMMA,
+        "model_type": "gemma3_text",
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 50000.0, "factor": 4.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 700.0},
+        },
+    },
+    "Glm4ForCausalLM": {"head_dim": 8, "partial_rotary_factor": 0.75, "attention_bias": False},
+    "GraniteForCausalLM": {
+        "embedding_multiplier": 12.0,
+        "attention_multiplier": 0.25,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 8,
+    },
+    "Olmo2ForCausalLM": {},
+    "Phi3ForCausalLM": {"partial_rotary_factor": 0.5, "sliding_window": 32},
+    "SmolLM3ForCausalLM": {"no_rope_layer_interval": 2},
+}
+"""What a config.json of each architecture has of its own."""
+ARCHITECTURES = tuple(_OWN)
+_NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 @dataclass(frozen=True)
@@ -48,11 +85,7 @@ def config(architecture: str = "LlamaForCausalLM", **changes: Any) -> dict[str, 
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         "tie_word_embeddings": True,
     }
-    if architecture == "Qwen3ForCausalLM":
-        values["head_dim"] = 6
-    if architecture == "MistralForCausalLM":
-        values["sliding_window"] = 32
-    values.update(changes)
+    values.update(_OWN[architecture], **changes)
     return {key: value for key, value in values.items() if value is not None}
 
 
@@ -64,27 +97,44 @@ def shapes(values: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     query, kv = values["num_attention_heads"] * head_dim, values["num_key_value_heads"] * head_dim
     bias = values.get("attention_bias", False)
     qkv_bias = bias or architecture == "Qwen2ForCausalLM"
+    mlp_bias = values.get("mlp_bias", False)
+    norms = {
+        "Gemma2ForCausalLM": (*_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+        "Gemma3ForCausalLM": (*_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+        "Glm4ForCausalLM": (*_NORMS, "post_self_attn_layernorm", "post_mlp_layernorm"),
+        "Olmo2ForCausalLM": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    }.get(architecture, _NORMS)
+    whole = {"Olmo2ForCausalLM": (query, kv)}
+    by_head = dict.fromkeys(("Qwen3ForCausalLM", "Gemma3ForCausalLM"), (head_dim, head_dim))
+    qk_norms = {**whole, **by_head}.get(architecture)
     result: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
     for index in range(values["num_hidden_layers"]):
         linears = {
             "self_attn.q_proj": (query, hidden, qkv_bias),
             "self_attn.k_proj": (kv, hidden, qkv_bias),
             "self_attn.v_proj": (kv, hidden, qkv_bias),
-            "self_attn.o_proj": (hidden, query, bias),
-            "mlp.gate_proj": (wide, hidden, values.get("mlp_bias", False)),
-            "mlp.up_proj": (wide, hidden, values.get("mlp_bias", False)),
-            "mlp.down_proj": (hidden, wide, values.get("mlp_bias", False)),
+            "self_attn.o_proj": (hidden, query, bias and architecture != "Glm4ForCausalLM"),
+            "mlp.gate_proj": (wide, hidden, mlp_bias),
+            "mlp.up_proj": (wide, hidden, mlp_bias),
+            "mlp.down_proj": (hidden, wide, mlp_bias),
         }
+        if architecture == "Phi3ForCausalLM":
+            for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+                del linears[name]
+            linears["self_attn.qkv_proj"] = (query + 2 * kv, hidden, False)
+        if architecture in ("Phi3ForCausalLM", "Glm4ForCausalLM"):
+            del linears["mlp.gate_proj"], linears["mlp.up_proj"]
+            linears["mlp.gate_up_proj"] = (2 * wide, hidden, False)
         prefix = f"model.layers.{index}."
         for name, (rows, columns, has_bias) in linears.items():
             result[f"{prefix}{name}.weight"] = (rows, columns)
             if has_bias:
                 result[f"{prefix}{name}.bias"] = (rows,)
-        result[f"{prefix}input_layernorm.weight"] = (hidden,)
-        result[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
-        if architecture == "Qwen3ForCausalLM":
-            result[f"{prefix}self_attn.q_norm.weight"] = (head_dim,)
-            result[f"{prefix}self_attn.k_norm.weight"] = (head_dim,)
+        for name in norms:
+            result[f"{prefix}{name}.weight"] = (hidden,)
+        if qk_norms:
+            result[f"{prefix}self_attn.q_norm.weight"] = (qk_norms[0],)
+            result[f"{prefix}self_attn.k_norm.weight"] = (qk_norms[1],)
     result["model.norm.weight"] = (hidden,)
     if not values.get("tie_word_embeddings", False):
         result["lm_head.weight"] = (vocab, hidden)

@@ -18,13 +18,20 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    Glm4Config,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 VOCAB_SIZE = 501
@@ -97,6 +104,31 @@ _LLAMA3_ROPE = _rope(
     "llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
 )
 _MHA = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}
+_MULTIPLIERS = {
+    "embedding_multiplier": 4.0,
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.7,
+    "logits_scaling": 3.0,
+}
+_GEMMA2 = {
+    "sliding_window": 19,
+    "query_pre_attn_scalar": 11,
+    "attn_logit_softcapping": 3.0,
+    "final_logit_softcapping": 8.0,
+    "tie_word_embeddings": False,
+}
+_UNCAPPED = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+_GEMMA3 = {
+    "sliding_window": 19,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "query_pre_attn_scalar": 11,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 2.5, "rope_theta": 50000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 700.0},
+    },
+    "final_logit_softcapping": 8.0,
+    "tie_word_embeddings": False,
+}
 
 SPECS: dict[str, ModelSpec] = {
     "llama-mha": ModelSpec(options=_MHA),
@@ -115,6 +147,23 @@ SPECS: dict[str, ModelSpec] = {
     "qwen2-tied": ModelSpec(Qwen2Config, {**_MHA, "num_key_value_heads": 2, "tie_word_embeddings": True}),
     "qwen3": ModelSpec(Qwen3Config, {"head_dim": 18}, seed=3),
     "qwen3-tied-bf16": ModelSpec(Qwen3Config, {"tie_word_embeddings": True}, torch.bfloat16, seed=4),
+    "olmo2": ModelSpec(Olmo2Config, dtype=torch.bfloat16, seed=2),
+    "granite": ModelSpec(GraniteConfig, {**_MULTIPLIERS, "mlp_bias": True}, torch.bfloat16),
+    "smollm3": ModelSpec(
+        SmolLM3Config,
+        {"use_sliding_window": True, "sliding_window": 19, "no_rope_layers": [1, 0, 1, 0]},
+    ),
+    "phi3-window": ModelSpec(Phi3Config, {"sliding_window": 19}),
+    "phi3-partial": ModelSpec(
+        Phi3Config,
+        {"hidden_size": 126, "num_key_value_heads": 9, **_rope("default", partial_rotary_factor=0.6)},
+    ),
+    "glm4": ModelSpec(Glm4Config, {"head_dim": 12, "attention_bias": True}, torch.bfloat16),
+    "gemma2": ModelSpec(Gemma2Config, _GEMMA2, torch.bfloat16),
+    "gemma2-uncapped": ModelSpec(
+        Gemma2Config, {**_UNCAPPED, "attention_bias": True, "sliding_window": 19}, seed=4
+    ),
+    "gemma3": ModelSpec(Gemma3TextConfig, _GEMMA3, torch.bfloat16, seed=1),
 }
 """Tiny checkpoints by name, of odd sizes where they can be.
 
@@ -130,22 +179,32 @@ EVEN_SPECS: dict[str, ModelSpec] = {
     "qwen2-even": ModelSpec(Qwen2Config, _EVEN),
     "qwen3-even": ModelSpec(Qwen3Config, {**_EVEN, "head_dim": 24}, seed=3),
     "llama-even-gelu": ModelSpec(options={**_EVEN, "hidden_act": "gelu_pytorch_tanh"}),
+    "olmo2-even": ModelSpec(Olmo2Config, _EVEN),
+    "granite-even": ModelSpec(GraniteConfig, {**_EVEN, **_MULTIPLIERS}),
+    "smollm3-even": ModelSpec(SmolLM3Config, {**_EVEN, "no_rope_layers": [1, 0, 0, 1]}),
+    "phi3-even": ModelSpec(Phi3Config, {**_EVEN, **_rope("default", partial_rotary_factor=0.75)}),
+    "glm4-even": ModelSpec(Glm4Config, {**_EVEN, "attention_bias": True}),
+    "gemma2-even": ModelSpec(Gemma2Config, {**_EVEN, **_GEMMA2}),
+    "gemma3-even": ModelSpec(Gemma3TextConfig, {**_EVEN, **_GEMMA3}),
 }
 """More of them, of the even sizes that kernels for pairs of elements need."""
 
 
-def randomise(model: torch.nn.Module, seed: int) -> None:
+def randomise(model: PreTrainedModel, seed: int) -> None:
     """Draw every parameter anew, in name order, so that layers matter and nothing is neutral."""
     generator = torch.Generator().manual_seed(seed)
+    embedding = model.get_input_embeddings()
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             noise = torch.randn(parameter.shape, generator=generator)
             if name.endswith("bias"):
                 parameter.copy_(0.4 * noise)
             elif parameter.dim() == 1:
-                parameter.copy_(1.0 + 0.2 * noise)
+                # Norms of some families apply 1 + weight: theirs begin at 0.
+                parameter.copy_(parameter.mean().round() + 0.2 * noise)
             elif "embed_tokens" in name:
-                parameter.copy_(0.4 * noise)
+                # Some families multiply embeddings by the root of the hidden size.
+                parameter.copy_(0.4 * noise / getattr(embedding, "scalar_embed_scale", 1.0))
             else:
                 parameter.copy_(1.6 * noise / parameter.shape[1] ** 0.5)
 

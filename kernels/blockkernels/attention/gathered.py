@@ -52,7 +52,15 @@ class GatheredAttention:
         self._new = torch.from_numpy(np.concatenate(slots, axis=1)).to(pool_keys.device)  # [layers, tokens]
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, *, layer: int, scale: float, window: int | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        layer: int,
+        scale: float,
+        window: int | None,
+        softcap: float | None = None,
     ) -> Tensor:
         """See `BatchAttention`."""
         self._keys.index_copy_(0, self._new[layer], key)
@@ -60,7 +68,7 @@ class GatheredAttention:
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         for request, (row, end) in enumerate(self._rows):
             keys, values = self._read(request, layer)
-            out[row:end] = attend(query[row:end], keys, values, scale=scale, window=window)
+            out[row:end] = attend(query[row:end], keys, values, scale=scale, window=window, softcap=softcap)
         return out
 
     def _read(self, request: int, layer: int) -> tuple[Tensor, Tensor]:

@@ -11,9 +11,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from blockkernels.attention.reference import attend_reference
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, *, scale: float, window: int | None = None) -> Tensor:
-    """Same as `attend_reference`; keys and values may be strided views of pages.
+
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Same as `attend_reference`, which computes with a softcap; keys and values may be views of pages.
 
     Shape: query [queries, heads, head_dim], keys and values [len, kv_heads, head_dim],
     result [queries, heads, head_dim].
@@ -25,6 +35,8 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, *, scale: float, window:
         first = length - queries - window + 1
         keys, values = keys[first:], values[first:]
         length -= first
+    if softcap is not None:
+        return attend_reference(query, keys, values, scale=scale, window=window, softcap=softcap)
     group = heads // kv_heads
     folded = query.view(queries, kv_heads, group, head_dim)
     if queries == 1:

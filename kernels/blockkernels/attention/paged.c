@@ -256,6 +256,12 @@ INLINE void weigh_row(float *scores, float scale, int first, int last, float *ma
     *shrink = factor;
 }
 
+/* scores = cap * tanh(scores * scale / cap). */
+INLINE void cap_row(float *scores, float scale, float cap) {
+    for (int k = 0; k < KEYS; k += LANES)
+        store(scores + k, splat(cap) * hyperbolic_tangent(load(scores + k) * splat(scale) / splat(cap)));
+}
+
 INLINE int clamp(int64_t value) { return value < 0 ? 0 : value > KEYS ? KEYS : (int)value; }
 
 #define FOR_ROWS(call)                      \
@@ -292,7 +298,8 @@ INLINE void attend_block(const attention_job *job, const tile *t, const workspac
     for (int64_t row = 0; row < rows; row++) {
         int64_t position = t->position + t->first + row / group;
         int64_t oldest = job->window && position >= job->window ? position - job->window + 1 : 0;
-        weigh_row(w->scores + row * KEYS, job->scale, clamp(oldest - start), clamp(position + 1 - start),
+        if (job->softcap) cap_row(w->scores + row * KEYS, job->scale, job->softcap);
+        weigh_row(w->scores + row * KEYS, job->softcap ? 1 : job->scale, clamp(oldest - start), clamp(position + 1 - start),
                   w->maxima + base + row, w->sums + (base + row) * LANES, w->shrink + row);
     }
     value_rows values = {w->values, job->pool_values + offset, job->pool_values + next_offset, b, next, step, dim * size};

@@ -28,6 +28,7 @@ class _Job(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("requests", "layer", "page_tokens", "heads", "kv_heads")),
         *((name, ctypes.c_int64) for name in ("head_dim", "window")),
         ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
         ("scratch", ctypes.c_void_p),
         ("threads", ctypes.c_int64),
     )
@@ -84,7 +85,15 @@ class PagedAttention:
         self._reference = ctypes.byref(job)
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, *, layer: int, scale: float, window: int | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        layer: int,
+        scale: float,
+        window: int | None,
+        softcap: float | None = None,
     ) -> Tensor:
         """See `BatchAttention`. DType: of the pool, inside float32."""
         tokens, heads, _ = query.shape
@@ -98,7 +107,7 @@ class PagedAttention:
             setattr(job, name, part.data_ptr())
             setattr(job, f"{name}_stride", part.stride(0))
         job.out, job.layer, job.heads = out.data_ptr(), layer, heads
-        job.scale, job.window = scale, window or 0
+        job.scale, job.window, job.softcap = scale, window or 0, softcap or 0.0
         job.scratch = self._scratch_for(heads).data_ptr()
         self._call(self._reference)
         return out

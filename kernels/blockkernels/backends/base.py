@@ -62,8 +62,8 @@ class FusedLayers(Protocol):
     def __call__(
         self,
         hidden: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
         *,
         attention: BatchAttention,
         number: int,
@@ -74,7 +74,7 @@ class FusedLayers(Protocol):
 
         Args:
             hidden: [tokens, hidden], contiguous.
-            cos, sin: [tokens, 1, head_dim / 2], contiguous, of the dtype.
+            cos, sin: [tokens, 1, rotary_dim / 2], contiguous; None if no layer rotates.
             attention: the batch's requests and pages, made by the same backend.
             number: of the first layer among those of the pages.
             adapters: of the batch on each of the layers.

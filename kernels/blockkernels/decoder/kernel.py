@@ -1,4 +1,4 @@
-"""Pre-norm decoder layers, one after the other, as one call of a C kernel.
+"""Decoder layers, one after the other, as one call of a C kernel.
 
 A batch of few tokens takes tens of microseconds for a matrix product, and a layer has
 a dozen operations around its four: called one by one from Python they cost as much as a
@@ -22,6 +22,9 @@ from blockkernels.lora import GroupedRows, LoraBank, LoraJob, fill_lora_job
 from blockkernels.native import library
 
 _LINEARS = ("qkv", "out", "gate_up", "down")
+_NORMS = ("input_norm", "mlp_norm", "query_norm", "key_norm", "out_norm", "down_norm")
+_ACTIVATIONS = {"silu": False, "gelu_pytorch_tanh": True}
+"""Activations of the C kernel, and whether they are GELU."""
 _STAGES = (0, 0, 0, 1, 2, 2, 3)
 """Slots of one stage read the same input."""
 SlotPlan = Mapping[LayerSlot, tuple[LoraBank, GroupedRows]]
@@ -43,11 +46,11 @@ class _Layer(ctypes.Structure):
     """`decoder_layer` of layer.c."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("input_norm", "mlp_norm", "query_norm", "key_norm")),
+        *((name, ctypes.c_void_p) for name in _NORMS),
         *((name, _Weight) for name in _LINEARS),
         *((name, ctypes.c_int64) for name in ("hidden", "heads", "kv_heads", "head_dim", "wide", "window")),
-        ("eps", ctypes.c_float),
-        ("scale", ctypes.c_float),
+        *((name, ctypes.c_int64) for name in ("neighbours", "wide_norms", "norm_heads", "gelu")),
+        *((name, ctypes.c_float) for name in ("eps", "scale", "softcap", "residual_scale")),
     )
 
 
@@ -67,7 +70,9 @@ class _Job(ctypes.Structure):
         ("number", ctypes.c_int64),
         ("hidden", ctypes.c_void_p),
         ("tokens", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("cosine", "sine", "attention", "scratch")),
+        *((name, ctypes.c_void_p) for name in ("cosine", "sine")),
+        *((name, ctypes.c_int64) for name in ("half", "wide_angles")),
+        *((name, ctypes.c_void_p) for name in ("attention", "scratch")),
         ("threads", ctypes.c_int64),
     )
 
@@ -119,8 +124,7 @@ class DecoderLayer:
         self._weights = weights  # what the addresses point into
         self.sizes = sizes
         layer = self._layer = _Layer()
-        norms = ("input_norm", "mlp_norm", "query_norm", "key_norm")
-        for name in norms:
+        for name in _NORMS:
             norm: Tensor | None = getattr(weights, name)
             assert norm is None or norm.is_contiguous()
             setattr(layer, name, None if norm is None else norm.data_ptr())
@@ -129,16 +133,22 @@ class DecoderLayer:
         layer.hidden, layer.wide = sizes.hidden_size, weights.down.in_features
         layer.heads, layer.kv_heads, layer.head_dim = sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
         layer.window, layer.eps, layer.scale = sizes.window or 0, sizes.eps, sizes.scale
+        layer.softcap, layer.residual_scale = sizes.softcap or 0.0, sizes.residual_scale
+        layer.gelu, layer.neighbours = _ACTIVATIONS[sizes.activation], sizes.neighbours
+        layer.wide_norms = any(norm.dtype == torch.float32 for norm in weights.norms)
+        layer.norm_heads = weights.query_norm is not None and len(weights.query_norm) == sizes.head_dim
         self.address = ctypes.addressof(layer)
 
     @staticmethod
     def can_compute(weights: LayerWeights, sizes: LayerSizes) -> bool:
-        """Whether the C kernel can take this layer: SiLU, bfloat16, and weights laid out for it."""
-        norms = (weights.input_norm, weights.mlp_norm, weights.query_norm, weights.key_norm)
+        """Whether the C kernel can take this layer: a known activation, and weights laid out for it.
+
+        These are bfloat16; norms are all bfloat16, or all float32.
+        """
         return (
-            sizes.activation == "silu"
+            sizes.activation in _ACTIVATIONS
             and all(_panels(getattr(weights, name)) is not None for name in _LINEARS)
-            and all(norm is None or norm.dtype == torch.bfloat16 for norm in norms)
+            and {norm.dtype for norm in weights.norms} in ({torch.bfloat16}, {torch.float32}, set())
         )
 
     def scratch_bytes(self, num_tokens: int) -> int:
@@ -168,8 +178,8 @@ class DecoderLayers:
     def __call__(
         self,
         hidden: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
         *,
         attention: BatchAttention,
         number: int,
@@ -180,7 +190,7 @@ class DecoderLayers:
 
         Args:
             hidden: [tokens, hidden], contiguous bfloat16.
-            cos, sin: [tokens, 1, head_dim / 2], contiguous, of the dtype.
+            cos, sin: [tokens, 1, rotary_dim / 2], contiguous, bfloat16 or float32; None if nothing rotates.
             attention: the batch's requests and pages; a `PagedAttention`.
             number: of the first layer among those of the pages.
             adapters: of the batch on each of the layers.
@@ -188,10 +198,10 @@ class DecoderLayers:
         """
         tokens = hidden.shape[0]
         assert isinstance(attention, PagedAttention)
-        for part in (hidden, cos, sin):
-            assert part.is_contiguous()
-            assert part.dtype == torch.bfloat16
-        assert tokens == cos.shape[0] == attention.num_tokens
+        assert hidden.is_contiguous()
+        assert hidden.dtype == torch.bfloat16
+        assert tokens == attention.num_tokens
+        sizes = self._layers[0].sizes
         job = _Job(
             ctypes.addressof(self._addresses),
             None if adapters is None else adapters.address,
@@ -199,13 +209,21 @@ class DecoderLayers:
             number,
             hidden.data_ptr(),
             tokens,
-            cos.data_ptr(),
-            sin.data_ptr(),
-            attention.job_address(self._layers[0].sizes.num_heads),
+            *(_angles(cos, sin) if sizes.rotates else (None, None, 0, False)),
+            attention.job_address(sizes.num_heads),
             scratch.data_ptr(),
             torch.get_num_threads(),
         )
         self._native.decoder_layers(ctypes.byref(job))
+
+
+def _angles(cos: Tensor | None, sin: Tensor | None) -> tuple[int, int, int, bool]:
+    """Addresses of cosines and sines, how many a token has, and whether they are float32."""
+    assert cos is not None
+    assert sin is not None
+    assert cos.is_contiguous()
+    assert sin.is_contiguous()
+    return cos.data_ptr(), sin.data_ptr(), cos.shape[-1], cos.dtype == torch.float32
 
 
 def _panels(linear: Linear) -> Tensor | None:

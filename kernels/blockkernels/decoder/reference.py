@@ -1,4 +1,4 @@
-"""Pre-norm decoder layers, spelled out with the references of their parts."""
+"""Decoder layers, spelled out with the references of their parts."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ Adapters = Mapping[LayerSlot, SlotAdapters]
 
 def decoder_layers_reference(
     hidden: Tensor,
-    cos: Tensor,
-    sin: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
     layers: Sequence[tuple[LayerWeights, LayerSizes]],
     *,
     attention: BatchAttention,
@@ -41,13 +41,14 @@ def decoder_layers_reference(
 
     Semantics of a layer:
         x = norm(hidden); q, k, v = x @ qkv, plus what adapters add
-        hidden += attention(rotate(norm(q)), rotate(norm(k)), v) @ out
+        hidden += residual_scale * norm(attention(rotate(norm(q)), rotate(norm(k)), v) @ out)
         gate, up = norm(hidden) @ gate_up
-        hidden += (act(gate) * up) @ down
+        hidden += residual_scale * norm((act(gate) * up) @ down)
+    where a norm or a rotation that the layer does not have changes nothing.
 
     Args:
         hidden: [tokens, hidden]; stays as it is.
-        cos, sin: [tokens, 1, head_dim / 2].
+        cos, sin: [tokens, 1, rotary_dim / 2]; None where no layer rotates.
         layers: weights and sizes of each.
         attention: the batch's requests and pages.
         number: of the first layer among those of the pages.
@@ -57,17 +58,37 @@ def decoder_layers_reference(
         [tokens, hidden].
     """
     for offset, ((weights, sizes), added) in enumerate(zip(layers, adapters, strict=True)):
-        x = rms_norm_reference(hidden, weights.input_norm, sizes.eps)
-        hidden = hidden + _attend(x, cos, sin, weights, sizes, attention, number + offset, added)
-        x = rms_norm_reference(hidden, weights.mlp_norm, sizes.eps)
-        hidden = hidden + _feed_forward(x, weights, sizes, added)
+        x = _normalise(hidden, weights.input_norm, sizes)
+        out = _attend(x, cos, sin, weights, sizes, attention, number + offset, added)
+        hidden = hidden + _normalise(out, weights.out_norm, sizes) * sizes.residual_scale
+        x = _normalise(hidden, weights.mlp_norm, sizes)
+        out = _feed_forward(x, weights, sizes, added)
+        hidden = hidden + _normalise(out, weights.down_norm, sizes) * sizes.residual_scale
     return hidden
+
+
+def _normalise(x: Tensor, norm: Tensor | None, sizes: LayerSizes) -> Tensor:
+    return x if norm is None else rms_norm_reference(x, norm, sizes.eps)
+
+
+def _place(
+    x: Tensor, norm: Tensor | None, cos: Tensor | None, sin: Tensor | None, sizes: LayerSizes
+) -> Tensor:
+    """Queries or keys [tokens, heads, head_dim], normalised and rotated."""
+    if norm is not None:
+        rows = x if len(norm) == sizes.head_dim else x.flatten(1)
+        x = rms_norm_reference(rows, norm, sizes.eps).view(x.shape)
+    if not sizes.rotates:
+        return x
+    assert cos is not None
+    assert sin is not None
+    return rotary_reference(x, cos, sin, neighbours=sizes.neighbours)
 
 
 def _attend(
     x: Tensor,
-    cos: Tensor,
-    sin: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
     weights: LayerWeights,
     sizes: LayerSizes,
     attention: BatchAttention,
@@ -76,15 +97,16 @@ def _attend(
 ) -> Tensor:
     heads = (sizes.num_heads, sizes.num_kv_heads, sizes.num_kv_heads)
     qkv = weights.qkv(x)
-    columns = qkv.split([count * sizes.head_dim for count in heads], dim=1)
-    for slot, part in zip((LayerSlot.QUERY, LayerSlot.KEY, LayerSlot.VALUE), columns, strict=True):
-        _adapt(added, slot, x, part)
+    first_value = (sizes.num_heads + sizes.num_kv_heads) * sizes.head_dim
+    _adapt(added, LayerSlot.QUERY, x, qkv)
+    _adapt(added, LayerSlot.KEY, x, qkv[:, sizes.num_heads * sizes.head_dim :])
+    _adapt(added, LayerSlot.VALUE, x, qkv[:, first_value:])
     query, key, value = qkv.view(len(x), sum(heads), sizes.head_dim).split(heads, dim=1)
-    if weights.query_norm is not None and weights.key_norm is not None:
-        query = rms_norm_reference(query, weights.query_norm, sizes.eps)
-        key = rms_norm_reference(key, weights.key_norm, sizes.eps)
-    query, key = rotary_reference(query, cos, sin), rotary_reference(key, cos, sin)
-    mixed = attention(query, key, value, layer=number, scale=sizes.scale, window=sizes.window).flatten(1)
+    query = _place(query, weights.query_norm, cos, sin, sizes)
+    key = _place(key, weights.key_norm, cos, sin, sizes)
+    mixed = attention(
+        query, key, value, layer=number, scale=sizes.scale, window=sizes.window, softcap=sizes.softcap
+    ).flatten(1)
     out = weights.out(mixed)
     _adapt(added, LayerSlot.OUT, mixed, out)
     return out
@@ -92,8 +114,8 @@ def _attend(
 
 def _feed_forward(x: Tensor, weights: LayerWeights, sizes: LayerSizes, added: Adapters) -> Tensor:
     gate_up = weights.gate_up(x)
-    for slot, part in zip((LayerSlot.GATE, LayerSlot.UP), gate_up.chunk(2, dim=1), strict=True):
-        _adapt(added, slot, x, part)
+    _adapt(added, LayerSlot.GATE, x, gate_up)
+    _adapt(added, LayerSlot.UP, x, gate_up[:, gate_up.shape[1] // 2 :])
     middle = gated_activation_reference(gate_up, sizes.activation)
     out = weights.down(middle)
     _adapt(added, LayerSlot.DOWN, middle, out)
@@ -101,6 +123,7 @@ def _feed_forward(x: Tensor, weights: LayerWeights, sizes: LayerSizes, added: Ad
 
 
 def _adapt(added: Adapters, slot: LayerSlot, x: Tensor, y: Tensor) -> None:
-    """Add a slot's adapters to y in place."""
+    """Add a slot's adapters in place, to as many of the first columns of y as they have outputs."""
     if slot in added:
-        add_lora_reference(y, x, added[slot].runs, added[slot].adapters)
+        _, up, _ = added[slot].adapters[0]
+        add_lora_reference(y[:, : len(up)], x, added[slot].runs, added[slot].adapters)

@@ -26,7 +26,7 @@ typedef struct {
     const int64_t *tables, *table_strides;  /* per request: address of its page numbers, elements between layers */
     const int64_t *lengths, *counts;        /* per request: keys with the new ones, queries */
     int64_t requests, layer, page_tokens, heads, kv_heads, head_dim, window;
-    float scale;
+    float scale, softcap; /* of scores; no cap where it is 0 */
     char *scratch;
     int64_t threads;
 } attention_job;
@@ -51,9 +51,14 @@ void lora_grouped_jobs_bf16(const lora_job *jobs, int64_t count);
 /* Operations on rows; see rows.c. */
 void rms_norm_bf16(const char *x, const char *weight, char *y, int64_t tokens, int64_t heads, int64_t size, int64_t x_token,
                    int64_t x_head, float eps, int64_t threads);
+void rms_norm_wide_bf16(const char *x, const char *weight, char *y, int64_t tokens, int64_t heads, int64_t size, int64_t x_token,
+                        int64_t x_head, float eps, int64_t threads);
 void rotary_bf16(const char *x, const char *cosine, const char *sine, char *y, int64_t tokens, int64_t heads, int64_t half,
-                 int64_t x_token, int64_t x_head, int64_t threads);
+                 int64_t dim, int64_t x_token, int64_t x_head, int64_t neighbours, int64_t threads);
+void rotary_wide_bf16(const char *x, const char *cosine, const char *sine, char *y, int64_t tokens, int64_t heads,
+                      int64_t half, int64_t dim, int64_t x_token, int64_t x_head, int64_t neighbours, int64_t threads);
 void gated_silu_bf16(const char *x, char *y, int64_t tokens, int64_t size, int64_t x_token, int64_t threads);
-void add_rows_bf16(char *y, const char *x, int64_t count, int64_t threads);
+void gated_gelu_bf16(const char *x, char *y, int64_t tokens, int64_t size, int64_t x_token, int64_t threads);
+void add_rows_bf16(char *y, const char *x, float scale, int64_t count, int64_t threads);
 
 #endif

@@ -32,8 +32,9 @@ class NativeLibrary:
     Attributes:
         linear_panel: outputs of a panel of a packed weight; 0 where the processor lacks what `linear`,
             and with it `decoder_layers`, needs. Both are for bfloat16.
+        rms_norm_wide, rotary_wide: of bfloat16 rows, with weights or angles in float32.
         attention, lora, linear, decoder_layers: run without the interpreter's lock; they may take long.
-        rms_norm, rotary, gated_silu: keep the lock, because giving it away costs more than they do.
+        rms_norm, rotary, gated_silu, gated_gelu, soft_cap: keep the lock; to give it away costs more.
     """
 
     def __init__(self, loaded: ctypes.CDLL) -> None:
@@ -43,8 +44,14 @@ class NativeLibrary:
         self.attention = _both(loaded, "attention_paged", [pointer])
         self.lora = _both(loaded, "lora_grouped", [pointer])
         self.rms_norm = _both(quick, "rms_norm", [pointer] * 3 + [integer] * 5 + [real, integer])
-        self.rotary = _both(quick, "rotary", [pointer] * 4 + [integer] * 6)
+        self.rotary = _both(quick, "rotary", [pointer] * 4 + [integer] * 8)
         self.gated_silu = _both(quick, "gated_silu", [pointer] * 2 + [integer] * 4)
+        self.gated_gelu = _both(quick, "gated_gelu", [pointer] * 2 + [integer] * 4)
+        self.soft_cap = _both(quick, "soft_cap", [pointer] * 2 + [integer] * 3 + [real, integer])
+        self.rms_norm_wide = _declared(
+            quick.rms_norm_wide_bf16, [pointer] * 3 + [integer] * 5 + [real, integer]
+        )
+        self.rotary_wide = _declared(quick.rotary_wide_bf16, [pointer] * 4 + [integer] * 8)
         self.linear = _declared(loaded.linear_bf16, [pointer])
         self.linear_panel = int(_declared(loaded.linear_panel, [], integer)())
         self.decoder_layers = _declared(loaded.decoder_layers_bf16, [pointer])

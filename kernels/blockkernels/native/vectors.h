@@ -135,6 +135,21 @@ INLINE vf exponential(vf x) {
     return pick(unordered, x, pick(vanishes, splat(0.0f), y));
 }
 
+/* tanh, within 3 units in the last place: a polynomial near zero, where 1 - 2 / (exp(2x) + 1) has few digits left.
+ * NaN stays NaN. */
+INLINE vf hyperbolic_tangent(vf x) {
+    vf square = x * x;
+    vf y = splat(-5.70498872745e-3f);
+    y = fused(y, square, splat(2.06390887954e-2f));
+    y = fused(y, square, splat(-5.37397155531e-2f));
+    y = fused(y, square, splat(1.33314422036e-1f));
+    y = fused(y, square, splat(-3.33332819422e-1f));
+    y = fused(x * square, y, x);
+    vf far = splat(1.0f) - splat(2.0f) / (exponential(x + x) + splat(1.0f));
+    vi near = (vi)(x < splat(0.625f)) & (vi)(x > splat(-0.625f));
+    return pick(near, y, far);
+}
+
 /* Elements are float32, or bfloat16 where `is_bf16` says so. */
 
 INLINE int64_t element_bytes(int is_bf16) { return is_bf16 ? 2 : 4; }

@@ -11,10 +11,13 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Semantics:
         y[t] = weight * round(x[t] * rsqrt(mean(x[t] ** 2) + eps)), inside in float32,
-        rounded to x's dtype before the multiplication with weight.
+        rounded to x's dtype before the multiplication with weight; after it where the weight is float32
+        and x is not.
 
-    Shape: x [..., hidden], weight [hidden], result like x. DType: any float.
+    Shape: x [..., hidden], weight [hidden], result like x. DType: any float; weight as x, or float32.
     """
     wide = x.to(torch.float32)
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    if weight.dtype == torch.float32:
+        return (weight * wide).to(x.dtype)
     return weight * wide.to(x.dtype)

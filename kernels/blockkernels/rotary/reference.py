@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021) in the half-split layout of the Llama family."""
+"""Rotary position embedding (Su et al. 2021), for heads that are laid out as halves or as neighbours."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class RopeParameters:
     """How positions turn into angles.
 
     Attributes:
-        head_dim: dimensions of one head, even.
+        rotary_dim: dimensions of a head that are rotated, from the first on; even.
         theta: base of the geometric series of wavelengths.
         kind: "default", "linear" (positions divided by `factor`) or "llama3"
             (long wavelengths divided by `factor`, short ones kept, a ramp between).
@@ -22,25 +22,33 @@ class RopeParameters:
         low_freq_factor: wavelengths above original_context / low_freq_factor are divided in full.
         high_freq_factor: wavelengths below original_context / high_freq_factor are kept.
         original_context: context in tokens before extension; "llama3" only.
+        neighbours: pairs are (x[2i], x[2i + 1]) and not (x[i], x[i + rotary_dim / 2]).
+        wide: angles stay float32, and rotated values are rounded once, whatever the dtype.
     """
 
-    head_dim: int
+    rotary_dim: int
     theta: float
     kind: str = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_context: int = 8192
+    neighbours: bool = False
+    wide: bool = False
+
+    def table_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Type of cosines and sines for hidden states of `dtype`."""
+        return torch.float32 if self.wide else dtype
 
 
 def inverse_frequencies(rope: RopeParameters, device: torch.device | None = None) -> Tensor:
-    """Angle per position of each dimension pair, float32 [head_dim / 2].
+    """Angle per position of each dimension pair, float32 [rotary_dim / 2].
 
     Raises:
         ValueError: `rope.kind` is none of the three.
     """
-    exponents = torch.arange(0, rope.head_dim, 2, dtype=torch.int64, device=device).to(torch.float32)
-    freqs = 1.0 / (rope.theta ** (exponents / rope.head_dim))
+    exponents = torch.arange(0, rope.rotary_dim, 2, dtype=torch.int64, device=device).to(torch.float32)
+    freqs = 1.0 / (rope.theta ** (exponents / rope.rotary_dim))
     if rope.kind == "default":
         return freqs
     if rope.kind == "linear":
@@ -66,17 +74,22 @@ def _llama3(freqs: Tensor, rope: RopeParameters) -> Tensor:
 def rotary_table(positions: Tensor, freqs: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every position's angles.
 
-    Shape: positions int64 [tokens], freqs float32 [head_dim / 2]; results [tokens, 1, head_dim / 2]
+    Shape: positions int64 [tokens], freqs float32 [rotary_dim / 2]; results [tokens, 1, rotary_dim / 2]
     of `dtype` (angles are computed in float32).
     """
     angles = positions.to(torch.float32)[:, None] * freqs
     return angles.cos().to(dtype)[:, None, :], angles.sin().to(dtype)[:, None, :]
 
 
-def rotary_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (x[i], x[i + head_dim / 2]) by its angle.
+def rotary_reference(x: Tensor, cos: Tensor, sin: Tensor, *, neighbours: bool = False) -> Tensor:
+    """Rotate each pair (x[i], x[i + rotary_dim / 2]) by its angle, or each (x[2i], x[2i + 1]).
 
-    Shape: x [tokens, heads, head_dim], cos and sin [tokens, 1, head_dim / 2], result like x.
+    Shape: x [tokens, heads, head_dim], cos and sin [tokens, 1, rotary_dim / 2], result like x. What stands
+    behind `rotary_dim` stays as it is. DType: angles as x, or float32; then the result is rounded once.
     """
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    half = cos.shape[-1]
+    turned, rest = x[..., : 2 * half], x[..., 2 * half :]
+    first, second = (turned[..., ::2], turned[..., 1::2]) if neighbours else turned.chunk(2, dim=-1)
+    pair = (first * cos - second * sin, second * cos + first * sin)
+    turned = torch.stack(pair, dim=-1).flatten(-2) if neighbours else torch.cat(pair, dim=-1)
+    return torch.cat((turned.to(x.dtype), rest), dim=-1)

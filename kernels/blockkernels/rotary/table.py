@@ -15,7 +15,7 @@ class RotaryTable:
     """The angles of a rotary embedding, by position; grows with the largest position asked for."""
 
     def __init__(self, freqs: Tensor, dtype: torch.dtype) -> None:
-        """Take the angles per position, float32 [head_dim / 2], and the type of the results."""
+        """Take the angles per position, float32 [rotary_dim / 2], and the type of the results."""
         self._freqs = freqs
         self._dtype = dtype
         self._cos = torch.empty(0, 1, len(freqs), dtype=dtype, device=freqs.device)
@@ -24,7 +24,7 @@ class RotaryTable:
     def at(self, positions: Tensor, end: int) -> tuple[Tensor, Tensor]:
         """Cosine and sine of positions, all below `end`.
 
-        Shape: positions int64 [tokens]; results [tokens, 1, head_dim / 2].
+        Shape: positions int64 [tokens]; results [tokens, 1, rotary_dim / 2].
         """
         self._reach(end)
         return self._cos[positions], self._sin[positions]

@@ -61,21 +61,45 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def model_class():
+FUSED_CASES = {
+    "fused": {"target_modules": ["qkv_proj", "gate_up_proj"]},
+    "some parts": {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"]},
+    "a part and a whole": {"target_modules": ["v_proj", "qkv_proj"], "rank_pattern": {"v_proj": 2}},
+    "regex that a part ends": {"target_modules": r".*up_proj"},
+    "rank by the end of a name": {
+        "target_modules": ["qkv_proj"],
+        "rank_pattern": {"v_proj": 2, ".*qkv_proj": 3},
+    },
+    "fused, all-linear": {"target_modules": "all-linear"},
+    "saved by the end of a name": {"target_modules": ["o_proj"], "modules_to_save": ["up_proj"]},
+}
+"""Of a model that holds queries, keys and values in one matrix, and gate and up in one."""
+
+
+def maker(architecture):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("peft")
-    small = transformers.LlamaConfig(
+    small = getattr(transformers, f"{architecture}Config")(
         hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=40,
+        num_key_value_heads=2, vocab_size=40, pad_token_id=0,
     )  # fmt: skip
 
     def make():
         with torch.device("meta"):
-            return transformers.LlamaForCausalLM(small)
+            return getattr(transformers, f"{architecture}ForCausalLM")(small)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def model_class():
+    return maker("Llama")
+
+
+@pytest.fixture(scope="module")
+def fused_class():
+    return maker("Phi3")
 
 
 def base_modules(model):
@@ -87,10 +111,28 @@ def base_modules(model):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", CASES)
 def test_peft_changes_the_same_modules_by_the_same_scale(name, model_class):
+    assert_as_peft(CASES[name], model_class)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", FUSED_CASES)
+def test_peft_changes_the_same_fused_modules(name, fused_class):
+    assert_as_peft(FUSED_CASES[name], fused_class)
+
+
+def test_parts_of_fused_modules_alone_are_nothing_to_change(fused_class):
+    """PEFT says so too."""
+    modules, linears = base_modules(fused_class())
+    with pytest.raises(UnknownTargetError) as caught:
+        parse(target_modules=["q_proj", "v_proj"]).targeted(modules, linears, "lm_head")
+    assert "qkv_proj" in caught.value.hint
+
+
+def assert_as_peft(case, model_class):
     import peft
     from peft.tuners.lora import LoraLayer
 
-    options = {"r": 4, "lora_alpha": 8, **CASES[name]}
+    options = {"r": 4, "lora_alpha": 8, **case}
     wrapped = peft.get_peft_model(model_class(), peft.LoraConfig(task_type="CAUSAL_LM", **options))
     expected = {
         path.removeprefix("base_model.model."): (module.r["default"], module.scaling["default"])

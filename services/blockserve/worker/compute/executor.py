@@ -202,9 +202,9 @@ class Executor:
 
     def rotary_table(self, rope: RopeParameters, dtype: torch.dtype) -> RotaryTable:
         """Angles of all positions of a rotary embedding, computed once."""
-        key = (rope, dtype)
+        key = (rope, rope.table_dtype(dtype))
         if key not in self._rotary_tables:
-            self._rotary_tables[key] = RotaryTable(inverse_frequencies(rope, self.backend.device), dtype)
+            self._rotary_tables[key] = RotaryTable(inverse_frequencies(rope, self.backend.device), key[1])
         return self._rotary_tables[key]
 
     def scratch(self, num_bytes: int) -> Tensor:
@@ -257,15 +257,23 @@ class _SegmentContext:
         return self._tables[rope]
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None = None,
     ) -> Tensor:
         """Store the new keys and values and attend."""
         layer = self._position - self._batch.first_layer
-        return self._in_pages()(query, key, value, layer=layer, scale=scale, window=window)
+        pages = self._in_pages()
+        return pages(query, key, value, layer=layer, scale=scale, window=window, softcap=softcap)
 
-    def run_layers(self, layers: FusedLayers, rope: RopeParameters, hidden: Tensor) -> None:
+    def run_layers(self, layers: FusedLayers, rope: RopeParameters | None, hidden: Tensor) -> None:
         """Compute the layers from here on in one call, the result in place of `hidden`."""
-        cos, sin = self.rotary(rope)
+        cos, sin = (None, None) if rope is None else self.rotary(rope)
         layers(
             hidden,
             cos,

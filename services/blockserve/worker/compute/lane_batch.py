@@ -47,7 +47,7 @@ class LaneBatch:
         return torch.tensor(ids, device=self._device)
 
     def angles(self, table: RotaryTable) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of all rows, each [tokens, 1, head_dim / 2]."""
+        """Cosine and sine of all rows, each [tokens, 1, rotary_dim / 2]."""
         if len(self.chunks) == 1:
             return table.run(self.chunks[0].start, self.end)
         positions = [position for chunk in self.chunks for position in range(chunk.start, chunk.end)]
