@@ -16,6 +16,7 @@ from torch import Tensor
 from blockkernels.attention import attend
 from blockkernels.backends import backend_for
 from blockkernels.rotary import RopeParameters, RotaryTable, inverse_frequencies
+from blockzoo import families
 from blockzoo.compute.build import ExecutableBlock, build_block
 from blockzoo.compute.ends import EmbeddingBlock, HeadBlock
 from blockzoo.errors import InvalidConfigError
@@ -90,6 +91,7 @@ class LinkLoader:
     def _block(self, block: BlockId) -> ExecutableBlock:
         if block not in self._blocks:
             manifest = self._zoo.block(block)
+            families.check_known(manifest.family)
             tensors = {name: self.tensor(ref) for name, ref in manifest.tensors.items()}
             self._blocks[block] = build_block(manifest, tensors, self._backend)
         return self._blocks[block]

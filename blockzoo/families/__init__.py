@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from blockzoo.errors import UnsupportedArchitectureError
+from blockzoo.errors import InvalidConfigError, UnsupportedArchitectureError
 from blockzoo.families.base import CHUNK_ROWS, ChainPlan, Family, PlannedBlock, PlannedTensor
 from blockzoo.families.gemma2 import Gemma2Family
 from blockzoo.families.gemma3 import Gemma3Family
@@ -25,6 +25,7 @@ __all__ = [
     "Family",
     "PlannedBlock",
     "PlannedTensor",
+    "check_known",
     "for_architecture",
     "get",
     "supported",
@@ -50,6 +51,22 @@ _BY_ARCHITECTURE = {name: family for family in _FAMILIES for name in family.arch
 def supported() -> tuple[str, ...]:
     """Names of the architectures that can be registered."""
     return tuple(_BY_ARCHITECTURE)
+
+
+def check_known(name: str) -> None:
+    """Check that this version has the family that a block's manifest names.
+
+    The config of a block of a later family may hold what this version would pass over.
+
+    Raises:
+        InvalidConfigError: it has not.
+    """
+    if name not in _BY_NAME:
+        raise InvalidConfigError(
+            f"blocks of the family {name!r} cannot be run by this version",
+            hint="Upgrade blockzoo on this machine.",
+            family=name,
+        )
 
 
 def get(name: str) -> Family:

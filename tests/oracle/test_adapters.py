@@ -5,10 +5,10 @@ import pytest
 from blockzoo.errors import UnsupportedAdapterError
 from support.adapters import ADAPTERS, FUSED, TRAINABLE_TOKENS
 from support.engine import Ask
+from support.models import FURTHER
 from support.oracle import LOGITS_TOLERANCE, logits_error
 
 BASES = ["llama-gqa", "llama-gqa-tied"]
-OTHER_BASES = ["olmo2", "granite", "smollm3", "phi3-partial", "glm4", "gemma2", "gemma3"]
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -31,7 +31,7 @@ def test_adapter_on_other_architectures_equals_peft(engine, variants, base, name
     assert report.is_equal, report
 
 
-@pytest.mark.parametrize("base", OTHER_BASES)
+@pytest.mark.parametrize("base", FURTHER)
 def test_adapter_on_every_linear_module_equals_peft(engine, variants, base):
     adapter = variants.adapter(variants.checkpoint(base), "every-linear")
     report = engine.check(variants, adapter, 8)

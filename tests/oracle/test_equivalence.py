@@ -25,6 +25,9 @@ CHECKPOINTS = (
     "qwen3",
     "qwen3-tied-bf16",
     "qwen3-even",
+    "smollm3",
+    "phi3-partial",
+    "gemma2",
 )
 
 

@@ -189,6 +189,11 @@ EVEN_SPECS: dict[str, ModelSpec] = {
 }
 """More of them, of the even sizes that kernels for pairs of elements need."""
 
+FURTHER = ("olmo2", "granite", "smollm3", "phi3-window", "glm4", "gemma2", "gemma3")
+"""A checkpoint of each family beyond Llama, Mistral, Qwen2 and Qwen3, which most tests are about."""
+FURTHER_EVEN = tuple(f"{name.partition('-')[0]}-even" for name in FURTHER)
+"""The same, of even sizes."""
+
 
 def randomise(model: PreTrainedModel, seed: int) -> None:
     """Draw every parameter anew, in name order, so that layers matter and nothing is neutral."""

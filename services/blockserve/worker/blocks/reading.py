@@ -15,6 +15,7 @@ from blockserve.common.api.cluster import ChainSpan, Run
 from blockserve.common.errors import SpanError
 from blockserve.worker.blocks.chain import AdapterTensors, adapters_on, layer_positions, links_of
 from blockserve.worker.limits import EngineConfig
+from blockzoo import families
 from blockzoo.compute.build import ExecutableBlock, build_block
 from blockzoo.errors import CorruptManifestError, InvalidConfigError
 from blockzoo.manifest import (
@@ -147,6 +148,7 @@ class BlockReader:
             CorruptBlobError, BlobNotFoundError: the zoo is damaged.
             InvalidConfigError: the block cannot be run by this version.
         """
+        families.check_known(manifest.family)
         tensors = {name: self._read(ref, dtype) for name, ref in manifest.tensors.items()}
         return build_block(manifest, tensors, self._backend, exact=self._config.deterministic)
 

@@ -13,6 +13,7 @@ from blockserve.common.errors import SpanError
 from blockserve.worker.blocks.reading import BlockReader
 from blockzoo.compute.decoder import LayerBlock
 from blockzoo.errors import InvalidConfigError
+from blockzoo.manifest import JsonValue
 from support.tiny import SMALL, TinyZoo
 
 
@@ -58,7 +59,36 @@ def test_blocks_are_laid_out_by_the_backend(tiny: TinyZoo, backend: Backend) -> 
     run = reader(tiny).open(whole(tiny, "base"))
     block = reader(tiny, backend).build(run.blocks[run.manifest.links[1].base], torch.float32)
     assert isinstance(block, LayerBlock)
-    assert type(block._qkv) is type(backend.linear(torch.zeros(1, 1), None, exact=False))
+    assert type(block._weights.qkv) is type(backend.linear(torch.zeros(1, 1), None, exact=False))
+
+
+def test_blocks_of_a_family_that_came_later_are_refused(tiny: TinyZoo) -> None:
+    """Even though this version could read their config: it might pass over what is new in it."""
+    run = reader(tiny).open(whole(tiny, "base"))
+    for link in run.manifest.links:
+        later = replace(run.blocks[link.base], family="llama9")
+        with pytest.raises(InvalidConfigError, match="llama9") as caught:
+            reader(tiny).build(later, torch.float32)
+        assert "Upgrade" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"norm": {"eps": "1e-5", "kind": "layer"}}, "norms of kind 'layer'"),
+        ({"norms": {"attention_inside": "input_layernorm"}}, "attention_inside"),
+        ({"norms": {"attention_input": "another_norm"}}, "another_norm"),
+        ({"rope": [1]}, "rope parameters"),
+        ({"attention_softcap": "wide"}, "attention_softcap"),
+    ],
+)
+def test_what_this_version_does_not_know_of_a_layer_is_refused(
+    tiny: TinyZoo, change: dict[str, JsonValue], words: str
+) -> None:
+    run = reader(tiny).open(whole(tiny, "base"))
+    block = run.blocks[run.manifest.links[1].base]
+    with pytest.raises(InvalidConfigError, match=words):
+        reader(tiny).build(replace(block, config={**block.config, **change}), torch.float32)
 
 
 def test_an_adapter_is_read_by_module_and_a_base_block_is_none(tiny: TinyZoo) -> None:

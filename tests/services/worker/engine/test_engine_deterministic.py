@@ -24,6 +24,7 @@ from blockserve.worker.engine.engine import BlockEngine
 from blockserve.worker.limits import EngineConfig
 from blockzoo.manifest import ChainId
 from support.engine import EngineHarness
+from support.models import FURTHER_EVEN
 from support.tiny import TinyZoo
 from support.variants import Variant, VariantFactory
 
@@ -53,22 +54,11 @@ EVEN = (
     "llama-even-biases",
     "llama-even-gelu",
 )
-OTHERS = (
-    "gemma2-even",
-    "gemma3-even",
-    "olmo2-even",
-    "granite-even",
-    "smollm3-even",
-    "phi3-even",
-    "glm4-even",
-)
-
-
-LONG_OTHERS = pytest.param(OTHERS, marks=pytest.mark.long)
+LONG_FURTHER = pytest.param(FURTHER_EVEN, marks=pytest.mark.long)
 """Most of a minute of a core without bfloat16 instructions; one test below asks them less."""
 
 
-@pytest.fixture(scope="module", params=[ODD, EVEN, LONG_OTHERS], ids=["odd", "even", "others"])
+@pytest.fixture(scope="module", params=[ODD, EVEN, LONG_FURTHER], ids=["odd", "even", "further"])
 def family(factory: VariantFactory, request: pytest.FixtureRequest) -> list[Variant]:
     """Everything that computes differently: adapters of mixed ranks, biases, norms, windows, soft caps, ...
 
@@ -142,8 +132,8 @@ def test_logits_alone_in_company_and_in_other_chunks(tmp_path: Path, family: lis
 
 
 @needs_bf16
-def test_logits_of_other_architectures(tmp_path: Path, factory: VariantFactory) -> None:
-    variants = [*map(factory.checkpoint, OTHERS)]
+def test_logits_of_further_families(tmp_path: Path, factory: VariantFactory) -> None:
+    variants = [*map(factory.checkpoint, FURTHER_EVEN)]
     variants += [factory.adapter(one, "every-linear") for one in variants[:1]]
     assert_deterministic(tmp_path / "zoo", variants, 501, (2, 90), ["odd pages"])
 

@@ -7,11 +7,11 @@ import pytest
 from blockserve.common.api.engine import EngineRequest, SamplingParams, TokenEvent
 from blockserve.worker.engine.engine import BlockEngine
 from blockzoo.zoo import Zoo
+from support.models import FURTHER
 from support.spans import SpanCluster, span_cluster
 from support.tiny import SMALL, TinyZoo
 from support.variants import VariantFactory
 
-CHECKPOINTS = ("olmo2", "granite", "smollm3", "phi3-window", "glm4", "gemma2", "gemma3")
 PROMPTS = (tuple(range(3, 10)), tuple(range(3, 103)))
 CUTS = ({"a": 3, "b": 4, "c": 0}, {"a": 2, "b": 3, "c": 4, "d": 0})
 
@@ -21,11 +21,11 @@ def zoo(factory: VariantFactory, tmp_path_factory: pytest.TempPathFactory) -> Ti
     """A checkpoint of each, and an adapter."""
     folder = tmp_path_factory.mktemp("architectures") / "zoo"
     made = Zoo.open(folder, create=True)
-    for name in CHECKPOINTS:
+    for name in FURTHER:
         made.register(factory.checkpoint(name).path, name=name)
     adapter = factory.adapter(factory.checkpoint("gemma2"), "every-linear")
     made.register(adapter.path, name="adapter", base="gemma2")
-    return TinyZoo(made, folder, {name: made.resolve(name).chain for name in (*CHECKPOINTS, "adapter")})
+    return TinyZoo(made, folder, {name: made.resolve(name).chain for name in (*FURTHER, "adapter")})
 
 
 async def answers(engine: BlockEngine, requests: list[EngineRequest]) -> list[list[int]]:
