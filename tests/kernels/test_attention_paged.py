@@ -92,7 +92,7 @@ def assert_reference(shape: Shape) -> None:
 @pytest.mark.parametrize("window", [None, 1, 40, 70])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim"),
-    [(9, 3, 64), (4, 4, 15), (8, 1, 32), (2, 2, 80), (4, 1, 128), (60, 1, 8)],
+    [(9, 3, 64), (4, 4, 15), (8, 1, 32), (2, 2, 80), (4, 1, 128), (2, 1, 256), (60, 1, 8)],
 )
 def test_mixed_batch_is_the_reference(
     heads: int, kv_heads: int, head_dim: int, window: int | None, dtype: torch.dtype
