@@ -40,6 +40,24 @@ def rope_parameters(config: Mapping[str, JsonValue]) -> RopeParameters | None:
         return parameters
     if kind == "linear":
         return replace(parameters, kind=kind, factor=real(rope, "factor"))
+    if kind == "yarn":
+        return replace(
+            parameters,
+            kind=kind,
+            factor=real(rope, "factor"),
+            ramp=(real(rope, "ramp_low"), real(rope, "ramp_high")),
+            scale=real(rope, "attention_factor"),
+        )
+    if kind == "longrope":
+        factors = rope["factors"]
+        if not isinstance(factors, list) or len(factors) * 2 != parameters.rotary_dim:
+            raise InvalidConfigError("rope parameters: not a factor for each pair of dimensions")
+        return replace(
+            parameters,
+            kind=kind,
+            factors=tuple(float(str(factor)) for factor in factors),
+            scale=real(rope, "attention_factor"),
+        )
     return replace(
         parameters,
         kind=kind,

@@ -150,9 +150,8 @@ class Windows:
     def rotary(self, rope: RopeParameters) -> tuple[Tensor, Tensor]:
         """See `BlockContext`; every window begins at position 0."""
         if rope not in self._tables:
-            table = RotaryTable(
-                inverse_frequencies(rope, self._positions.device), rope.table_dtype(self._dtype)
-            )
+            freqs = inverse_frequencies(rope, self._positions.device)
+            table = RotaryTable(freqs, rope.table_dtype(self._dtype), rope.scale)
             self._tables[rope] = table.at(self._positions, self.length)
         return self._tables[rope]
 

@@ -60,6 +60,7 @@ class ChainPlan:
         context_length: most tokens of prompt and answer together.
         vocab_size: rows of embedding and head.
         tied: whether the head may use the embedding's matrix.
+        notes: what whoever registers the checkpoint may not expect, a sentence each.
     """
 
     family: str
@@ -67,6 +68,7 @@ class ChainPlan:
     context_length: int
     vocab_size: int
     tied: bool
+    notes: tuple[str, ...] = ()
 
 
 class Family(ABC):

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from blockzoo.errors import UnsupportedFeatureError
 from blockzoo.families.base import CHUNK_ROWS, ChainPlan, ConfigReader, Family, PlannedBlock, PlannedTensor
-from blockzoo.families.rope import RopeForm, rope_config
+from blockzoo.families.rope import RopeForm, rope_config, served_context
 from blockzoo.manifest import BlockKind, JsonValue
 
 MAX_LAYERS = 2048
@@ -75,8 +75,8 @@ class DecoderFamily(Family):
                 "lm_head.weight": PlannedTensor("lm_head.weight", (vocab, hidden), CHUNK_ROWS),
             },
         )
-        context = reader.integer("max_position_embeddings")
-        return ChainPlan(self.name, (embedding, *layers, head), context, vocab, tied)
+        context, notes = served_context(reader, self.rope)
+        return ChainPlan(self.name, (embedding, *layers, head), context, vocab, tied, notes)
 
     def is_ignorable(self, tensor: str) -> bool:
         """Rotary frequencies are computed; old checkpoints hold them all the same."""

@@ -11,13 +11,15 @@ from blockzoo.families.rope import RopeForm
 
 
 class Phi3Family(DecoderFamily):
-    """No biases; one sliding window for all layers, if any. Long rope is not computed."""
+    """No biases; one sliding window for all layers, if any."""
 
     name = "phi3"
     architectures = ("Phi3ForCausalLM",)
-    absent: ClassVar[Mapping[str, object]] = {"rms_norm_eps": 1e-5}
+    absent: ClassVar[Mapping[str, object]] = {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096}
     fused_qkv = fused_gate_up = True
-    rope = RopeForm(types=("default",), is_partial=True)
+    rope = RopeForm(
+        types=("default", "longrope"), aliases=(("su", "longrope"), ("yarn", "longrope")), is_partial=True
+    )
 
     def attention_bias(self, config: ConfigReader) -> tuple[bool, bool]:  # noqa: ARG002 - hook
         """Never."""

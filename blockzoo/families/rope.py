@@ -1,20 +1,29 @@
 """Rotary position parameters as transformers writes them, in the zoo's spelling.
 
 transformers 4 wrote `rope_theta` beside `rope_scaling`; transformers 5 writes one
-`rope_parameters`. Types: "default", "linear" (positions divided by a factor) and
-"llama3" (Llama 3.1, section "Long context": low frequencies divided, high kept).
+`rope_parameters`. Types: "default", "linear" (positions divided by a factor), "llama3"
+(Llama 3.1, section "Long context": low frequencies divided, high kept), "yarn" (the same
+over a ramp of dimensions), "dynamic" and "longrope".
+
+The last two change with the length of a sequence, beyond the context of the first training:
+earlier keys would have to be computed again. Up to that context they are fixed, so such a
+model is served up to there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from blockzoo.errors import UnsupportedFeatureError
 from blockzoo.families.base import ConfigReader
 from blockzoo.manifest import JsonValue
 
-SUPPORTED_TYPES = ("default", "linear", "llama3")
+SUPPORTED_TYPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
+
+_MAX_FACTOR = 1e6
+"""Largest factor of a wavelength that is taken for meant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +32,7 @@ class RopeForm:
 
     Attributes:
         types: that transformers takes for it, of `SUPPORTED_TYPES`.
+        aliases: (what older configs call a type, the type).
         theta: base of the wavelengths when the config gives none.
         is_partial: whether `partial_rotary_factor` may leave the end of a head as it is.
         neighbours: pairs of dimensions stand beside each other, not half of the rotated part apart.
@@ -30,6 +40,7 @@ class RopeForm:
     """
 
     types: tuple[str, ...] = SUPPORTED_TYPES
+    aliases: tuple[tuple[str, str], ...] = ()
     theta: float = 10000.0
     is_partial: bool = False
     neighbours: bool = False
@@ -53,7 +64,7 @@ def rope_config(
     """
     values = _rope_values(config) if values is None else values
     rope = ConfigReader(values, where="config.json: rope parameters")
-    kind = rope.text("rope_type", default=rope.text("type", default="default"))
+    kind = _kind(rope, form)
     if kind not in form.types:
         raise UnsupportedFeatureError(
             f"config.json: rope type {kind[:80]!r} is not supported",
@@ -66,6 +77,15 @@ def rope_config(
         "theta": repr(theta),
         **_layout(config, rope, form, head_dim),
     }
+    if kind == "dynamic":
+        # Up to max_position_embeddings, which is the context of the chain, nothing is scaled.
+        return {**found, "type": "default"}
+    rotary_dim = found.get("rotary_dim", head_dim)
+    assert isinstance(rotary_dim, int)
+    if kind == "longrope":
+        return {**found, **_longrope(rope, config, rotary_dim)}
+    if kind == "yarn":
+        return {**found, **_yarn(rope, config, rotary_dim, theta)}
     factor = rope.positive("factor") if kind != "default" else 1.0
     if kind == "llama3":
         return {**found, "factor": repr(factor), **_llama3(rope, config)}
@@ -101,6 +121,12 @@ def _layout(config: ConfigReader, rope: ConfigReader, form: RopeForm, head_dim: 
     return found
 
 
+def is_by_layer_type(config: ConfigReader) -> bool:
+    """Tell whether the rope parameters are given for each type of layer by itself."""
+    value = config.raw("rope_parameters")
+    return isinstance(value, dict) and any(isinstance(item, dict) for item in value.values())
+
+
 def _rope_values(config: ConfigReader) -> dict[str, object]:
     # The older field wins when both are there, as in transformers 5.
     for key in ("rope_scaling", "rope_parameters"):
@@ -120,8 +146,91 @@ def _llama3(rope: ConfigReader, config: ConfigReader) -> dict[str, JsonValue]:
     low, high = rope.positive("low_freq_factor"), rope.positive("high_freq_factor")
     if high <= low:
         raise rope.error("high_freq_factor", f"is {high}, not above low_freq_factor {low}")
+    original = _original_context(rope, config)
+    return {"low_freq_factor": repr(low), "high_freq_factor": repr(high), "original_context_length": original}
+
+
+def _yarn(rope: ConfigReader, config: ConfigReader, rotary_dim: int, theta: float) -> dict[str, JsonValue]:
+    original = _original_context(rope, config)
+    factor = rope.positive("factor", default=config.integer("max_position_embeddings") / original)
+    fast, slow = rope.positive("beta_fast", default=32.0), rope.positive("beta_slow", default=1.0)
+    if theta == 1.0:
+        raise rope.error("rope_theta", "is 1; yarn needs wavelengths that differ")
+
+    def dimension(rotations: float) -> float:
+        return rotary_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension(fast), dimension(slow)
+    if rope.boolean("truncate", default=True):
+        low, high = math.floor(low), math.ceil(high)
+    return {
+        "factor": repr(factor),
+        "ramp_low": repr(float(max(low, 0))),
+        "ramp_high": repr(float(min(high, rotary_dim - 1))),
+        "attention_factor": repr(_yarn_attention(rope, factor)),
+    }
+
+
+def _yarn_attention(rope: ConfigReader, factor: float) -> float:
+    def mscale(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    if rope.has("attention_factor"):
+        return rope.positive("attention_factor")
+    if rope.raw("mscale") and rope.raw("mscale_all_dim"):
+        return mscale(rope.positive("mscale")) / mscale(rope.positive("mscale_all_dim"))
+    return mscale(1.0)
+
+
+def _longrope(rope: ConfigReader, config: ConfigReader, rotary_dim: int) -> dict[str, JsonValue]:
+    original = _original_context(rope, config)
+    factor = rope.positive("factor", default=config.integer("max_position_embeddings") / original)
+    factors = rope.raw("short_factor")
+    if not isinstance(factors, list) or len(factors) != rotary_dim // 2:
+        raise rope.error("short_factor", f"is not a list of {rotary_dim // 2} numbers")
+    reader = ConfigReader(dict(_by_index(factors)), where="config.json: rope parameters: short_factor")
+    values = [reader.positive(str(i)) for i in range(len(factors))]
+    if max(values) > _MAX_FACTOR:
+        raise rope.error("short_factor", f"holds {max(values)}, above {_MAX_FACTOR:g}")
+    if original <= 1:
+        raise rope.error("original_max_position_embeddings", f"is {original}")
+    default = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    attention = rope.positive("attention_factor", default=default)
+    return {"factors": [repr(value) for value in values], "attention_factor": repr(attention)}
+
+
+def _by_index(values: list[object]) -> Iterator[tuple[str, object]]:
+    """Items by their index, as a config reader takes them."""
+    return ((str(i), value) for i, value in enumerate(values))
+
+
+def _original_context(rope: ConfigReader, config: ConfigReader) -> int:
+    """Tokens of context of the first training."""
     context = config.integer("max_position_embeddings")
     original = rope.integer("original_max_position_embeddings", default=context)
     # Phi-like configs keep it outside; transformers lets that value win.
-    original = config.integer("original_max_position_embeddings", default=original)
-    return {"low_freq_factor": repr(low), "high_freq_factor": repr(high), "original_context_length": original}
+    return config.integer("original_max_position_embeddings", default=original)
+
+
+def _kind(rope: ConfigReader, form: RopeForm) -> str:
+    kind = rope.text("rope_type", default=rope.text("type", default="default"))
+    return dict(form.aliases).get(kind, kind)
+
+
+def served_context(config: ConfigReader, form: RopeForm) -> tuple[int, tuple[str, ...]]:
+    """Return how many tokens of context the rotary positions are fixed for, and what to note about it."""
+    context = config.integer("max_position_embeddings")
+    if is_by_layer_type(config):
+        return context, ()
+    rope = ConfigReader(_rope_values(config), where="config.json: rope parameters")
+    kind = _kind(rope, form)
+    if kind == "dynamic":
+        return context, (f"dynamic rope scales beyond {context} tokens, which is all that is served",)
+    if kind != "longrope":
+        return context, ()
+    original = _original_context(rope, config)
+    if original >= context:
+        return context, ()
+    return original, (
+        f"served up to {original} tokens of context and not {context}: longrope changes all positions there",
+    )

@@ -49,7 +49,7 @@ def register_checkpoint(job: RegisterJob, base_ref: str | None) -> RegisterResul
         extra = {place.filename: bytes(folder.read(name)) for name, place in matched.ignored.items()}
         stored = put_files(registration, {**files, **extra, LAYOUT_FILE: layout.to_bytes()}, job.totals)
         provenance = {**job.provenance(base), "architecture": architecture_of(folder.config), **facts}
-        provenance |= noted(matched.notes)
+        provenance |= noted((*plan.notes, *matched.notes))
         return job.finish(registration, chain, stored, provenance, tuple(matched.ignored))
 
 

@@ -109,7 +109,7 @@ def _remake_checkpoint(
             _check_ref(store, source, entries[source], refs, planned.chunk_rows)
     put_checkpoint_chain(recorder, make_blocks(plan, matched.sources, refs), plan)
     beside = check_files_beside(layout.filenames, partial(_read, store, pushed), plan.vocab_size)
-    return {"architecture": architecture_of(config), **beside, **noted(matched.notes)}
+    return {"architecture": architecture_of(config), **beside, **noted((*plan.notes, *matched.notes))}
 
 
 def _remake_adapter(

@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 
@@ -154,11 +155,66 @@ def test_llama3_without_original_length_uses_the_context_length():
     assert plan(rope_parameters=values).blocks[1].config["rope"]["original_context_length"] == 128
 
 
-@pytest.mark.parametrize("kind", ["yarn", "dynamic", "longrope", "su"])
+@pytest.mark.parametrize("kind", ["su", "proportional", "mrope"])
 def test_other_rope_types_are_refused_by_name(kind):
     with pytest.raises(UnsupportedFeatureError, match=kind) as caught:
         plan(rope_parameters={"rope_type": kind, "factor": 2.0})
     assert "default, linear, llama3" in caught.value.hint
+
+
+YARN = {
+    "factor": {"factor": 4.0, "original_max_position_embeddings": 32},
+    "by the ratio": {"original_max_position_embeddings": 32},
+    "betas": {"factor": 4.0, "beta_fast": 20, "beta_slow": 2, "original_max_position_embeddings": 32},
+    "not truncated": {"factor": 4.0, "truncate": False, "original_max_position_embeddings": 32},
+    "mscale": {
+        "factor": 8.0, "mscale": 0.7, "mscale_all_dim": 1.3, "original_max_position_embeddings": 16,
+    },
+    "attention": {"factor": 4.0, "attention_factor": 1.5, "original_max_position_embeddings": 32},
+    "no extension": {"factor": 1.0, "original_max_position_embeddings": 128},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", YARN)
+@pytest.mark.parametrize("theta", [10000.0, 7.0])
+def test_yarn_is_that_of_transformers(name, theta):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    from blockkernels.rotary import inverse_frequencies
+    from blockzoo.compute.parts import rope_parameters
+
+    values = {"rope_type": "yarn", "rope_theta": theta, **YARN[name]}
+    made = plan(rope_parameters=values)
+    ours = rope_parameters(made.blocks[1].config)
+    head_dim = made.blocks[1].config["head_dim"]
+    theirs = transformers.LlamaConfig(
+        hidden_size=head_dim * 2, num_attention_heads=2, head_dim=head_dim,
+        max_position_embeddings=128, rope_parameters={"factor": None, **values},
+    )  # fmt: skip
+    freqs, scale = ROPE_INIT_FUNCTIONS["yarn"](theirs, torch.device("cpu"))
+    assert made.context_length == 128
+    assert ours.scale == pytest.approx(scale, rel=1e-12)
+    torch.testing.assert_close(inverse_frequencies(ours), freqs, rtol=1e-6, atol=0)
+
+
+def test_ropes_that_change_with_the_length_are_served_up_to_where_they_begin():
+    made = plan(rope_parameters={"rope_type": "dynamic", "factor": 4.0})
+    assert (made.blocks[1].config["rope"]["type"], made.context_length) == ("default", 128)
+    assert "dynamic rope" in made.notes[0]
+    head_dim = made.blocks[1].config["head_dim"]
+    factors = [1.0 + i for i in range(head_dim // 2)]
+    values = {"rope_type": "longrope", "short_factor": factors, "long_factor": factors}
+    made = plan(rope_parameters={**values, "original_max_position_embeddings": 32})
+    rope = made.blocks[1].config["rope"]
+    assert (rope["factors"], made.context_length) == ([repr(factor) for factor in factors], 32)
+    assert float(rope["attention_factor"]) == pytest.approx(math.sqrt(1 + math.log(4) / math.log(32)))
+    assert "up to 32 tokens" in made.notes[0]
+    assert plan(rope_parameters=values).notes == ()
+    for bad in (factors[1:], [*factors[1:], 0], [*factors[1:], 1e9], "x", None):
+        with pytest.raises(InvalidConfigError, match="short_factor"):
+            plan(rope_parameters={**values, "short_factor": bad})
 
 
 REQUIRED = (

@@ -42,10 +42,30 @@ _KINDS = [
             "original_max_position_embeddings": 256,
         },
     ),
+    (
+        RopeParameters(16, 5000.0, "yarn", factor=4.0, ramp=(0.0, 5.0), scale=1.1386294361119891),
+        {
+            "rope_type": "yarn",
+            "rope_theta": 5000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 512,
+        },
+    ),
+    (
+        RopeParameters(8, 5000.0, "longrope", factors=(1.0, 1.5, 2.0, 4.0), scale=1.25),
+        {
+            "rope_type": "longrope",
+            "rope_theta": 5000.0,
+            "short_factor": [1.0, 1.5, 2.0, 4.0],
+            "long_factor": [9.0] * 4,
+            "attention_factor": 1.25,
+            "original_max_position_embeddings": 2048,
+        },
+    ),
 ]
 
 
-@pytest.mark.parametrize(("rope", "parameters"), _KINDS, ids=["default", "linear", "llama3"])
+@pytest.mark.parametrize(("rope", "parameters"), _KINDS, ids=lambda value: getattr(value, "kind", ""))
 def test_rotation_is_the_models(rope: RopeParameters, parameters: dict[str, object]) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -59,7 +79,8 @@ def test_rotation_is_the_models(rope: RopeParameters, parameters: dict[str, obje
     x = torch.randn(len(positions), 3, rope.rotary_dim)
     cos, sin = LlamaRotaryEmbedding(config)(x, positions[None])
     want, _ = apply_rotary_pos_emb(x.transpose(0, 1)[None], x.transpose(0, 1)[None], cos, sin)
-    got = rotary_reference(x, *rotary_table(positions, inverse_frequencies(rope), torch.float32))
+    table = rotary_table(positions, inverse_frequencies(rope), torch.float32, rope.scale)
+    got = rotary_reference(x, *table)
     torch.testing.assert_close(got, want[0].transpose(0, 1), rtol=1e-5, atol=1e-5)
 
 
@@ -115,8 +136,8 @@ def test_rotation_is_complex_multiplication() -> None:
 
 
 def test_unknown_kind_is_refused() -> None:
-    with pytest.raises(ValueError, match="yarn"):
-        inverse_frequencies(RopeParameters(8, 1.0, "yarn"))
+    with pytest.raises(ValueError, match="other"):
+        inverse_frequencies(RopeParameters(8, 1.0, "other"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

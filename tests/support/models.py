@@ -137,6 +137,7 @@ SPECS: dict[str, ModelSpec] = {
     "llama-mqa-theta": ModelSpec(options={"num_key_value_heads": 1, **_rope("default", rope_theta=500.0)}),
     "llama-rope-linear": ModelSpec(options=_rope("linear", factor=2.5)),
     "llama-rope-llama3": ModelSpec(options={**_LLAMA3_ROPE, "tie_word_embeddings": True}),
+    "llama-rope-yarn": ModelSpec(options=_rope("yarn", factor=4.0, original_max_position_embeddings=64)),
     "llama-biases": ModelSpec(options={"attention_bias": True, "mlp_bias": True}),
     "llama-gelu": ModelSpec(options={"hidden_act": "gelu_pytorch_tanh", "rms_norm_eps": 1e-3}),
     "llama-bf16-sharded": ModelSpec(dtype=torch.bfloat16, max_shard_size="150KB"),
@@ -154,6 +155,19 @@ SPECS: dict[str, ModelSpec] = {
         {"use_sliding_window": True, "sliding_window": 19, "no_rope_layers": [1, 0, 1, 0]},
     ),
     "phi3-window": ModelSpec(Phi3Config, {"sliding_window": 19}),
+    "phi3-longrope": ModelSpec(
+        Phi3Config,
+        {
+            "hidden_size": 126,
+            "original_max_position_embeddings": CONTEXT_LENGTH,
+            **_rope(
+                "longrope",
+                factor=2.0,
+                short_factor=[1.0, 1.1, 1.2, 1.5, 2.0, 2.5, 3.0],
+                long_factor=[9.0] * 7,
+            ),
+        },
+    ),
     "phi3-partial": ModelSpec(
         Phi3Config,
         {"hidden_size": 126, "num_key_value_heads": 9, **_rope("default", partial_rotary_factor=0.6)},

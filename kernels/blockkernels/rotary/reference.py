@@ -16,12 +16,16 @@ class RopeParameters:
     Attributes:
         rotary_dim: dimensions of a head that are rotated, from the first on; even.
         theta: base of the geometric series of wavelengths.
-        kind: "default", "linear" (positions divided by `factor`) or "llama3"
-            (long wavelengths divided by `factor`, short ones kept, a ramp between).
-        factor: how much longer the context became; "linear" and "llama3" only.
+        kind: "default", "linear" (positions divided by `factor`), "llama3" and "yarn" (long wavelengths
+            divided by `factor`, short ones kept, a ramp between: over wavelengths, or over dimensions) or
+            "longrope" (each wavelength multiplied with a factor of its own).
+        factor: how much longer the context became; "linear", "llama3" and "yarn" only.
         low_freq_factor: wavelengths above original_context / low_freq_factor are divided in full.
         high_freq_factor: wavelengths below original_context / high_freq_factor are kept.
         original_context: context in tokens before extension; "llama3" only.
+        ramp: dimension pairs between which "yarn" goes from kept to divided.
+        factors: of "longrope", one for each dimension pair.
+        scale: of cosines and sines.
         neighbours: pairs are (x[2i], x[2i + 1]) and not (x[i], x[i + rotary_dim / 2]).
         wide: angles stay float32, and rotated values are rounded once, whatever the dtype.
     """
@@ -33,6 +37,9 @@ class RopeParameters:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_context: int = 8192
+    ramp: tuple[float, float] = (0.0, 1.0)
+    factors: tuple[float, ...] = ()
+    scale: float = 1.0
     neighbours: bool = False
     wide: bool = False
 
@@ -45,7 +52,7 @@ def inverse_frequencies(rope: RopeParameters, device: torch.device | None = None
     """Angle per position of each dimension pair, float32 [rotary_dim / 2].
 
     Raises:
-        ValueError: `rope.kind` is none of the three.
+        ValueError: `rope.kind` is none of the five.
     """
     exponents = torch.arange(0, rope.rotary_dim, 2, dtype=torch.int64, device=device).to(torch.float32)
     freqs = 1.0 / (rope.theta ** (exponents / rope.rotary_dim))
@@ -55,6 +62,11 @@ def inverse_frequencies(rope: RopeParameters, device: torch.device | None = None
         return freqs / rope.factor
     if rope.kind == "llama3":
         return _llama3(freqs, rope)
+    if rope.kind == "yarn":
+        return _yarn(rope, rope.theta ** (exponents / rope.rotary_dim))
+    if rope.kind == "longrope":
+        factors = torch.tensor(rope.factors, dtype=torch.float32, device=device)
+        return 1.0 / (factors * rope.theta ** (exponents / rope.rotary_dim))
     raise ValueError(f"unknown rotary kind {rope.kind!r}")
 
 
@@ -71,14 +83,25 @@ def _llama3(freqs: Tensor, rope: RopeParameters) -> Tensor:
     return torch.where(wavelengths < longest_kept, freqs, scaled)
 
 
-def rotary_table(positions: Tensor, freqs: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position's angles.
+def _yarn(rope: RopeParameters, wavelengths: Tensor) -> Tensor:
+    """Extension of Peng et al. 2023 (YaRN): a ramp over the dimension pairs."""
+    low, high = rope.ramp
+    pairs = torch.arange(len(wavelengths), dtype=torch.float32, device=wavelengths.device)
+    divided = torch.clamp((pairs - low) / ((high if high != low else low + 0.001) - low), 0, 1)
+    kept = 1 - divided
+    return 1.0 / (rope.factor * wavelengths) * (1 - kept) + 1.0 / wavelengths * kept
+
+
+def rotary_table(
+    positions: Tensor, freqs: Tensor, dtype: torch.dtype, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every position's angles, times `scale`.
 
     Shape: positions int64 [tokens], freqs float32 [rotary_dim / 2]; results [tokens, 1, rotary_dim / 2]
     of `dtype` (angles are computed in float32).
     """
     angles = positions.to(torch.float32)[:, None] * freqs
-    return angles.cos().to(dtype)[:, None, :], angles.sin().to(dtype)[:, None, :]
+    return (angles.cos() * scale).to(dtype)[:, None, :], (angles.sin() * scale).to(dtype)[:, None, :]
 
 
 def rotary_reference(x: Tensor, cos: Tensor, sin: Tensor, *, neighbours: bool = False) -> Tensor:

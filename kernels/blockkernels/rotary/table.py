@@ -14,9 +14,10 @@ _BLOCK = 1024
 class RotaryTable:
     """The angles of a rotary embedding, by position; grows with the largest position asked for."""
 
-    def __init__(self, freqs: Tensor, dtype: torch.dtype) -> None:
-        """Take the angles per position, float32 [rotary_dim / 2], and the type of the results."""
+    def __init__(self, freqs: Tensor, dtype: torch.dtype, scale: float = 1.0) -> None:
+        """Take the angles per position, float32 [rotary_dim / 2], and type and scale of the results."""
         self._freqs = freqs
+        self._scale = scale
         self._dtype = dtype
         self._cos = torch.empty(0, 1, len(freqs), dtype=dtype, device=freqs.device)
         self._sin = self._cos
@@ -39,5 +40,5 @@ class RotaryTable:
         while self._cos.shape[0] < end:
             first = self._cos.shape[0]
             block = torch.arange(first, first + _BLOCK, device=self._freqs.device)
-            cos, sin = rotary_table(block, self._freqs, self._dtype)
+            cos, sin = rotary_table(block, self._freqs, self._dtype, self._scale)
             self._cos, self._sin = torch.cat((self._cos, cos)), torch.cat((self._sin, sin))

@@ -204,7 +204,8 @@ class Executor:
         """Angles of all positions of a rotary embedding, computed once."""
         key = (rope, rope.table_dtype(dtype))
         if key not in self._rotary_tables:
-            self._rotary_tables[key] = RotaryTable(inverse_frequencies(rope, self.backend.device), key[1])
+            freqs = inverse_frequencies(rope, self.backend.device)
+            self._rotary_tables[key] = RotaryTable(freqs, key[1], rope.scale)
         return self._rotary_tables[key]
 
     def scratch(self, num_bytes: int) -> Tensor:
