@@ -1,8 +1,9 @@
 """ls-300: `blockzoo ls` of a zoo with a base and 300 LoRA adapters, over that of an earlier commit.
 
 Both builds are asked in turns, each sample the wall time of one process, the zoo in the page cache. The row
-ls-300 finds what the command before it has kept of the chains, as every command but the first does; ls-300-first
-is the first command on a machine, or after the cache folder was emptied. What is listed is the same.
+ls-300 finds what the command before it has kept of the chains, as every command but the first does;
+ls-300-first is the first command on a machine, or after the cache folder was emptied. What is listed is the
+same.
 
 The base has SmolLM2's layers and tensors at a width of 16: `ls` reads manifests, whatever the tensors hold.
 """
