@@ -114,8 +114,8 @@ def folder_kind(path: Path) -> FolderKind:
     if not path.is_dir():
         raise CheckpointError(
             f"{path} is not a folder" if path.exists() else f"there is no folder {path}",
-            hint="Give a Hugging Face checkpoint folder (config.json, safetensors), a PEFT adapter folder, or "
-            "ORG/NAME of a model of the hub.",
+            hint="Give a Hugging Face checkpoint folder (config.json, safetensors), a PEFT adapter folder, "
+            "or ORG/NAME of a model of the hub.",
         )
     if (path / ADAPTER_CONFIG).is_file() and not (path / WEIGHTS).is_file():
         weights = (path / ADAPTER_WEIGHTS).is_file()
