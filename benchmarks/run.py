@@ -26,6 +26,7 @@ MODULES = {
     "placement": "placement",
     "placement-gap": "placement_gap",
     "register": "register",
+    "ls-300": "ls",
     "start": "start",
     "client-import": "client_import",
     "hop": "hop",

@@ -30,6 +30,7 @@ from blockzoo.folders.files import (
     kept_files,
     read_json,
 )
+from blockzoo.folders.lead_on import hint_with_models_below
 from blockzoo.folders.safetensors_io import SafetensorsFile, TensorEntry
 
 MAX_SHARDS = 10_000
@@ -113,7 +114,8 @@ def folder_kind(path: Path) -> FolderKind:
     if not path.is_dir():
         raise CheckpointError(
             f"{path} is not a folder" if path.exists() else f"there is no folder {path}",
-            hint="Give a Hugging Face checkpoint folder (config.json, safetensors) or a PEFT adapter folder.",
+            hint="Give a Hugging Face checkpoint folder (config.json, safetensors), a PEFT adapter folder, "
+            "or ORG/NAME of a model of the hub.",
         )
     if (path / ADAPTER_CONFIG).is_file() and not (path / WEIGHTS).is_file():
         weights = (path / ADAPTER_WEIGHTS).is_file()
@@ -215,6 +217,8 @@ def check_shards(
 
 def _refuse_without_weights(path: Path, wanted: str) -> FolderKind:
     names = sorted(item.name for item in path.iterdir())
+    if below := hint_with_models_below(path):
+        raise CheckpointError(f"{path} holds no model itself", hint=below)
     pickles = [name for name in names if name.endswith(_PICKLES)]
     if pickles:
         raise _pickle_error(pickles[0])

@@ -7,6 +7,7 @@ it was.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from blockzoo.folders.checkpoint import FolderKind, open_folder
@@ -16,6 +17,7 @@ from blockzoo.progress import NoProgress, Progress
 from blockzoo.registering.adapter import register_adapter
 from blockzoo.registering.checkpoint import register_checkpoint
 from blockzoo.registering.job import RegisterJob, RegisterResult
+from blockzoo.registering.remarks import doubt_about_base, remarks_on
 from blockzoo.store.writing import WritableZoo
 
 __all__ = ["RegisterResult", "register_folder"]
@@ -52,6 +54,10 @@ def register_folder(
     found = find_folder(source, revision)
     with open_folder(found.path) as folder:
         job = RegisterJob(store, folder, name, progress or NoProgress(), found.origin)
-        if folder.kind is FolderKind.ADAPTER:
-            return register_adapter(job, base)
-        return register_checkpoint(job, base)
+        is_adapter = folder.kind is FolderKind.ADAPTER
+        result = register_adapter(job, base) if is_adapter else register_checkpoint(job, base)
+        return replace(
+            result,
+            remarks=remarks_on(folder, result.record, base_named=base is not None),
+            base_doubt=doubt_about_base(store, folder, result.record),
+        )

@@ -41,6 +41,8 @@ class RegisterResult(JsonReport):
         num_new_blobs: of these, stored now.
         ignored: tensors that no block uses, kept for export only.
         seconds: time it took.
+        remarks: what was left out, or found out instead of being said; a sentence each.
+        base_doubt: a sentence where an adapter names another base than the one it was registered on, or "".
     """
 
     record: VariantRecord
@@ -52,6 +54,8 @@ class RegisterResult(JsonReport):
     num_new_blobs: int
     ignored: tuple[str, ...]
     seconds: float
+    remarks: tuple[str, ...] = ()
+    base_doubt: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return the result for `--json`, flat where the record is concerned."""

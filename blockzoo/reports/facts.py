@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import struct
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
@@ -69,7 +70,7 @@ class _BlockFacts:
 
 
 class ChainReader:
-    """Reads facts of chains, from memory, a kept file, or the manifests. Used by one thread at a time.
+    """Reads facts of chains, from memory, a kept file, or the manifests; any thread may ask.
 
     Args:
         store: the zoo.
@@ -80,7 +81,7 @@ class ChainReader:
         self._store = store
         self._path = None if folder is None else folder / FILE
         self._known: dict[ChainId, ChainFacts] = {}
-        self._blocks: dict[str, _BlockFacts] = {}
+        self._lock = threading.Lock()
 
     def facts(self, chains: Iterable[ChainId]) -> Mapping[ChainId, ChainFacts]:
         """Facts of these chains.
@@ -88,7 +89,10 @@ class ChainReader:
         Raises:
             ManifestNotFoundError, CorruptManifestError: a manifest is missing or damaged.
         """
-        wanted = list(dict.fromkeys(chains))
+        with self._lock:
+            return self._facts(list(dict.fromkeys(chains)))
+
+    def _facts(self, wanted: list[ChainId]) -> dict[ChainId, ChainFacts]:
         if len(self._known) > 4 * len(wanted) + 1000:
             self._known = {chain: self._known[chain] for chain in wanted if chain in self._known}
         missing = [chain for chain in wanted if chain not in self._known]
@@ -103,22 +107,21 @@ class ChainReader:
     def _read_all(self, chains: list[ChainId]) -> dict[ChainId, ChainFacts]:
         found = {chain: self._store.get_chain(chain) for chain in chains}
         links = [link for chain in found.values() for link in chain.links]
-        blocks = {block for link in links for block in (link.base, *link.applied)}
-        todo = [block for block in blocks if block not in self._blocks]
+        todo = list({block for link in links for block in (link.base, *link.applied)})
         if self._store.storage.is_remote:
             with ThreadPoolExecutor(READERS, thread_name_prefix="blockzoo-facts") as pool:
-                self._blocks |= dict(zip(todo, pool.map(self._read_block, todo), strict=True))
+                blocks = dict(zip(todo, pool.map(self._read_block, todo), strict=True))
         else:
-            self._blocks |= {block: self._read_block(block) for block in todo}
+            blocks = {block: self._read_block(block) for block in todo}
         facts = {}
         for digest, chain in found.items():
-            bases = [self._blocks[link.base] for link in chain.links]
+            bases = [blocks[link.base] for link in chain.links]
             used = dict.fromkeys(block for link in chain.links for block in (link.base, *link.applied))
             facts[digest] = ChainFacts(
                 chain.family,
                 len(chain.links) - 2,
                 sum(block.num_bytes - block.tied_bytes for block in bases),
-                b"".join(self._blocks[block].blobs for block in used),
+                b"".join(blocks[block].blobs for block in used),
             )
         return facts
 

@@ -19,7 +19,7 @@ from blockserve.cli.options.shared import (
     open_zoo,
 )
 from blockserve.cli.views.progress import progress
-from blockserve.cli.views.tables import format_bytes, format_seconds, print_json, say
+from blockserve.cli.views.tables import format_bytes, format_seconds, note, print_json, say
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,6 +34,10 @@ RevisionOption = Annotated[
         metavar="REVISION",
         help="Branch, tag or commit of a model of the hub; by default main.",
     ),
+]
+
+ForceBaseOption = Annotated[
+    bool, typer.Option("--force-base", help="Do not warn if the adapter says that it is of another base.")
 ]
 
 HISTORY = 10
@@ -60,6 +64,7 @@ def register(
         ),
     ] = None,
     revision: RevisionOption = None,
+    force_base: ForceBaseOption = False,
     as_json: JsonOption = False,
     *,
     place: Place,
@@ -82,10 +87,7 @@ def register(
     """
     with progress() as reporter, place.open(create=True) as zoo:
         result = zoo.register(folder, name=name, base=base, revision=revision, progress=reporter)
-    if as_json:
-        print_json(result.to_json())
-    else:
-        _print_registered(result)
+    _tell_registered(result, as_json, force_base)
 
 
 @at_a_place
@@ -104,6 +106,7 @@ def pull(
         typer.Option("--base", metavar="VARIANT", help="The variant that an adapter belongs to."),
     ] = None,
     revision: RevisionOption = None,
+    force_base: ForceBaseOption = False,
     as_json: JsonOption = False,
     *,
     place: Place,
@@ -127,10 +130,7 @@ def pull(
     with progress() as reporter, place.open(create=True) as zoo:
         named = name or model.rpartition("/")[2]
         result = zoo.register(model, name=named, base=base, revision=revision, progress=reporter)
-    if as_json:
-        print_json(result.to_json())
-    else:
-        _print_registered(result)
+    _tell_registered(result, as_json, force_base)
 
 
 @at_hand
@@ -249,6 +249,18 @@ def _describe_version(record: VariantRecord) -> str:
     return f"{record.version}" + (f" (= {origin.rpartition('@')[2]})" if origin else "")
 
 
+def _tell_registered(result: RegisterResult, as_json: bool, force_base: bool) -> None:
+    if as_json:
+        print_json(result.to_json())
+    else:
+        _print_registered(result)
+    if result.base_doubt and not force_base:
+        note(
+            f"Warning: {result.base_doubt}. On another model of the same shape its answers are wrong. "
+            "If they are the same model, --force-base says so."
+        )
+
+
 def _print_registered(result: RegisterResult) -> None:
     record = result.record
     ref = f"{record.name}@{record.version}"
@@ -261,6 +273,8 @@ def _print_registered(result: RegisterResult) -> None:
         f"  {format_bytes(result.num_bytes)} in the folder, {known:.0%} of it known; "
         f"{format_bytes(result.new_bytes)} new, {format_bytes(result.stored_bytes)} stored"
     )
+    for remark in result.remarks:
+        say(f"  {remark}")
     if notes := record.provenance.get("notes"):
         say(f"  note: {notes}")
     if aside := record.provenance.get("set_aside"):

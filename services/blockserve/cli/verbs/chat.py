@@ -23,8 +23,10 @@ from blockserve.cli.verbs.generate import (
     TopKOption,
     TopPOption,
     describe_answer,
+    waited_for,
 )
 from blockserve.cli.views.tables import note, say
+from blockserve.cli.views.waiting import Waiting
 
 if TYPE_CHECKING:
     from blockserve.client.blocking import Client
@@ -157,8 +159,10 @@ class Conversation:
         parts: list[str] = []
         summary = ""
         info = None
+        waiting = Waiting(lambda: waited_for(self.client, self.model)).begin()
         try:
             for chunk in stream:
+                waiting.end()
                 info = chunk.info or info
                 parts.append(chunk.text)
                 sys.stdout.write(chunk.text)
@@ -170,6 +174,7 @@ class Conversation:
             if not parts:
                 return
         finally:
+            waiting.end()
             # Closing the iterator cancels the request at the server.
             stream.close()  # type: ignore[attr-defined]
             if parts or summary:

@@ -12,10 +12,12 @@ from blockserve.cli.options.connection import Connection, connects
 from blockserve.cli.options.failures import USAGE
 from blockserve.cli.options.shared import JsonOption, RefArgument
 from blockserve.cli.views.tables import format_seconds, note, print_json
+from blockserve.cli.views.waiting import Waiting
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from blockserve.client.blocking import Client, Generation
     from blockserve.common.api.results import Completion, Finish, RequestInfo
 
 SAMPLING = "Sampling (default: the variant's generation_config.json)"
@@ -225,22 +227,37 @@ def generate(
             answer = client.chat(model, [*turns, {"role": "user", "content": text}], **given)
         else:
             answer = client.generate(model, text, **given)
-        if choices is not None and choices > 1:
-            _print_choices(answer.results(), as_json=as_json)
-            return
-        if as_json:
-            print_json(completion_to_json(answer.result()))
-            return
-        info: RequestInfo | None = None
-        for chunk in answer:
-            info = chunk.info or info
-            sys.stdout.write(chunk.text)
+        with Waiting(lambda: waited_for(client, model)) as waiting:
+            if choices is not None and choices > 1:
+                completions = answer.results()
+                waiting.end()
+                _print_choices(completions, as_json=as_json)
+            elif as_json:
+                completion = answer.result()
+                waiting.end()
+                print_json(completion_to_json(completion))
+            else:
+                _stream(answer, waiting)
+
+
+def waited_for(client: Client, model: str) -> str:
+    """What an answer that has not begun waits for."""
+    loaded = client.model(model).loaded
+    return f"waiting for {model} to answer" if loaded else f"the server loads {model}"
+
+
+def _stream(answer: Generation, waiting: Waiting) -> None:
+    info: RequestInfo | None = None
+    for chunk in answer:
+        waiting.end()
+        info = chunk.info or info
+        sys.stdout.write(chunk.text)
+        sys.stdout.flush()
+        if chunk.finish is not None and info is not None:
+            sys.stdout.write("\n")
             sys.stdout.flush()
-            if chunk.finish is not None and info is not None:
-                sys.stdout.write("\n")
-                sys.stdout.flush()
-                if sys.stderr.isatty():
-                    note(describe_answer(info, chunk.finish, chunk.request_id))
+            if sys.stderr.isatty():
+                note(describe_answer(info, chunk.finish, chunk.request_id))
 
 
 def _print_choices(completions: Sequence[Completion], *, as_json: bool) -> None:

@@ -88,7 +88,7 @@ def test_no_zoo(run, tmp_path):
 
 
 def test_a_refused_checkpoint(run, tmp_path):
-    folder = write_checkpoint(tmp_path / "odd", config("GPT2LMHeadModel"), {})
+    folder = write_checkpoint(tmp_path / "odd", config(architectures=["GPT2LMHeadModel"]), {})
     outcome = run("register", folder, "--name", "odd", "--zoo", tmp_path / "zoo", "--json")
     assert outcome.code == 1
     assert outcome.error["reason"] == "UNSUPPORTED_ARCHITECTURE"

@@ -320,3 +320,15 @@ def test_verbs_on_bytes_take_no_other_zoo_for_that_of_a_server(run, zoo, tmp_pat
     assert not (tmp_path / ".blockzoo").exists()
     shutil.rmtree(tmp_path / "out", ignore_errors=True)
     assert run(*words, "--zoo", zoo.url).code == 0
+
+
+def test_an_adapter_that_names_another_base_is_warned_about(run, zoo, folders):
+    words = ("register", folders / "adapter", "--base", "tuned")
+    warned = run(*words, "--name", "one")
+    assert warned.code == 0
+    told = "the adapter says that it was trained on 'someone/base', and its base here is tuned@1"
+    assert f"Warning: {told}" in warned.err
+    assert "the variant base has that name" in warned.err
+    assert run(*words, "--name", "two", "--force-base").err == ""
+    assert "someone/base" in run(*words, "--name", "three", "--json").json["base_doubt"]
+    assert run("register", folders / "adapter", "--base", "base", "--name", "four").err == ""

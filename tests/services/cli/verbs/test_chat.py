@@ -1,5 +1,6 @@
 """The conversation, driven through pipes and through a real terminal."""
 
+import asyncio
 import io
 import json
 import os
@@ -251,3 +252,15 @@ def test_quotes_begin_and_end_a_message_of_several_lines(terminal, served):
     terminal.type('three"""\n')
     terminal.expect("[tale@1: ")
     assert "user\none\ntwo\nthree<|im_end|>" in prompts(served)[0]
+
+
+def test_loading_is_shown_until_the_answer_begins(terminal, served):
+    engine = served.rig.engine
+    gate = asyncio.Event()
+    engine.load_gate = gate
+    terminal.expect("tale> ")
+    terminal.type("first\n")
+    terminal.expect("[the server loads tale, ")
+    served.call(gate.set)
+    terminal.expect("hello wörld")
+    terminal.expect("[tale@1: ")
