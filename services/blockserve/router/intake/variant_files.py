@@ -18,6 +18,7 @@ from blockzoo.errors import InvalidConfigError
 from blockzoo.folders.chat_templates import read_templates
 from blockzoo.folders.files import CONFIG, TOKENIZER, TOKENIZER_CONFIG
 from blockzoo.folders.generation import GENERATION_CONFIG, GenerationDefaults, generation_defaults
+from blockzoo.folders.tokenizer_conversion import CONVERTED
 from blockzoo.folders.tokenizer_facts import (
     ADDED_TOKENS,
     SPECIAL_TOKENS_MAP,
@@ -74,12 +75,13 @@ class VariantFiles:
         return ChatTemplates(by_name, self._facts.variables)
 
     def tokenizer(self) -> TokenizerSource | None:
-        """What the tokenizer is made of, None when there is no tokenizer.json."""
-        file = self._record.files.get(TOKENIZER)
+        """What the tokenizer is made of, None when there is no tokenizer.json, nor one that was made."""
+        name = TOKENIZER if TOKENIZER in self._record.files else CONVERTED
+        file = self._record.files.get(name)
         if file is None:
             return None
         facts = hashlib.sha256(repr(self._facts).encode()).hexdigest()
-        return TokenizerSource(f"{file.blob}:{facts}", TOKENIZER, self._facts)
+        return TokenizerSource(f"{file.blob}:{facts}", name, self._facts)
 
     def _read_facts(self) -> TokenizerFacts:
         try:

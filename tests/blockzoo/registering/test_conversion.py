@@ -1,0 +1,117 @@
+"""Checkpoints whose tokenizer has another form than tokenizer.json: prompts are those of AutoTokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from blockserve.router.intake.tokenizer import VariantTokenizer
+from blockserve.router.intake.variant_files import VariantFiles
+from blockzoo.errors import InvalidConfigError
+from blockzoo.folders.tokenizer_conversion import CONVERTED, source_of
+from blockzoo.registering.recheck import Pushed, recheck
+from blockzoo.zoo import Zoo
+from support.edge import byte_level_tokenizer
+from support.folders import write_adapter, write_checkpoint
+
+SENTENCES = [
+    "In the beginning God created the heaven and the earth.",
+    "Where the river bends, the miller's daughter keeps three white geese.",
+    "größer, schöner, 東京",
+]
+
+
+def sentence_piece(folder: Path, **config: object) -> Path:
+    import sentencepiece
+
+    (folder / "text").write_text("\n".join(SENTENCES * 50))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text"), model_prefix=str(folder / "tokenizer"), vocab_size=340, model_type="bpe",
+        byte_fallback=True, character_coverage=0.99, minloglevel=2,
+    )  # fmt: skip
+    return configured(folder, tokenizer_class="LlamaTokenizer", bos_token="<s>", eos_token="</s>", **config)
+
+
+def vocab_and_merges(folder: Path, **config: object) -> Path:
+    model = json.loads(byte_level_tokenizer().to_str())["model"]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    return configured(folder, tokenizer_class="GPT2Tokenizer", eos_token="<|im_end|>", **config)
+
+
+def configured(folder: Path, **config: object) -> Path:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+CASES = {
+    "sentencepiece": (sentence_piece, {"unk_token": "<unk>", "add_bos_token": True}),
+    "sentencepiece, no bos": (sentence_piece, {"unk_token": "<unk>", "add_bos_token": False}),
+    "sentencepiece, more tokens": (sentence_piece, {"additional_special_tokens": ["<|tool|>"]}),
+    "vocab and merges": (vocab_and_merges, {}),
+    "vocab and merges, more tokens": (vocab_and_merges, {"extra_special_tokens": ["<|tool|>"]}),
+}
+
+
+@pytest.fixture
+def zoo(tmp_path: Path) -> Zoo:
+    return Zoo.open(tmp_path / "zoo", create=True)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_prompts_and_answers_are_those_of_transformers(zoo: Zoo, tmp_path: Path, case: str) -> None:
+    from transformers import AutoTokenizer
+
+    make, config = CASES[case]
+    folder = make(write_checkpoint(tmp_path / "m"), **config)
+    record = zoo.register(folder, name="m").record
+    assert "was made of" in record.provenance["notes"]
+    source = VariantFiles(record, lambda name: zoo.read_file(record, name)).tokenizer()
+    assert source is not None
+    ours = VariantTokenizer.from_bytes(zoo.read_file(record, source.filename), source.facts)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    for text in [*SENTENCES, "Hello <|tool|> hello", " ", "  x\n\ny"]:
+        for special in (True, False):
+            expected = theirs(text, add_special_tokens=special)["input_ids"]
+            assert list(ours.encode(text, add_special_tokens=special)) == expected, text
+            assert ours.raw.decode(expected) == theirs.decode(expected, skip_special_tokens=True)
+    # The folder comes back as it was; the server's check of a push lets the converted file through.
+    out = Path(zoo.export("m", tmp_path / "out").path)
+    assert not (out / "tokenizer.json").exists()
+    chain = zoo.chain(record.chain)
+    blocks = {one.base: zoo.block(one.base) for one in chain.links}
+    pushed = Pushed("checkpoint", chain, blocks, record.files, None)
+    assert recheck(zoo.store, pushed)["notes"] == record.provenance["notes"]
+
+
+def test_adapters_take_a_converted_tokenizer_over_or_bring_their_own(zoo: Zoo, tmp_path: Path) -> None:
+    zoo.register(vocab_and_merges(write_checkpoint(tmp_path / "m")), name="base")
+    adapter = write_adapter(tmp_path / "a")
+    record = zoo.register(adapter, name="a", base="base").record
+    assert record.files[CONVERTED] == zoo.resolve("base").files[CONVERTED]
+    (adapter / "tokenizer.json").write_text(byte_level_tokenizer().to_str())
+    assert CONVERTED not in zoo.register(adapter, name="a", base="base").record.files
+
+
+def test_what_cannot_be_converted_is_refused_or_said(
+    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = configured(write_checkpoint(tmp_path / "m"), tokenizer_class="LlamaTokenizer")
+    (folder / "tokenizer.model").write_bytes(b"no model")
+    with pytest.raises(InvalidConfigError, match=r"tokenizer\.model cannot be converted"):
+        zoo.register(folder, name="m")
+    monkeypatch.setitem(__import__("sys").modules, "sentencepiece", None)
+    record = zoo.register(folder, name="m").record
+    assert "blockzoo[convert]" in record.provenance["notes"]
+    assert CONVERTED not in record.files
+
+
+def test_nothing_is_converted_where_there_is_a_tokenizer_or_none_at_all() -> None:
+    assert source_of(["tokenizer.json", "tokenizer.model"]) is None
+    assert source_of(["vocab.json"]) is None
+    assert source_of(["config.json"]) is None
+    assert source_of(["vocab.json", "merges.txt"]) == "vocab.json"
