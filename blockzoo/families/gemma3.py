@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from blockzoo.errors import UnsupportedFeatureError
 from blockzoo.families.base import ConfigReader
 from blockzoo.families.gemma2 import GemmaFamily
-from blockzoo.families.rope import rope_config
+from blockzoo.families.rope import RopeForm, rope_config
 from blockzoo.manifest import JsonValue
 
 _GLOBAL, _LOCAL = "full_attention", "sliding_attention"
@@ -21,6 +21,8 @@ class Gemma3Family(GemmaFamily):
     name = "gemma3"
     architectures = ("Gemma3ForCausalLM",)
     qk_norm = "head"
+    # The others change with the length of a sequence, and the context would have to end where the first does.
+    rope = RopeForm(types=("default", "linear", "llama3", "yarn"))
 
     def pattern(self, config: ConfigReader) -> int:
         """The key that transformers 4 wrote, or 6."""

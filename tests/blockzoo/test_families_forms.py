@@ -48,6 +48,40 @@ FORMS = {
         "Phi3",
         {"head_dim": 8, "partial_rotary_factor": None, "rope_parameters": {"partial_rotary_factor": 0.75}},
     ),
+    **{
+        f"phi3, {name}": (
+            "Phi3",
+            {
+                "rope_scaling": {"type": name, "long_factor": [3.0], "short_factor": [1.5]},
+                "original_max_position_embeddings": 32,
+            },
+        )
+        for name in ("longrope", "yarn")
+    },
+    "smollm3, yarn": (
+        "SmolLM3",
+        {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}},
+    ),
+    "olmo2, yarn": (
+        "Olmo2",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn", "rope_theta": 500000.0, "factor": 8.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+    "gemma3, yarn": (
+        "Gemma3",
+        {
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "yarn", "rope_theta": 1e6, "factor": 2.0,
+                    "original_max_position_embeddings": 64,
+                }
+            }
+        },
+    ),
     "glm4, transformers 4": (
         "Glm4", {"rope_parameters": None, "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
     ),
@@ -107,10 +141,14 @@ def test_what_older_programs_would_compute_wrongly_has_no_norm_eps():
 
 
 REFUSED = {
-    "long rope": ("Phi3", {"rope_scaling": {"type": "longrope", "long_factor": [1.0]}}, "longrope"),
-    "its old name": ("Phi3", {"rope_scaling": {"type": "su", "long_factor": [1.0]}}, "'su'"),
-    "phi3 takes long rope for yarn": ("Phi3", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
-    "yarn": ("SmolLM3", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+    "phi3 has no other rope": ("Phi3", {"rope_scaling": {"type": "linear", "factor": 4.0}}, "linear"),
+    "nor a dynamic one": ("Phi3", {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "dynamic"),
+    "long rope by layer type": (
+        "Gemma3",
+        {"rope_parameters": {"full_attention": {"rope_type": "longrope", "short_factor": [1.0] * 4}}},
+        "longrope",
+    ),
+    "dynamic rope by layer type": ("Gemma3", {"rope_scaling": {"rope_type": "dynamic"}}, "dynamic"),
     "a part of a head": ("Granite", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     "both directions": ("Gemma2", {"use_bidirectional_attention": True}, "bidirectional"),
     "both directions, gemma3": ("Gemma3", {"use_bidirectional_attention": True}, "bidirectional"),
@@ -151,6 +189,16 @@ def test_values_that_no_model_can_have(name):
         plan(architecture, **changes)
     assert type(caught.value) is InvalidConfigError
     assert caught.value.metadata["field"] == field
+
+
+def test_long_rope_is_served_as_far_as_its_positions_are_fixed():
+    changes = {"rope_scaling": {"type": "su", "long_factor": [3.0], "short_factor": [1.5]}}
+    cut = plan("Phi3", **changes, original_max_position_embeddings=32)
+    assert cut.context_length == 32
+    assert any("longrope" in note for note in cut.notes)
+    changes["rope_scaling"]["type"] = "longrope"
+    assert plan("Phi3", **changes, original_max_position_embeddings=32) == cut
+    assert (plan("Phi3").context_length, plan("Phi3").notes) == (128, ())
 
 
 def test_a_window_that_is_null_has_no_layers_to_slide_on():

@@ -285,7 +285,8 @@ class BlockEngine:
             raise ChainNotLoadedError(
                 f"chain {request.chain} is not in memory", hint="Load the variant first.", chain=request.chain
             )
-        check_request(request, chain.manifest)
+        if probe is None:  # a probe is about its prompt, which may fill the context
+            check_request(request, chain.manifest)
         self._check_queue(len(request.prompt))
         self._arrivals += 1
         order = self._arrivals if request.arrival is None else request.arrival
