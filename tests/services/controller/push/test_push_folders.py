@@ -183,7 +183,8 @@ def test_bad_folders_are_refused_before_the_server_hears_of_them(server, folders
         with pytest.raises(NonFiniteWeightsError):
             zoo.register(write_checkpoint(tmp_path / "nan", items=nan), name="nan")
         with pytest.raises(UnsupportedArchitectureError):
-            zoo.register(write_checkpoint(tmp_path / "other", config("MambaForCausalLM")), name="other")
+            values = config(architectures=["MambaForCausalLM"])
+            zoo.register(write_checkpoint(tmp_path / "other", values), name="other")
         assert carrier.sent < 2000
     with RemoteZoo(server.address) as zoo, pytest.raises(VariantNotFoundError, match="nobody"):
         zoo.register(folders / "adapter", name="bot", base="nobody")
