@@ -71,8 +71,10 @@ def _print(message: str, hint: str) -> None:
         # A bare install, which is the client and not the command.
         sys.stderr.write(f"Error: {message}\n{hint}".rstrip() + "\n")
         return
-    from blockserve.cli.views.tables import stderr
+    from blockserve.cli.views.tables import fold, note, stderr
 
-    stderr().print(Text(f"Error: {message}", style="bold red"), soft_wrap=True)
+    console = stderr()
+    lines = fold(f"Error: {message}", console.width if console.is_terminal else None)
+    console.print(Text("\n".join(lines), style="bold red"), soft_wrap=True)
     if hint:
-        stderr().print(Text(hint), soft_wrap=True)
+        note(hint)

@@ -134,6 +134,8 @@ def _groups(cluster: ClusterStatus) -> list[Group]:
 
 
 def _segments(groups: list[Group], last: int, width: int | None, rows: int) -> list[str]:
+    if not groups:
+        return ["No worker holds any blocks yet."]
     table = Table(
         (
             Column("SEGMENT", folds=22),

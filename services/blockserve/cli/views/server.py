@@ -99,6 +99,8 @@ def _head(report: ServerStatus) -> list[str]:
 
 def _segments(report: ServerStatus, width: int | None, rows: int) -> list[str]:
     """The segments as they stand in the chain; of many, those that most chains and tokens pass through."""
+    if not report.segments:
+        return ["No blocks are in memory yet."]
     last = last_position((one.first_position, one.num_blocks) for one in report.segments)
     table = Table(
         (
@@ -162,6 +164,8 @@ def _chains(chains: list[LoadedChain], report: ServerStatus, width: int | None, 
             "yes" if chain.pinned else "",
             short(chain.chain_digest),
         )
+    if not report.chains:
+        return ["No variant is loaded; the first request to one loads it."]
     rest = [one for one in report.chains if one not in chains[:rows]]
     lines = table.lines(width) if table.rows or not rest else []
     return [*lines, *fold(_rest(rest), width)] if rest else lines

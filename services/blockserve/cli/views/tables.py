@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 GAP = "  "
 INDENT = "  "
+_UNIT = re.compile(r"(?<=\d) (?=([kMGT]?B|m?s|min|h)\b)")
+"""The space between a number and its unit."""
 
 
 def stderr() -> Console:
@@ -103,7 +106,7 @@ class Table:
         natural, folds = self._natural(index), self.columns[index].folds
         if not folds:
             return natural
-        longest = max((cells_of(word) for text in self._texts(index) for word in text.split()), default=0)
+        longest = max((cells_of(word) for text in self._texts(index) for word in _words(text)), default=0)
         return max(longest, min(natural, folds))
 
     def _fit(self, kept: Sequence[int], width: int) -> list[int] | None:
@@ -180,24 +183,25 @@ def bold(text: str) -> str:
 
 
 def say(text: str) -> None:
-    """Write a line of a result, unwrapped and unformatted."""
-    sys.stdout.write(text + "\n")
+    """Write a line of a result; on a terminal folded at spaces where it is too long."""
+    sys.stdout.write("\n".join(fold(text, terminal_width())) + "\n")
 
 
 def note(text: str) -> None:
-    """Write a line that is not part of the result."""
-    sys.stderr.write(text + "\n")
+    """Write a line that is not part of the result; folded as `say` does."""
+    width = shutil.get_terminal_size().columns if sys.stderr.isatty() else None
+    sys.stderr.write("\n".join(fold(text, width)) + "\n")
 
 
 def fold(text: str, width: int | None) -> list[str]:
     """Cut a text at spaces into lines of at most `width` columns, indented like the first of them.
 
-    A word that is longer has a line of its own.
+    A word that is longer has a line of its own, and no number is parted from its unit.
     """
     if width is None or cells_of(text) <= width:
         return [text]
     blank = text[: len(text) - len(text.lstrip(" "))]
-    first, *words = text.lstrip(" ").split(" ")
+    first, *words = _words(text.lstrip(" "))
     lines = [blank + first]
     for word in words:
         longer = f"{lines[-1]} {word}"
@@ -205,7 +209,12 @@ def fold(text: str, width: int | None) -> list[str]:
             lines.append(blank + word)
         else:
             lines[-1] = longer
-    return [line.rstrip() for line in lines]
+    return [line.rstrip().replace("\N{NO-BREAK SPACE}", " ") for line in lines]
+
+
+def _words(text: str) -> list[str]:
+    """What a line may be cut between; a number and its unit are one word."""
+    return _UNIT.sub("\N{NO-BREAK SPACE}", text).split(" ")
 
 
 def cells_of(text: str) -> int:

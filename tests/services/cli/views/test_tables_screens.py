@@ -290,6 +290,7 @@ def test_fold_never_breaks_a_word() -> None:
     assert fold("one two three", 7) == ["one two", "three"]
     assert fold("averylongword two", 5) == ["averylongword", "two"]
     assert fold("", 5) == [""]
+    assert fold("  it takes 25.4 kB and 3 min", 14) == ["  it takes", "  25.4 kB and", "  3 min"]
     assert fold("日本 語", 4) == ["日本", "語"]
 
 
