@@ -18,6 +18,7 @@ from blockserve.cli.options.shared import (
     ZooOption,
     open_zoo,
 )
+from blockserve.cli.verbs.bulk import register_all
 from blockserve.cli.views.progress import progress
 from blockserve.cli.views.tables import format_bytes, format_seconds, note, print_json, say
 
@@ -47,13 +48,25 @@ HISTORY = 10
 @at_a_place
 def register(
     folder: Annotated[
-        str,
+        str | None,
         typer.Argument(
             metavar="FOLDER",
             help="A Hugging Face checkpoint or a PEFT LoRA adapter; or ORG/NAME of a model of the hub.",
+            show_default=False,
         ),
-    ],
-    name: Annotated[str, typer.Option("--name", "-n", metavar="NAME", help="Name of the variant.")],
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", "-n", metavar="NAME", help="Name of the variant.")
+    ] = None,
+    every: Annotated[
+        Path | None,
+        typer.Option(
+            "--all",
+            metavar="FOLDER|LIST.yaml",
+            help="Register every subfolder under its own name, or what a list names: entries with folder, "
+            "name, and maybe base and revision.",
+        ),
+    ] = None,
     base: Annotated[
         str | None,
         typer.Option(
@@ -77,6 +90,9 @@ def register(
     With --server, only data that the server's zoo lacks is uploaded. A broken connection is resumed. If the
     command was interrupted, run it again: it continues where it stopped.
 
+    With --all, each folder is a registration of its own: one that fails leaves the others as they are, and
+    what is in the zoo already is found unchanged when the command is run again.
+
     \b
     Examples:
       blockzoo register ./SmolLM2-135M-Instruct --name smollm2
@@ -84,7 +100,15 @@ def register(
       blockzoo register ./my-full-fine-tune --name legal --base smollm2
       blockzoo register ./my-lora --name support-bot --base smollm2 --server models.example:7450
       blockzoo register HuggingFaceTB/SmolLM2-135M-Instruct --name smollm2
+      blockzoo register --all ./my-loras --base smollm2
     """
+    if every is not None:
+        if folder is not None or name is not None or revision is not None:
+            raise typer.BadParameter("--all has names and folders of its own: leave out those here.")
+        with place.open(create=True) as zoo:
+            raise typer.Exit(register_all(zoo, every, base, as_json=as_json))
+    if folder is None or name is None:
+        raise typer.BadParameter("Give a FOLDER and a --name, or --all with a folder of folders.")
     with progress() as reporter, place.open(create=True) as zoo:
         result = zoo.register(folder, name=name, base=base, revision=revision, progress=reporter)
     _tell_registered(result, as_json, force_base)

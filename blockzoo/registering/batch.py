@@ -1,0 +1,133 @@
+"""Lists of folders to register one after another: the subfolders of a folder, or a YAML file.
+
+Each is a registration of its own: what fails leaves the others as they are, and what was registered already
+is found unchanged, so an interrupted list is simply gone through again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from blockzoo.errors import CheckpointError, InvalidInputError
+from blockzoo.extras import named_extras
+from blockzoo.folders.checkpoint import FolderKind, folder_kind
+from blockzoo.folders.files import ADAPTER_CONFIG, CONFIG
+from blockzoo.folders.hub import is_hub_id
+from blockzoo.names import check_name
+
+MAX_ENTRIES = 100_000
+MAX_LIST_BYTES = 64 << 20
+
+_KEYS = ("folder", "name", "base", "revision")
+
+
+@dataclass(frozen=True, slots=True)
+class BatchEntry:
+    """One folder of a list.
+
+    Attributes:
+        source: the folder, or ORG/NAME of a model of the hub.
+        name: variant name.
+        base: as in `register_folder`.
+        revision: of a model of the hub.
+    """
+
+    source: str
+    name: str
+    base: str | None = None
+    revision: str | None = None
+
+
+def read_batch(path: Path, base: str | None = None) -> list[BatchEntry]:
+    """Read what is to be registered, in the order in which it is to be done.
+
+    Args:
+        path: a folder with a subfolder for each variant, which gives it its name, checkpoints first; or a
+            YAML file: a list of objects with `folder` (or a hub id), `name`, and maybe `base` and `revision`.
+        base: for entries that name none.
+
+    Raises:
+        InvalidInputError: there is nothing to register, or an entry makes no sense.
+        InvalidNameError: a name breaks the rule.
+    """
+    entries = _subfolders(path, base) if path.is_dir() else _listed(path, base)
+    if not entries:
+        raise InvalidInputError(
+            f"{path} names nothing to register",
+            hint="Give a folder whose subfolders are checkpoints or adapters, or a YAML list of them.",
+        )
+    seen: set[str] = set()
+    for entry in entries:
+        check_name(entry.name)
+        if entry.name in seen:
+            raise InvalidInputError(
+                f"{path} names {entry.name} twice",
+                hint="Each variant can be in a list once.",
+                name=entry.name,
+            )
+        seen.add(entry.name)
+    return entries
+
+
+def _subfolders(path: Path, base: str | None) -> list[BatchEntry]:
+    folders = [
+        item
+        for item in sorted(path.iterdir())
+        if item.is_dir() and ((item / CONFIG).is_file() or (item / ADAPTER_CONFIG).is_file())
+    ]
+    checkpoints = [folder for folder in folders if _is_checkpoint(folder)]
+    adapters = [folder for folder in folders if folder not in checkpoints]
+    # A base may be one of the checkpoints, to which it does not apply itself.
+    return [
+        *(BatchEntry(str(item), item.name, None if item.name == base else base) for item in checkpoints),
+        *(BatchEntry(str(item), item.name, base) for item in adapters),
+    ]
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    try:
+        return folder_kind(folder) is FolderKind.CHECKPOINT
+    except CheckpointError:
+        # Refused in its turn, with its reason.
+        return not (folder / ADAPTER_CONFIG).is_file()
+
+
+def _listed(path: Path, base: str | None) -> list[BatchEntry]:
+    with named_extras():
+        import yaml
+    try:
+        if path.stat().st_size > MAX_LIST_BYTES:
+            raise InvalidInputError(f"{path} is larger than {MAX_LIST_BYTES} bytes")
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise InvalidInputError(f"{path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidInputError(f"{path} is not YAML: {str(error)[:300]}") from error
+    if not isinstance(values, list) or len(values) > MAX_ENTRIES:
+        raise InvalidInputError(
+            f"{path} is not a list of at most {MAX_ENTRIES} entries",
+            hint="Write one entry as: - {folder: ./my-lora, name: support-bot, base: smollm2}",
+        )
+    return [_entry(path, number, value, base) for number, value in enumerate(values, 1)]
+
+
+def _entry(path: Path, number: int, value: object, base: str | None) -> BatchEntry:
+    texts = isinstance(value, Mapping) and all(isinstance(item, str | None) for item in value.values())
+    if not isinstance(value, Mapping) or not texts or not value.get("folder") or not value.get("name"):
+        raise InvalidInputError(
+            f"{path}: entry {number} has no folder and name, as texts",
+            hint="Write it as: - {folder: ./my-lora, name: support-bot, base: smollm2}",
+        )
+    if unknown := sorted(str(key) for key in value if key not in _KEYS):
+        raise InvalidInputError(
+            f"{path}: entry {number} has the unknown key {unknown[0][:80]!r}",
+            hint=f"Known keys: {', '.join(_KEYS)}.",
+        )
+    source = str(value["folder"])
+    # Paths are meant from where the list is, so that list and folders can move together.
+    local = path.parent / source
+    if local.exists() or not is_hub_id(source):
+        source = str(local)
+    return BatchEntry(source, str(value["name"]), value.get("base") or base, value.get("revision"))
