@@ -70,6 +70,7 @@ class LayerBlock:
         self._gate_up_modules = _present(tensors, GATE_UP_MODULE, MLP_INPUTS)
         self._weights = self._lay_out(config, tensors, backend)
         self._sizes = self._read_sizes(config)
+        _check_norms(self._weights, self._sizes)
         linears = (self._weights.qkv, self._weights.out, self._weights.gate_up, self._weights.down)
         self.num_bytes = sum(norm.nbytes for norm in self._weights.norms) + sum(
             linear.num_bytes for linear in linears
@@ -220,6 +221,23 @@ def _norm_places(config: Mapping[str, JsonValue]) -> Mapping[str, JsonValue]:
             field="norms",
         )
     return placed
+
+
+def _check_norms(weights: LayerWeights, sizes: LayerSizes) -> None:
+    """Raise InvalidConfigError where a norm does not have the size of what it normalises."""
+    by_head = (sizes.head_dim,) * 2
+    whole = (sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim)
+    found = (weights.query_norm, weights.key_norm)
+    if any(norm is not None for norm in found):
+        shapes = tuple(() if norm is None else tuple(norm.shape) for norm in found)
+        if shapes not in tuple(tuple((size,) for size in pair) for pair in (by_head, whole)):
+            raise InvalidConfigError(f"norms of queries and keys have the shapes {shapes}", field="qk_norm")
+    for norm in (weights.input_norm, weights.mlp_norm, weights.out_norm, weights.down_norm):
+        if norm is not None and norm.shape != (sizes.hidden_size,):
+            raise InvalidConfigError(
+                f"a norm has the shape {tuple(norm.shape)}, hidden states have {sizes.hidden_size} elements",
+                field="norms",
+            )
 
 
 def _width(columns: slice) -> int:

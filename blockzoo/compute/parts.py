@@ -29,9 +29,15 @@ def rope_parameters(config: Mapping[str, JsonValue]) -> RopeParameters | None:
     if not isinstance(rope, dict):
         raise InvalidConfigError("layer config has no rope parameters")
     kind = str(rope["type"])
-    sizes = rope if "rotary_dim" in rope else {"rotary_dim": config["head_dim"]}
+    head_dim = integer(config, "head_dim")
+    rotary_dim = integer(rope, "rotary_dim") if "rotary_dim" in rope else head_dim
+    if not 0 < rotary_dim <= head_dim or rotary_dim % 2:
+        raise InvalidConfigError(
+            f"rope parameters: {rotary_dim} of {head_dim} dimensions cannot be rotated in pairs",
+            field="rotary_dim",
+        )
     parameters = RopeParameters(
-        integer(sizes, "rotary_dim"),
+        rotary_dim,
         real(rope, "theta"),
         neighbours=rope.get("pairs") == "neighbours",
         wide=rope.get("angles") == "float32",

@@ -42,7 +42,6 @@ SERVICES = (
     inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
     admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name,
     PLACEMENT_SERVICE,
-    ZOO_SERVICE,
 )
 
 
@@ -64,7 +63,7 @@ class RouterServer:
         self.settings = settings
         self.metrics = RouterMetrics(settings)
         self._store = store
-        self._host = RpcHost(settings, SERVICES)
+        self._host = RpcHost(settings, (*SERVICES, ZOO_SERVICE) if settings.zoo_calls else SERVICES)
         self._router: Router | None = None
         self._renderer: ChatRenderer | None = None
         self._watch: ClusterWatch | None = None
@@ -105,8 +104,9 @@ class RouterServer:
         demand = self._demand = DemandTeller(store, f"router-{secrets.token_hex(4)}", evicted=feed)
         approvals = await asyncio.to_thread(Approvals, zoo.store)
         self._wire(zoo, renderer, demand, approvals)
-        self._relay = ZooRelay(store.leader, settings.peer_credentials())
-        self._relay.add_to(self._host.server)
+        if settings.zoo_calls:
+            self._relay = ZooRelay(store.leader, settings.peer_credentials())
+            self._relay.add_to(self._host.server)
         await self._host.start()
         self._watch = watch = ClusterWatch(store, self.engine.update)
         self.metrics.watch(self.engine, lambda: watch.seen)

@@ -21,6 +21,12 @@ class RouterSettings(ClusterSettings):
         "of interrupting each other (SCHED_BATCH; Linux).",
         reason="Each core carries more requests. On cores shared with workers, tokens would be delayed.",
     )
+    zoo_calls: bool = setting(
+        True,
+        "Pass calls about the zoo (register, ls, rm, gc, ...) on to the controller that leads.",
+        reason="One address is enough for every command. Whoever may call this router may then change the "
+        "zoo, as with `serve`.",
+    )
     router: RouterConfig = Field(default_factory=RouterConfig, description="Limits on requests.")
     adaptive: AdaptiveConfig = Field(
         default_factory=AdaptiveConfig, description="Approved equivalents in place of busy or missing blocks."

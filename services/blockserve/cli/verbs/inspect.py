@@ -56,7 +56,8 @@ def ls(
 
     CHECKPOINT is what a variant would take as a checkpoint of its own, PRIVATE the part of it that no other
     variant has, and STORED what that part takes in the zoo. `blockzoo du` says what removing a variant would
-    free. A narrow terminal shows fewer columns; --json has all.
+    free. A narrow terminal shows fewer columns; --json has all. What was read of chains, which never change,
+    is kept in the cache folder (~/.cache/blockzoo), which may be deleted.
 
     \b
     Examples:

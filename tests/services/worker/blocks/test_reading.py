@@ -11,6 +11,7 @@ from blockkernels.backends import Backend, CpuBackend, ReferenceBackend
 from blockserve.common.api.cluster import ChainSpan, Run
 from blockserve.common.errors import SpanError
 from blockserve.worker.blocks.reading import BlockReader
+from blockzoo.compute.build import build_block
 from blockzoo.compute.decoder import LayerBlock
 from blockzoo.errors import InvalidConfigError
 from blockzoo.manifest import JsonValue
@@ -78,7 +79,10 @@ def test_blocks_of_a_family_that_came_later_are_refused(tiny: TinyZoo) -> None:
         ({"norm": {"eps": "1e-5", "kind": "layer"}}, "norms of kind 'layer'"),
         ({"norms": {"attention_inside": "input_layernorm"}}, "attention_inside"),
         ({"norms": {"attention_input": "another_norm"}}, "another_norm"),
+        ({"norms": {"attention_input": "self_attn.q_proj"}}, "a norm has the shape"),
         ({"rope": [1]}, "rope parameters"),
+        ({"rope": {"type": "default", "theta": "1e4", "rotary_dim": 16}}, "16 of 14 dimensions"),
+        ({"rope": {"type": "default", "theta": "1e4", "rotary_dim": 7}}, "7 of 14 dimensions"),
         ({"attention_softcap": "wide"}, "attention_softcap"),
     ],
 )
@@ -89,6 +93,17 @@ def test_what_this_version_does_not_know_of_a_layer_is_refused(
     block = run.blocks[run.manifest.links[1].base]
     with pytest.raises(InvalidConfigError, match=words):
         reader(tiny).build(replace(block, config={**block.config, **change}), torch.float32)
+
+
+@pytest.mark.parametrize("size", [7, 28, 14 * 9])
+def test_norms_of_queries_and_keys_have_the_size_of_a_head_or_of_all(tiny: TinyZoo, size: int) -> None:
+    run = reader(tiny).open(whole(tiny, "base"))
+    manifest = run.blocks[run.manifest.links[1].base]
+    read = reader(tiny)
+    tensors = {name: read._read(ref, torch.float32) for name, ref in manifest.tensors.items()}
+    norms = {f"self_attn.{name}_norm.weight": torch.ones(size) for name in "qk"}
+    with pytest.raises(InvalidConfigError, match="queries and keys"):
+        build_block(manifest, tensors | norms, CpuBackend())
 
 
 def test_an_adapter_is_read_by_module_and_a_base_block_is_none(tiny: TinyZoo) -> None:
