@@ -31,6 +31,7 @@ _SOURCES = (
     _PACKAGE / "linear" / "packed.c",
     _PACKAGE / "lora" / "grouped.c",
     _PACKAGE / "native" / "rows.c",
+    _PACKAGE / "sampling" / "logprobs.c",
 )
 # Products are fused with sums only where the source says so: see vectors.h.
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-ffp-contract=off", "-fno-math-errno")

@@ -33,7 +33,8 @@ class NativeLibrary:
         linear_panel: outputs of a panel of a packed weight; 0 where the processor lacks what `linear`,
             and with it `decoder_layers`, needs. Both are for bfloat16.
         rms_norm_wide, rotary_wide: of bfloat16 rows, with weights or angles in float32.
-        attention, lora, linear, decoder_layers: run without the interpreter's lock; they may take long.
+        attention, lora, linear, decoder_layers, logprobs: run without the interpreter's lock; they may take
+            long.
         rms_norm, rotary, gated_silu, gated_gelu, soft_cap: keep the lock; to give it away costs more.
     """
 
@@ -52,6 +53,7 @@ class NativeLibrary:
             quick.rms_norm_wide_bf16, [pointer] * 3 + [integer] * 5 + [real, integer]
         )
         self.rotary_wide = _declared(quick.rotary_wide_bf16, [pointer] * 4 + [integer] * 8)
+        self.logprobs = _declared(loaded.logprobs_f32, [pointer] * 6 + [integer] * 5)
         self.linear = _declared(loaded.linear_bf16, [pointer])
         self.linear_panel = int(_declared(loaded.linear_panel, [], integer)())
         self.decoder_layers = _declared(loaded.decoder_layers_bf16, [pointer])

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from blockkernels.native import NativeLibrary, library, threads_for
 from blockkernels.sampling.reference import SamplingBatch
 
 ONE = 1 << 42
@@ -24,6 +25,8 @@ MAX_VOCAB = 1 << 20
 """Largest vocabulary whose weights cannot overflow 63 bits."""
 SORT_BOUNDS = (256, 2048)
 """Candidates that are looked at, one bound after the other, before a row is sorted whole."""
+MOST_NATIVE = 64
+"""Alternatives that the C kernel keeps in order; more are sorted."""
 MIN_TEMPERATURE = 1e-30
 """Keeps 0 / temperature finite in float32."""
 
@@ -227,6 +230,9 @@ def logprobs(logits: Tensor, token_ids: Tensor, top_n: int) -> TokenLogprobs:
         raise ValueError(f"token ids of shape {tuple(token_ids.shape)} for {rows} rows")
     if not 0 <= top_n <= vocab:
         raise ValueError(f"top_n is {top_n}, the vocabulary {vocab}")
+    native = library() if logits.device.type == "cpu" and top_n <= MOST_NATIVE else None
+    if native is not None and logits.stride(1) == 1 and token_ids.numel():
+        return _native_logprobs(native, logits, token_ids, top_n)
     shifted = logits.to(torch.float64)
     shifted -= shifted.amax(dim=-1, keepdim=True)
     # Summed as integers for the reason in the module docstring; the result is good to 1e-7.
@@ -235,6 +241,24 @@ def logprobs(logits: Tensor, token_ids: Tensor, top_n: int) -> TokenLogprobs:
     chosen = shifted.gather(1, token_ids[:, None])[:, 0]
     top_ids = _top_ids(logits, top_n)
     return TokenLogprobs(chosen=chosen, top_ids=top_ids, top=shifted.gather(1, top_ids))
+
+
+def _native_logprobs(native: NativeLibrary, logits: Tensor, token_ids: Tensor, top_n: int) -> TokenLogprobs:
+    """The same by the C kernel, which goes over a row twice."""
+    rows, vocab = logits.shape
+    token_ids = token_ids.contiguous()
+    if int(token_ids.min()) < 0 or int(token_ids.max()) >= vocab:
+        raise ValueError(f"token ids outside a vocabulary of {vocab}")
+    found = TokenLogprobs(
+        chosen=torch.empty(rows, dtype=torch.float64),
+        top_ids=torch.empty(rows, top_n, dtype=torch.int64),
+        top=torch.empty(rows, top_n, dtype=torch.float64),
+    )
+    scratch = torch.empty(rows, top_n)
+    places = (logits, token_ids, found.chosen, found.top_ids, found.top, scratch)
+    threads = min(rows, threads_for(logits.numel()))
+    native.logprobs(*(place.data_ptr() for place in places), rows, vocab, logits.stride(0), top_n, threads)
+    return found
 
 
 def _top_ids(logits: Tensor, top_n: int) -> Tensor:

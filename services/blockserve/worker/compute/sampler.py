@@ -101,7 +101,8 @@ class Sampler:
         places = [place for place, count in enumerate(wanted) if count is not None]
         if places:
             counts = [wanted[place] or 0 for place in places]
-            found = self._position_logprobs(logits[places], [tokens[place] for place in places], counts)
+            rows = logits if len(places) == len(tokens) else logits[places]
+            found = self._position_logprobs(rows, [tokens[place] for place in places], counts)
             for place, one in zip(places, found, strict=True):
                 result[place] = one
         return result
