@@ -38,6 +38,7 @@ MODULES = {
     "adapt-p95": "adapt_p95",
     "many-variants": "many_variants",
     "text-flood": "text_flood",
+    "logprobs-tax": "logprobs_tax",
     "busy-threads": "busy_threads",
     "sick-worker": "sick_worker",
 }
