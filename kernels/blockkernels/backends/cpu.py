@@ -34,8 +34,8 @@ _SHAPE_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 def bound_shape_caches() -> None:
     """Bound what oneDNN keeps for each shape of a product, unless the environment says otherwise.
 
-    Prompts of many lengths are products of many shapes, and code is compiled for each of them: half a megabyte
-    that is kept. Measured on 400 lengths in five layers: 520 MB more without a bound, 50 MB with 16, and no
+    Prompts of many lengths are products of many shapes, and code is compiled for each: half a megabyte that
+    is kept. Measured on 400 lengths in five layers: 520 MB more without a bound, 50 MB with 16, and no
     slower (docs/log.md, 2026-11-28). No effect once a product has been computed.
     """
     for name in _SHAPE_CACHES:
