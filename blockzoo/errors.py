@@ -298,7 +298,7 @@ class StorageError(BlockzooError):
 
 
 class StorageFullError(StorageError):
-    """The storage has no room left; nothing was registered."""
+    """The storage has no room left; what was being written is not there."""
 
     reason = "STORAGE_FULL"
 

@@ -94,6 +94,8 @@ def verify(
     if repair_from is not None and problems:
         store.check_writable()
         problems = _repair(store, repair_from, kinds, problems)
+    if (problem := store.header_problem()) is not None:
+        problems.append(_repair_header(store, repair_from, problem))
     problems.sort(key=lambda problem: (-len(problem.variants), problem.key))
     return VerifyReport(
         len(objects), sum(info.size for _, info in objects), tuple(problems), tuple(sorted(strays))
@@ -166,6 +168,15 @@ def _repair(
     finally:
         lease.release()
     return list(done.values())
+
+
+def _repair_header(store: ZooStore, source: ZooStore | None, problem: str) -> Problem:
+    """The header of another zoo of the same format says the same."""
+    repaired = False
+    if source is not None and source.header_problem() is None:
+        store.storage.replace(layout.ZOO, [source.storage.get(layout.ZOO)])
+        repaired = store.header_problem() is None
+    return Problem(layout.ZOO, missing=False, message=problem, repaired=repaired)
 
 
 def _is_good(store: ZooStore, kind: Holding, key: str) -> bool:

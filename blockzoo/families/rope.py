@@ -24,6 +24,14 @@ SUPPORTED_TYPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 
 _MAX_FACTOR = 1e6
 """Largest factor of a wavelength that is taken for meant."""
+_RANGES = {
+    "theta": (1.0, 1e12),
+    "factor": (1e-3, _MAX_FACTOR),
+    "attention_factor": (1e-3, 1e3),
+    "low_freq_factor": (1e-3, _MAX_FACTOR),
+    "high_freq_factor": (1e-3, _MAX_FACTOR),
+}
+"""Numbers outside leave angles without meaning or out of float32's range, and every call would fail."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +72,17 @@ def rope_config(
     """
     values = _rope_values(config) if values is None else values
     rope = ConfigReader(values, where="config.json: rope parameters")
+    found = _rope_config(config, rope, form, head_dim)
+    for name, (least, most) in _RANGES.items():
+        if isinstance(spelled := found.get(name), str) and not least <= float(spelled) <= most:
+            key = "rope_theta" if name == "theta" else name
+            raise rope.error(key, f"is {spelled}, outside {least:g} to {most:g}")
+    return found
+
+
+def _rope_config(
+    config: ConfigReader, rope: ConfigReader, form: RopeForm, head_dim: int
+) -> dict[str, JsonValue]:
     kind = _kind(rope, form)
     if kind not in form.types:
         raise UnsupportedFeatureError(

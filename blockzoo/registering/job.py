@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,8 +16,9 @@ from typing import Any
 from blockzoo.errors import VariantNotFoundError
 from blockzoo.folders.checkpoint import ModelFolder
 from blockzoo.folders.contents import FolderLayout, InBlock, InFile
-from blockzoo.folders.files import read_kept_file
+from blockzoo.folders.files import TOKENIZER, read_kept_file
 from blockzoo.folders.outline import Outline
+from blockzoo.folders.tokenizer_bounds import check_tokenizer
 from blockzoo.json_report import JsonReport
 from blockzoo.manifest import BlockManifest, ChainId, FileRef, VariantRecord
 from blockzoo.progress import Progress
@@ -83,15 +85,25 @@ class RegisterJob:
         self._progress = progress
         self._started = time.monotonic()
         self._lock = threading.Lock()
+        self._tokenizer: bytes | None = None
 
     def inspect(self, uploads: Mapping[str, Upload]) -> Pieces:
-        """Refuse NaN and infinity in the tensors that are to be stored; nothing is written yet."""
-        with self.task("checking weights") as on_bytes:
-            return inspect_uploads(uploads, on_bytes, workers=min(_MAX_CHECK_WORKERS, os.cpu_count() or 1))
+        """Refuse NaN and infinity in the tensors that are to be stored, and a tokenizer beyond its bounds.
+
+        Nothing is written yet.
+        """
+        with ThreadPoolExecutor(1) as beside, self.task("checking weights") as on_bytes:
+            checking = beside.submit(check_tokenizer, self._tokenizer) if self._tokenizer else None
+            pieces = inspect_uploads(uploads, on_bytes, workers=min(_MAX_CHECK_WORKERS, os.cpu_count() or 1))
+            if checking is not None:
+                checking.result()
+            return pieces
 
     def read_files(self) -> dict[str, bytes]:
-        """Read and check the files beside the weights."""
-        return {name: read_kept_file(path) for name, path in self.folder.files.items()}
+        """Read and check the files beside the weights; `inspect` checks the tokenizer."""
+        files = {name: read_kept_file(path) for name, path in self.folder.files.items()}
+        self._tokenizer = files.get(TOKENIZER)
+        return files
 
     @contextmanager
     def task(self, title: str, more_bytes: int = 0) -> Iterator[Callable[[int], None]]:

@@ -23,11 +23,13 @@ from blockzoo.folders.files import (
     ADAPTER_WEIGHTS,
     CONFIG,
     INDEX,
+    TOKENIZER,
     check_kept_file,
     is_kept,
     parse_json_object,
 )
 from blockzoo.folders.safetensors_io import TensorEntry, parse_header
+from blockzoo.folders.tokenizer_bounds import check_tokenizer
 from blockzoo.folders.tokenizer_conversion import CONVERTED, converted_note, source_of
 from blockzoo.manifest import BlockId, BlockManifest, ChainManifest, DType, FileRef, TensorRef, VariantRecord
 from blockzoo.registering.adapter import (
@@ -174,6 +176,8 @@ def _read_layout(store: ZooStore, pushed: Pushed) -> FolderLayout:
         if not is_kept(name):
             raise _invalid(f"{name[:100]!r} is not a file that is kept with a variant", file=name[:100])
         check_kept_file(name, _read(store, pushed, name))
+    for name in {TOKENIZER, CONVERTED} & pushed.files.keys():
+        check_tokenizer(_read(store, pushed, name))
     for name in layout.shards:
         if "/" in name or (pushed.kind == FolderKind.ADAPTER and name != ADAPTER_WEIGHTS):
             raise _invalid(f"{name[:100]!r} is not the name of a weight file", file=name[:100])

@@ -8,8 +8,10 @@ Multipart uploads know no condition, therefore an object is one PUT and at most
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -38,6 +40,11 @@ _FULL_WORDS = (
 )
 
 
+PROBE_SECONDS = 10.0
+"""How long a store may take to answer the first small request. Large uploads may take longer."""
+_RETRIES: Any = {"max_retries": 5, "retry_timeout": timedelta(seconds=60)}
+
+
 class ObjectStorage:
     """Objects below a prefix of a bucket."""
 
@@ -50,8 +57,11 @@ class ObjectStorage:
     @classmethod
     def from_url(cls, url: str) -> ObjectStorage:
         """Connect to `s3://bucket/prefix`, `gs://bucket/prefix` or `az://account/container/prefix`."""
+        options = _options(url)
         with _translate(url):
-            return cls(from_url(url, **_options(url)), url.rstrip("/"))
+            if "://" in url and not url.startswith("memory:"):
+                _probe(url, options)
+            return cls(from_url(url, retry_config=_RETRIES, **options), url.rstrip("/"))
 
     @classmethod
     def in_memory(cls) -> ObjectStorage:
@@ -150,6 +160,32 @@ def _options(url: str) -> dict[str, Any]:
     return {}
 
 
+def _probe(url: str, options: dict[str, Any]) -> None:
+    """Ask for something small: an endpoint that takes connections and says nothing is found out here.
+
+    Raises:
+        StorageError: it does not answer in time.
+    """
+    given = options.get("client_options", {})
+    patience = {"timeout": f"{PROBE_SECONDS}s", "connect_timeout": f"{PROBE_SECONDS}s"}
+    probing = {**options, "client_options": {**given, **patience}, "retry_config": {"max_retries": 0}}
+    started = time.monotonic()
+    try:
+        obstore.head(from_url(url, **probing), "zoo.json")
+    except FileNotFoundError:
+        return
+    except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError, PermissionError):
+        raise
+    except exceptions.BaseError as error:
+        if time.monotonic() - started < 0.9 * PROBE_SECONDS:
+            return  # something answers, or nothing ever will; the requests that follow say more
+        raise StorageError(
+            f"{urlsplit(url).scheme}://{urlsplit(url).netloc} does not answer within {PROBE_SECONDS:g} s",
+            hint="Check the endpoint (AWS_ENDPOINT_URL) and the network.",
+            key=url,
+        ) from error
+
+
 @contextmanager
 def _translate(what: str) -> Iterator[None]:
     """Raise the zoo's error for any error of obstore: the one point where that happens."""
@@ -176,7 +212,7 @@ def _other_error(what: str, error: Exception) -> StorageError:
     if any(word in text.lower() for word in _FULL_WORDS):
         return StorageFullError(
             f"the store has no room for {what}",
-            hint="Raise its quota, then try again; nothing was registered.",
+            hint="Raise its quota, then run the command again.",
             key=what,
         )
     # obstore appends its whole debug representation after the first line.

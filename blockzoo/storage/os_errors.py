@@ -23,7 +23,7 @@ def translate_os_errors(what: str) -> Iterator[None]:
         if error.errno in _FULL:
             raise StorageFullError(
                 f"no room left to write {what}",
-                hint="Free disk space or raise the quota, then try again; nothing was registered.",
+                hint="Free disk space or raise the quota, then run the command again.",
                 key=what,
             ) from error
         hint = "Check the permissions of the zoo." if isinstance(error, PermissionError) else ""

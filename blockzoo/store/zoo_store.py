@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from collections.abc import Callable
 
 from blockzoo import layout
-from blockzoo.canonical import canonical_json, parse_json
+from blockzoo.canonical import canonical_json, digest_json, parse_json
 from blockzoo.clock import Clock, SystemClock
 from blockzoo.errors import (
     CurrentVersionError,
@@ -20,7 +21,7 @@ from blockzoo.errors import (
     UnsupportedStoreError,
     ZooNotFoundError,
 )
-from blockzoo.manifest import ChainId, VariantRecord
+from blockzoo.manifest import ChainId, JsonValue, VariantRecord
 from blockzoo.names import check_name
 from blockzoo.storage.base import Storage
 from blockzoo.store.leases import LEASE_TTL_S, Entry
@@ -70,6 +71,17 @@ class ZooStore(Objects):
                 url=storage.url,
             )
         return cls(storage, clock or SystemClock(), min_writer)
+
+    def header_problem(self) -> str | None:
+        """What is wrong with zoo.json; None where nothing is.
+
+        Zoos of blockzoo 0.1 have no digest in it: there only the form of the fields tells.
+        """
+        try:
+            stored = bytes(self.storage.get(layout.ZOO))
+        except NotFoundError:
+            return f"{layout.ZOO} is missing"
+        return None if _is_whole(stored) else f"{layout.ZOO} is damaged"
 
     def check_writable(self) -> None:
         """Raise FormatVersionError when this version must not write into the zoo."""
@@ -184,14 +196,13 @@ def _create(storage: Storage) -> bytes:
             hint="Choose an empty folder or one that does not exist yet.",
             url=storage.url,
         )
-    body = canonical_json(
-        {
-            "format": FORMAT,
-            "min_reader": FORMAT,
-            "min_writer": FORMAT,
-            "created_by": f"blockzoo {importlib.metadata.version('blockzoo')}",
-        }
-    )
+    fields: dict[str, JsonValue] = {
+        "format": FORMAT,
+        "min_reader": FORMAT,
+        "min_writer": FORMAT,
+        "created_by": f"blockzoo {importlib.metadata.version('blockzoo')}",
+    }
+    body = canonical_json({**fields, "digest": digest_json(fields)})
     if storage.put_if_absent(layout.ZOO, [body]):
         return body
     # Somebody else began the same zoo a moment earlier.
@@ -208,6 +219,24 @@ def _read_format(stored: bytes, url: str) -> tuple[int, int]:
         if isinstance(min_reader, int) and isinstance(min_writer, int):
             return min_reader, min_writer
     raise damaged(f"{url}/{layout.ZOO}")
+
+
+def _is_whole(stored: bytes) -> bool:
+    try:
+        fields = parse_json(stored)
+    except InvalidInputError:
+        return False
+    if not isinstance(fields, dict) or canonical_json(fields) != stored:
+        return False
+    digest = fields.pop("digest", None)
+    if digest is not None:
+        return digest == digest_json(fields)
+    made = fields.pop("created_by", None)
+    return (
+        fields == dict.fromkeys(("format", "min_reader", "min_writer"), FORMAT)
+        and isinstance(made, str)
+        and re.fullmatch(r"blockzoo [0-9]+\.[0-9]+[0-9a-z.+]*", made) is not None
+    )
 
 
 def _too_new(url: str, verb: str, needed: int) -> FormatVersionError:

@@ -390,3 +390,24 @@ def test_what_enters_the_digest_of_a_block_never_changes(architecture):
     chain = plan(architecture)
     content = [[block.kind.value, dict(block.config), sorted(block.tensors)] for block in chain.blocks]
     assert digest_json([chain.family, content]) == GOLDEN[architecture]
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 1e-300},
+        {"rope_type": "default", "rope_theta": 1e300},
+        {"rope_type": "linear", "factor": 1e-30},
+        {"rope_type": "linear", "factor": 1e30},
+        {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "attention_factor": 1e30,
+            "original_max_position_embeddings": 64,
+        },
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1e-9, "high_freq_factor": 4.0},
+    ],
+)
+def test_rope_numbers_that_no_answer_survives_are_refused_by_name(rope):
+    with pytest.raises(InvalidConfigError, match="outside"):
+        plan(rope_parameters=rope)

@@ -1,5 +1,7 @@
 """What a backend promises, and what it chooses for a device and a dtype."""
 
+import os
+
 import pytest
 import torch
 
@@ -101,3 +103,14 @@ def test_layers_in_one_call_are_for_weights_laid_out_for_it() -> None:
     assert ReferenceBackend(CPU).layer(layer_weights(PlainLinear), sizes) is None
     assert CpuBackend().layer(layer_weights(PlainLinear), sizes) is None
     assert CpuBackend().layer(layer_weights(PackedLinear), sizes) is None  # float32
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, "64"), ({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "7"}, "7")])
+def test_code_for_shapes_is_bounded_unless_the_environment_says_otherwise(monkeypatch, given, expected):
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    backend_for("cpu")
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == expected
+    assert os.environ["LRU_CACHE_CAPACITY"] == "64"

@@ -36,7 +36,10 @@ class EngineConfig:
             ("identical_chain": saves memory, and computation if chains differ in the head only, but a
             tenant can find out by timing what another one sent).
         block_bytes: maximum bytes of blocks in memory; 0 for no limit. To make room for a variant, the least
-            recently used variants that are neither in use nor pinned are unloaded.
+            recently used variants that are neither in use nor pinned are unloaded. Beside blocks and KV pages
+            a process on the CPU takes about 350 MB for torch and the interpreter, and up to 100 MB of code
+            for products of many shapes (`ONEDNN_PRIMITIVE_CACHE_CAPACITY` and `LRU_CACHE_CAPACITY`, 64 each
+            unless the environment says otherwise).
         room_seconds: how long a variant that does not fit waits, in seconds, until requests on other variants
             end and make room; then its callers are refused.
         deterministic: bfloat16 answers are the same in every bit whatever else is in the batch, with or

@@ -17,6 +17,7 @@ from blockserve.common.state.store import StateStore
 from blockserve.worker.announcer import Announcer
 from blockserve.worker.engine.engine import BlockEngine
 from blockserve.worker.metrics import WorkerMetrics
+from blockserve.worker.peers.names import refuse_taken_name
 from blockserve.worker.peers.streams import PeerStreams
 from blockserve.worker.reconciler import Reconciler
 from blockserve.worker.service import WorkerService
@@ -94,6 +95,7 @@ class WorkerServer:
         await self._host.start()
         self._store = open_store(settings.state)
         await refuse_unfit(self._store)
+        await refuse_taken_name(self._store, record, credentials)
         self._announcer = Announcer(
             self.service,
             self._store,

@@ -189,3 +189,31 @@ def test_a_variant_removed_meanwhile_is_no_problem(store):
 
     store.read_ref = remove_after_reading
     assert verify(store).problems == ()
+
+
+def test_every_flipped_bit_of_the_header_is_found_and_repaired():
+    store, backup = make(), make()
+    whole = bytes(store.storage.get(layout.ZOO))
+    for bit in range(len(whole) * 8):
+        flip(store, layout.ZOO, bit)
+        assert layout.ZOO in hurt(store) if bit % 40 == 0 else store.header_problem(), bit
+        store.storage.replace(layout.ZOO, [whole])
+    flip(store, layout.ZOO, 100)
+    report = verify(store, repair_from=backup)
+    assert [(problem.key, problem.repaired) for problem in report.problems] == [(layout.ZOO, True)]
+    assert store.header_problem() is None
+
+
+def test_the_header_of_an_older_zoo_is_checked_by_its_form(store):
+    old = b'{"created_by":"blockzoo 0.1.0","format":1,"min_reader":1,"min_writer":1}'
+    store.storage.replace(layout.ZOO, [old])
+    assert verify(store).ok
+    for damaged in (
+        old.replace(b"0.1.0", b"0.1\x020"),
+        old.replace(b'mat":1', b'mat":3'),
+        b"{}",
+        b"",
+        old[:-1],
+    ):
+        store.storage.replace(layout.ZOO, [damaged])
+        assert hurt(store) == {layout.ZOO: ()}

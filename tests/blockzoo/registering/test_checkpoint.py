@@ -102,7 +102,7 @@ def test_changed_contents_make_a_new_version_and_keep_the_old(zoo, tmp_path, cha
     if changed == "weights":
         write_checkpoint(path, items=tensors(config(), seed=1))
     elif changed == "tokenizer":
-        (path / "tokenizer.json").write_text('{"model": 1}')
+        (path / "tokenizer.json").write_text('{"model": {"type": "BPE"}}')
     else:
         (path / "chat_template.jinja").write_text("{{ messages }}")
     second = zoo.register(path, name="a")

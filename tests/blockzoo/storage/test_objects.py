@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import threading
+import time
 
 import pytest
 
@@ -12,7 +14,8 @@ from blockzoo.care.gc import collect
 from blockzoo.care.verify import verify
 from blockzoo.errors import NotFoundError, StorageError, ZooNotFoundError
 from blockzoo.manifest import DType
-from blockzoo.storage import LocalStorage, Storage, open_storage
+from blockzoo.storage import LocalStorage, Storage, objects, open_storage
+from blockzoo.storage.objects import ObjectStorage
 from blockzoo.store.blobs import TensorData
 from blockzoo.store.zoo_store import ZooStore
 from support.s3_server import BUCKET, environment, s3_server, weed_program
@@ -145,3 +148,16 @@ def test_wrong_credentials_and_buckets_are_typed(storage, monkeypatch):
         ZooStore.open(open_storage(storage.url), create=True)
     assert caught.value.hint
     assert len(str(caught.value)) < 500
+
+
+def test_an_endpoint_that_says_nothing_is_found_out_soon(monkeypatch):
+    monkeypatch.setattr(objects, "PROBE_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
+            monkeypatch.setenv(name, "x")
+        started = time.monotonic()
+        with pytest.raises(StorageError, match="does not answer") as caught:
+            ObjectStorage.from_url("s3://bucket/zoo")
+        assert time.monotonic() - started < 10
+        assert "AWS_ENDPOINT_URL" in caught.value.hint

@@ -15,8 +15,9 @@ code  meaning
 
 from __future__ import annotations
 
-import json
 import sys
+
+from blockserve.cli.views.plain import visible, visible_json
 
 FAILURE = 1
 USAGE = 2
@@ -58,7 +59,7 @@ def report(error: Exception, *, as_json: bool = False) -> int:
         hint = "This is a bug in blockzoo: run the command again with --debug and report the output."
     if as_json:
         value = {"reason": reason, "message": message, "hint": hint, "metadata": metadata}
-        sys.stderr.write(json.dumps({"error": value}, ensure_ascii=False) + "\n")
+        sys.stderr.write(visible_json({"error": value}) + "\n")
     else:
         _print(message, hint)
     return exit_code(error)
@@ -69,7 +70,7 @@ def _print(message: str, hint: str) -> None:
         from rich.text import Text
     except ModuleNotFoundError:
         # A bare install, which is the client and not the command.
-        sys.stderr.write(f"Error: {message}\n{hint}".rstrip() + "\n")
+        sys.stderr.write(visible(f"Error: {message}\n{hint}".rstrip()) + "\n")
         return
     from blockserve.cli.views.tables import fold, note, stderr
 

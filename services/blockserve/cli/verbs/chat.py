@@ -25,6 +25,7 @@ from blockserve.cli.verbs.generate import (
     describe_answer,
     waited_for,
 )
+from blockserve.cli.views.plain import write_answer
 from blockserve.cli.views.tables import note, say
 from blockserve.cli.views.waiting import Waiting
 
@@ -165,7 +166,7 @@ class Conversation:
                 waiting.end()
                 info = chunk.info or info
                 parts.append(chunk.text)
-                sys.stdout.write(chunk.text)
+                write_answer(chunk.text)
                 sys.stdout.flush()
                 if chunk.finish is not None and info is not None:
                     summary = describe_answer(info, chunk.finish)

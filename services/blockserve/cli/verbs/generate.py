@@ -11,6 +11,7 @@ import typer
 from blockserve.cli.options.connection import Connection, connects
 from blockserve.cli.options.failures import USAGE
 from blockserve.cli.options.shared import JsonOption, RefArgument
+from blockserve.cli.views.plain import write_answer
 from blockserve.cli.views.tables import format_seconds, note, print_json
 from blockserve.cli.views.waiting import Waiting
 
@@ -251,7 +252,7 @@ def _stream(answer: Generation, waiting: Waiting) -> None:
     for chunk in answer:
         waiting.end()
         info = chunk.info or info
-        sys.stdout.write(chunk.text)
+        write_answer(chunk.text)
         sys.stdout.flush()
         if chunk.finish is not None and info is not None:
             sys.stdout.write("\n")
@@ -266,7 +267,7 @@ def _print_choices(completions: Sequence[Completion], *, as_json: bool) -> None:
         print_json(choices_to_json(completions))
         return
     for completion in completions:
-        sys.stdout.write(f"--- {completion.choice + 1} of {len(completions)}\n{completion.text}\n")
+        write_answer(f"--- {completion.choice + 1} of {len(completions)}\n{completion.text}\n")
     sys.stdout.flush()
     if sys.stderr.isatty():
         note(describe_answer(completions[0].info, completions[0].finish, completions[0].request_id))

@@ -186,15 +186,16 @@ def _print_lines(client: Client, seconds: float, as_json: bool) -> None:
 
 
 def _watch(client: Client, seconds: float) -> None:
-    from rich.console import Console
     from rich.live import Live
     from rich.text import Text
+
+    from blockserve.cli.views.console import SafeConsole
 
     def draw() -> Text:
         lines = draw_status(client.status(), terminal_width(), terminal_height())
         return Text("\n".join(lines[: terminal_height()]), no_wrap=True)
 
-    console = Console(file=sys.stdout, highlight=False)
+    console = SafeConsole(file=sys.stdout, highlight=False)
     with Live(draw(), console=console, screen=True, auto_refresh=False) as live:
         while True:
             threading.Event().wait(seconds)

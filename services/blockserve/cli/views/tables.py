@@ -7,7 +7,6 @@ line.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -15,6 +14,8 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from blockserve.cli.views.plain import visible, visible_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,14 +28,14 @@ _UNIT = re.compile(r"(?<=\d) (?=([kMGT]?B|m?s|min|h)\b)")
 
 def stderr() -> Console:
     """The console for progress, notes and errors. Made anew each time, because tests replace `sys.stderr`."""
-    from rich.console import Console
+    from blockserve.cli.views.console import SafeConsole
 
-    return Console(file=sys.stderr, highlight=False)
+    return SafeConsole(file=sys.stderr, highlight=False)
 
 
 def print_json(value: Any) -> None:
     """Write one JSON value, indented, and nothing else."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    sys.stdout.write(visible_json(value, indent=2) + "\n")
     sys.stdout.flush()
 
 
@@ -172,7 +173,8 @@ def print_lines(lines: Iterable[str]) -> None:
 def print_table(table: Table) -> None:
     """Write a table for the terminal, or the lack of one; its head in bold where that can be shown."""
     first, *rest = table.lines(terminal_width()) or [""]
-    say(bold(first) if first.lstrip().startswith(table.columns[0].name) else first)
+    is_header = first.lstrip().startswith(table.columns[0].name)
+    sys.stdout.write((bold(visible(first)) if is_header else visible(first)) + "\n")
     print_lines(rest)
 
 
@@ -184,13 +186,13 @@ def bold(text: str) -> str:
 
 def say(text: str) -> None:
     """Write a line of a result; on a terminal folded at spaces where it is too long."""
-    sys.stdout.write("\n".join(fold(text, terminal_width())) + "\n")
+    sys.stdout.write("\n".join(fold(visible(text), terminal_width())) + "\n")
 
 
 def note(text: str) -> None:
     """Write a line that is not part of the result; folded as `say` does."""
     width = shutil.get_terminal_size().columns if sys.stderr.isatty() else None
-    sys.stderr.write("\n".join(fold(text, width)) + "\n")
+    sys.stderr.write("\n".join(fold(visible(text), width)) + "\n")
 
 
 def fold(text: str, width: int | None) -> list[str]:

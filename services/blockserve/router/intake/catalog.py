@@ -13,7 +13,7 @@ from functools import partial
 from typing import Protocol
 
 from blockserve.common.api.calls import Conversation
-from blockserve.common.errors import PromptError
+from blockserve.common.errors import PromptError, PromptTooLongError
 from blockserve.router.intake.chat import ChatTemplates
 from blockserve.router.intake.texts import TextThreads, check_text, size_of
 from blockserve.router.intake.tokenizer import TokenizerCache, VariantTokenizer
@@ -174,7 +174,7 @@ class VariantCatalog:
         """
         tokenizer = await self._needed_tokenizer(variant)
         size = size_of(text)
-        check_text(size, variant.ref, variant.chain.context_length, tokenizer.longest_token)
+        await self._check_size(size, variant, tokenizer)
         encode = partial(tokenizer.encode, add_special_tokens=add_special_tokens)
         return await self._texts.run(size, encode, text)
 
@@ -186,7 +186,14 @@ class VariantCatalog:
         """
         tokenizer = await self._needed_tokenizer(variant)
         size = size_of(conversation.messages) + size_of(conversation.tools)
-        check_text(size, variant.ref, variant.chain.context_length, tokenizer.longest_token)
+        await self._check_size(size, variant, tokenizer)
+
+    async def _check_size(self, size: int, variant: ServedVariant, tokenizer: VariantTokenizer) -> None:
+        try:
+            check_text(size, variant.ref, variant.chain.context_length, tokenizer.longest_token)
+        except PromptTooLongError:
+            await self._texts.pause(size)
+            raise
 
     async def _needed_tokenizer(self, variant: ServedVariant) -> VariantTokenizer:
         tokenizer = await self.tokenizer(variant)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -13,6 +14,10 @@ T = TypeVar("T")
 
 NORMALISED = 4
 """UTF-8 bytes that a normaliser may make one byte of: mathematical letters become plain ones."""
+REFUSED_BYTES_PER_SECOND = 32 << 20
+"""What all callers together can have read and refused. Receiving, parsing and decoding a megabyte takes some
+milliseconds in which nothing else of the server goes on."""
+MAX_PAUSE_SECONDS = 4.0
 
 
 def size_of(value: object) -> int:
@@ -63,12 +68,22 @@ class TextThreads:
             long_bytes: texts of more bytes take turns.
         """
         self._long_bytes = long_bytes
+        self._refused_until = 0.0
         self._turns = ThreadPoolExecutor(1, "long-text")
 
     async def run(self, size: int, work: Callable[..., T], *arguments: Any) -> T:
         """Return what `work` makes of a text of that many bytes; a caller that leaves gives up its turn."""
         pool = self._turns if size > self._long_bytes else None
         return await asyncio.get_running_loop().run_in_executor(pool, work, *arguments)
+
+    async def pause(self, size: int) -> None:
+        """Let the caller of a long text that is refused wait for its turn, so that they come one by one."""
+        if size <= self._long_bytes:
+            return
+        now = time.monotonic()
+        turn = max(now, self._refused_until) + size / REFUSED_BYTES_PER_SECOND
+        self._refused_until = min(turn, now + MAX_PAUSE_SECONDS)
+        await asyncio.sleep(self._refused_until - now)
 
     def close(self) -> None:
         """Drop what waits."""

@@ -11,7 +11,13 @@ import pytest
 from blockserve.common.api.calls import Conversation
 from blockserve.common.errors import PromptTooLongError
 from blockserve.router.intake.catalog import VariantCatalog
-from blockserve.router.intake.texts import NORMALISED, TextThreads, check_text, size_of
+from blockserve.router.intake.texts import (
+    NORMALISED,
+    REFUSED_BYTES_PER_SECOND,
+    TextThreads,
+    check_text,
+    size_of,
+)
 from blockserve.router.intake.tokenizer import VariantTokenizer
 from support.edge import FakeZoo, async_test, byte_level_tokenizer, serving, tokenizer_json
 
@@ -114,4 +120,20 @@ async def test_long_texts_take_turns_and_short_ones_do_not_wait() -> None:
     assert [await long[0], await long[2]] == ["0", "2"]
     assert long[1].cancelled()
     assert most == 1
+    threads.close()
+
+
+@async_test
+async def test_refusals_of_long_texts_come_one_by_one() -> None:
+    threads, ended = TextThreads(10), []
+
+    async def refused(size: int) -> None:
+        await threads.pause(size)
+        ended.append(time.monotonic())
+
+    started = time.monotonic()
+    await refused(10)
+    await asyncio.gather(*(refused(REFUSED_BYTES_PER_SECOND // 20) for _ in range(4)))
+    assert ended[0] - started < 0.04
+    assert [later - started >= 0.05 * n for n, later in enumerate(ended)] == [True] * 5
     threads.close()
