@@ -90,6 +90,14 @@ class Objects:
 
     def read_manifest(self, key: str, digest: str) -> JsonValue:
         """Return the JSON at `key`, verified against its digest."""
+        data = self.read_manifest_bytes(key, digest)
+        try:
+            return parse_json(data)
+        except InvalidInputError as error:
+            raise damaged(key) from error
+
+    def read_manifest_bytes(self, key: str, digest: str) -> memoryview:
+        """Return the canonical JSON at `key` as it is stored, verified against its digest."""
         try:
             if not is_digest(digest):
                 raise NotFoundError(f"{digest[:80]!r} is no digest")
@@ -102,10 +110,7 @@ class Objects:
             ) from error
         if digest_bytes(data) != digest:
             raise damaged(key)
-        try:
-            return parse_json(data)
-        except InvalidInputError as error:
-            raise damaged(key) from error
+        return data
 
     def numbers(self) -> dict[VariantName, list[int]]:
         """Return the stored version numbers of every name, ascending, tombstones too."""
