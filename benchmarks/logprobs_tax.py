@@ -33,9 +33,7 @@ async def measure(scale: Scale, say: Say) -> list[Row]:
             for number in range(scale.runs):
                 without.append(await _rate(client, None))
                 with_them.append(await _rate(client, ALTERNATIVES))
-                say(
-                    f"run {number + 1}: {without[-1]:.1f} tokens/s, {with_them[-1]:.1f} with log-probabilities"
-                )
+                say(f"run {number + 1}: {without[-1]:.1f} tokens/s, {with_them[-1]:.1f} with them")
     case = f"tokens/s of {STREAMS} streams with {ALTERNATIVES} log-probabilities for each token"
     return [
         row(

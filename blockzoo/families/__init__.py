@@ -27,6 +27,7 @@ __all__ = [
     "PlannedTensor",
     "check_known",
     "for_architecture",
+    "for_model_type",
     "get",
     "supported",
 ]
@@ -46,6 +47,9 @@ _FAMILIES: tuple[Family, ...] = (
 )
 _BY_NAME = {family.name: family for family in _FAMILIES}
 _BY_ARCHITECTURE = {name: family for family in _FAMILIES for name in family.architectures}
+
+
+_BY_MODEL_TYPE = {family.model_type or family.name: family for family in _FAMILIES}
 
 
 def supported() -> tuple[str, ...]:
@@ -78,6 +82,17 @@ def get(name: str) -> Family:
     if name not in _BY_NAME:
         raise UnsupportedArchitectureError(name, supported())
     return _BY_NAME[name]
+
+
+def for_model_type(model_type: str) -> Family:
+    """Return the family that reads a `model_type` of config.json, for configs that name no architecture.
+
+    Raises:
+        UnsupportedArchitectureError: none does.
+    """
+    if model_type not in _BY_MODEL_TYPE:
+        raise UnsupportedArchitectureError(model_type, supported())
+    return _BY_MODEL_TYPE[model_type]
 
 
 def for_architecture(architecture: str) -> Family:

@@ -78,6 +78,8 @@ class Family(ABC):
     """Stored in block and chain manifests."""
     architectures: ClassVar[tuple[str, ...]]
     """Values of `architectures` in config.json that this family reads."""
+    model_type: ClassVar[str] = ""
+    """What config.json calls it, where that is not the family's name."""
 
     @abstractmethod
     def plan(self, config: Mapping[str, object]) -> ChainPlan:

@@ -20,6 +20,7 @@ class Gemma3Family(GemmaFamily):
 
     name = "gemma3"
     architectures = ("Gemma3ForCausalLM",)
+    model_type = "gemma3_text"
     qk_norm = "head"
     # The others change with the length of a sequence, and the context would have to end where the first does.
     rope = RopeForm(types=("default", "linear", "llama3", "yarn"))

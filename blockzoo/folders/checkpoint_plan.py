@@ -40,6 +40,9 @@ def plan_checkpoint(config: Mapping[str, object]) -> ChainPlan:
         UnsupportedFeatureError, InvalidConfigError: see `Family.plan`.
     """
     names = config.get("architectures")
+    if not names and isinstance(model_type := config.get("model_type"), str):
+        # transformers goes by the model type alone.
+        return families.for_model_type(model_type).plan(config)
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise InvalidConfigError(
             "config.json: architectures does not name exactly one architecture",

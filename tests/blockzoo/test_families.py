@@ -6,6 +6,7 @@ import pytest
 from blockzoo import families
 from blockzoo.canonical import canonical_json, digest_json
 from blockzoo.errors import InvalidConfigError, UnsupportedArchitectureError, UnsupportedFeatureError
+from blockzoo.folders.checkpoint_plan import plan_checkpoint
 from blockzoo.manifest import BlockKind
 from support.folders import ARCHITECTURES, HEADS, HIDDEN, KV_HEADS, LAYERS, VOCAB, WIDE, config, shapes
 
@@ -160,6 +161,24 @@ def test_other_rope_types_are_refused_by_name(kind):
     with pytest.raises(UnsupportedFeatureError, match=kind) as caught:
         plan(rope_parameters={"rope_type": kind, "factor": 2.0})
     assert "default, linear, llama3" in caught.value.hint
+
+
+@pytest.mark.parametrize("architecture", families.supported())
+@pytest.mark.parametrize("names", [None, []])
+def test_the_model_type_counts_where_no_architecture_is_named(architecture, names):
+    transformers = pytest.importorskip("transformers")
+    values = config(architecture)
+    expected = plan_checkpoint(values)
+    assert plan_checkpoint({**values, "architectures": names}) == expected
+    theirs = transformers.AutoModelForCausalLM._model_mapping[
+        transformers.CONFIG_MAPPING[values["model_type"]]
+    ]
+    assert theirs.__name__ == architecture
+
+
+def test_an_unknown_model_type_is_refused_by_name():
+    with pytest.raises(UnsupportedArchitectureError, match="mamba"):
+        plan_checkpoint({"model_type": "mamba"})
 
 
 YARN = {

@@ -134,7 +134,7 @@ CHECKPOINTS = {
     "zero heads": (checkpoint(num_attention_heads=0), InvalidConfigError),
     "negative size": (checkpoint(hidden_size=-16), InvalidConfigError),
     "size not divisible": (checkpoint(num_attention_heads=3, num_key_value_heads=3), InvalidConfigError),
-    "no architecture": (checkpoint(architectures=None), InvalidConfigError),
+    "no architecture": (checkpoint(architectures=None, model_type=None), InvalidConfigError),
     "two architectures": (checkpoint(architectures=["LlamaForCausalLM"] * 2), InvalidConfigError),
     "config is no JSON": (lambda path: with_file(path, "config.json", "{"), InvalidConfigError),
     "config is empty": (lambda path: with_file(path, "config.json", ""), TruncatedFileError),
@@ -142,7 +142,7 @@ CHECKPOINTS = {
     "broken tokenizer file": (lambda path: with_file(path, "tokenizer.json", '{"a"'), InvalidConfigError),
     "unsupported architecture": (checkpoint(architectures=["GPT2LMHeadModel"]), UnsupportedArchitectureError),
     "unsupported rope": (
-        checkpoint(rope_parameters={"rope_type": "yarn", "factor": 4.0}), UnsupportedFeatureError,
+        checkpoint(rope_parameters={"rope_type": "su", "factor": 4.0}), UnsupportedFeatureError,
     ),
     "quantised": (checkpoint(quantization_config={"quant_method": "awq"}), UnsupportedFeatureError),
 }  # fmt: skip
