@@ -20,7 +20,7 @@ from support.state_servers import ServerBackend, free_port
 
 SERVICES = {
     "worker": {"WorkerService"},
-    "router": {"AdminService", "InferenceService", "PlacementService"},
+    "router": {"AdminService", "InferenceService", "PlacementService", "ZooService"},
     "controller": {"PlacementService", "ZooService"},
 }
 
