@@ -10,7 +10,10 @@ from collections.abc import Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 
-from blockzoo.folders.fields import FIELDS, Field, Treatment
+from transformers import CONFIG_MAPPING
+
+from blockzoo.families import for_architecture, supported
+from blockzoo.folders.fields import CONFIG_FIELDS, FIELDS, Field, Treatment
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "compatibility.md"
 BEGIN, END = "<!-- fields: written by scripts/field_docs.py -->\n", "<!-- end of fields -->"
@@ -18,12 +21,26 @@ BEGIN, END = "<!-- fields: written by scripts/field_docs.py -->\n", "<!-- end of
 
 def tables() -> Iterator[str]:
     """The lines between the marks."""
+    yield ""
+    yield "| config.json | treatment | what it is |"
+    yield "|---|---|---|"
+    yield from rows(CONFIG_FIELDS)
+    for architecture in supported():
+        names = ", ".join(f"`{name}`" for name in fields_read(architecture))
+        yield f"| {names} | applied, or refused by name | {architecture} |"
     for file, fields in FIELDS.items():
         yield ""
         yield f"| {file} | treatment | what it is |"
         yield "|---|---|---|"
         yield from rows(fields)
     yield ""
+
+
+def fields_read(architecture: str) -> list[str]:
+    """Fields that a family asks for, of those that transformers writes for it."""
+    family = for_architecture(architecture)
+    config = CONFIG_MAPPING[family.model_type or family.name](architectures=[architecture]).to_dict()
+    return sorted(config.keys() - set(family.plan(config).unread) - CONFIG_FIELDS.keys())
 
 
 def rows(fields: Mapping[str, Field]) -> Iterator[str]:

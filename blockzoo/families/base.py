@@ -60,6 +60,7 @@ class ChainPlan:
         context_length: most tokens of prompt and answer together.
         vocab_size: rows of embedding and head.
         tied: whether the head may use the embedding's matrix.
+        unread: fields of the config that the blocks do not depend on.
         notes: what whoever registers the checkpoint may not expect, a sentence each.
     """
 
@@ -68,6 +69,7 @@ class ChainPlan:
     context_length: int
     vocab_size: int
     tied: bool
+    unread: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -112,18 +114,27 @@ class ConfigReader:
     def __init__(self, values: Mapping[str, object], *, where: str = "config.json") -> None:
         self._values = values
         self._where = where
+        self._read: set[str] = set()
+
+    def unread(self) -> tuple[str, ...]:
+        """Fields that nobody has asked for, by name."""
+        return tuple(sorted(self._values.keys() - self._read))
+
+    def _get(self, key: str) -> object:
+        self._read.add(key)
+        return self._values.get(key)
 
     def has(self, key: str) -> bool:
         """Whether the field is there and not null."""
-        return self._values.get(key) is not None
+        return self._get(key) is not None
 
     def raw(self, key: str) -> object:
         """The value as parsed, None when missing."""
-        return self._values.get(key)
+        return self._get(key)
 
     def integer(self, key: str, *, least: int = 1, most: int = 2**31 - 1, default: int | None = None) -> int:
         """Return an integer within [least, most]."""
-        value = self._values.get(key)
+        value = self._get(key)
         if value is None and default is not None:
             return default
         if not isinstance(value, int) or isinstance(value, bool):
@@ -134,7 +145,7 @@ class ConfigReader:
 
     def positive(self, key: str, *, default: float | None = None) -> float:
         """Return a finite number above zero."""
-        value = self._values.get(key)
+        value = self._get(key)
         if value is None and default is not None:
             return default
         if not isinstance(value, int | float) or isinstance(value, bool):
@@ -149,7 +160,7 @@ class ConfigReader:
 
     def boolean(self, key: str, *, default: bool) -> bool:
         """Return a truth value."""
-        value = self._values.get(key)
+        value = self._get(key)
         if value is None:
             return default
         if not isinstance(value, bool):
@@ -158,7 +169,7 @@ class ConfigReader:
 
     def text(self, key: str, *, default: str) -> str:
         """Return a string."""
-        value = self._values.get(key)
+        value = self._get(key)
         if value is None:
             return default
         if not isinstance(value, str):

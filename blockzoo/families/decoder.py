@@ -76,7 +76,8 @@ class DecoderFamily(Family):
             },
         )
         context, notes = served_context(reader, self.rope)
-        return ChainPlan(self.name, (embedding, *layers, head), context, vocab, tied, notes)
+        blocks = (embedding, *layers, head)
+        return ChainPlan(self.name, blocks, context, vocab, tied, reader.unread(), notes)
 
     def is_ignorable(self, tensor: str) -> bool:
         """Rotary frequencies are computed; old checkpoints hold them all the same."""

@@ -169,12 +169,38 @@ SPECIAL_TOKENS_FIELDS: Mapping[str, Field] = {
 }
 """Of special_tokens_map.json; further `..._token` as in tokenizer_config.json."""
 
+CONFIG_FIELDS: Mapping[str, Field] = {
+    **_applied("architectures model_type", "say which family reads the rest"),
+    **_applied("eos_token_id", "end tokens, where generation_config.json names none"),
+    **_set_aside(
+        "attention_dropout hidden_dropout embd_pdrop resid_pdrop initializer_range pretraining_tp",
+        "training only",
+    ),
+    **_set_aside("bos_token_id pad_token_id", "batches and empty prompts"),
+    **_set_aside(
+        "sliding_window original_max_position_embeddings no_rope_layer_interval _sliding_window_pattern",
+        "where another field turns it off or stands above it",
+    ),
+    **_set_aside("use_cache output_attentions output_hidden_states return_dict", "how transformers computes"),
+    **_notes(
+        "_name_or_path transformers_version dtype torch_dtype id2label label2id problem_type auto_map "
+        "chunk_size_feed_forward is_encoder_decoder"
+    ),
+}
+"""Of config.json, beside what the families read."""
+
 FIELDS: Mapping[str, Mapping[str, Field]] = {
     GENERATION_CONFIG: GENERATION_FIELDS,
     TOKENIZER_CONFIG: TOKENIZER_FIELDS,
     SPECIAL_TOKENS_MAP: SPECIAL_TOKENS_FIELDS,
 }
-"""By file name. config.json and adapter_config.json are read by `blockzoo.families` and `folders.adapter`."""
+"""By file name. `blockzoo.families` reads config.json, `folders.adapter` adapter_config.json."""
+
+
+def config_field(name: str) -> Field:
+    """Return what is done with a field of config.json that the family does not read."""
+    return CONFIG_FIELDS.get(name, UNKNOWN)
+
 
 UNKNOWN = Field(Treatment.SET_ASIDE, "transformers does not read it")
 

@@ -17,6 +17,9 @@ GENERATION_CONFIG = "generation_config.json"
 MIN_REPETITION_PENALTY = 1e-3
 """A penalty nearer to 0, or beyond its inverse, would take logits out of float32's range."""
 
+MAX_BIAS = 1e30
+"""Largest bias; sums of some stay within float32."""
+
 MAX_SEQUENCES = 10_000
 """Most token sequences that one file may forbid or bias."""
 
@@ -201,7 +204,7 @@ class _Values:
             and len(pair) == 2
             and self._is_sequence(pair[0])
             and type(pair[1]) in (int, float)
-            and math.isfinite(pair[1])
+            and abs(pair[1]) <= MAX_BIAS
         )
 
     def _is_sequence(self, ids: Any) -> bool:

@@ -11,14 +11,14 @@ from typing import Any
 
 from blockzoo.errors import InvalidConfigError, UnsupportedFeatureError
 from blockzoo.folders.chat_templates import read_templates
-from blockzoo.folders.fields import FIELDS, check_fields
+from blockzoo.folders.fields import FIELDS, Treatment, check_fields, config_field
 from blockzoo.folders.files import CONFIG, TOKENIZER, TOKENIZER_CONFIG, parse_json_object
 from blockzoo.folders.generation import GENERATION_CONFIG, generation_defaults
 from blockzoo.folders.tokenizer_facts import ADDED_TOKENS, SPECIAL_TOKENS_MAP, tokenizer_facts
 
 
 def check_files_beside(
-    names: Collection[str], read: Callable[[str], bytes], vocab_size: int
+    names: Collection[str], read: Callable[[str], bytes], vocab_size: int, unread: Collection[str] = ()
 ) -> dict[str, str]:
     """Refuse files that make no sense or cannot be followed.
 
@@ -26,6 +26,7 @@ def check_files_beside(
         names: of the files that the folder brings.
         read: gives the contents of one of them.
         vocab_size: of the variant.
+        unread: fields of config.json that the family did not ask for.
 
     Returns:
         What its provenance says about them: `set_aside` names the fields that are ignored.
@@ -34,7 +35,9 @@ def check_files_beside(
         InvalidConfigError: a value makes no sense.
         UnsupportedFeatureError: a field asks for what blocks do not compute.
     """
-    aside = _FilesBeside(names, read).check(vocab_size)
+    config = [name for name in unread if config_field(name).treatment is Treatment.SET_ASIDE]
+    aside = [f"{CONFIG}: {', '.join(config)}"] if config else []
+    aside += _FilesBeside(names, read).check(vocab_size)
     return {"set_aside": "; ".join(aside)} if aside else {}
 
 

@@ -44,7 +44,7 @@ def register_checkpoint(job: RegisterJob, base_ref: str | None) -> RegisterResul
     record = None if base_ref is None else job.store.resolve(*parse_ref(base_ref))
     base = None if record is None else read_outline(job.store, record)
     files = job.read_files()
-    facts = check_files_beside(files, files.__getitem__, plan.vocab_size)
+    facts = check_files_beside(files, files.__getitem__, plan.vocab_size, plan.unread)
     converted, notes = convert(folder, files)
     uploads = _checkpoint_uploads(folder, plan, matched.sources, base)
     pieces = job.inspect(uploads)

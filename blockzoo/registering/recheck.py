@@ -115,7 +115,8 @@ def _remake_checkpoint(
             source = matched.sources[position, name]
             _check_ref(store, source, entries[source], refs, planned.chunk_rows)
     put_checkpoint_chain(recorder, make_blocks(plan, matched.sources, refs), plan)
-    beside = check_files_beside(layout.filenames, partial(_read, store, pushed), plan.vocab_size)
+    read = partial(_read, store, pushed)
+    beside = check_files_beside(layout.filenames, read, plan.vocab_size, plan.unread)
     converted = [converted_note(form)] if form and CONVERTED in pushed.files else []
     return {
         "architecture": architecture_of(config),

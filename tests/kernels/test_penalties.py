@@ -167,3 +167,11 @@ def test_cuda_gives_what_the_cpu_gives():
 
 def test_the_bench_checks_what_it_times():
     assert all(case.is_correct() for case in bench.cases())
+
+
+@pytest.mark.parametrize("token", [-1, 5])
+def test_a_token_outside_the_vocabulary_does_not_reach_the_next_row(token: int) -> None:
+    logits = torch.zeros(2, 5)
+    with pytest.raises(ValueError, match="vocabulary of 5"):
+        edit_logits(logits, [RowEdit(0, np.array([token]), np.array([9.0], np.float32))])
+    assert not logits.any()

@@ -350,6 +350,18 @@ def test_logprobs_are_log_softmax_of_the_unmodified_logits():
         assert result.chosen[row].item() == pytest.approx(reference[tokens[row]], abs=1e-9)
 
 
+@pytest.mark.parametrize("top_n", [0, 3, 64])
+@pytest.mark.parametrize("column", [0, 3, VOCAB - 1])
+def test_logprobs_of_a_row_with_nan_are_nan_and_those_beside_it_are_not(top_n, column):
+    logits = make_logits(3, seed=2)
+    logits[1, column] = math.nan
+    found = logprobs(logits, torch.tensor([5, 5, 5]), top_n)
+    assert found.chosen.isnan().tolist() == [False, True, False]
+    alone = logprobs(logits[2:], torch.tensor([5]), top_n)
+    assert torch.equal(found.chosen[2:], alone.chosen)
+    assert torch.equal(found.top_ids[2:], alone.top_ids)
+
+
 def test_logprobs_order_equals_by_id_whatever_top_n():
     logits = torch.zeros(2, VOCAB)
     logits[0, [400, 20]] = 1.0

@@ -24,7 +24,7 @@ def edit_logits(logits: Tensor, edits: Sequence[RowEdit]) -> None:
         edits: at most one per row; rows without one are not read.
 
     Raises:
-        ValueError: shape, dtype or layout do not fit.
+        ValueError: shape, dtype or layout do not fit, or a token is outside the vocabulary.
     """
     if logits.dim() != 2 or logits.dtype != torch.float32 or not logits.is_contiguous():
         raise ValueError(f"logits must be [rows, vocab] float32, contiguous, not {tuple(logits.shape)}")
@@ -58,8 +58,12 @@ def _penalise(values: Tensor, edits: Sequence[RowEdit]) -> Tensor:
 def _places(logits: Tensor, edits: Sequence[RowEdit], ids: Sequence[NDArray[np.int64]]) -> Tensor:
     """Where the ids of all rows lie in the flat logits, int64 [ids]; distinct, because ids of a row are."""
     vocab = logits.shape[1]
+    whole = np.concatenate(ids)
+    if whole.min() < 0 or whole.max() >= vocab:
+        # A place behind a row's end is one in the next row, which is another request's.
+        raise ValueError(f"token ids outside a vocabulary of {vocab}")
     starts = np.repeat([edit.row * vocab for edit in edits], [len(part) for part in ids])
-    return _to(logits, starts + np.concatenate(ids))
+    return _to(logits, starts + whole)
 
 
 def _to(like: Tensor, values: NDArray[np.float32] | NDArray[np.int64]) -> Tensor:

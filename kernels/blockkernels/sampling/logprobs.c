@@ -12,7 +12,7 @@ typedef float v8 __attribute__((vector_size(4 * DOUBLES)));
 
 #define BLOCK (4 * LANES) /* logits that are compared with the worst of the best at once */
 
-/* exp for x <= 0, within 2 units in the last place of float64; 0 below -700. */
+/* exp for x <= 0, within 2 units in the last place of float64; 0 below -700, NaN of NaN. */
 INLINE vd exponential_wide(vd x) {
     const double rounder = 6755399441055744.0; /* 1.5 * 2^52: adding it leaves the nearest integer in the low bits */
     vd shifted = x * 1.4426950408889634 + rounder;
@@ -32,7 +32,7 @@ INLINE vd exponential_wide(vd x) {
     sum = sum * rest + 1.0;
     sum = sum * rest + 1.0;
     vl power = ((vl)shifted << 52) + (vl)sum;
-    return (vd)(power & (vl)(x > -700.0));
+    return (vd)((power & (vl)(x > -700.0)) | ((vl)x & (vl)(x != x)));
 }
 
 INLINE float largest_of_row(const float *row, int64_t vocab) {

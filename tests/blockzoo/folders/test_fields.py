@@ -11,15 +11,38 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from transformers import GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from blockzoo.errors import UnsupportedFeatureError
-from blockzoo.folders.fields import FIELDS, GENERATION_FIELDS, TOKENIZER_FIELDS, Treatment, check_fields
+from blockzoo.families import for_architecture, supported
+from blockzoo.folders.fields import (
+    CONFIG_FIELDS,
+    FIELDS,
+    GENERATION_FIELDS,
+    TOKENIZER_FIELDS,
+    Treatment,
+    check_fields,
+)
 from support.paths import ROOT
 
 GENERATION, TOKENIZER = "generation_config.json", "tokenizer_config.json"
+INTERNAL_CONFIG = {
+    *("_attn_implementation_internal", "_experts_implementation_internal", "_output_attentions"),
+    *("_post_init_done", "ignore_keys_at_rope_validation"),
+}
+"""Attributes of configurations that are not written to config.json."""
 INTERNAL = {"_json_padding", "_json_truncation", "_spm_precompiled_charsmap", "tokenizer"}
 """Arguments that transformers passes to itself and no file holds."""
+
+
+@pytest.mark.parametrize("architecture", supported())
+def test_every_field_of_config_is_known(architecture: str) -> None:
+    family = for_architecture(architecture)
+    config = CONFIG_MAPPING[family.model_type or family.name](architectures=[architecture])
+    unread = set(family.plan(config.to_dict()).unread)
+    assert "hidden_size" not in unread
+    assert unread - set(CONFIG_FIELDS) == set()
+    assert set(vars(config)) - set(config.to_dict()) - INTERNAL_CONFIG == set()
 
 
 def test_every_field_of_generation_config_is_known() -> None:

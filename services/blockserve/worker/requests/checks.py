@@ -20,6 +20,12 @@ from blockserve.common.errors import (
 )
 from blockzoo.manifest import ChainManifest
 
+MAX_BIAS = 1e30
+"""Largest bias of a logit; sums of some stay within float32."""
+
+MAX_SEQUENCE_TOKENS = 1 << 20
+"""Most tokens of all sequences with a bias together."""
+
 _HINT = "Routers send such requests only by a fault: report it."
 
 
@@ -45,11 +51,12 @@ def check_request(request: EngineRequest, chain: ChainManifest) -> None:
     check_tokens(request.prompt, vocab)
     check_tokens(request.output, vocab)
     check_tokens(request.held_token_ids, vocab)
-    if request.min_tokens and len(request.held_token_ids) >= vocab:
-        raise SamplingError("min_tokens", f"all {vocab} tokens of the vocabulary are held back")
     if request.logprobs is not None and not 0 <= request.logprobs <= vocab:
         raise SamplingError("logprobs", f"{request.logprobs} is outside 0 to the vocabulary's {vocab}")
-    _check_sampling(request.sampling, vocab)
+    _check_sampling(request.sampling)
+    _check_biases(request.sampling, vocab)
+    if len(_impossible(request)) >= vocab:
+        raise SamplingError("min_tokens", f"all {vocab} tokens of the vocabulary are held back or forbidden")
     _check_path(request, len(chain.links))
 
 
@@ -63,7 +70,7 @@ def check_tokens(tokens: Collection[int], vocab: int) -> None:
         raise PromptError(f"token {worst} is outside the vocabulary of {vocab}", hint=_HINT)
 
 
-def _check_sampling(params: SamplingParams, vocab: int) -> None:
+def _check_sampling(params: SamplingParams) -> None:
     # Written so that NaN is refused too.
     for name, value, holds in (
         ("temperature", params.temperature, 0 <= params.temperature < math.inf),
@@ -76,10 +83,34 @@ def _check_sampling(params: SamplingParams, vocab: int) -> None:
     ):
         if not holds:
             raise SamplingError(name, f"{value} is out of range")
+
+
+def _check_biases(params: SamplingParams, vocab: int) -> None:
     check_tokens([token for token, _ in params.logit_bias], vocab)
+    check_tokens(params.begin_suppress, vocab)
     for token, bias in params.logit_bias:
-        if not abs(bias) < math.inf:
-            raise SamplingError(f"logit_bias[{token}]", f"{bias} is out of range")
+        _check_bias(f"logit_bias[{token}]", bias)
+    if sum(len(ids) for ids, _ in params.sequence_bias) > MAX_SEQUENCE_TOKENS:
+        raise SamplingError("sequence_bias", f"more than {MAX_SEQUENCE_TOKENS} tokens")
+    for number, (ids, bias) in enumerate(params.sequence_bias):
+        check_tokens(ids, vocab)
+        if len(ids) < 2:
+            raise SamplingError(f"sequence_bias[{number}]", "a sequence has two tokens at least")
+        _check_bias(f"sequence_bias[{number}]", bias)
+
+
+def _check_bias(name: str, bias: float) -> None:
+    # Minus infinity forbids a token; NaN is refused.
+    if not (bias == -math.inf or abs(bias) <= MAX_BIAS):
+        raise SamplingError(name, f"{bias} is out of range")
+
+
+def _impossible(request: EngineRequest) -> set[int]:
+    """Tokens that some position of the answer cannot have."""
+    params = request.sampling
+    biases = (*params.logit_bias, *((ids[-1], bias) for ids, bias in params.sequence_bias))
+    forbidden = {token for token, bias in biases if bias == -math.inf}
+    return forbidden.union(params.begin_suppress, request.held_token_ids if request.min_tokens else ())
 
 
 def _check_path(request: EngineRequest, num_links: int) -> None:

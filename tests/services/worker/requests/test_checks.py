@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -37,6 +37,9 @@ def path(*ends: tuple[int, int]) -> tuple[PathStep, ...]:
         {"min_tokens": 3, "held_token_ids": frozenset(range(9))},
         {"sampling": SamplingParams(0.0, 10, 1.0, 1.0, logit_bias=((9, -100.0),))},
         {"path": path((0, 1), (1, 4))},
+        {"sampling": SamplingParams(logit_bias=((9, -math.inf), (0, 1e30)))},
+        {"sampling": SamplingParams(sequence_bias=(((1, 9), -math.inf), ((1, 2, 3), 4.0)))},
+        {"sampling": SamplingParams(begin_suppress=tuple(range(9)))},
     ],
 )
 def test_what_can_run_passes(changes: dict[str, Any]) -> None:
@@ -56,6 +59,25 @@ def test_what_can_run_passes(changes: dict[str, Any]) -> None:
         ({"output": (0,) * 14}, PromptError),
         ({"held_token_ids": frozenset({10})}, PromptError),
         ({"min_tokens": 1, "held_token_ids": frozenset(range(10))}, SamplingError),
+        ({"sampling": SamplingParams(logit_bias=((1, math.inf),))}, SamplingError),
+        ({"sampling": SamplingParams(logit_bias=((1, math.nan),))}, SamplingError),
+        ({"sampling": SamplingParams(logit_bias=((1, 1e39),))}, SamplingError),
+        ({"sampling": SamplingParams(sequence_bias=(((1,), 1.0),))}, SamplingError),
+        ({"sampling": SamplingParams(sequence_bias=(((), 1.0),))}, SamplingError),
+        ({"sampling": SamplingParams(sequence_bias=(((1, 2), math.nan),))}, SamplingError),
+        ({"sampling": SamplingParams(sequence_bias=(((1, 2), math.inf),))}, SamplingError),
+        ({"sampling": SamplingParams(sequence_bias=(((1, 10), 1.0),))}, PromptError),
+        ({"sampling": SamplingParams(sequence_bias=(((10, 1), 1.0),))}, PromptError),
+        ({"sampling": SamplingParams(begin_suppress=(10,))}, PromptError),
+        ({"sampling": SamplingParams(begin_suppress=tuple(range(10)))}, SamplingError),
+        (
+            {
+                "min_tokens": 1,
+                "held_token_ids": frozenset(range(5)),
+                "sampling": SamplingParams(logit_bias=tuple((i, -math.inf) for i in range(5, 10))),
+            },
+            SamplingError,
+        ),
         ({"logprobs": 11}, SamplingError),
         ({"logprobs": -1}, SamplingError),
         ({"path": path((1, 4))}, SpanError),
@@ -96,3 +118,13 @@ def test_other_numbers_that_make_no_sense(params: dict[str, Any]) -> None:
 def test_biases_of_tokens_that_there_are_not() -> None:
     with pytest.raises(PromptError, match="token 10"):
         check_request(replace(GOOD, sampling=SamplingParams(logit_bias=((10, 1.0),))), CHAIN)
+
+
+def test_every_value_of_sampling_has_a_check() -> None:
+    """A new field is to be thought about here: what of it could make a pass fail?"""
+    assert {field.name for field in fields(SamplingParams)} == {
+        *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty"),
+        *("frequency_penalty", "logit_bias", "sequence_bias", "begin_suppress"),
+        # Any value is one: the noise depends on them and on nothing else.
+        *("seed", "choice"),
+    }
