@@ -6,6 +6,7 @@ cache answers, if it has the model.
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,11 +19,15 @@ from blockzoo.errors import (
     HubModelNotFoundError,
     HubUnreachableError,
     PickleRefusedError,
+    StorageError,
+    StorageFullError,
 )
 from blockzoo.extras import named_extras
 from blockzoo.folders.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, WEIGHTS, is_kept, read_json
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+_OURS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+"""Errors of the machine that fetches, not of the connection."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -85,7 +90,10 @@ def _cached(hub: Any, repo: str, revision: str | None) -> Path | None:
     except (hub.errors.LocalEntryNotFoundError, OSError, ValueError) as error:
         # Of a snapshot without the files that no variant needs, the library says that it is incomplete.
         partial = getattr(error, "snapshot_path", None)
-        return None if partial is None else Path(partial)
+        if partial is None:
+            return None
+        folder = Path(partial)
+        return folder if any((folder / name).exists() for name in (WEIGHTS, INDEX, ADAPTER_WEIGHTS)) else None
 
 
 def _download(hub: Any, repo: str, revision: str | None, names: list[str]) -> Path:
@@ -138,7 +146,7 @@ def _typed(repo: str, revision: str | None) -> Iterator[None]:
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise HubModelNotFoundError(
-            f"the hub has no model {repo}, or does not show it without a token",
+            f"there is no folder {repo}, and the hub has no model of that id or does not show it",
             hint="Check the spelling. For a private model set HF_TOKEN or run `hf auth login`.",
             model=repo,
         ) from error
@@ -148,13 +156,25 @@ def _typed(repo: str, revision: str | None) -> Iterator[None]:
             hint="Name a branch, a tag or a commit that its page lists.",
             model=repo,
         ) from error
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError) as error:
+        raise _unreachable(repo, at, error) from error
+    except OSError as error:
+        if error.errno in _OURS:
+            raise _cannot_keep(error) from error
         raise _unreachable(repo, at, error) from error
     except Exception as error:
         # Errors of the HTTP client, which is another one in other releases of the library.
         if type(error).__module__.startswith(("http", "requests")):
             raise _unreachable(repo, at, error) from error
         raise
+
+
+def _cannot_keep(error: OSError) -> StorageError:
+    kind = StorageFullError if error.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
+    return kind(
+        f"what the hub sent cannot be kept at {error.filename or 'the cache'}: {error.strerror}",
+        hint="HF_HOME names the folder of the cache.",
+    )
 
 
 def _unreachable(repo: str, at: str, error: Exception) -> HubUnreachableError:

@@ -20,7 +20,7 @@ from blockzoo.folders.contents import LAYOUT_FILE, OWN_PREFIX, InBlock, InFile
 from blockzoo.folders.files import TOKENIZER, TOKENIZER_CONFIG, parse_json_object
 from blockzoo.folders.outline import Outline
 from blockzoo.folders.safetensors_io import TensorEntry
-from blockzoo.folders.tokenizer_conversion import CONVERTED
+from blockzoo.folders.tokenizer_conversion import CONVERTED, VOCABULARIES
 from blockzoo.manifest import (
     BlockId,
     BlockKind,
@@ -72,6 +72,8 @@ def register_adapter(job: RegisterJob, base_ref: str | None) -> RegisterResult:
     check_adaptable(record, base)
     plan = plan_adapter(config, folder.tensors, base, lambda a, b: _same_bytes(folder, a, b))
     files = job.read_files()
+    converted, notes = job.convert_tokenizer(files)
+    files |= converted
     facts = check_files_beside(files, files.__getitem__, vocab_with(plan, folder.tensors, base))
     uploads = _adapter_uploads(folder, plan, base)
     pieces = job.inspect(uploads)
@@ -86,7 +88,7 @@ def register_adapter(job: RegisterJob, base_ref: str | None) -> RegisterResult:
             registration,
             chain,
             {**inherited_files(record, files, files.__getitem__), **own},
-            {**job.provenance(base), **facts, **noted(plan.notes)},
+            {**job.provenance(base), **facts, **noted((*plan.notes, *notes))},
             tuple(plan.ignored),
         )
 
@@ -111,7 +113,7 @@ def inherited_files(
 
     def is_taken(name: str) -> bool:
         if name == CONVERTED:
-            return own.isdisjoint(_TOKENIZER_FILES)
+            return own.isdisjoint((CONVERTED, TOKENIZER, *VOCABULARIES))
         if name in own or name in _NOT_INHERITED or name.startswith(OWN_PREFIX):
             return False
         if name in _TOKENIZER_FILES:

@@ -15,7 +15,6 @@ from blockzoo.extras import named_extras
 from blockzoo.folders.checkpoint import FolderKind, folder_kind
 from blockzoo.folders.files import ADAPTER_CONFIG, CONFIG
 from blockzoo.folders.hub import is_hub_id
-from blockzoo.names import check_name
 
 MAX_ENTRIES = 100_000
 MAX_LIST_BYTES = 64 << 20
@@ -50,7 +49,6 @@ def read_batch(path: Path, base: str | None = None) -> list[BatchEntry]:
 
     Raises:
         InvalidInputError: there is nothing to register, or an entry makes no sense.
-        InvalidNameError: a name breaks the rule.
     """
     entries = _subfolders(path, base) if path.is_dir() else _listed(path, base)
     if not entries:
@@ -60,7 +58,6 @@ def read_batch(path: Path, base: str | None = None) -> list[BatchEntry]:
         )
     seen: set[str] = set()
     for entry in entries:
-        check_name(entry.name)
         if entry.name in seen:
             raise InvalidInputError(
                 f"{path} names {entry.name} twice",

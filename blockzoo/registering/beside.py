@@ -14,6 +14,7 @@ from blockzoo.folders.chat_templates import read_templates
 from blockzoo.folders.fields import FIELDS, Treatment, check_fields, config_field
 from blockzoo.folders.files import CONFIG, TOKENIZER, TOKENIZER_CONFIG, parse_json_object
 from blockzoo.folders.generation import GENERATION_CONFIG, generation_defaults
+from blockzoo.folders.tokenizer_conversion import CONVERTED
 from blockzoo.folders.tokenizer_facts import ADDED_TOKENS, SPECIAL_TOKENS_MAP, tokenizer_facts
 
 
@@ -64,7 +65,7 @@ class _FilesBeside:
 
     def _check_cleaning(self) -> None:
         """Refuse the cleaning of spaces where transformers would do it, which is everywhere but for BPE."""
-        model = self._object(TOKENIZER).get("model")
+        model = (self._object(TOKENIZER) or self._object(CONVERTED)).get("model")
         # Files of the first versions do not name the kind; a BPE model is the one with merges.
         if isinstance(model, dict) and model.get("type", "BPE" if "merges" in model else "") != "BPE":
             raise UnsupportedFeatureError(

@@ -4,19 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from blockzoo.errors import MissingPackageError
 from blockzoo.families import ChainPlan
 from blockzoo.folders.checkpoint import ModelFolder
 from blockzoo.folders.checkpoint_plan import match_tensors, plan_checkpoint
 from blockzoo.folders.contents import LAYOUT_FILE, InBlock, InFile
 from blockzoo.folders.outline import Outline
-from blockzoo.folders.tokenizer_conversion import (
-    CONVERTED,
-    convert_tokenizer,
-    converted_note,
-    not_converted_note,
-    source_of,
-)
 from blockzoo.manifest import BlockManifest, ChainId, ChainManifest, Link, TensorRef
 from blockzoo.names import parse_ref
 from blockzoo.registering.beside import check_files_beside
@@ -44,8 +36,9 @@ def register_checkpoint(job: RegisterJob, base_ref: str | None) -> RegisterResul
     record = None if base_ref is None else job.store.resolve(*parse_ref(base_ref))
     base = None if record is None else read_outline(job.store, record)
     files = job.read_files()
-    facts = check_files_beside(files, files.__getitem__, plan.vocab_size, plan.unread)
-    converted, notes = convert(folder, files)
+    converted, notes = job.convert_tokenizer(files)
+    beside = {**files, **converted}
+    facts = check_files_beside(beside, beside.__getitem__, plan.vocab_size, plan.unread)
     uploads = _checkpoint_uploads(folder, plan, matched.sources, base)
     pieces = job.inspect(uploads)
     with job.registration() as registration:
@@ -56,27 +49,11 @@ def register_checkpoint(job: RegisterJob, base_ref: str | None) -> RegisterResul
         chain = put_checkpoint_chain(registration, blocks, plan)
         layout = folder_layout(folder, checkpoint_layout(plan, matched.sources, matched.ignored))
         extra = {place.filename: bytes(folder.read(name)) for name, place in matched.ignored.items()}
-        own = {**files, **extra, **converted, LAYOUT_FILE: layout.to_bytes()}
+        own = {**beside, **extra, LAYOUT_FILE: layout.to_bytes()}
         stored = put_files(registration, own, job.totals)
         provenance = {**job.provenance(base), "architecture": architecture_of(folder.config), **facts}
         provenance |= noted((*plan.notes, *matched.notes, *notes))
         return job.finish(registration, chain, stored, provenance, tuple(matched.ignored))
-
-
-def convert(folder: ModelFolder, files: Mapping[str, bytes]) -> tuple[dict[str, bytes], tuple[str, ...]]:
-    """Return the tokenizer.json of a folder that has a tokenizer in another form only, and what to note.
-
-    Raises:
-        InvalidConfigError: the conversion fails.
-    """
-    source = source_of(files)
-    if source is None:
-        return {}, ()
-    try:
-        data = convert_tokenizer(folder.path, source)
-    except MissingPackageError as error:
-        return {}, (not_converted_note(error),)
-    return {CONVERTED: data}, (converted_note(source),)
 
 
 def _checkpoint_uploads(

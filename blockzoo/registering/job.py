@@ -13,12 +13,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from blockzoo.errors import VariantNotFoundError
+from blockzoo.errors import MissingPackageError, VariantNotFoundError
 from blockzoo.folders.checkpoint import ModelFolder
 from blockzoo.folders.contents import FolderLayout, InBlock, InFile
 from blockzoo.folders.files import TOKENIZER, read_kept_file
 from blockzoo.folders.outline import Outline
 from blockzoo.folders.tokenizer_bounds import check_tokenizer
+from blockzoo.folders.tokenizer_conversion import (
+    CONVERTED,
+    convert_tokenizer,
+    converted_note,
+    not_converted_note,
+    source_of,
+)
 from blockzoo.json_report import JsonReport
 from blockzoo.manifest import BlockManifest, ChainId, FileRef, VariantRecord
 from blockzoo.progress import Progress
@@ -104,6 +111,21 @@ class RegisterJob:
         files = {name: read_kept_file(path) for name, path in self.folder.files.items()}
         self._tokenizer = files.get(TOKENIZER)
         return files
+
+    def convert_tokenizer(self, files: Mapping[str, bytes]) -> tuple[dict[str, bytes], tuple[str, ...]]:
+        """Return the tokenizer.json of a folder that has a tokenizer in another form only, and what to note.
+
+        Raises:
+            InvalidConfigError: the conversion fails.
+        """
+        source = source_of(files)
+        if source is None:
+            return {}, ()
+        try:
+            self._tokenizer = convert_tokenizer(self.folder.path, source)
+        except MissingPackageError as error:
+            return {}, (not_converted_note(error),)
+        return {CONVERTED: self._tokenizer}, (converted_note(source),)
 
     @contextmanager
     def task(self, title: str, more_bytes: int = 0) -> Iterator[Callable[[int], None]]:

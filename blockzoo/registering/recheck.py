@@ -104,10 +104,8 @@ def _remake_checkpoint(
     matched = match_tensors(plan, entries)
     _require_equal("layout", layout.tensors, checkpoint_layout(plan, matched.sources, matched.ignored))
     own = {*layout.filenames, LAYOUT_FILE, *(place.filename for place in matched.ignored.values())}
-    form = source_of(layout.filenames)
-    if form is not None:
-        # Made by transformers at the pusher's side, which not every server has; the zoo keeps it as it is.
-        own |= {CONVERTED} & pushed.files.keys()
+    converted = _converted(pushed, layout)
+    own |= converted
     _require_equal("files", set(pushed.files), own)
     _check_ignored(pushed, matched.ignored, entries)
     for position, block in enumerate(plan.blocks):
@@ -115,13 +113,13 @@ def _remake_checkpoint(
             source = matched.sources[position, name]
             _check_ref(store, source, entries[source], refs, planned.chunk_rows)
     put_checkpoint_chain(recorder, make_blocks(plan, matched.sources, refs), plan)
+    names = {*layout.filenames, *converted}
     read = partial(_read, store, pushed)
-    beside = check_files_beside(layout.filenames, read, plan.vocab_size, plan.unread)
-    converted = [converted_note(form)] if form and CONVERTED in pushed.files else []
+    beside = check_files_beside(names, read, plan.vocab_size, plan.unread)
     return {
         "architecture": architecture_of(config),
         **beside,
-        **noted((*plan.notes, *matched.notes, *converted)),
+        **noted((*plan.notes, *matched.notes, *_conversion_notes(layout, converted))),
     }
 
 
@@ -140,9 +138,11 @@ def _remake_adapter(
     config = parse_adapter_config(parse_json_object(ADAPTER_CONFIG, _read(store, pushed, ADAPTER_CONFIG)))
     plan = plan_adapter(config, entries, base, lambda a, b: refs.get(a) == refs.get(b))
     _require_equal("layout", layout.tensors, adapter_layout(plan))
-    inherited = inherited_files(pushed.base, layout.filenames, partial(_read, store, pushed))
+    converted = _converted(pushed, layout)
+    own = {*layout.filenames, *converted}
+    inherited = inherited_files(pushed.base, own, partial(_read, store, pushed))
     kept = {place.filename for place in plan.ignored.values()}
-    _require_equal("files", set(pushed.files), {*layout.filenames, LAYOUT_FILE, *kept, *inherited})
+    _require_equal("files", set(pushed.files), {*own, LAYOUT_FILE, *kept, *inherited})
     _check_ignored(pushed, plan.ignored, entries)
     for name, ref in inherited.items():
         _require_equal(f"file {name}", pushed.files[name], ref)
@@ -155,8 +155,23 @@ def _remake_adapter(
             _check_ref(store, source, entries[source], refs, chunk_rows)
     put_adapter_chain(recorder, base, plan, refs)
     vocab_size = vocab_with(plan, entries, base)
-    beside = check_files_beside(layout.filenames, partial(_read, store, pushed), vocab_size)
-    return {"base": base.ref, **beside, **noted(plan.notes)}
+    beside = check_files_beside(own, partial(_read, store, pushed), vocab_size)
+    notes = noted((*plan.notes, *_conversion_notes(layout, converted)))
+    return {"base": base.ref, **beside, **notes}
+
+
+def _converted(pushed: Pushed, layout: FolderLayout) -> set[str]:
+    """The converted tokenizer, where the push may have one.
+
+    transformers made it at the pusher's side, and not every server has transformers: the zoo takes it as it
+    is, within the bounds of any tokenizer.
+    """
+    return {CONVERTED} & pushed.files.keys() if source_of(layout.filenames) is not None else set()
+
+
+def _conversion_notes(layout: FolderLayout, converted: set[str]) -> list[str]:
+    source = source_of(layout.filenames)
+    return [converted_note(source)] if source is not None and converted else []
 
 
 def _check_ignored(pushed: Pushed, ignored: Mapping[str, InFile], entries: Mapping[str, TensorEntry]) -> None:

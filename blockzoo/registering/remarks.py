@@ -14,6 +14,8 @@ from blockzoo.names import parse_ref
 from blockzoo.store.writing import WritableZoo
 
 _NAMED = 3
+_CACHED = re.compile(r"models--[^/]+--([^/]+)/snapshots/")
+"""A folder in the cache of the hub, which holds the name of the model in that of an outer folder."""
 _OTHER_WEIGHTS = re.compile(r"(pytorch_model|adapter_model|model|consolidated)\b.*\.(bin|pth?|gguf)")
 """Files that may hold the same model in another form; not a trainer's own state."""
 
@@ -61,7 +63,9 @@ def doubt_about_base(store: WritableZoo, folder: ModelFolder, record: VariantRec
 
 
 def _names_of(base: VariantRecord) -> set[str]:
-    facts = (base.name, base.provenance.get("source", ""), base.provenance.get("hub_id", ""))
+    source = base.provenance.get("source", "")
+    cached = _CACHED.search(source)
+    facts = (base.name, source, cached[1] if cached else "")
     return {_tail(fact) for fact in facts if fact}
 
 
@@ -71,4 +75,4 @@ def _recorded(config: Mapping[str, object]) -> str:
 
 
 def _tail(name: str) -> str:
-    return PurePath(name.rstrip("/")).name.lower()
+    return PurePath(name.replace("\\", "/").rstrip("/")).name.lower()

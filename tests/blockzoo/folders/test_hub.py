@@ -110,7 +110,7 @@ def test_what_the_hub_does_not_give_is_a_sentence(hub: Hub, tmp_path: Path) -> N
     hub.models["org/g"] = {"main": model}
     hub.gated = {"org/g"}
     cases = {
-        "none": ("org/none", None, "HUB_MODEL_NOT_FOUND", "no model org/none"),
+        "none": ("org/none", None, "HUB_MODEL_NOT_FOUND", "no folder org/none"),
         "gated": ("org/g", None, "HUB_MODEL_NOT_FOUND", "gated"),
         "revision": ("org/m", "v9", "HUB_MODEL_NOT_FOUND", "'v9'"),
         "pickles": ("org/p", None, "PICKLE_REFUSED", "pickles"),

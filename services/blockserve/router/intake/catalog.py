@@ -185,7 +185,8 @@ class VariantCatalog:
             PromptError: as `encode`.
         """
         tokenizer = await self._needed_tokenizer(variant)
-        size = size_of(conversation.messages) + size_of(conversation.tools)
+        parts = (conversation.messages, conversation.tools, conversation.documents, conversation.variables)
+        size = sum(map(size_of, parts))
         await self._check_size(size, variant, tokenizer)
 
     async def _check_size(self, size: int, variant: ServedVariant, tokenizer: VariantTokenizer) -> None:
