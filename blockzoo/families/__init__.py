@@ -29,6 +29,7 @@ __all__ = [
     "for_architecture",
     "for_model_type",
     "get",
+    "has_model_type",
     "supported",
 ]
 
@@ -82,6 +83,11 @@ def get(name: str) -> Family:
     if name not in _BY_NAME:
         raise UnsupportedArchitectureError(name, supported())
     return _BY_NAME[name]
+
+
+def has_model_type(model_type: str) -> bool:
+    """Tell whether a family reads this `model_type` of config.json."""
+    return model_type in _BY_MODEL_TYPE
 
 
 def for_model_type(model_type: str) -> Family:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from blockzoo.errors import InvalidConfigError
@@ -69,7 +69,7 @@ class ChainPlan:
     context_length: int
     vocab_size: int
     tied: bool
-    unread: tuple[str, ...] = ()
+    unread: tuple[str, ...] = field(default=(), compare=False)
     notes: tuple[str, ...] = ()
 
 

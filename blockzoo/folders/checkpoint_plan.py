@@ -49,7 +49,17 @@ def plan_checkpoint(config: Mapping[str, object]) -> ChainPlan:
             hint=f"Supported architectures: {', '.join(families.supported())}.",
             field="architectures",
         )
-    return families.for_architecture(names[0]).plan(config)
+    family = families.for_architecture(names[0])
+    model_type = config.get("model_type")
+    if isinstance(model_type, str) and families.has_model_type(model_type):
+        other = families.for_model_type(model_type)
+        if other is not family:
+            raise InvalidConfigError(
+                f"config.json: architectures is {names[0]!r}, model_type is {model_type[:80]!r}",
+                hint="transformers goes by model_type: correct the one that is wrong.",
+                field="model_type",
+            )
+    return family.plan(config)
 
 
 def match_tensors(plan: ChainPlan, entries: Mapping[str, TensorEntry]) -> Matched:

@@ -71,7 +71,8 @@ GENERATION_FIELDS: Mapping[str, Field] = {
     **_applied("min_new_tokens min_length", "least tokens, where the caller says nothing"),
     **_applied("stop_strings", "end the answer, where the caller says nothing"),
     **_applied("eos_token_id", "end tokens"),
-    **_applied("suppress_tokens begin_suppress_tokens bad_words_ids", "tokens that are never drawn"),
+    **_applied("suppress_tokens bad_words_ids", "tokens that are never drawn"),
+    **_applied("begin_suppress_tokens", "tokens that do not begin the answer"),
     **_applied("sequence_bias", "added to logits"),
     **_refused("top_h", "sampling by bounded entropy", sampled=True),
     **_refused("typical_p", "locally typical sampling", 1, sampled=True),
@@ -205,12 +206,13 @@ def config_field(name: str) -> Field:
 UNKNOWN = Field(Treatment.SET_ASIDE, "transformers does not read it")
 
 
-def check_fields(file: str, values: Mapping[str, Any]) -> list[str]:
+def check_fields(file: str, values: Mapping[str, Any], *, shown_as: str = "") -> list[str]:
     """Check one small file against its table.
 
     Args:
         file: a key of `FIELDS`.
         values: its contents.
+        shown_as: the file that holds the fields, where that is another one.
 
     Returns:
         The fields that are set aside, in the file's order.
@@ -229,6 +231,7 @@ def check_fields(file: str, values: Mapping[str, Any]) -> list[str]:
         if field.sampled and not samples:
             aside.append(name)
             continue
+        file = shown_as or file
         raise UnsupportedFeatureError(
             f"{file}: {name} is {str(value)[:80]!r} ({field.meaning}), which blocks do not compute",
             hint=f"Remove {name} from {file} to register the model without it.",

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,10 @@ GENERATION_CONFIG = "generation_config.json"
 
 MIN_REPETITION_PENALTY = 1e-3
 """A penalty nearer to 0, or beyond its inverse, would take logits out of float32's range."""
+
+MIN_TEMPERATURE = 1e-3
+MAX_TEMPERATURE = 100.0
+"""Temperatures nearer to 0 divide out of float32's range, and greater ones make all tokens equal."""
 
 MAX_BIAS = 1e30
 """Largest bias; sums of some stay within float32."""
@@ -69,6 +73,23 @@ class GenerationDefaults:
     begin_suppress: tuple[int, ...] = field(default=())
 
 
+def generation_values(
+    generation: Mapping[str, Any] | None, config: Mapping[str, Any], known: Collection[str]
+) -> Mapping[str, Any]:
+    """Return generation_config.json, or where there is none what config.json holds of it.
+
+    Checkpoints of earlier years have these fields in config.json, and transformers reads them there.
+
+    Args:
+        generation: the file, None where there is none.
+        config: config.json.
+        known: the fields of the file.
+    """
+    if generation is not None:
+        return generation
+    return {name: config[name] for name in known if config.get(name) is not None}
+
+
 def generation_defaults(
     generation: Mapping[str, Any], config: Mapping[str, Any], vocab_size: int, problem: Problem
 ) -> GenerationDefaults:
@@ -111,7 +132,9 @@ def _sampling(generation: Mapping[str, Any], values: _Values, vocab_size: int) -
         return {"temperature": 0.0} if greedy else {}
     top_k = values.count("top_k", 0)
     return {
-        "temperature": values.number("temperature", lambda t: t >= 0),
+        "temperature": values.number(
+            "temperature", lambda t: t == 0 or MIN_TEMPERATURE <= t <= MAX_TEMPERATURE
+        ),
         "top_k": None if top_k is None else min(top_k, vocab_size),
         "top_p": values.number("top_p", lambda p: 0 < p <= 1),
         "min_p": values.number("min_p", lambda p: 0 <= p <= 1),
@@ -156,16 +179,18 @@ class _Values:
 
     def end_tokens(self, value: Any) -> frozenset[int]:
         """End tokens; checkpoints list ids that no logit exists for, which can never be drawn."""
-        ids = value if isinstance(value, list) else [value]
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(i) is int for i in ids):
+            self._tell("eos_token_id", value)
         return frozenset(i for i in ids if self._is_token(i))
 
     def token_ids(self, name: str) -> list[int]:
         value = self._source.get(name)
         if value is None:
             return []
-        # -1 in some files of speech models stands for nothing.
-        if isinstance(value, list) and all(self._is_token(i) for i in value):
-            return value
+        if isinstance(value, list) and all(type(i) is int for i in value):
+            # Others than those of the vocabulary are never drawn anyway; -1 stands for nothing in some files.
+            return [i for i in value if self._is_token(i)]
         self._tell(name, value)
         return []
 
@@ -176,6 +201,9 @@ class _Values:
         bias: dict[tuple[int, ...], float] = dict(self._sequence_bias())
         banned = [*((token,) for token in self.token_ids("suppress_tokens")), *self._bad_words(eos)]
         bias.update(dict.fromkeys(banned, -math.inf))
+        if len({ids[-1] for ids, value in bias.items() if value == -math.inf}) >= self._vocab_size:
+            self._tell("suppress_tokens", "every token of the vocabulary")
+            return (), ()
         singles = tuple(sorted((ids[0], value) for ids, value in bias.items() if len(ids) == 1))
         return singles, tuple(sorted((ids, value) for ids, value in bias.items() if len(ids) > 1))
 

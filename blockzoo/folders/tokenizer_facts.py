@@ -100,13 +100,16 @@ def tokenizer_facts(
         InvalidConfigError: a value makes no sense.
     """
     decoder = config.get("added_tokens_decoder")
-    values = {key: (TOKENIZER_CONFIG, value) for key, value in config.items()}
+    values = {key: (TOKENIZER_CONFIG, value) for key, value in config.items() if key not in _LISTS}
+    lists = _Lists(config)
     if decoder is None:
+        # The file of earlier releases, which counts where the config does not hold the tokens.
         values |= _special_tokens(special_tokens_map)
-    named, extra = _named(values), _extra(values)
+        lists.add(special_tokens_map)
+    named, extra = {**_named(values), **lists.roles()}, lists.extra()
     if decoder is None:
-        special = {token.content for token in (*named.values(), *extra)}
-        added = _added_tokens(added_tokens, special)
+        special = {token.content for role, token in named.items() if role in ROLES}
+        added = _added_tokens(added_tokens, special | {token.content for token in lists.known()})
     else:
         added = _decoder(decoder)
     if len(added) + len(extra) > MAX_TOKENS:
@@ -120,6 +123,66 @@ def tokenizer_facts(
     )
 
 
+_EXTRA, _ADDITIONAL, _MODEL = (
+    "extra_special_tokens",
+    "additional_special_tokens",
+    "model_specific_special_tokens",
+)
+_LISTS = (_EXTRA, _ADDITIONAL, _MODEL)
+
+
+class _Lists:
+    """Special tokens beside those of the common roles: lists of tokens, and roles of this model."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._roles: dict[str, AddedToken] = {}
+        self._extra: list[AddedToken] | None = None
+        self._additional: list[AddedToken] = []
+        extra, file = config.get(_EXTRA), TOKENIZER_CONFIG
+        if config.get(_ADDITIONAL) is not None and not extra:
+            self._extra = self._tokens(file, _ADDITIONAL, config[_ADDITIONAL])
+        elif isinstance(extra, dict):
+            self._add_roles(file, extra)
+        elif extra is not None:
+            self._extra = self._tokens(file, _EXTRA, extra)
+        if isinstance(roles := config.get(_MODEL), dict):
+            self._add_roles(file, roles)
+
+    def add(self, special_tokens_map: Mapping[str, Any]) -> None:
+        """Take what special_tokens_map.json has of them: its list comes behind that of the config."""
+        extra, file = special_tokens_map.get(_EXTRA), SPECIAL_TOKENS_MAP
+        if isinstance(extra, dict):
+            self._add_roles(file, extra)
+        elif extra is not None:
+            known = self._extra or []
+            contents = {token.content for token in known}
+            more = [replace(token, special=True) for token in self._tokens(file, _EXTRA, extra)]
+            self._extra = [*known, *(token for token in more if token.content not in contents)]
+        if (additional := special_tokens_map.get(_ADDITIONAL)) is not None:
+            self._additional = self._tokens(file, _ADDITIONAL, additional)
+
+    def known(self) -> list[AddedToken]:
+        """The list by which added_tokens.json is read, which leaves out the older list of the map."""
+        return self._extra or []
+
+    def extra(self) -> list[AddedToken]:
+        """The further special tokens."""
+        return self._additional if self._extra is None else self._extra
+
+    def roles(self) -> dict[str, AddedToken]:
+        """The roles of this model."""
+        return self._roles
+
+    def _add_roles(self, file: str, roles: Mapping[str, Any]) -> None:
+        self._roles |= {role: _token(file, role, value) for role, value in roles.items()}
+
+    @staticmethod
+    def _tokens(file: str, key: str, values: Any) -> list[AddedToken]:
+        if not isinstance(values, list):
+            raise _invalid(file, key, values)
+        return [_token(file, key, value) for value in values]
+
+
 _Values = Mapping[str, tuple[str, Any]]
 """Field -> the file that it is from, and its value."""
 
@@ -130,8 +193,9 @@ def _special_tokens(source: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
     """special_tokens_map.json, whose objects are all special tokens."""
     values = {}
     for key, value in source.items():
-        is_token = isinstance(value, dict) and key != "extra_special_tokens"
-        values[key] = SPECIAL_TOKENS_MAP, {**value, "special": True} if is_token else value
+        if key not in _LISTS:
+            token = {**value, "special": True} if isinstance(value, dict) else value
+            values[key] = SPECIAL_TOKENS_MAP, token
     return values
 
 
@@ -143,23 +207,7 @@ def _named(values: _Values) -> dict[str, AddedToken]:
         file, value = values.get(key, _NOTHING)
         if isinstance(value, (str, dict)):
             named[key] = _token(file, key, value)
-    for key in ("model_specific_special_tokens", "extra_special_tokens"):
-        file, roles = values.get(key, _NOTHING)
-        if isinstance(roles, dict):
-            named |= {role: _token(file, role, value) for role, value in roles.items()}
     return named
-
-
-def _extra(values: _Values) -> list[AddedToken]:
-    key = "extra_special_tokens"
-    if not values.get(key, _NOTHING)[1]:
-        key = "additional_special_tokens"
-    file, tokens = values.get(key, _NOTHING)
-    if tokens is None or isinstance(tokens, dict):
-        return []
-    if not isinstance(tokens, list):
-        raise _invalid(file, key, tokens)
-    return [_token(file, key, value) for value in tokens]
 
 
 def _added_tokens(source: Mapping[str, Any], special: set[str]) -> dict[int, AddedToken]:

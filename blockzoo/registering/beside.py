@@ -11,9 +11,9 @@ from typing import Any
 
 from blockzoo.errors import InvalidConfigError, UnsupportedFeatureError
 from blockzoo.folders.chat_templates import read_templates
-from blockzoo.folders.fields import FIELDS, Treatment, check_fields, config_field
+from blockzoo.folders.fields import FIELDS, GENERATION_FIELDS, Treatment, check_fields, config_field
 from blockzoo.folders.files import CONFIG, TOKENIZER, TOKENIZER_CONFIG, parse_json_object
-from blockzoo.folders.generation import GENERATION_CONFIG, generation_defaults
+from blockzoo.folders.generation import GENERATION_CONFIG, generation_defaults, generation_values
 from blockzoo.folders.tokenizer_conversion import CONVERTED
 from blockzoo.folders.tokenizer_facts import ADDED_TOKENS, SPECIAL_TOKENS_MAP, tokenizer_facts
 
@@ -52,6 +52,10 @@ class _FilesBeside:
     def check(self, vocab_size: int) -> list[str]:
         parsed = {name: self._object(name) for name in FIELDS}
         asides = {name: check_fields(name, values) for name, values in parsed.items()}
+        if GENERATION_CONFIG not in self._names:
+            config = self._object(CONFIG)
+            parsed[GENERATION_CONFIG] = generation_values(None, config, GENERATION_FIELDS)
+            check_fields(GENERATION_CONFIG, parsed[GENERATION_CONFIG], shown_as=CONFIG)
         generation_defaults(parsed[GENERATION_CONFIG], self._object(CONFIG), vocab_size, _refuse)
         config = parsed[TOKENIZER_CONFIG]
         tokenizer_facts(config, parsed[SPECIAL_TOKENS_MAP], self._object(ADDED_TOKENS))

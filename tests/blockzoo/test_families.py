@@ -176,6 +176,13 @@ def test_the_model_type_counts_where_no_architecture_is_named(architecture, name
     assert theirs.__name__ == architecture
 
 
+def test_a_model_type_of_another_family_is_refused():
+    values = config("MistralForCausalLM")
+    with pytest.raises(InvalidConfigError, match="model_type is 'llama'"):
+        plan_checkpoint({**values, "model_type": "llama"})
+    assert plan_checkpoint({**values, "model_type": "my_own"}) == plan_checkpoint(values)
+
+
 def test_an_unknown_model_type_is_refused_by_name():
     with pytest.raises(UnsupportedArchitectureError, match="mamba"):
         plan_checkpoint({"model_type": "mamba"})

@@ -69,6 +69,24 @@ CASES: dict[str, dict[str, Any]] = {
             "additional_special_tokens": ["<|tool|>"],
         }
     },
+    "a list in both": {
+        "tokenizer_config.json": {"additional_special_tokens": ["hello"]},
+        "special_tokens_map.json": {"additional_special_tokens": ["</s>", "<|tool|>"]},
+    },
+    "the newer list in both": {
+        "tokenizer_config.json": {"extra_special_tokens": ["<|tool|>"]},
+        "special_tokens_map.json": {"extra_special_tokens": ["<|call|>", "<|tool|>"]},
+    },
+    "a list in the map only, and added": {
+        "special_tokens_map.json": {"additional_special_tokens": ["<|call|>"]},
+        "added_tokens.json": {"<|call|>": 300},
+    },
+    "an empty list before another": {
+        "tokenizer_config.json": {"extra_special_tokens": [], "additional_special_tokens": ["<|tool|>"]},
+    },
+    "marked special and not": {
+        "tokenizer_config.json": {"added_tokens_decoder": {"264": token("<|im_end|>", special=False)}}
+    },
     "map over config": {
         "tokenizer_config.json": {"eos_token": "</s>"},
         "special_tokens_map.json": {"eos_token": "<|im_end|>", "pad_token": "<pad>"},

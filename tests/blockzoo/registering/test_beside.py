@@ -15,8 +15,9 @@ from support.folders import write_adapter, write_checkpoint
 REFUSED: dict[str, tuple[str, Any, type[CheckpointError]]] = {
     "beams": ("generation_config.json", {"num_beams": 4}, UnsupportedFeatureError),
     "temperature": ("generation_config.json", {"do_sample": True, "temperature": "hot"}, InvalidConfigError),
-    "unknown-token": ("generation_config.json", {"suppress_tokens": [10**6]}, InvalidConfigError),
+    "no-token": ("generation_config.json", {"suppress_tokens": ["x"]}, InvalidConfigError),
     "nothing-to-ban": ("generation_config.json", {"bad_words_ids": [[]]}, InvalidConfigError),
+    "not-an-end": ("generation_config.json", {"eos_token_id": "2"}, InvalidConfigError),
     "decoder": ("tokenizer_config.json", {"added_tokens_decoder": {"x": {}}}, InvalidConfigError),
     "template": ("tokenizer_config.json", {"chat_template": [1]}, InvalidConfigError),
     "added": ("added_tokens.json", {"<x>": "one"}, InvalidConfigError),

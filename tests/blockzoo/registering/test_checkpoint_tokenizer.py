@@ -97,6 +97,22 @@ def test_adapters_take_a_converted_tokenizer_over_or_bring_their_own(zoo: Zoo, t
     assert CONVERTED not in zoo.register(adapter, name="a", base="base").record.files
 
 
+def test_a_folder_does_not_read_files_elsewhere(zoo: Zoo, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.json"
+    secret.write_text(json.dumps({f"SECRET{i}": i for i in range(400)}))
+    names = {key: str(secret) for key in ("vocab", "vocab_file", "tokenizer_file", "merges_file")}
+    folder = vocab_and_merges(write_checkpoint(tmp_path / "m"), **names)
+    record = zoo.register(folder, name="m").record
+    assert b"SECRET" not in zoo.read_file(record, CONVERTED)
+
+
+def test_an_adapter_with_another_small_file_keeps_the_converted_tokenizer(zoo: Zoo, tmp_path: Path) -> None:
+    zoo.register(vocab_and_merges(write_checkpoint(tmp_path / "m")), name="base")
+    adapter = write_adapter(tmp_path / "a")
+    (adapter / "special_tokens_map.json").write_text('{"eos_token": "<|im_end|>"}')
+    assert CONVERTED in zoo.register(adapter, name="a", base="base").record.files
+
+
 def test_what_cannot_be_converted_is_refused_or_said(
     zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,6 +56,11 @@ def _turn_to_message(turn: Mapping[str, Any]) -> inference_pb2.ChatMessage:
     # Templates see a key without a value as no key, so none is sent.
     turn = {key: value for key, value in turn.items() if value is not None}
     message = inference_pb2.ChatMessage(role=turn["role"])
+    places = [_TYPED.index(key) for key in turn if key in _TYPED]
+    if places != sorted(places):
+        # In another order than the fields give: a template may print the turn.
+        message.extra_json = json.dumps({key: value for key, value in turn.items() if key != "role"})
+        return message
     typed = {"role"}
     content, calls = turn.get("content"), turn.get("tool_calls")
     if isinstance(content, str) and content:
@@ -96,14 +101,13 @@ def _is_plain_call(call: Any) -> bool:
         and call.get("id", "-") != ""
         and isinstance(function, dict)
         and list(function) == ["name", "arguments"]
-        and isinstance(function["arguments"], (str, dict))
+        and isinstance(function["arguments"], dict)
     )
 
 
 def _call_to_message(call: Mapping[str, Any]) -> inference_pb2.ToolCall:
-    name, arguments = call["function"]["name"], call["function"]["arguments"]
-    text = arguments if isinstance(arguments, str) else json.dumps(arguments)
-    return inference_pb2.ToolCall(id=call.get("id", ""), name=name, arguments_json=text)
+    name, arguments = call["function"]["name"], json.dumps(call["function"]["arguments"])
+    return inference_pb2.ToolCall(id=call.get("id", ""), name=name, arguments_json=arguments)
 
 
 def _turn(field: str, turn: inference_pb2.ChatMessage) -> dict[str, Any]:

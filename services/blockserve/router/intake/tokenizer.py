@@ -32,7 +32,9 @@ class VariantTokenizer:
         raw.no_truncation()
         raw.no_padding()
         self.raw = raw
-        special = _apply(raw, facts) if facts is not None else set()
+        # The library keeps a token special that a file marks special, whatever another file says of it.
+        special = {i for i, token in _present(raw) if token.special}
+        special |= _apply(raw, facts) if facts is not None else set()
         self.special_ids = frozenset(special | {i for i, token in _present(raw) if token.special})
         decoder = _decoder_types(raw)
         self.is_byte_level = decoder == ["ByteLevel"]

@@ -16,8 +16,14 @@ from typing import Any
 from blockserve.router.intake.chat import ChatTemplates
 from blockzoo.errors import InvalidConfigError
 from blockzoo.folders.chat_templates import read_templates
+from blockzoo.folders.fields import GENERATION_FIELDS
 from blockzoo.folders.files import CONFIG, TOKENIZER, TOKENIZER_CONFIG
-from blockzoo.folders.generation import GENERATION_CONFIG, GenerationDefaults, generation_defaults
+from blockzoo.folders.generation import (
+    GENERATION_CONFIG,
+    GenerationDefaults,
+    generation_defaults,
+    generation_values,
+)
 from blockzoo.folders.tokenizer_conversion import CONVERTED
 from blockzoo.folders.tokenizer_facts import (
     ADDED_TOKENS,
@@ -62,7 +68,9 @@ class VariantFiles:
 
     def generation_defaults(self, vocab_size: int) -> GenerationDefaults:
         """What generation_config.json asks for, and end tokens of config.json where it names none."""
-        generation, config = self._json_object(GENERATION_CONFIG), self._json_object(CONFIG)
+        config = self._json_object(CONFIG)
+        own = self._json_object(GENERATION_CONFIG) if GENERATION_CONFIG in self._record.files else None
+        generation = generation_values(own, config, GENERATION_FIELDS)
         return generation_defaults(generation, config, vocab_size, self._log)
 
     def chat_templates(self) -> ChatTemplates:

@@ -81,10 +81,17 @@ def test_the_fields_of_a_client_in_another_language_are_what_templates_expect() 
     ]
 
 
-def test_arguments_may_be_text_as_openai_sends_them() -> None:
-    turn = {"role": "assistant", "tool_calls": [{**CALL, "function": {"name": "f", "arguments": '{"x": 1}'}}]}
+@pytest.mark.parametrize("arguments", ['{"x": 1}', "", "not json", "[1]"])
+def test_arguments_that_are_text_stay_text_as_in_transformers(arguments: str) -> None:
+    turn = {"role": "assistant", "tool_calls": [{**CALL, "function": {"name": "f", "arguments": arguments}}]}
     (found,) = chat_from_message(chat_to_message(Conversation([turn]))).messages
-    assert found == {"role": "assistant", "tool_calls": [CALL]}
+    assert found == turn
+
+
+def test_keys_keep_their_order() -> None:
+    turn = {"role": "tool", "name": "f", "tool_call_id": "c", "content": "x", "more": 1}
+    (found,) = chat_from_message(chat_to_message(Conversation([turn]))).messages
+    assert list(found.items()) == list(turn.items())
 
 
 def message(**fields: Any) -> inference_pb2.ChatPrompt:

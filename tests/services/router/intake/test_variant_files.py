@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -71,3 +72,39 @@ def test_variants_share_a_tokenizer_unless_their_files_say_otherwise() -> None:
 
     assert key(chat_template="a") == key(chat_template="b")
     assert key() != key(extra_special_tokens=["<x>"])
+
+
+def test_generation_fields_of_config_count_where_there_is_no_file_of_their_own() -> None:
+    from transformers import GenerationConfig
+
+    config = {"repetition_penalty": 1.7, "suppress_tokens": [3, 4], "max_length": 30, "temperature": 0.5}
+    config |= {"do_sample": True, "eos_token_id": 2, "hidden_size": 8, "top_k": None}
+    found = defaults(None, config)
+    theirs = GenerationConfig.from_model_config(dict(config))
+    assert (found.temperature, found.max_length) == (theirs.temperature, theirs.max_length)
+    assert found.repetition_penalty == theirs.repetition_penalty
+    assert found.token_bias == tuple((token, -math.inf) for token in theirs.suppress_tokens)
+    assert defaults({"eos_token_id": 2}, config).repetition_penalty is None
+
+
+@pytest.mark.parametrize(
+    "generation",
+    [
+        {"do_sample": True, "temperature": 1e300},
+        {"do_sample": True, "temperature": 1e-300},
+        {"sequence_bias": [[[5], 1e300]]},
+        {"suppress_tokens": list(range(100))},
+        {"bad_words_ids": [[token] for token in range(100)]},
+        {"eos_token_id": "2"},
+        {"eos_token_id": {"a": 1}},
+    ],
+)
+def test_values_that_no_answer_survives_are_ignored_and_logged(
+    generation: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert defaults(generation) == GenerationDefaults()
+    assert "ignored" in caplog.text
+
+
+def test_tokens_that_the_vocabulary_lacks_need_no_suppression() -> None:
+    assert defaults({"suppress_tokens": [-1, 3, 1000]}).token_bias == ((3, -math.inf),)
