@@ -34,6 +34,7 @@ class AddedToken:
         lstrip, rstrip: takes the white space on its left or right along.
         single_word: found only as a whole word.
         normalized: found in normalised text; None for what goes with `special`.
+        is_text: the file gives a text and no object; transformers takes the two for different tokens.
     """
 
     content: str
@@ -42,6 +43,7 @@ class AddedToken:
     rstrip: bool = False
     single_word: bool = False
     normalized: bool | None = None
+    is_text: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +76,15 @@ class TokenizerFacts:
             present: ids and added tokens of tokenizer.json.
         """
         decoder = dict(self.added) if self.has_decoder else dict(self.added) | dict(present)
-        by_content = {token.content: token for token in decoder.values()}
+        by_content = {token.content: token for _, token in self.added}
+        if not self.has_decoder:
+            by_content |= {token.content: token for _, token in present}
         named = [by_content.get(token.content, token) for _, token in self.named]
         adding = [token for _, token in sorted(decoder.items())]
         known = {token.content for _, token in present} | {token.content for token in adding}
-        for token in (*named, *self.extra):
-            if token.content not in known:
-                known.add(token.content)
-                adding.append(token)
+        # Objects that differ in a flag are added one after the other, and so are a text and an object.
+        further = dict.fromkeys(token for token in (*named, *self.extra) if token.content not in known)
+        adding += further
         roles = {token.content for token in named}
         return tuple(replace(token, special=token.special or token.content in roles) for token in adding)
 
@@ -108,8 +111,7 @@ def tokenizer_facts(
         lists.add(special_tokens_map)
     named, extra = {**_named(values), **lists.roles()}, lists.extra()
     if decoder is None:
-        special = {token.content for role, token in named.items() if role in ROLES}
-        added = _added_tokens(added_tokens, special | {token.content for token in lists.known()})
+        added = _added_tokens(added_tokens, _said_special(values) | lists.said_special())
     else:
         added = _decoder(decoder)
     if len(added) + len(extra) > MAX_TOKENS:
@@ -138,11 +140,14 @@ class _Lists:
         self._roles: dict[str, AddedToken] = {}
         self._extra: list[AddedToken] | None = None
         self._additional: list[AddedToken] = []
+        self._in_map: set[str] = set()
         extra, file = config.get(_EXTRA), TOKENIZER_CONFIG
         if config.get(_ADDITIONAL) is not None and not extra:
             self._extra = self._tokens(file, _ADDITIONAL, config[_ADDITIONAL])
         elif isinstance(extra, dict):
             self._add_roles(file, extra)
+            if (additional := config.get(_ADDITIONAL)) is not None:
+                self._additional = self._tokens(file, _ADDITIONAL, additional)
         elif extra is not None:
             self._extra = self._tokens(file, _EXTRA, extra)
         if isinstance(roles := config.get(_MODEL), dict):
@@ -157,13 +162,14 @@ class _Lists:
             known = self._extra or []
             contents = {token.content for token in known}
             more = [replace(token, special=True) for token in self._tokens(file, _EXTRA, extra)]
+            self._in_map = {token.content for token in more}
             self._extra = [*known, *(token for token in more if token.content not in contents)]
         if (additional := special_tokens_map.get(_ADDITIONAL)) is not None:
             self._additional = self._tokens(file, _ADDITIONAL, additional)
 
-    def known(self) -> list[AddedToken]:
-        """The list by which added_tokens.json is read, which leaves out the older list of the map."""
-        return self._extra or []
+    def said_special(self) -> set[str]:
+        """Tokens that added_tokens.json need not call special; see `_said_special`."""
+        return {token.content for token in self._extra or () if token.is_text} | self._in_map
 
     def extra(self) -> list[AddedToken]:
         """The further special tokens."""
@@ -187,6 +193,21 @@ _Values = Mapping[str, tuple[str, Any]]
 """Field -> the file that it is from, and its value."""
 
 _NOTHING = (TOKENIZER_CONFIG, None)
+
+
+def _said_special(values: _Values) -> set[str]:
+    """Tokens of the common roles that added_tokens.json need not call special.
+
+    An object in tokenizer_config.json is not among them: transformers looks before it has read the objects.
+    """
+    found = set()
+    for role in ROLES:
+        file, value = values.get(role, _NOTHING)
+        if isinstance(value, str):
+            found.add(value)
+        elif file == SPECIAL_TOKENS_MAP and isinstance(value, dict):
+            found.add(str(value.get("content")))
+    return found
 
 
 def _special_tokens(source: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
@@ -234,7 +255,7 @@ def _decoder(source: Any) -> dict[int, AddedToken]:
 def _token(file: str, key: str, value: Any) -> AddedToken:
     """A token from its text or its object; a text alone is a special token."""
     if isinstance(value, str):
-        return AddedToken(value, special=True)
+        return AddedToken(value, special=True, is_text=True)
     if not isinstance(value, dict) or not isinstance(value.get("content"), str):
         raise _invalid(file, key, value)
     flags = {name: value[name] for name in _FLAGS if value.get(name) is not None}

@@ -87,6 +87,24 @@ CASES: dict[str, dict[str, Any]] = {
     "marked special and not": {
         "tokenizer_config.json": {"added_tokens_decoder": {"264": token("<|im_end|>", special=False)}}
     },
+    "one token, two objects": {
+        "tokenizer_config.json": {"eos_token": {"__type": "AddedToken", **token("<|call|>", rstrip=True)}},
+        "special_tokens_map.json": {"pad_token": token("<|call|>", lstrip=True)},
+    },
+    "one token, a text and an object": {
+        "tokenizer_config.json": {"additional_special_tokens": ["<|call|>"]},
+        "special_tokens_map.json": {"pad_token": token("<|call|>", lstrip=True)},
+    },
+    "roles in a list and further tokens": {
+        "tokenizer_config.json": {
+            "extra_special_tokens": {"x_token": "<|im_end|>"},
+            "additional_special_tokens": ["<|call|>"],
+        }
+    },
+    "an object that added_tokens.json does not call special": {
+        "tokenizer_config.json": {"extra_special_tokens": [{"__type": "AddedToken", **token("<|call|>")}]},
+        "added_tokens.json": {"<|call|>": 300},
+    },
     "map over config": {
         "tokenizer_config.json": {"eos_token": "</s>"},
         "special_tokens_map.json": {"eos_token": "<|im_end|>", "pad_token": "<pad>"},
