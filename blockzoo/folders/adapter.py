@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import TypeVar, cast
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
 
 from blockzoo.errors import AdapterError, UnknownTargetError, UnsupportedAdapterError
 from blockzoo.folders.patterns import ModulePattern, check_number, compile_pattern, compile_patterns
@@ -19,26 +19,27 @@ from blockzoo.folders.patterns import ModulePattern, check_number, compile_patte
 MAX_RANK = 1 << 14
 """Highest LoRA rank accepted; above a layer's width it makes no sense."""
 
+MAX_TOKENS = 1 << 14
+"""Most trained tokens of one matrix; an adapter that trains more of them saves the matrix."""
+
 _ALL_LINEAR = "all-linear"
 _ANY_LAYERS = compile_pattern("layers_pattern", "", r".*?\.[^.]*", r"\.(?P<idx>\d+)\.")
 _HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 """Values of init_lora_weights that leave the base as it is; the others subtract from its weights."""
 
-# Fields that change nothing in inference, whatever they hold.
-_IGNORED = {
+# Fields that are read, and those that change nothing in inference, whatever they hold.
+_READ = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying",
     "eva_config", "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern",
     "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_config",
     "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r",
     "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora", "bias",
+    "use_dora", "lora_bias", "trainable_token_indices",
 }  # fmt: skip
 
 _METHODS = {
-    "use_dora": "DoRA",
-    "lora_bias": "LoRA with a bias (lora_bias)",
     "fan_in_fan_out": "fan_in_fan_out",
     "layer_replication": "layer replication",
-    "trainable_token_indices": "trainable tokens",
     "target_parameters": "LoRA on bare parameters (target_parameters)",
     "use_qalora": "QALoRA",
     "alora_invocation_tokens": "activated LoRA (aLoRA)",
@@ -70,6 +71,10 @@ class AdapterConfig:
         saved: suffixes of modules that are stored whole (modules_to_save).
         saved_patterns: the same, as patterns for modules that LoRA leaves out.
         base_model: what the adapter was trained on, as PEFT recorded it.
+        use_dora: adapted modules have a magnitude for each output (DoRA).
+        lora_bias: adapted modules have a bias of their own.
+        keeps_ties: where the base ties its head to its embedding, adapters on the one are on the other too.
+        tokens: name of a vocabulary matrix -> the rows that were trained (trainable_token_indices).
     """
 
     rank: int
@@ -84,6 +89,10 @@ class AdapterConfig:
     saved: tuple[str, ...]
     saved_patterns: tuple[ModulePattern, ...]
     base_model: str
+    use_dora: bool = False
+    lora_bias: bool = False
+    keeps_ties: bool = False
+    tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def rank_of(self, module: str) -> int:
         """Rank of the adapter on a module."""
@@ -112,7 +121,7 @@ class AdapterConfig:
         else:
             wanted = [module for module in modules if self._is_target(module)]
         found = [module for module in wanted if not self._is_excluded(module)]
-        if not found and not self.saved:
+        if not found and not self.saved and not self.tokens:
             raise UnknownTargetError(
                 f"the adapter's target_modules ({self._targets_text()}) leave nothing of the base to change",
                 hint=f"Modules that can be adapted: {_leaf_names(linears)}.",
@@ -133,10 +142,10 @@ class AdapterConfig:
         """
         found: dict[str, None] = {}
         for module in modules:
-            for field, patterns in (("rank_pattern", self.ranks), ("alpha_pattern", self.alphas)):
+            for name, patterns in (("rank_pattern", self.ranks), ("alpha_pattern", self.alphas)):
                 ordered = sorted(patterns, key=lambda item: item[0].text)
                 if _first_match(patterns, module, 0) != _first_match(ordered, module, 0):
-                    found[field] = None
+                    found[name] = None
         return list(found)
 
     def saves(self, module: str) -> bool:
@@ -176,7 +185,7 @@ def parse_adapter_config(values: Mapping[str, object]) -> AdapterConfig:
     """Read adapter_config.json.
 
     Raises:
-        UnsupportedAdapterError: it describes something other than plain LoRA on a causal language model.
+        UnsupportedAdapterError: it describes something that blocks do not compute.
         AdapterError: a value is missing or impossible.
     """
     _refuse_other_methods(values)
@@ -189,7 +198,8 @@ def parse_adapter_config(values: Mapping[str, object]) -> AdapterConfig:
         raise _bad("layers_to_transform", layers)
     targets = _targets(values)
     saved = _names(values, "modules_to_save")
-    if not targets and not saved:
+    tokens = _tokens(values)
+    if not targets and not saved and not tokens:
         raise AdapterError("adapter_config.json: target_modules is empty")
     return AdapterConfig(
         rank=_rank(values.get("r"), "r"),
@@ -204,6 +214,10 @@ def parse_adapter_config(values: Mapping[str, object]) -> AdapterConfig:
         saved=saved,
         saved_patterns=compile_patterns("modules_to_save", saved, r"(^|.*\.)", r"($|\..*)"),
         base_model=str(values.get("base_model_name_or_path") or "")[:1000],
+        use_dora=_flag(values, "use_dora"),
+        lora_bias=_flag(values, "lora_bias"),
+        keeps_ties=_flag(values, "ensure_weight_tying"),
+        tokens=tokens,
     )
 
 
@@ -222,8 +236,12 @@ def _refuse_other_methods(values: Mapping[str, object]) -> None:
             f"init_lora_weights {str(init)[:80]!r}, which changes the base's weights,",
             "Convert it to plain LoRA: save_pretrained(..., path_initial_model_for_weight_conversion=...).",
         )
+    if values.get("use_dora") and values.get("lora_bias"):
+        raise _unsupported(
+            "use_dora together with lora_bias", "PEFT refuses it too; set one of them to false."
+        )
     for key, value in values.items():
-        if not value or key in _IGNORED:
+        if not value or key in _READ:
             continue
         if key in _METHODS:
             raise _unsupported(
@@ -285,6 +303,22 @@ def _names_or_pattern(values: Mapping[str, object], field: str) -> ModulePattern
     if isinstance(value, str) and value:
         return compile_pattern(field, value)
     return frozenset(() if value == "" else _names(values, field))
+
+
+def _tokens(values: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
+    value = values.get("trainable_token_indices") or {}
+    named: dict[str, Any] = value if isinstance(value, dict) else {"embed_tokens": value}
+    for items in named.values():
+        if not isinstance(items, list) or not all(type(item) is int and item >= 0 for item in items):
+            raise _bad("trainable_token_indices", value)
+        if len(set(items)) != len(items):
+            raise AdapterError("adapter_config.json: trainable_token_indices names a token twice")
+        if len(items) > MAX_TOKENS:
+            raise UnsupportedAdapterError(
+                f"trainable_token_indices names {len(items)} tokens; at most {MAX_TOKENS} are supported",
+                hint="Save the whole matrix with the adapter instead (modules_to_save).",
+            )
+    return {name: tuple(items) for name, items in named.items()}
 
 
 def _targets(values: Mapping[str, object]) -> str | ModulePattern | frozenset[str]:
