@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 from blockzoo.errors import AdapterError, UnknownTargetError, UnsupportedAdapterError
+from blockzoo.folders.fields import ADAPTER_FIELDS, Treatment, is_without_effect
 from blockzoo.folders.patterns import ModulePattern, check_number, compile_pattern, compile_patterns
 
 MAX_RANK = 1 << 14
@@ -24,33 +25,6 @@ MAX_TOKENS = 1 << 14
 
 _ALL_LINEAR = "all-linear"
 _ANY_LAYERS = compile_pattern("layers_pattern", "", r".*?\.[^.]*", r"\.(?P<idx>\d+)\.")
-_HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
-"""Values of init_lora_weights that leave the base as it is; the others subtract from its weights."""
-
-# Fields that are read, and those that change nothing in inference, whatever they hold.
-_READ = {
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying",
-    "eva_config", "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern",
-    "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_config",
-    "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r",
-    "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora", "bias",
-    "use_dora", "lora_bias", "trainable_token_indices",
-}  # fmt: skip
-
-_METHODS = {
-    "fan_in_fan_out": "fan_in_fan_out",
-    "layer_replication": "layer replication",
-    "target_parameters": "LoRA on bare parameters (target_parameters)",
-    "use_qalora": "QALoRA",
-    "alora_invocation_tokens": "activated LoRA (aLoRA)",
-    "use_bdlora": "BD-LoRA",
-    "arrow_config": "Arrow routing",
-    "kasa_config": "KaSA",
-    "velora_config": "VeLoRA",
-    "monteclora_config": "MonteCLoRA",
-}
-
-
 _Number = TypeVar("_Number", int, float)
 
 
@@ -222,35 +196,33 @@ def parse_adapter_config(values: Mapping[str, object]) -> AdapterConfig:
 
 
 def _refuse_other_methods(values: Mapping[str, object]) -> None:
-    kind = values.get("peft_type")
-    if kind != "LORA":
-        raise _unsupported(f"peft_type {str(kind)[:80]!r}", "Only LORA adapters can be registered.")
-    task = values.get("task_type")
-    if task not in (None, "CAUSAL_LM"):
-        raise _unsupported(f"task_type {str(task)[:80]!r}", "Only adapters for CAUSAL_LM can be registered.")
-    if values.get("bias", "none") != "none":
-        raise _unsupported(f"bias {str(values['bias'])[:80]!r}", 'Train with bias="none".')
-    init = values.get("init_lora_weights", True)
-    if not any(init is item or (isinstance(init, str) and init == item) for item in _HARMLESS_INITS):
-        raise _unsupported(
-            f"init_lora_weights {str(init)[:80]!r}, which changes the base's weights,",
-            "Convert it to plain LoRA: save_pretrained(..., path_initial_model_for_weight_conversion=...).",
-        )
+    if values.get("peft_type") is None:
+        raise _unsupported("peft_type 'None'", _HINTS["peft_type"])
     if values.get("use_dora") and values.get("lora_bias"):
-        raise _unsupported(
-            "use_dora together with lora_bias", "PEFT refuses it too; set one of them to false."
-        )
+        raise _unsupported("use_dora together with lora_bias", "PEFT refuses it too; set one to false.")
     for key, value in values.items():
-        if not value or key in _READ:
-            continue
-        if key in _METHODS:
+        field = ADAPTER_FIELDS.get(key)
+        if field is None and value:
             raise _unsupported(
-                _METHODS[key], "Train with plain LoRA, or merge and register the full checkpoint."
+                f"the field {key[:80]!r}, which this version does not know,",
+                "Remove the field if it has no effect, or upgrade blockzoo.",
             )
+        if field is None or field.treatment is not Treatment.REFUSED or is_without_effect(field, value):
+            continue
         raise _unsupported(
-            f"the field {key[:80]!r}, which this version does not know,",
-            "Remove the field if it has no effect, or upgrade blockzoo.",
+            f"{key} {str(value)[:80]!r} ({field.meaning})",
+            _HINTS.get(key, "Train with plain LoRA, or merge and register the full checkpoint."),
         )
+
+
+_HINTS = {
+    "peft_type": "Only LORA adapters can be registered.",
+    "task_type": "Only adapters for CAUSAL_LM can be registered.",
+    "bias": 'Train with bias="none".',
+    "init_lora_weights": "Convert it to plain LoRA: "
+    "save_pretrained(..., path_initial_model_for_weight_conversion=...).",
+}
+"""What helps against a refused field."""
 
 
 def _unsupported(what: str, hint: str) -> UnsupportedAdapterError:
