@@ -90,6 +90,7 @@ class AdapterPlan:
         self._positions: dict[int, PositionPlan] = {}
         self._grouped: dict[object, GroupedRows] = {}
         self._layers: dict[tuple[int, int], PlannedAdapters | None] = {}
+        self._plain: dict[tuple[int, int], int] = {}
 
     def at(self, position: int) -> PositionPlan:
         """What adapters add at a position."""
@@ -97,10 +98,14 @@ class AdapterPlan:
             self._positions[position] = self._plan(position)
         return self._positions[position]
 
-    def is_plain(self, position: int, count: int) -> bool:
-        """Whether adapters on these layers only add to results, which `of_layers` can say."""
-        modules = (self.at(position + offset).modules.values() for offset in range(count))
-        return all(planned.shaped is None for layer in modules for planned in layer)
+    def count_plain(self, position: int, count: int) -> int:
+        """How many of `count` layers come before one whose adapters do more than add, as `of_layers` can."""
+        key = (position, count)
+        if key not in self._plain:
+            layers = (self.at(position + offset).modules.values() for offset in range(count))
+            shaped = (any(planned.shaped is not None for planned in layer) for layer in layers)
+            self._plain[key] = next((offset for offset, found in enumerate(shaped) if found), count)
+        return self._plain[key]
 
     def of_layers(self, position: int, count: int) -> PlannedAdapters | None:
         """The same for layers that are computed in one call; None for nothing. They must be plain."""

@@ -58,7 +58,7 @@ class Executor:
         self._segments = SegmentMap()
         self._rotary_tables: dict[tuple[RopeParameters, torch.dtype], RotaryTable] = {}
         self.plans = AdapterPlans(blocks, backend, deterministic)
-        self._in_one_call: dict[tuple[SegmentId, int], FusedLayers | None] = {}
+        self._in_one_call: dict[tuple[SegmentId, int, int | None], FusedLayers | None] = {}
         self._scratch = backend.scratch(0)
         self.counters: dict[SegmentId, SegmentCounters] = {}
 
@@ -135,8 +135,8 @@ class Executor:
             if offset == 0:
                 counters.record([(chunk.running.chain, chunk.num_tokens) for chunk in chunks])
             layers = self._layers_from(segment, offset, chain)
-            if layers is not None and not context.is_plain(len(layers)):
-                layers = None  # part by part
+            if layers is not None and (plain := context.count_plain(len(layers))) < len(layers):
+                layers = self._layers_from(segment, offset, chain, plain)
             count = 1 if layers is None else len(layers)
             for place in range(offset, offset + count):
                 counters.block_calls[place] += 1
@@ -151,13 +151,15 @@ class Executor:
         batch.put(rows, _present(hidden))
         return []
 
-    def _layers_from(self, segment: Segment, offset: int, chain: LoadedChain) -> FusedLayers | None:
-        """The segment's layers from there on that one call can compute."""
-        key = (segment.id, offset)
+    def _layers_from(
+        self, segment: Segment, offset: int, chain: LoadedChain, most: int | None = None
+    ) -> FusedLayers | None:
+        """The segment's layers from there on that one call can compute, `most` of them."""
+        key = (segment.id, offset, most)
         if key not in self._in_one_call:
             kernels: list[FusedLayer] = []
             alike = None
-            for position in range(segment.first + offset, segment.first + len(segment.blocks)):
+            for position in range(segment.first + offset, segment.first + len(segment.blocks))[:most]:
                 block = chain.block_at(position)
                 if not isinstance(block, LayerBlock) or block.kernel is None:
                     break
@@ -321,6 +323,6 @@ class _SegmentContext:
             if changes.embedding is not None:
                 changes.embedding(token_ids[tokens], hidden[tokens])
 
-    def is_plain(self, num_layers: int) -> bool:
-        """Whether the next layers can be computed in one call, as far as adapters go."""
-        return self._plan.is_plain(self._position, num_layers)
+    def count_plain(self, num_layers: int) -> int:
+        """How many of the next layers can be computed in one call, as far as adapters go."""
+        return self._plan.count_plain(self._position, num_layers)
