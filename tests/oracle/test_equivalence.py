@@ -88,10 +88,9 @@ def test_the_plain_forward_with_adapters_is_peft(zoo, variants, adapter):
     assert record.result == zoo.resolve("adapted").chain
 
 
-@pytest.mark.parametrize("base", ["llama-gqa", "llama-gqa-tied"])
 @pytest.mark.parametrize("name", FURTHER_METHODS)
-def test_the_plain_forward_with_further_methods_is_peft(zoo, variants, base, name):
-    checkpoint = variants.checkpoint(base)
+def test_the_plain_forward_with_further_methods_is_peft(zoo, variants, name):
+    checkpoint = variants.checkpoint("llama-gqa-tied")
     variant = variants.adapter(checkpoint, name, spec=FURTHER_METHODS[name])
     zoo.register(checkpoint.path, name="base")
     zoo.register(variant.path, name="adapted", base="base")

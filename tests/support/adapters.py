@@ -111,6 +111,10 @@ FURTHER_METHODS: dict[str, AdapterSpec] = {
 """Adapters that are more than plain LoRA on linear modules."""
 
 
+MATTER_UNTIED = ("tokens", "tokens-of-both", "embedding", "dora-ends")
+"""Those of `FURTHER_METHODS` in which a tied head makes a difference."""
+
+
 def make_adapter(spec: AdapterSpec, base: Path, folder: Path, *, seed: int = 1) -> Path:
     """Write an adapter folder for the checkpoint ``base``; all its matrices are random and none is zero."""
     model = load_model(base)
