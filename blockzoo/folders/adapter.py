@@ -209,6 +209,8 @@ def _refuse_other_methods(values: Mapping[str, object]) -> None:
             )
         if field is None or field.treatment is not Treatment.REFUSED or is_without_effect(field, value):
             continue
+        if not value and key not in _HINTS:  # switched off
+            continue
         raise _unsupported(
             f"{key} {str(value)[:80]!r} ({field.meaning})",
             _HINTS.get(key, "Train with plain LoRA, or merge and register the full checkpoint."),

@@ -74,6 +74,9 @@ def test_a_plain_adapter_config_of_peft_is_taken() -> None:
     for name in set(refused) - {"peft_type", "task_type"}:
         with pytest.raises(UnsupportedAdapterError, match=name):
             parse_adapter_config({**values, "target_modules": ["q_proj"], name: {"surprise": 1}})
+    for name in set(refused) - {"peft_type", "task_type", "bias", "init_lora_weights"}:
+        for off in (None, False, [], {}):
+            parse_adapter_config({**values, "target_modules": ["q_proj"], name: off})
 
 
 def read_by(function: Any) -> Iterator[str]:
