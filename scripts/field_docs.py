@@ -13,7 +13,8 @@ from pathlib import Path
 from transformers import CONFIG_MAPPING
 
 from blockzoo.families import for_architecture, supported
-from blockzoo.folders.fields import CONFIG_FIELDS, FIELDS, Field, Treatment
+from blockzoo.folders.fields import ADAPTER_FIELDS, CONFIG_FIELDS, FIELDS, Field, Treatment
+from blockzoo.folders.files import ADAPTER_CONFIG
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "compatibility.md"
 BEGIN, END = "<!-- fields: written by scripts/field_docs.py -->\n", "<!-- end of fields -->"
@@ -28,7 +29,7 @@ def tables() -> Iterator[str]:
     for architecture in supported():
         names = ", ".join(f"`{name}`" for name in fields_read(architecture))
         yield f"| {names} | applied, or refused by name | {architecture} |"
-    for file, fields in FIELDS.items():
+    for file, fields in {**FIELDS, ADAPTER_CONFIG: ADAPTER_FIELDS}.items():
         yield ""
         yield f"| {file} | treatment | what it is |"
         yield "|---|---|---|"

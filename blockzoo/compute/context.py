@@ -30,5 +30,12 @@ class BlockContext(Protocol):
         ...
 
     def adapt(self, module: str, x: Tensor, y: Tensor) -> None:
-        """Add the adapters on `module` to y [tokens, out] in place, given its input x [tokens, in]."""
+        """Change y [tokens, out] as the adapters on `module` do, in place, given its input x [tokens, in]."""
+        ...
+
+    def adapt_embedding(self, token_ids: Tensor, hidden: Tensor) -> None:
+        """Change, in place, what adapters on the embedding change.
+
+        Shape: token_ids int64 [tokens], hidden [tokens, hidden], the rows of the table before any scale.
+        """
         ...

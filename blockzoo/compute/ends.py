@@ -30,9 +30,10 @@ class EmbeddingBlock:
         self.hidden_size = self._weight.shape[1]
         self.module_shapes: dict[str, tuple[int, int]] = {}
 
-    def __call__(self, token_ids: Tensor) -> Tensor:
+    def __call__(self, token_ids: Tensor, context: BlockContext) -> Tensor:
         """Shape: token_ids int64 [tokens], result [tokens, hidden]."""
         hidden = functional.embedding(token_ids, self._weight)
+        context.adapt_embedding(token_ids, hidden)
         return hidden if self._scale is None else hidden.mul_(self._scale)
 
 

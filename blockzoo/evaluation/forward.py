@@ -7,7 +7,7 @@ be seen to be right.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,12 +15,14 @@ from torch import Tensor
 
 from blockkernels.attention import attend
 from blockkernels.backends import backend_for
+from blockkernels.lora import OutputShape, shaped_lora_reference
 from blockkernels.rotary import RopeParameters, RotaryTable, inverse_frequencies
 from blockzoo import families
 from blockzoo.compute.build import ExecutableBlock, build_block
-from blockzoo.compute.ends import EmbeddingBlock, HeadBlock
+from blockzoo.compute.changes import AdapterChanges, AdapterReader
+from blockzoo.compute.ends import HeadBlock
 from blockzoo.errors import InvalidConfigError
-from blockzoo.manifest import BlockId, BlockKind, BlockManifest, DType, JsonValue, Link, TensorRef
+from blockzoo.manifest import BlockId, DType, Link, TensorRef
 from blockzoo.zoo import Zoo
 
 # Blobs are read-only views of files; the tensors made from them are only read.
@@ -33,16 +35,13 @@ _TORCH_DTYPES = {
     DType.BF16: torch.bfloat16,
 }
 
-Adapter = Mapping[str, tuple[Tensor, Tensor, float]]
-"""Module -> (A [rank, in], B [out, rank], scale)."""
-
 
 @dataclass(frozen=True, slots=True)
 class LoadedLink:
     """A link in memory: its base block, and the adapters on it in order."""
 
     block: ExecutableBlock
-    adapters: tuple[Adapter, ...]
+    adapters: tuple[AdapterChanges, ...]
 
 
 class LinkLoader:
@@ -60,7 +59,8 @@ class LinkLoader:
         self._zoo = zoo
         self._backend = backend_for(device)
         self._blocks: dict[BlockId, ExecutableBlock] = {}
-        self._adapters: dict[BlockId, Adapter] = {}
+        self._adapters: dict[tuple[BlockId, BlockId], AdapterChanges] = {}
+        self._reader = AdapterReader(self.tensor, dtype, self._backend)
 
     def load(self, links: Iterable[Link]) -> list[LoadedLink]:
         """Read links.
@@ -69,16 +69,14 @@ class LinkLoader:
             CorruptBlobError, BlobNotFoundError, ManifestNotFoundError: the zoo is damaged.
             InvalidConfigError: this version cannot run a block.
         """
-        return [LoadedLink(self._block(link.base), tuple(map(self.adapter, link.applied))) for link in links]
+        return [LoadedLink(self._block(link.base), self.adapters(link)) for link in links]
 
-    def adapter(self, block: BlockId) -> Adapter:
-        """Read an adapter; raises as `load` does."""
-        if block not in self._adapters:
-            self._adapters[block] = self._read_adapter(self._zoo.block(block))
-        return self._adapters[block]
+    def adapters(self, link: Link) -> tuple[AdapterChanges, ...]:
+        """Read the adapters of a link; raises as `load` does."""
+        return tuple(self._adapter(block, link.base) for block in link.applied)
 
-    def tensor(self, ref: TensorRef) -> Tensor:
-        """Read a tensor in the compute type."""
+    def tensor(self, ref: TensorRef, dtype: torch.dtype | None = None) -> Tensor:
+        """Read a tensor in a type, without one in the compute type."""
         if ref.dtype not in _TORCH_DTYPES:
             raise InvalidConfigError(f"a weight has the type {ref.dtype}, which cannot be computed with")
         chunks = [
@@ -86,7 +84,13 @@ class LinkLoader:
             for data, shape in zip(self._zoo.read_tensor(ref), ref.chunk_shapes(), strict=True)
         ]
         tensor = chunks[0] if len(chunks) == 1 else torch.cat(chunks)
-        return tensor.to(self.device, self.dtype)
+        return tensor.to(self.device, dtype or self.dtype)
+
+    def _adapter(self, block: BlockId, base: BlockId) -> AdapterChanges:
+        if (block, base) not in self._adapters:
+            manifests = self._zoo.block(block), self._zoo.block(base)
+            self._adapters[block, base] = self._reader.changes(*manifests)
+        return self._adapters[block, base]
 
     def _block(self, block: BlockId) -> ExecutableBlock:
         if block not in self._blocks:
@@ -95,23 +99,6 @@ class LinkLoader:
             tensors = {name: self.tensor(ref) for name, ref in manifest.tensors.items()}
             self._blocks[block] = build_block(manifest, tensors, self._backend)
         return self._blocks[block]
-
-    def _read_adapter(self, manifest: BlockManifest) -> Adapter:
-        modules = manifest.config.get("modules")
-        if manifest.kind != BlockKind.ADAPTER or not isinstance(modules, dict):
-            raise InvalidConfigError(
-                f"block of kind {manifest.kind!r} cannot be applied on a base block by this version",
-                hint="Upgrade blockzoo on this machine.",
-                kind=manifest.kind,
-            )
-        return {
-            module: (
-                self.tensor(manifest.tensors[f"{module}.lora_A"]),
-                self.tensor(manifest.tensors[f"{module}.lora_B"]),
-                _scale(module, settings),
-            )
-            for module, settings in modules.items()
-        }
 
 
 class Windows:
@@ -128,7 +115,7 @@ class Windows:
         self._positions = torch.arange(self.length, device=loader.device).repeat(len(ids))
         self._dtype = loader.dtype
         self._tables: dict[RopeParameters, tuple[Tensor, Tensor]] = {}
-        self._adapters: tuple[Adapter, ...] = ()
+        self._adapters: tuple[AdapterChanges, ...] = ()
 
     def run(self, links: Iterable[LoadedLink], x: Tensor) -> Tensor:
         """Compute links one after the other, the head excluded.
@@ -138,7 +125,7 @@ class Windows:
         for link in links:
             assert not isinstance(link.block, HeadBlock)
             self._adapters = link.adapters
-            x = link.block(x) if isinstance(link.block, EmbeddingBlock) else link.block(x, self)
+            x = link.block(x, self)
         return x
 
     def logits(self, link: LoadedLink, hidden: Tensor) -> Tensor:
@@ -173,12 +160,15 @@ class Windows:
     def adapt(self, module: str, x: Tensor, y: Tensor) -> None:
         """See `BlockContext`; every token has the same adapters."""
         for adapter in self._adapters:
-            if module in adapter:
-                down, up, scale = adapter[module]
-                y += (x @ down.T @ up.T) * scale
+            if adapter.head is not None:
+                adapter.head(x, y)
+            if module in adapter.linears:
+                change = adapter.linears[module]
+                shape = change.shape or OutputShape()
+                y.copy_(shaped_lora_reference(y, x, change.down, change.up, change.scale, shape))
 
-
-def _scale(module: str, settings: JsonValue) -> float:
-    if not isinstance(settings, dict):
-        raise InvalidConfigError(f"adapter settings of {module} are {settings!r}", module=module)
-    return float(str(settings["scale"]))
+    def adapt_embedding(self, token_ids: Tensor, hidden: Tensor) -> None:
+        """See `BlockContext`."""
+        for adapter in self._adapters:
+            if adapter.embedding is not None:
+                adapter.embedding(token_ids, hidden)

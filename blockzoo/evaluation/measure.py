@@ -119,15 +119,13 @@ def _parts(tensor: Tensor) -> Sequence[Tensor]:
 
 
 def _weights(zoo: Zoo, loader: LinkLoader, link: Link) -> Mapping[str, Callable[[], Tensor]]:
-    """How to read each tensor of a base block, with what the adapters add to it."""
-    adapters = [loader.adapter(block) for block in link.applied]
+    """How to read each tensor of a base block, with what the adapters do to it."""
+    adapters = loader.adapters(link)
 
     def read(name: str) -> Tensor:
         tensor = loader.tensor(tensors[name]).float()
         for adapter in adapters:
-            if name.removesuffix(".weight") in adapter:
-                down, up, scale = adapter[name.removesuffix(".weight")]
-                tensor = tensor + scale * (up.float() @ down.float())
+            tensor = adapter.merged(name, tensor)
         return tensor
 
     tensors = zoo.block(link.base).tensors

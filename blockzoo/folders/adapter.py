@@ -10,46 +10,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import TypeVar, cast
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
 
 from blockzoo.errors import AdapterError, UnknownTargetError, UnsupportedAdapterError
+from blockzoo.folders.fields import ADAPTER_FIELDS, Treatment, is_without_effect
 from blockzoo.folders.patterns import ModulePattern, check_number, compile_pattern, compile_patterns
 
 MAX_RANK = 1 << 14
 """Highest LoRA rank accepted; above a layer's width it makes no sense."""
 
+MAX_TOKENS = 1 << 14
+"""Most trained tokens of one matrix; an adapter that trains more of them saves the matrix."""
+
 _ALL_LINEAR = "all-linear"
 _ANY_LAYERS = compile_pattern("layers_pattern", "", r".*?\.[^.]*", r"\.(?P<idx>\d+)\.")
-_HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
-"""Values of init_lora_weights that leave the base as it is; the others subtract from its weights."""
-
-# Fields that change nothing in inference, whatever they hold.
-_IGNORED = {
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying",
-    "eva_config", "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern",
-    "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_config",
-    "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r",
-    "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora", "bias",
-}  # fmt: skip
-
-_METHODS = {
-    "use_dora": "DoRA",
-    "lora_bias": "LoRA with a bias (lora_bias)",
-    "fan_in_fan_out": "fan_in_fan_out",
-    "layer_replication": "layer replication",
-    "trainable_token_indices": "trainable tokens",
-    "target_parameters": "LoRA on bare parameters (target_parameters)",
-    "use_qalora": "QALoRA",
-    "alora_invocation_tokens": "activated LoRA (aLoRA)",
-    "use_bdlora": "BD-LoRA",
-    "arrow_config": "Arrow routing",
-    "kasa_config": "KaSA",
-    "velora_config": "VeLoRA",
-    "monteclora_config": "MonteCLoRA",
-}
-
-
 _Number = TypeVar("_Number", int, float)
 
 
@@ -70,6 +45,10 @@ class AdapterConfig:
         saved: suffixes of modules that are stored whole (modules_to_save).
         saved_patterns: the same, as patterns for modules that LoRA leaves out.
         base_model: what the adapter was trained on, as PEFT recorded it.
+        use_dora: adapted modules have a magnitude for each output (DoRA).
+        lora_bias: adapted modules have a bias of their own.
+        keeps_ties: where the base ties its head to its embedding, adapters on the one are on the other too.
+        tokens: name of a vocabulary matrix -> the rows that were trained (trainable_token_indices).
     """
 
     rank: int
@@ -84,6 +63,10 @@ class AdapterConfig:
     saved: tuple[str, ...]
     saved_patterns: tuple[ModulePattern, ...]
     base_model: str
+    use_dora: bool = False
+    lora_bias: bool = False
+    keeps_ties: bool = False
+    tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def rank_of(self, module: str) -> int:
         """Rank of the adapter on a module."""
@@ -112,7 +95,7 @@ class AdapterConfig:
         else:
             wanted = [module for module in modules if self._is_target(module)]
         found = [module for module in wanted if not self._is_excluded(module)]
-        if not found and not self.saved:
+        if not found and not self.saved and not self.tokens:
             raise UnknownTargetError(
                 f"the adapter's target_modules ({self._targets_text()}) leave nothing of the base to change",
                 hint=f"Modules that can be adapted: {_leaf_names(linears)}.",
@@ -133,10 +116,10 @@ class AdapterConfig:
         """
         found: dict[str, None] = {}
         for module in modules:
-            for field, patterns in (("rank_pattern", self.ranks), ("alpha_pattern", self.alphas)):
+            for name, patterns in (("rank_pattern", self.ranks), ("alpha_pattern", self.alphas)):
                 ordered = sorted(patterns, key=lambda item: item[0].text)
                 if _first_match(patterns, module, 0) != _first_match(ordered, module, 0):
-                    found[field] = None
+                    found[name] = None
         return list(found)
 
     def saves(self, module: str) -> bool:
@@ -176,7 +159,7 @@ def parse_adapter_config(values: Mapping[str, object]) -> AdapterConfig:
     """Read adapter_config.json.
 
     Raises:
-        UnsupportedAdapterError: it describes something other than plain LoRA on a causal language model.
+        UnsupportedAdapterError: it describes something that blocks do not compute.
         AdapterError: a value is missing or impossible.
     """
     _refuse_other_methods(values)
@@ -189,7 +172,8 @@ def parse_adapter_config(values: Mapping[str, object]) -> AdapterConfig:
         raise _bad("layers_to_transform", layers)
     targets = _targets(values)
     saved = _names(values, "modules_to_save")
-    if not targets and not saved:
+    tokens = _tokens(values)
+    if not targets and not saved and not tokens:
         raise AdapterError("adapter_config.json: target_modules is empty")
     return AdapterConfig(
         rank=_rank(values.get("r"), "r"),
@@ -204,35 +188,43 @@ def parse_adapter_config(values: Mapping[str, object]) -> AdapterConfig:
         saved=saved,
         saved_patterns=compile_patterns("modules_to_save", saved, r"(^|.*\.)", r"($|\..*)"),
         base_model=str(values.get("base_model_name_or_path") or "")[:1000],
+        use_dora=_flag(values, "use_dora"),
+        lora_bias=_flag(values, "lora_bias"),
+        keeps_ties=_flag(values, "ensure_weight_tying"),
+        tokens=tokens,
     )
 
 
 def _refuse_other_methods(values: Mapping[str, object]) -> None:
-    kind = values.get("peft_type")
-    if kind != "LORA":
-        raise _unsupported(f"peft_type {str(kind)[:80]!r}", "Only LORA adapters can be registered.")
-    task = values.get("task_type")
-    if task not in (None, "CAUSAL_LM"):
-        raise _unsupported(f"task_type {str(task)[:80]!r}", "Only adapters for CAUSAL_LM can be registered.")
-    if values.get("bias", "none") != "none":
-        raise _unsupported(f"bias {str(values['bias'])[:80]!r}", 'Train with bias="none".')
-    init = values.get("init_lora_weights", True)
-    if not any(init is item or (isinstance(init, str) and init == item) for item in _HARMLESS_INITS):
-        raise _unsupported(
-            f"init_lora_weights {str(init)[:80]!r}, which changes the base's weights,",
-            "Convert it to plain LoRA: save_pretrained(..., path_initial_model_for_weight_conversion=...).",
-        )
+    if values.get("peft_type") is None:
+        raise _unsupported("peft_type 'None'", _HINTS["peft_type"])
+    if values.get("use_dora") and values.get("lora_bias"):
+        raise _unsupported("use_dora together with lora_bias", "PEFT refuses it too; set one to false.")
     for key, value in values.items():
-        if not value or key in _IGNORED:
-            continue
-        if key in _METHODS:
+        field = ADAPTER_FIELDS.get(key)
+        if field is None and value:
             raise _unsupported(
-                _METHODS[key], "Train with plain LoRA, or merge and register the full checkpoint."
+                f"the field {key[:80]!r}, which this version does not know,",
+                "Remove the field if it has no effect, or upgrade blockzoo.",
             )
+        if field is None or field.treatment is not Treatment.REFUSED or is_without_effect(field, value):
+            continue
+        if not value and key not in _HINTS:  # switched off
+            continue
         raise _unsupported(
-            f"the field {key[:80]!r}, which this version does not know,",
-            "Remove the field if it has no effect, or upgrade blockzoo.",
+            f"{key} {str(value)[:80]!r} ({field.meaning})",
+            _HINTS.get(key, "Train with plain LoRA, or merge and register the full checkpoint."),
         )
+
+
+_HINTS = {
+    "peft_type": "Only LORA adapters can be registered.",
+    "task_type": "Only adapters for CAUSAL_LM can be registered.",
+    "bias": 'Train with bias="none".',
+    "init_lora_weights": "Convert it to plain LoRA: "
+    "save_pretrained(..., path_initial_model_for_weight_conversion=...).",
+}
+"""What helps against a refused field."""
 
 
 def _unsupported(what: str, hint: str) -> UnsupportedAdapterError:
@@ -285,6 +277,22 @@ def _names_or_pattern(values: Mapping[str, object], field: str) -> ModulePattern
     if isinstance(value, str) and value:
         return compile_pattern(field, value)
     return frozenset(() if value == "" else _names(values, field))
+
+
+def _tokens(values: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
+    value = values.get("trainable_token_indices") or {}
+    named: dict[str, Any] = value if isinstance(value, dict) else {"embed_tokens": value}
+    for items in named.values():
+        if not isinstance(items, list) or not all(type(item) is int and item >= 0 for item in items):
+            raise _bad("trainable_token_indices", value)
+        if len(set(items)) != len(items):
+            raise AdapterError("adapter_config.json: trainable_token_indices names a token twice")
+        if len(items) > MAX_TOKENS:
+            raise UnsupportedAdapterError(
+                f"trainable_token_indices names {len(items)} tokens; at most {MAX_TOKENS} are supported",
+                hint="Save the whole matrix with the adapter instead (modules_to_save).",
+            )
+    return {name: tuple(items) for name, items in named.items()}
 
 
 def _targets(values: Mapping[str, object]) -> str | ModulePattern | frozenset[str]:

@@ -1,11 +1,5 @@
 """Matching an adapter's tensors with the base it is registered on.
 
-PEFT puts ``base_model.model.`` before the base's own names. A tensor is one of
-
-- ``MODULE.lora_A.weight`` [rank, in] and ``MODULE.lora_B.weight`` [out, rank];
-- a whole tensor: of a module in modules_to_save, or the embedding or output matrix
-  that PEFT saves when they were resized or adapted (``MODULE.base_layer.weight`` then).
-
 Whole tensors replace the base's in a private block. When the base ties its two
 vocabulary matrices, PEFT loads a matrix that is not in modules_to_save into the
 shared one, so both change; a matrix in modules_to_save becomes a copy of its own.
@@ -24,36 +18,29 @@ from blockzoo.errors import (
     UnsupportedAdapterError,
 )
 from blockzoo.folders.adapter import AdapterConfig
+from blockzoo.folders.adapter_rows import TrainedRows, check_apart, check_names, plan_rows
+from blockzoo.folders.adapter_tensors import AdapterTensors, sort_tensors
 from blockzoo.folders.contents import OWN_PREFIX, InFile
 from blockzoo.folders.outline import EMBEDDING_MODULE, HEAD_MODULE, Outline, Place
 from blockzoo.folders.renaming import without_adapter_name, without_marks
 from blockzoo.folders.safetensors_io import TensorEntry
-from blockzoo.manifest import DType
 
-_PREFIX = "base_model.model."
-_LORA = re.compile(r"(.+)\.lora_([AB])\.weight")
-_COPY = re.compile(r"(.+)(\.modules_to_save|\.original_module)\.[^.]+")
-_FLOATS = (DType.F32, DType.F16, DType.BF16)
 _EMBEDDING = f"{EMBEDDING_MODULE}.weight"
 _HEAD = f"{HEAD_MODULE}.weight"
-_FOREIGN = {
-    ".lora_embedding_": "LoRA on embeddings",
-    ".lora_magnitude_vector": "DoRA",
-    ".lora_B.bias": "LoRA with a bias",
-    ".token_adapter.": "trainable tokens",
-}
 
 
 @dataclass(frozen=True, slots=True)
 class LoraPair:
-    """LoRA on one linear module.
+    """LoRA on one linear module, or on the embedding.
 
     Attributes:
-        module: name inside the block, for example "self_attn.q_proj".
-        source_a: name of the [rank, in] matrix in the adapter's file.
+        module: name inside the block, for example "self_attn.q_proj"; "embed_tokens" for the embedding.
+        source_a: name of the [rank, in] matrix in the adapter's file; [rank, vocabulary] for the embedding.
         source_b: name of the [out, rank] matrix.
         rank: of both.
         scale: factor of their product.
+        source_bias: name of the bias [out] that is added to the product before it is scaled.
+        source_magnitude: name of the length [out] of each output's weights, with DoRA.
     """
 
     module: str
@@ -61,6 +48,24 @@ class LoraPair:
     source_b: str
     rank: int
     scale: float
+    source_bias: str | None = None
+    source_magnitude: str | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is LoRA on a linear module and nothing more."""
+        return not (self.source_bias or self.source_magnitude or self.module == "embed_tokens")
+
+    @property
+    def sources(self) -> Mapping[str, str]:
+        """Name of a tensor inside the block -> name in the adapter's file."""
+        found = {
+            "lora_A": self.source_a,
+            "lora_B": self.source_b,
+            "lora_bias": self.source_bias,
+            "magnitude": self.source_magnitude,
+        }
+        return {f"{self.module}.{part}": source for part, source in found.items() if source is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +74,7 @@ class AdapterPlan:
 
     Attributes:
         pairs: chain position -> LoRA pairs there.
+        rows: chain position -> single rows of a vocabulary matrix that are new.
         replaced: chain position -> tensor name inside the base block -> name in the adapter's file.
         ignored: names in the adapter's file that PEFT does not read -> where they are kept for export.
         notes: what whoever registers the adapter may not expect, a sentence each.
@@ -78,18 +84,18 @@ class AdapterPlan:
     replaced: Mapping[int, Mapping[str, str]]
     ignored: Mapping[str, InFile]
     notes: tuple[str, ...] = ()
+    rows: Mapping[int, TrainedRows] = field(default_factory=dict)
 
-
-@dataclass
-class _Sorted:
-    """The adapter's tensors by what they are; paths without PEFT's prefix."""
-
-    lora: dict[str, dict[str, TensorEntry]] = field(default_factory=dict)
-    whole: dict[str, TensorEntry] = field(default_factory=dict)
-    inner: set[str] = field(default_factory=set)
-    """Whole tensors saved from below a LoRA module (`base_layer`)."""
-    ignored: list[str] = field(default_factory=list)
-    """Names in the file of copies that PEFT keeps beside a module in modules_to_save, and does not read."""
+    def adapted(self) -> Mapping[int, Mapping[str, str]]:
+        """Chain position -> tensor name inside the adapter's block there -> name in the adapter's file."""
+        found: dict[int, dict[str, str]] = {}
+        for position in sorted(self.pairs.keys() | self.rows.keys()):
+            sources = found.setdefault(position, {})
+            for pair in self.pairs.get(position, ()):
+                sources |= pair.sources
+            if position in self.rows:
+                sources[f"{self.rows[position].module}.rows"] = self.rows[position].source
+        return found
 
 
 def plan_adapter(
@@ -112,19 +118,24 @@ def plan_adapter(
         UnsupportedAdapterError: blocks cannot compute it.
         AdapterError: config and tensors contradict each other.
     """
+    check_names(config)
     targeted = config.targeted(base.modules, base.linears, HEAD_MODULE)
+    if config.keeps_ties and base.is_tied and EMBEDDING_MODULE in targeted and HEAD_MODULE not in targeted:
+        targeted.append(HEAD_MODULE)
     plain, marks = without_marks(entries)
     plain, names = without_adapter_name(plain)
-    tensors = _sort(plain, config)
-    _check_lora_modules(targeted, tensors, base)
+    tensors = sort_tensors(plain, config)
+    _check_lora_modules(config, targeted, tensors, base)
     whole = _check_whole(config, tensors, set(targeted), base)
     replaced = _share_when_tied(config, whole, base, equal)
     _check_vocabulary(replaced, base)
+    vocabulary = _vocabulary(replaced, base)
+    rows = plan_rows(config, tensors, vocabulary, base, equal)
+    check_apart(config, set(targeted), rows, base)
     pairs: dict[int, list[LoraPair]] = {}
     for module in targeted:
-        place = base.linears[module]
-        rows = replaced[_HEAD].shape[0] if module == HEAD_MODULE and _HEAD in replaced else place.ref.shape[0]
-        pair = _pair(config, module, place, rows, tensors.lora[module], base)
+        place = base.tensors[f"{module}.weight"]
+        pair = _pair(config, module, place, vocabulary, tensors.lora[module], base)
         pairs.setdefault(place.position, []).append(pair)
     by_position: dict[int, dict[str, str]] = {}
     for name, entry in replaced.items():
@@ -134,7 +145,7 @@ def plan_adapter(
         name: InFile(f"{OWN_PREFIX}tensors/{index}") for index, name in enumerate(sorted(tensors.ignored))
     }
     notes = _notes(config, base, targeted, (*marks, *names))
-    return AdapterPlan({key: tuple(value) for key, value in pairs.items()}, by_position, ignored, notes)
+    return AdapterPlan({key: tuple(value) for key, value in pairs.items()}, by_position, ignored, notes, rows)
 
 
 def _notes(
@@ -152,60 +163,24 @@ def _notes(
     return tuple(notes)
 
 
-def _sort(entries: Mapping[str, TensorEntry], config: AdapterConfig) -> _Sorted:
-    tensors = _Sorted()
-    for name, entry in entries.items():
-        for mark, method in _FOREIGN.items():
-            if mark in name:
-                raise UnsupportedAdapterError(
-                    f"the adapter holds {name!r}: {method} is not supported",
-                    hint="Train with plain LoRA on linear modules, or register the merged checkpoint.",
-                    tensor=name,
-                )
-        if entry.dtype not in _FLOATS:
-            raise AdapterError(
-                f"tensor {name!r} is {entry.dtype}; adapters are F32, F16 or BF16", tensor=name
-            )
-        path = name.removeprefix(_PREFIX)
-        if (copy := _COPY.fullmatch(path)) and config.saves(copy[1]) and name.replace(copy[2], "") in entries:
-            tensors.ignored.append(entry.name)
-            continue
-        lora = _LORA.fullmatch(path)
-        if lora:
-            slot, key = tensors.lora.setdefault(lora[1], {}), lora[2]
-        else:
-            slot, key = tensors.whole, path.replace(".base_layer.", ".")
-            if key != path:
-                tensors.inner.add(key)
-        if key in slot:
-            raise AdapterError(f"the adapter holds {path!r} twice", tensor=name)
-        slot[key] = entry
-    return tensors
-
-
-def _check_lora_modules(targeted: list[str], tensors: _Sorted, base: Outline) -> None:
+def _check_lora_modules(
+    config: AdapterConfig, targeted: list[str], tensors: AdapterTensors, base: Outline
+) -> None:
     for module in tensors.lora:
         if module not in base.modules:
             raise _unknown_module(module, base)
     for module in targeted:
-        if module == EMBEDDING_MODULE:
-            raise UnsupportedAdapterError(
-                "LoRA on embed_tokens is not supported",
-                hint="Put embed_tokens into modules_to_save instead, or register the merged checkpoint.",
-                target=module,
-            )
-        if module not in base.linears:
+        if module != EMBEDDING_MODULE and module not in base.linears:
             raise UnsupportedAdapterError(
                 f"LoRA on {module!r}, which is not a linear module, is not supported"
             )
-        if set(tensors.lora.get(module, ())) != {"A", "B"}:
-            raise AdapterBaseMismatchError(
-                f"target_modules names {module!r} of base {base.ref}, "
-                "but the adapter does not hold its two matrices",
-                hint="The adapter was probably trained on another base; name that base with --base.",
-                base=base.ref,
+        if module == EMBEDDING_MODULE and config.lora_bias:
+            raise UnsupportedAdapterError(
+                "adapter_config.json: lora_bias together with LoRA on embed_tokens is not supported",
+                hint="PEFT refuses it too; set lora_bias to false.",
                 module=module,
             )
+        _check_parts(config, module, tensors.lora.get(module, {}), base)
     stray = tensors.lora.keys() - set(targeted)
     if stray:
         raise AdapterError(
@@ -213,6 +188,30 @@ def _check_lora_modules(targeted: list[str], tensors: _Sorted, base: Outline) ->
             hint="adapter_config.json and adapter_model.safetensors do not belong together.",
             module=min(stray),
         )
+
+
+_PARTS = {"bias": "lora_bias", "magnitude": "use_dora"}
+"""Parts beside the two matrices, and the fields that say whether they are there."""
+
+
+def _check_parts(config: AdapterConfig, module: str, found: Mapping[str, TensorEntry], base: Outline) -> None:
+    """Check that a module has both matrices, and what else the config says."""
+    if not found.keys() >= {"A", "B"}:
+        raise AdapterBaseMismatchError(
+            f"target_modules names {module!r} of base {base.ref}, "
+            "but the adapter does not hold its two matrices",
+            hint="The adapter was probably trained on another base; name that base with --base.",
+            base=base.ref,
+            module=module,
+        )
+    for part, field_name in _PARTS.items():
+        if (part in found) != getattr(config, field_name):
+            holds = "holds" if part in found else "does not hold"
+            raise AdapterError(
+                f"the adapter {holds} a {part} for {module!r}, and its {field_name} says otherwise",
+                hint="adapter_config.json and adapter_model.safetensors do not belong together.",
+                module=module,
+            )
 
 
 def _unknown_module(module: str, base: Outline) -> AdapterError:
@@ -237,14 +236,20 @@ def _pair(
     config: AdapterConfig,
     module: str,
     place: Place,
-    rows: int,
-    matrices: Mapping[str, TensorEntry],
+    vocabulary: Mapping[str, int],
+    parts: Mapping[str, TensorEntry],
     base: Outline,
 ) -> LoraPair:
-    a, b = matrices["A"], matrices["B"]
+    a, b = parts["A"], parts["B"]
     rank = config.rank_of(module)
-    _check_shape(a, (a.shape[0] if a.shape else 0, place.ref.shape[1]), base)
-    _check_shape(b, (rows, b.shape[-1] if b.shape else 0), base)
+    outer, inner = place.ref.shape
+    outer = vocabulary.get(module, outer)
+    if module == EMBEDDING_MODULE:
+        inner, outer = outer, inner
+    _check_shape(a, (a.shape[0] if a.shape else 0, inner), base)
+    _check_shape(b, (outer, b.shape[-1] if b.shape else 0), base)
+    for part in parts.keys() - {"A", "B"}:
+        _check_shape(parts[part], (outer,), base)
     if not a.shape[0] == b.shape[1] == rank:
         raise AdapterError(
             f"{module}: lora_A has rank {a.shape[0]}, lora_B has rank {b.shape[1]}, "
@@ -252,8 +257,10 @@ def _pair(
             hint="adapter_config.json and adapter_model.safetensors do not belong together.",
             module=module,
         )
-    inside = place.name.removesuffix(".weight")
-    return LoraPair(inside, a.name, b.name, rank, config.scale_of(module))
+    inside = "embed_tokens" if module == EMBEDDING_MODULE else place.name.removesuffix(".weight")
+    names = {part: entry.name for part, entry in parts.items()}
+    scale = config.scale_of(module)
+    return LoraPair(inside, a.name, b.name, rank, scale, names.get("bias"), names.get("magnitude"))
 
 
 def _check_shape(entry: TensorEntry, expected: tuple[int, ...], base: Outline) -> None:
@@ -269,14 +276,15 @@ def _check_shape(entry: TensorEntry, expected: tuple[int, ...], base: Outline) -
 
 
 def _check_whole(
-    config: AdapterConfig, tensors: _Sorted, targeted: set[str], base: Outline
+    config: AdapterConfig, tensors: AdapterTensors, targeted: set[str], base: Outline
 ) -> dict[str, TensorEntry]:
     """Return the whole tensors after checking that PEFT would load each of them, and that none is missing."""
+    adapted = targeted | tensors.tokens.keys()
     for name, entry in tensors.whole.items():
         module = name.rpartition(".")[0]
         if name not in base.tensors:
             raise _unknown_module(module, base)
-        if (module in targeted) != (name in tensors.inner):
+        if (module in adapted) != (name in tensors.inner):
             raise AdapterError(f"tensor {entry.name!r} does not fit target_modules", tensor=entry.name)
         place = base.tensors[name]
         rows = entry.shape[:1] if name in (_EMBEDDING, _HEAD) else place.ref.shape[:1]
@@ -324,14 +332,20 @@ def _share_when_tied(
     return replaced
 
 
-def _check_vocabulary(replaced: Mapping[str, TensorEntry], base: Outline) -> None:
-    rows = {
-        name: replaced[name].shape[0] if name in replaced else base.tensors[name].ref.shape[0]
-        for name in (_EMBEDDING, _HEAD)
+def _vocabulary(replaced: Mapping[str, TensorEntry], base: Outline) -> dict[str, int]:
+    """Rows of the two vocabulary matrices, by module."""
+    return {
+        module: replaced[name].shape[0] if name in replaced else base.tensors[name].ref.shape[0]
+        for module, name in ((EMBEDDING_MODULE, _EMBEDDING), (HEAD_MODULE, _HEAD))
     }
-    if rows[_EMBEDDING] != rows[_HEAD]:
+
+
+def _check_vocabulary(replaced: Mapping[str, TensorEntry], base: Outline) -> None:
+    rows = _vocabulary(replaced, base)
+    if rows[EMBEDDING_MODULE] != rows[HEAD_MODULE]:
         raise AdapterBaseMismatchError(
-            f"with this adapter the embedding would have {rows[_EMBEDDING]} rows and the head {rows[_HEAD]}",
+            f"with this adapter the embedding would have {rows[EMBEDDING_MODULE]} rows "
+            f"and the head {rows[HEAD_MODULE]}",
             hint="Save both matrices with the adapter: save_pretrained(..., save_embedding_layers=True).",
             base=base.ref,
         )

@@ -190,12 +190,53 @@ CONFIG_FIELDS: Mapping[str, Field] = {
 }
 """Of config.json, beside what the families read."""
 
+ADAPTER_FIELDS: Mapping[str, Field] = {
+    **_refused("peft_type", "the method", "LORA"),
+    **_refused("task_type", "what the adapter is for", "CAUSAL_LM"),
+    **_applied("r lora_alpha use_rslora rank_pattern alpha_pattern", "rank and scale"),
+    **_applied("target_modules exclude_modules layers_to_transform layers_pattern", "which modules"),
+    **_applied("modules_to_save", "modules that are stored whole"),
+    **_applied("trainable_token_indices", "new rows of embed_tokens and lm_head"),
+    **_applied("use_dora", "DoRA"),
+    **_applied("lora_bias", "biases of the adapter"),
+    **_applied("ensure_weight_tying", "adapters on tied matrices are tied too"),
+    **_applied("base_model_name_or_path", "the base, where `--base` names none"),
+    **_refused("bias", "biases of the base are trained", "none"),
+    **_refused(
+        "init_lora_weights",
+        "PiSSA, OLoRA and others that change the base's weights",
+        True,
+        False,
+        "gaussian",
+        "eva",
+        "orthogonal",
+    ),
+    **_refused("fan_in_fan_out", "transposed weights", False),
+    **_refused("layer_replication", "layer replication", []),
+    **_refused("target_parameters", "LoRA on bare parameters", []),
+    **_refused("use_qalora", "QALoRA", False),
+    **_refused("alora_invocation_tokens", "activated LoRA (aLoRA)", []),
+    **_refused("use_bdlora", "BD-LoRA", False),
+    **_refused("arrow_config", "Arrow routing", {}),
+    **_refused("kasa_config", "KaSA", {}),
+    **_refused("velora_config", "VeLoRA", {}),
+    **_refused("monteclora_config", "MonteCLoRA", {}),
+    **_notes("auto_mapping peft_version revision inference_mode runtime_config"),
+    **_fields(
+        Treatment.NOTE,
+        "lora_dropout loftq_config eva_config corda_config lora_ga_config megatron_config megatron_core "
+        "qalora_group_size",
+        "of training",
+    ),
+}
+"""Of adapter_config.json. `blockzoo.folders.adapter` applies them, and refuses fields that are not here."""
+
 FIELDS: Mapping[str, Mapping[str, Field]] = {
     GENERATION_CONFIG: GENERATION_FIELDS,
     TOKENIZER_CONFIG: TOKENIZER_FIELDS,
     SPECIAL_TOKENS_MAP: SPECIAL_TOKENS_FIELDS,
 }
-"""By file name. `blockzoo.families` reads config.json, `folders.adapter` adapter_config.json."""
+"""By file name; files that lie beside weights of any kind. `blockzoo.families` reads config.json."""
 
 
 def config_field(name: str) -> Field:
@@ -226,7 +267,7 @@ def check_fields(file: str, values: Mapping[str, Any], *, shown_as: str = "") ->
         field = field_of(file, name, value)
         if field.treatment is Treatment.SET_ASIDE:
             aside.append(name)
-        if field.treatment is not Treatment.REFUSED or _is_without_effect(field, value):
+        if field.treatment is not Treatment.REFUSED or is_without_effect(field, value):
             continue
         if field.sampled and not samples:
             aside.append(name)
@@ -248,7 +289,8 @@ def field_of(file: str, name: str, value: Any = None) -> Field:
     return FIELDS[file].get(name, UNKNOWN)
 
 
-def _is_without_effect(field: Field, value: Any) -> bool:
+def is_without_effect(field: Field, value: Any) -> bool:
+    """Whether a refused field changes nothing with this value."""
     return value is None or any(
         value == item and isinstance(value, bool) == isinstance(item, bool) for item in field.without_effect
     )

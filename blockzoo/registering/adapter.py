@@ -13,7 +13,7 @@ import numpy as np
 from blockzoo import families
 from blockzoo.errors import AdapterError, UnsupportedAdapterError
 from blockzoo.folders.adapter import AdapterConfig, parse_adapter_config
-from blockzoo.folders.adapter_plan import AdapterPlan, plan_adapter
+from blockzoo.folders.adapter_plan import AdapterPlan, LoraPair, plan_adapter
 from blockzoo.folders.chat_templates import has_templates, is_template_file
 from blockzoo.folders.checkpoint import FolderKind, ModelFolder
 from blockzoo.folders.contents import LAYOUT_FILE, OWN_PREFIX, InBlock, InFile
@@ -142,8 +142,8 @@ def check_adaptable(record: VariantRecord, base: Outline) -> None:
 def _adapter_uploads(folder: ModelFolder, plan: AdapterPlan, base: Outline) -> dict[str, Upload]:
     entries = folder.tensors
     uploads = {}
-    for pairs in plan.pairs.values():
-        for source in (source for pair in pairs for source in (pair.source_a, pair.source_b)):
+    for sources in plan.adapted().values():
+        for source in sources.values():
             uploads[source] = Upload(entries[source].dtype, entries[source].shape, folder.read(source))
     for position, replaced in plan.replaced.items():
         for name, source in replaced.items():
@@ -170,7 +170,7 @@ def put_adapter_chain(
 ) -> ChainId:
     """Write the manifests of a base's chain with an adapter on it."""
     blocks = _base_blocks(base, plan, refs)
-    adapters = {position: _adapter_block(base, position, plan, refs) for position in sorted(plan.pairs)}
+    adapters = {position: _adapter_block(base, position, plan, refs) for position in plan.adapted()}
     ids = iter(
         registration.put_blocks([*(blocks[position] for position in plan.replaced), *adapters.values()])
     )
@@ -200,27 +200,37 @@ def _with_replaced(
 def _adapter_block(
     base: Outline, position: int, plan: AdapterPlan, refs: Mapping[str, TensorRef]
 ) -> BlockManifest:
-    pairs = plan.pairs[position]
-    tensors = {}
-    for pair in pairs:
-        tensors[f"{pair.module}.lora_A"] = refs[pair.source_a]
-        tensors[f"{pair.module}.lora_B"] = refs[pair.source_b]
-    modules: dict[str, JsonValue] = {
-        pair.module: {"rank": pair.rank, "scale": repr(pair.scale)} for pair in pairs
-    }
-    target = "head" if position == base.head else "layer"
-    return BlockManifest(
-        BlockKind.ADAPTER, base.chain.family, {"target": target, "modules": modules}, tensors
-    )
+    """Return what an adapter adds at one position.
+
+    Modules with nothing but LoRA stand under "modules". With anything else they all stand under "changes",
+    which programs that know only LoRA refuse.
+    """
+    pairs, rows = plan.pairs.get(position, ()), plan.rows.get(position)
+    changes = {pair.module: _change(pair) for pair in pairs}
+    if rows is not None:
+        changes.setdefault(rows.module, {})["tokens"] = list(rows.tokens)
+    modules: dict[str, JsonValue] = {**changes}
+    key = "modules" if rows is None and all(pair.is_plain for pair in pairs) else "changes"
+    target = {0: "embedding", base.head: "head"}.get(position, "layer")
+    tensors = {name: refs[source] for name, source in plan.adapted()[position].items()}
+    return BlockManifest(BlockKind.ADAPTER, base.chain.family, {"target": target, key: modules}, tensors)
+
+
+def _change(pair: LoraPair) -> dict[str, JsonValue]:
+    change: dict[str, JsonValue] = {"rank": pair.rank, "scale": repr(pair.scale)}
+    if pair.source_bias is not None:
+        change["bias"] = True
+    if pair.source_magnitude is not None:
+        change["magnitude"] = True
+    return change
 
 
 def adapter_layout(plan: AdapterPlan) -> dict[str, InBlock | InFile]:
     """Return where each tensor of the adapter's folder is kept."""
     tensors: dict[str, InBlock | InFile] = dict(plan.ignored)
-    for position, pairs in plan.pairs.items():
-        for pair in pairs:
-            tensors[pair.source_a] = InBlock(position, 0, f"{pair.module}.lora_A")
-            tensors[pair.source_b] = InBlock(position, 0, f"{pair.module}.lora_B")
+    for position, sources in plan.adapted().items():
+        for name, source in sources.items():
+            tensors.setdefault(source, InBlock(position, 0, name))
     for position, replaced in plan.replaced.items():
         for name, source in replaced.items():
             tensors.setdefault(source, InBlock(position, None, name))

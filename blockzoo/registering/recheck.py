@@ -146,8 +146,8 @@ def _remake_adapter(
     _check_ignored(pushed, plan.ignored, entries)
     for name, ref in inherited.items():
         _require_equal(f"file {name}", pushed.files[name], ref)
-    for pairs in plan.pairs.values():
-        for source in (source for pair in pairs for source in (pair.source_a, pair.source_b)):
+    for sources in plan.adapted().values():
+        for source in sources.values():
             _check_ref(store, source, entries[source], refs, 0)
     for replaced in plan.replaced.values():
         for name, source in replaced.items():

@@ -7,7 +7,8 @@ from a listing.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 from blockzoo import layout
@@ -22,6 +23,7 @@ from blockzoo.manifest import (
     ChainId,
     ChainManifest,
     DType,
+    JsonValue,
     VariantRecord,
 )
 from blockzoo.reports.facts import ChainFacts, ChainReader
@@ -317,16 +319,28 @@ def _each_blob(
 
 
 def _summary(block: BlockManifest) -> Applied:
-    modules = block.config.get("modules")
+    modules = block.config.get("modules", block.config.get("changes"))
     items = modules if block.kind == BlockKind.ADAPTER and isinstance(modules, dict) else {}
-    ranks = {item.get("rank") for item in items.values() if isinstance(item, dict)}
+    changes = [item for item in items.values() if isinstance(item, dict)]
+    ranks = {item.get("rank") for item in changes}
     whole = sorted(rank for rank in ranks if isinstance(rank, int))
-    return Applied(block.kind, tuple(sorted(items)), tuple(whole), block.num_bytes)
+    return Applied(block.kind, tuple(sorted(items)), tuple(whole), block.num_bytes, tuple(_methods(changes)))
+
+
+def _methods(changes: Sequence[Mapping[str, JsonValue]]) -> Iterator[str]:
+    """What an adapter's modules have beside LoRA."""
+    if any(change.get("magnitude") for change in changes):
+        yield "DoRA"
+    if any(change.get("bias") for change in changes):
+        yield "biases"
+    for change in changes:
+        if isinstance(tokens := change.get("tokens"), list):
+            yield f"{len(tokens)} trained tokens"
 
 
 def _alike(run: Run, other: Run) -> bool:
     def looks(item: Applied) -> tuple[object, ...]:
-        return item.kind, item.modules, item.ranks
+        return item.kind, item.modules, item.ranks, item.methods
 
     return (run.kind, run.shared_with, [*map(looks, run.applied)]) == (
         other.kind,
@@ -337,7 +351,7 @@ def _alike(run: Run, other: Run) -> bool:
 
 def _joined(run: Run, other: Run) -> Run:
     applied = tuple(
-        Applied(mine.kind, mine.modules, mine.ranks, mine.num_bytes + theirs.num_bytes)
+        replace(mine, num_bytes=mine.num_bytes + theirs.num_bytes)
         for mine, theirs in zip(run.applied, other.applied, strict=True)
     )
     return Run(run.first, other.last, run.kind, run.num_bytes + other.num_bytes, run.shared_with, applied)

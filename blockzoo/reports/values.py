@@ -52,12 +52,14 @@ class Applied(JsonReport):
         modules: modules that it changes.
         ranks: their ranks, ascending.
         num_bytes: bytes on all links of the run together.
+        methods: what it does beside plain LoRA.
     """
 
     kind: str
     modules: tuple[str, ...]
     ranks: tuple[int, ...]
     num_bytes: int
+    methods: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,7 @@
 
 import pytest
 
-from blockzoo.errors import UnsupportedAdapterError
-from support.adapters import ADAPTERS, FUSED, TRAINABLE_TOKENS
+from support.adapters import ADAPTERS, FURTHER_METHODS, FUSED, MATTER_UNTIED, AdapterSpec
 from support.engine import Ask
 from support.models import FURTHER
 from support.oracle import LOGITS_TOLERANCE, logits_error
@@ -72,6 +71,7 @@ def test_all_adapters_loaded_together_equal_peft(engine, variants, base):
     """All adapters of one base at work at once; banks then hold rows of all of them."""
     checkpoint = variants.checkpoint(base)
     adapters = [variants.adapter(checkpoint, name) for name in ADAPTERS]
+    adapters += [variants.adapter(checkpoint, name, spec=spec) for name, spec in FURTHER_METHODS.items()]
     chains = {one: engine.load(one) for one in [checkpoint, *adapters]}
     cases = [(one, case) for one in chains for case in variants.cases(one, 4)]
     answers = engine.run([Ask(chains[one], case.prompt, len(case.tokens)) for one, case in cases])
@@ -100,8 +100,45 @@ def test_adapter_shares_every_base_block(engine, variants, base):
     assert [len(link.applied) for link in adapted] == [0, 0, 1, 0, 1, 0]  # layers 1 and 3
 
 
-def test_single_trained_tokens_are_refused_by_name(engine, variants):
-    """PEFT's `trainable_token_indices` is not plain LoRA; ignoring it would give wrong answers."""
-    adapter = variants.adapter(variants.checkpoint("llama-gqa"), "trainable-tokens", spec=TRAINABLE_TOKENS)
-    with pytest.raises(UnsupportedAdapterError, match="trainable token"):
-        engine.register(adapter)
+@pytest.mark.parametrize(
+    ("base", "name"),
+    [
+        *(("llama-gqa-tied", name) for name in FURTHER_METHODS),
+        *(("llama-gqa", name) for name in MATTER_UNTIED),
+    ],
+)
+def test_further_methods_equal_peft(engine, variants, base, name):
+    adapter = variants.adapter(variants.checkpoint(base), name, spec=FURTHER_METHODS[name])
+    report = engine.check(variants, adapter, 4)
+    engine.unload(engine.register(adapter))
+    assert report.is_equal, report
+
+
+@pytest.mark.parametrize(
+    ("base", "name"),
+    [
+        ("qwen2-tied", "dora"),
+        ("llama-biases", "dora-ends"),
+        ("llama-biases", "biases"),
+        ("llama-bf16-sharded", "dora-ends"),
+        ("gemma2", "dora-ends"),
+        ("gemma2", "tokens"),
+        ("granite", "embedding-and-head"),
+        ("granite", "tokens-and-head"),
+        ("qwen3", "dora-tokens"),
+    ],
+)
+def test_further_methods_on_other_architectures_equal_peft(engine, variants, base, name):
+    adapter = variants.adapter(variants.checkpoint(base), name, spec=FURTHER_METHODS[name])
+    report = engine.check(variants, adapter, 4)
+    engine.unload(engine.register(adapter))
+    assert report.is_equal, report
+
+
+@pytest.mark.parametrize("method", ["use_dora", "lora_bias"])
+def test_further_methods_on_fused_matrices_equal_peft(engine, variants, method):
+    spec = AdapterSpec({**FUSED.options, method: True})
+    adapter = variants.adapter(variants.checkpoint("phi3-window"), f"fused-{method}", spec=spec)
+    report = engine.check(variants, adapter, 4)
+    engine.unload(engine.register(adapter))
+    assert report.is_equal, report

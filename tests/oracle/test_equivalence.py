@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch.nn import functional
 
+from blockzoo import families
 from blockzoo.evaluation.evaluate import evaluate
 from blockzoo.evaluation.forward import LinkLoader, Windows
 from blockzoo.evaluation.tokens import windows
 from blockzoo.zoo import Zoo
+from support.adapters import FURTHER_METHODS, load_adapted
 from support.models import SENTENCES, checkpoint_tensors, edit_checkpoint, make_tokenizer, tune_layers
 from support.oracle import LOGITS_TOLERANCE, Oracle, logits_error
 
@@ -84,6 +86,38 @@ def test_the_plain_forward_with_adapters_is_peft(zoo, variants, adapter):
     record = evaluate(zoo, "base", "adapted", TEXT, window_tokens=WINDOW)[-1]
     check(record, variants.oracle(checkpoint), variants.oracle(variant))
     assert record.result == zoo.resolve("adapted").chain
+
+
+@pytest.mark.parametrize("name", FURTHER_METHODS)
+def test_the_plain_forward_with_further_methods_is_peft(zoo, variants, name):
+    checkpoint = variants.checkpoint("llama-gqa-tied")
+    variant = variants.adapter(checkpoint, name, spec=FURTHER_METHODS[name])
+    zoo.register(checkpoint.path, name="base")
+    zoo.register(variant.path, name="adapted", base="base")
+    oracle = variants.oracle(variant).logits([tuple(window) for window in windows(IDS, WINDOW)])
+    for ours, theirs in zip(logits_of(zoo, "adapted"), oracle, strict=True):
+        assert logits_error(ours, theirs) <= LOGITS_TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["embedding-and-head", "dora-ends", "tokens-of-both"])
+def test_merged_weights_are_those_that_peft_merges(zoo, variants, name):
+    checkpoint = variants.checkpoint("llama-biases")
+    variant = variants.adapter(checkpoint, name, spec=FURTHER_METHODS[name])
+    zoo.register(checkpoint.path, name="base")
+    zoo.register(variant.path, name="adapted", base="base")
+    merged = load_adapted(checkpoint.path, variant.path).merge_and_unload().state_dict()
+    loader = LinkLoader(zoo, torch.float32, torch.device("cpu"))
+    links = zoo.chain(zoo.resolve("adapted").chain).links
+    family, changed = families.get("llama"), 0
+    for position, link in enumerate(links):
+        for tensor, ref in zoo.block(link.base).tensors.items():
+            ours = before = loader.tensor(ref)
+            for adapter in loader.adapters(link):
+                ours = adapter.merged(tensor, ours)
+            theirs = merged[family.source_name(position, len(links) - 2, tensor)]
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+            changed += not torch.equal(ours, before)
+    assert changed >= 2
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral-window", "qwen3"])

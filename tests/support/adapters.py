@@ -85,8 +85,34 @@ FUSED = AdapterSpec(
 )
 """For checkpoints that hold queries, keys and values in one matrix, and gate and up in one."""
 
-TRAINABLE_TOKENS = AdapterSpec(_lora("q_proj", trainable_token_indices=[3, 17, 400]))
-"""New values for single rows of the embedding, without saving the matrix."""
+FURTHER_METHODS: dict[str, AdapterSpec] = {
+    "tokens": AdapterSpec(_lora("q_proj", trainable_token_indices=[*range(400, 0, -3)])),
+    "tokens-of-the-head": AdapterSpec(
+        _lora("q_proj", trainable_token_indices={"lm_head": [5, 2, *range(200, 300)]})
+    ),
+    "tokens-of-both": AdapterSpec(
+        _lora("q_proj", trainable_token_indices={"embed_tokens": [*range(9, 300)], "lm_head": [4, 11, 250]})
+    ),
+    "tokens-and-head": AdapterSpec(_lora("o_proj", "lm_head", trainable_token_indices=[3, 17, 400])),
+    "embedding": AdapterSpec(_lora("q_proj", "embed_tokens", r=3)),
+    "embedding-tied": AdapterSpec(_lora("v_proj", "embed_tokens", ensure_weight_tying=True)),
+    "embedding-and-head": AdapterSpec(
+        _lora("embed_tokens", "lm_head", r=5, alpha_pattern={"lm_head": 3}, use_rslora=True)
+    ),
+    "biases": AdapterSpec(_lora(*ALL_LINEAR, "lm_head", lora_bias=True)),
+    "dora": AdapterSpec(_lora(*ALL_LINEAR, use_dora=True)),
+    "dora-ends": AdapterSpec(
+        _lora("k_proj", "embed_tokens", "lm_head", use_dora=True, rank_pattern={"lm_head": 7})
+    ),
+    "dora-tokens": AdapterSpec(
+        _lora("v_proj", "down_proj", use_dora=True, trainable_token_indices=[*range(1, 140)])
+    ),
+}
+"""Adapters that are more than plain LoRA on linear modules."""
+
+
+MATTER_UNTIED = ("tokens", "tokens-of-both", "embedding", "dora-ends")
+"""Those of `FURTHER_METHODS` in which a tied head makes a difference."""
 
 
 def make_adapter(spec: AdapterSpec, base: Path, folder: Path, *, seed: int = 1) -> Path:
@@ -111,10 +137,16 @@ def randomise_adapter(model: PeftModel, seed: int) -> None:
             if not parameter.requires_grad:
                 continue
             noise = torch.randn(parameter.shape, generator=generator)
-            if "lora_A" in name:
+            if name.endswith("bias"):
+                parameter.copy_(0.2 * noise)
+            elif "lora_A" in name:
                 parameter.copy_(noise / parameter.shape[1] ** 0.5)
             elif "lora_B" in name:
                 parameter.copy_(0.5 * noise / parameter.shape[1] ** 0.5)
+            elif "lora_embedding" in name:
+                parameter.copy_(0.3 * noise / parameter.shape[0] ** 0.5)
+            elif "magnitude" in name:
+                parameter.mul_(1 + 0.3 * noise)
             else:
                 parameter.add_(0.5 * parameter.std() * noise)
 

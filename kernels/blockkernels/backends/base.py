@@ -19,7 +19,7 @@ from torch import Tensor
 from blockkernels.attention import BatchAttention
 from blockkernels.decoder import LayerSizes, LayerWeights, SlotPlan
 from blockkernels.linear import Linear
-from blockkernels.lora import GroupedRows, LoraBank
+from blockkernels.lora import GroupedRows, GroupedShapes, LoraBank
 from blockkernels.penalties import RowEdit
 from blockkernels.sampling import SamplingBatch, TokenLogprobs
 
@@ -173,6 +173,12 @@ class Backend(Protocol):
 
     def add_lora(self, y: Tensor, x: Tensor, bank: LoraBank, grouped: GroupedRows) -> None:
         """See `blockkernels.lora.add_lora`."""
+        ...
+
+    def add_shaped_lora(
+        self, y: Tensor, x: Tensor, bank: LoraBank, grouped: GroupedRows, shapes: GroupedShapes
+    ) -> None:
+        """See `blockkernels.lora.add_shaped_lora`."""
         ...
 
     # ---- tokens

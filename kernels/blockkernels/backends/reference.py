@@ -13,7 +13,7 @@ from blockkernels.attention import BatchAttention, GatheredAttention
 from blockkernels.backends.base import FusedLayer, FusedLayers, Inexact, PlannedAdapters
 from blockkernels.decoder import LayerSizes, LayerWeights, SlotPlan
 from blockkernels.linear import Linear, PlainLinear
-from blockkernels.lora import add_lora
+from blockkernels.lora import add_lora, add_shaped_lora
 from blockkernels.penalties import edit_logits
 from blockkernels.sampling import logprobs, nonfinite_rows, sample
 
@@ -22,6 +22,7 @@ class ReferenceBackend:
     """See `blockkernels.backends.base.Backend`. Layers are computed part by part."""
 
     add_lora = staticmethod(add_lora)
+    add_shaped_lora = staticmethod(add_shaped_lora)
     edit_logits = staticmethod(edit_logits)
     sample = staticmethod(sample)
     logprobs = staticmethod(logprobs)

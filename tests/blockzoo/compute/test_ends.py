@@ -16,6 +16,8 @@ class NoAdapters:
     def adapt(self, *_: object) -> None:
         pass
 
+    adapt_embedding = adapt
+
 
 def weight(rows: int = VOCAB) -> torch.Tensor:
     return torch.randn(rows, HIDDEN, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -27,11 +29,11 @@ def test_a_rounded_scale_is_that_of_a_scaled_embedding() -> None:
     theirs.weight.data = weight()
     want = theirs(ids).detach()
     rounded = EmbeddingBlock({"scale": repr(SCALE), "scale_type": "rounded"}, {"weight": weight()})
-    assert torch.equal(rounded(ids), want)
+    assert torch.equal(rounded(ids, NoAdapters()), want)
     plain = EmbeddingBlock({"scale": repr(SCALE)}, {"weight": weight()})
-    assert torch.equal(plain(ids), weight() * SCALE)
-    assert not torch.equal(plain(ids), want)
-    assert torch.equal(EmbeddingBlock({}, {"weight": weight()})(ids), weight())
+    assert torch.equal(plain(ids, NoAdapters()), weight() * SCALE)
+    assert not torch.equal(plain(ids, NoAdapters()), want)
+    assert torch.equal(EmbeddingBlock({}, {"weight": weight()})(ids, NoAdapters()), weight())
 
 
 @pytest.mark.parametrize(

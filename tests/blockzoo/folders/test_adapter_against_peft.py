@@ -194,11 +194,8 @@ def test_marks_of_wrappers_are_read_past(tmp_path, name):
 
 
 @pytest.mark.parametrize("options", [
-    {"target_modules": ["q_proj", "embed_tokens"]},
-    {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]},
-    {"target_modules": ["q_proj"], "use_dora": True},
     {"target_modules": ["q_proj"], "init_lora_weights": "pissa"},
-    {"target_modules": ["q_proj"], "lora_bias": True},
+    {"target_modules": ["q_proj"], "trainable_token_indices": {"k_proj": [1]}},
 ])  # fmt: skip
 def test_what_blocks_cannot_compute_is_refused(tmp_path, options):
     from blockzoo.errors import UnsupportedAdapterError

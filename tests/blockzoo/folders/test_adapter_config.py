@@ -151,18 +151,17 @@ def parse(**changes):
 
 
 UNSUPPORTED = {
-    "DoRA": {"use_dora": True},
     "IA3": {"peft_type": "IA3"},
     "no type": {"peft_type": None},
     "classification": {"task_type": "SEQ_CLS"},
     "bias": {"bias": "lora_only"},
-    "lora_bias": {"lora_bias": True},
+    "DoRA with biases": {"use_dora": True, "lora_bias": True},
     "fan_in_fan_out": {"fan_in_fan_out": True},
     "PiSSA": {"init_lora_weights": "pissa"},
     "PiSSA with steps": {"init_lora_weights": "pissa_niter_4"},
     "OLoRA": {"init_lora_weights": "olora"},
     "LoftQ": {"init_lora_weights": "loftq"},
-    "trainable tokens": {"trainable_token_indices": [1]},
+    "too many tokens": {"trainable_token_indices": [*range(20_000)]},
     "parameters": {"target_parameters": ["experts.up"]},
     "replication": {"layer_replication": [[0, 1]]},
     "aLoRA": {"alora_invocation_tokens": [5]},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 import subprocess
 import sys
@@ -11,11 +12,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from peft import LoraConfig
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from blockzoo.errors import UnsupportedFeatureError
+from blockzoo.errors import UnsupportedAdapterError, UnsupportedFeatureError
 from blockzoo.families import for_architecture, supported
+from blockzoo.folders.adapter import parse_adapter_config
 from blockzoo.folders.fields import (
+    ADAPTER_FIELDS,
     CONFIG_FIELDS,
     FIELDS,
     GENERATION_FIELDS,
@@ -55,6 +59,24 @@ def test_every_field_of_tokenizer_config_is_known() -> None:
     found |= set(read_by(PreTrainedTokenizerFast.__init__))
     assert {"chat_template", "added_tokens_decoder", "split_special_tokens"} < found
     assert found - set(TOKENIZER_FIELDS) - INTERNAL == set()
+
+
+def test_every_field_of_adapter_config_is_known() -> None:
+    assert {field.name for field in dataclasses.fields(LoraConfig)} - set(ADAPTER_FIELDS) == set()
+
+
+def test_a_plain_adapter_config_of_peft_is_taken() -> None:
+    """Defaults of the fields that are refused are among the values without effect."""
+    values = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]).to_dict()
+    refused = [name for name, field in ADAPTER_FIELDS.items() if field.treatment is Treatment.REFUSED]
+    assert len(set(refused) & set(values)) > 10
+    parse_adapter_config({**values, "target_modules": ["q_proj"]})
+    for name in set(refused) - {"peft_type", "task_type"}:
+        with pytest.raises(UnsupportedAdapterError, match=name):
+            parse_adapter_config({**values, "target_modules": ["q_proj"], name: {"surprise": 1}})
+    for name in set(refused) - {"peft_type", "task_type", "bias", "init_lora_weights"}:
+        for off in (None, False, [], {}):
+            parse_adapter_config({**values, "target_modules": ["q_proj"], name: off})
 
 
 def read_by(function: Any) -> Iterator[str]:
@@ -129,5 +151,5 @@ def test_fields_without_effect_are_named_and_notes_are_not() -> None:
 
 
 def test_every_field_has_a_meaning() -> None:
-    for fields in FIELDS.values():
+    for fields in (*FIELDS.values(), ADAPTER_FIELDS):
         assert all(field.meaning for field in fields.values())

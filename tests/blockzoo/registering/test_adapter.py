@@ -311,7 +311,12 @@ def edited(**changes):
 
 Q = "self_attn__q_proj__lora_"
 FOREIGN = {"self_attn__query__lora_A__weight": tensor((4, 16), dtype="F32")}
-DORA = {"self_attn__q_proj__lora_magnitude_vector": tensor((16,))}
+DORA = {"self_attn__q_proj__lora_magnitude_vector": tensor((16,), dtype="F32")}
+ROW = tensor((1, 16), dtype="F32")
+TOKENS = {
+    **adapter_tensors(config()),
+    f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta": ROW,
+}
 REFUSED = {
     "another width": (
         {}, adapter_tensors(config(hidden_size=32)), AdapterBaseMismatchError,
@@ -334,15 +339,51 @@ REFUSED = {
     "unknown tensor": ({}, edited(surprise__weight=tensor((4,), dtype="F32")), UnknownTargetError),
     "unknown module to save": ({"modules_to_save": ["classifier"]}, None, UnknownTargetError),
     "module to save missing": ({"modules_to_save": ["lm_head"]}, None, AdapterError),
-    "DoRA vector": ({}, edited(**DORA), UnsupportedAdapterError),
-    "bias": ({}, edited(self_attn__q_proj__lora_B__bias=tensor((16,))), UnsupportedAdapterError),
-    "LoRA on embeddings": (
-        {"target_modules": ["embed_tokens"]},
-        {f"{PREFIX}model.embed_tokens.lora_embedding_A": tensor((4, 40))},
+    "DoRA vector": ({}, edited(**DORA), AdapterError),
+    "no DoRA vectors": ({"use_dora": True}, None, AdapterError),
+    "bias": ({}, edited(self_attn__q_proj__lora_B__bias=tensor((16,), dtype="F32")), AdapterError),
+    "no biases": ({"lora_bias": True}, None, AdapterError),
+    "biases on embeddings": (
+        {"target_modules": ["q_proj", "v_proj", "embed_tokens"], "lora_bias": True},
+        None, UnsupportedAdapterError,
+    ),
+    "no tokens": ({"trainable_token_indices": [1]}, None, AdapterError),
+    "tokens of no config": ({}, TOKENS, AdapterError),
+    "tokens of another number": ({"trainable_token_indices": [1, 2]}, TOKENS, AdapterBaseMismatchError),
+    "a token beyond the vocabulary": ({"trainable_token_indices": [4000]}, TOKENS, AdapterBaseMismatchError),
+    "a token below the vocabulary": ({"trainable_token_indices": [-1]}, TOKENS, AdapterError),
+    "a token twice": ({"trainable_token_indices": [1, 1]}, TOKENS, AdapterError),
+    "tokens of a layer": ({"trainable_token_indices": {"q_proj": [1]}}, TOKENS, UnsupportedAdapterError),
+    "tokens of half a name": ({"trainable_token_indices": {"tokens": [1]}}, TOKENS, UnsupportedAdapterError),
+    "tokens of tied matrices that differ": (
+        {"trainable_token_indices": {"embed_tokens": [1], "lm_head": [2]}, "ensure_weight_tying": True},
+        TOKENS, AdapterError,
+    ),
+    "tokens of a head with DoRA": (
+        {"trainable_token_indices": [1], "target_modules": ["lm_head"], "use_dora": True},
+        {
+            f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta": ROW,
+            f"{PREFIX}lm_head.lora_A.weight": tensor((4, 16), dtype="F32"),
+            f"{PREFIX}lm_head.lora_B.weight": tensor((40, 4), dtype="F32"),
+            f"{PREFIX}lm_head.lora_magnitude_vector": tensor((40,), dtype="F32"),
+        },
         UnsupportedAdapterError,
     ),
+    "tokens of a matrix that is saved": (
+        {"trainable_token_indices": {"lm_head": [1]}, "modules_to_save": ["lm_head"]},
+        {
+            **adapter_tensors(config()), f"{PREFIX}lm_head.token_adapter.trainable_tokens_delta": ROW,
+            f"{PREFIX}lm_head.token_adapter.base_layer.weight": tensor((40, 16), dtype="F32"),
+        },
+        UnsupportedAdapterError,
+    ),
+    "LoRA on embeddings": (
+        {"target_modules": ["embed_tokens"]},
+        {f"{PREFIX}model.embed_tokens.lora_embedding_A": tensor((4, 40), dtype="F32")},
+        AdapterBaseMismatchError,
+    ),
     "LoRA on embeddings by name": (
-        {"target_modules": ["q_proj", "embed_tokens"]}, None, UnsupportedAdapterError,
+        {"target_modules": ["q_proj", "v_proj", "embed_tokens"]}, None, AdapterBaseMismatchError,
     ),
     "LoRA on a norm": (
         {"target_modules": ["q_proj", "v_proj", "input_layernorm"]}, None, UnsupportedAdapterError,

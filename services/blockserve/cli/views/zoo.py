@@ -106,8 +106,9 @@ def _shared(run: Run) -> str:
 
 
 def _describe_applied(item: Applied) -> str:
-    ranks = "/".join(map(str, item.ranks))
-    return f"{item.kind} rank {ranks} on {', '.join(item.modules)} ({format_bytes(item.num_bytes)})"
+    ranks = f" rank {'/'.join(map(str, item.ranks))}" if item.ranks else ""
+    methods = f" with {', '.join(item.methods)}" if item.methods else ""
+    return f"{item.kind}{ranks}{methods} on {', '.join(item.modules)} ({format_bytes(item.num_bytes)})"
 
 
 def draw_usage(report: UsageReport, width: int | None) -> list[str]:

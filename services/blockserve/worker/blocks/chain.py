@@ -9,12 +9,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from blockserve.common.api.cluster import ChainSpan, Run
 from blockserve.worker.kv.pool import KvShape
 from blockserve.worker.kv.prefix import LayerDigest
 from blockzoo.compute.build import ExecutableBlock
+from blockzoo.compute.changes import AdapterChanges
 from blockzoo.compute.decoder import LayerBlock
 from blockzoo.compute.ends import EmbeddingBlock, HeadBlock
 from blockzoo.errors import CorruptManifestError
@@ -118,13 +118,6 @@ class LoadedChain:
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterTensors:
-    """An adapter read from the zoo, not yet in the banks: module -> (A [rank, in], B [out, rank], scale)."""
-
-    modules: dict[str, tuple[Tensor, Tensor, float]]
-
-
-@dataclass(frozen=True, slots=True)
 class PreparedChain:
     """A run of a chain whose blocks were read and laid out, waiting to be attached between two passes."""
 
@@ -132,7 +125,7 @@ class PreparedChain:
     manifest: ChainManifest
     dtype: torch.dtype
     new_blocks: dict[BlockKey, ExecutableBlock]
-    new_adapters: dict[AdapterKey, AdapterTensors]
+    new_adapters: dict[AdapterKey, AdapterChanges]
 
     def links(self) -> tuple[Link, ...]:
         """The links of the run."""

@@ -20,7 +20,6 @@ from blockserve.common.api.cluster import ChainSpan
 from blockserve.common.errors import ConfigurationError
 from blockserve.worker.blocks.chain import (
     AdapterKey,
-    AdapterTensors,
     BlockKey,
     LoadedChain,
     PreparedChain,
@@ -31,6 +30,7 @@ from blockserve.worker.blocks.reading import BlockReader
 from blockserve.worker.kv.prefix import layer_digests
 from blockserve.worker.limits import EngineConfig
 from blockzoo.compute.build import ExecutableBlock
+from blockzoo.compute.changes import AdapterChanges
 from blockzoo.manifest import BlockId
 
 
@@ -48,6 +48,7 @@ class _ResidentAdapter:
     """An adapter in the banks of one base block."""
 
     rows: dict[str, RowRange]
+    changes: AdapterChanges
     num_bytes: int
     users: int = 0
 
@@ -104,6 +105,10 @@ class BlockManager:
         """Where an adapter's rows are in the banks of a base block."""
         return self._adapters[key, adapter].rows
 
+    def changes(self, key: BlockKey, adapter: BlockId) -> AdapterChanges:
+        """What an adapter on a base block changes; matrices of its linear modules are in the banks only."""
+        return self._adapters[key, adapter].changes
+
     def prepare(self, span: ChainSpan) -> PreparedChain:
         """Read, check and lay out what a run of a chain needs and is not in memory yet.
 
@@ -123,7 +128,9 @@ class BlockManager:
         with ThreadPoolExecutor(self._config.load_threads, thread_name_prefix="load") as pool:
             built = pool.map(lambda base: self._reader.build(blocks[base], dtype), bases)
             new_blocks = {(base, dtype): block for base, block in zip(bases, built, strict=True)}
-            read = pool.map(lambda pair: self._reader.read_adapter(adapters[pair[1]], dtype), pairs)
+            read = pool.map(
+                lambda pair: self._reader.read_adapter(adapters[pair[1]], blocks[pair[0]], dtype), pairs
+            )
             new_adapters = {
                 ((base, dtype), name): part for (base, name), part in zip(pairs, read, strict=True)
             }
@@ -194,19 +201,19 @@ class BlockManager:
                     if other == base and module in adapter.rows:
                         adapter.rows[module] = moved[adapter.rows[module]]
 
-    def _add_adapter(self, key: AdapterKey, tensors: AdapterTensors) -> None:
+    def _add_adapter(self, key: AdapterKey, changes: AdapterChanges) -> None:
         resident = self._blocks[key[0]]
         rows: dict[str, RowRange] = {}
-        num_bytes = 0
-        for module, (down, up, scale) in tensors.modules.items():
+        num_bytes = changes.num_bytes
+        for module, change in changes.linears.items():
             bank = resident.banks.get(module)
             if bank is None:
                 out_features, in_features = resident.block.module_shapes[module]
-                bank = LoraBank(in_features, out_features, down.dtype, down.device)
+                bank = LoraBank(in_features, out_features, change.down.dtype, change.down.device)
                 resident.banks[module] = bank
-            rows[module] = bank.add(down, up, scale)
-            num_bytes += down.nbytes + up.nbytes
-        self._adapters[key] = _ResidentAdapter(rows, num_bytes)
+            rows[module] = bank.add(change.down, change.up, change.scale)
+            num_bytes += change.down.nbytes + change.up.nbytes
+        self._adapters[key] = _ResidentAdapter(rows, changes.without_matrices(), num_bytes)
 
 
 def refuse_inexact(backend: Backend, dtype: torch.dtype | None = None) -> None:

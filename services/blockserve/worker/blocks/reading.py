@@ -13,19 +13,18 @@ from torch import Tensor
 from blockkernels.backends import Backend
 from blockserve.common.api.cluster import ChainSpan, Run
 from blockserve.common.errors import SpanError
-from blockserve.worker.blocks.chain import AdapterTensors, adapters_on, layer_positions, links_of
+from blockserve.worker.blocks.chain import adapters_on, layer_positions, links_of
 from blockserve.worker.limits import EngineConfig
 from blockzoo import families
 from blockzoo.compute.build import ExecutableBlock, build_block
-from blockzoo.errors import CorruptManifestError, InvalidConfigError
+from blockzoo.compute.changes import AdapterChanges, AdapterReader
+from blockzoo.errors import CorruptManifestError
 from blockzoo.manifest import (
     BlockId,
-    BlockKind,
     BlockManifest,
     ChainId,
     ChainManifest,
     DType,
-    JsonValue,
     TensorRef,
 )
 
@@ -38,6 +37,9 @@ _TORCH_DTYPES = {
     DType.F16: torch.float16,
     DType.BF16: torch.bfloat16,
 }
+
+_WIDE = (".lora_bias", ".magnitude")
+"""Tensors of adapters that are computed with in float32, whatever the rest is."""
 
 
 class BlockSource(Protocol):
@@ -152,25 +154,12 @@ class BlockReader:
         tensors = {name: self._read(ref, dtype) for name, ref in manifest.tensors.items()}
         return build_block(manifest, tensors, self._backend, exact=self._config.deterministic)
 
-    def read_adapter(self, manifest: BlockManifest, dtype: torch.dtype) -> AdapterTensors:
-        """Read and check an adapter; raises as `build`."""
-        modules = manifest.config.get("modules")
-        if manifest.kind != BlockKind.ADAPTER or not isinstance(modules, dict):
-            raise InvalidConfigError(
-                f"block of kind {manifest.kind!r} cannot be applied on a base block by this version",
-                hint="Upgrade blockzoo on this machine.",
-                kind=manifest.kind,
-            )
-        return AdapterTensors(
-            {
-                module: (
-                    self._read(manifest.tensors[f"{module}.lora_A"], dtype),
-                    self._read(manifest.tensors[f"{module}.lora_B"], dtype),
-                    _scale(module, settings),
-                )
-                for module, settings in modules.items()
-            }
-        )
+    def read_adapter(
+        self, manifest: BlockManifest, base: BlockManifest, dtype: torch.dtype
+    ) -> AdapterChanges:
+        """Read and check an adapter that goes on a base block; raises as `build`."""
+        reader = AdapterReader(self._read, dtype, self._backend, exact=self._config.deterministic)
+        return reader.changes(manifest, base)
 
     def _read(self, ref: TensorRef, dtype: torch.dtype) -> Tensor:
         """One tensor in memory of its own, or still in the file when a layout will copy it anyway."""
@@ -186,11 +175,7 @@ class BlockReader:
 
 def _computed_bytes(manifest: BlockManifest, dtype: torch.dtype) -> int:
     """Bytes of a block's tensors in the type they are computed in."""
-    elements = sum(ref.num_bytes // ref.dtype.itemsize for ref in manifest.tensors.values())
-    return elements * dtype.itemsize
-
-
-def _scale(module: str, settings: JsonValue) -> float:
-    if not isinstance(settings, dict):
-        raise InvalidConfigError(f"adapter settings of {module} are {settings!r}", module=module)
-    return float(str(settings["scale"]))
+    return sum(
+        ref.num_bytes // ref.dtype.itemsize * (4 if name.endswith(_WIDE) else dtype.itemsize)
+        for name, ref in manifest.tensors.items()
+    )

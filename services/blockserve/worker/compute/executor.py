@@ -58,7 +58,7 @@ class Executor:
         self._segments = SegmentMap()
         self._rotary_tables: dict[tuple[RopeParameters, torch.dtype], RotaryTable] = {}
         self.plans = AdapterPlans(blocks, backend, deterministic)
-        self._in_one_call: dict[tuple[SegmentId, int], FusedLayers | None] = {}
+        self._in_one_call: dict[tuple[SegmentId, int, int | None], FusedLayers | None] = {}
         self._scratch = backend.scratch(0)
         self.counters: dict[SegmentId, SegmentCounters] = {}
 
@@ -135,11 +135,13 @@ class Executor:
             if offset == 0:
                 counters.record([(chunk.running.chain, chunk.num_tokens) for chunk in chunks])
             layers = self._layers_from(segment, offset, chain)
+            if layers is not None and (plain := context.count_plain(len(layers))) < len(layers):
+                layers = self._layers_from(segment, offset, chain, plain)
             count = 1 if layers is None else len(layers)
             for place in range(offset, offset + count):
                 counters.block_calls[place] += 1
             if isinstance(block, EmbeddingBlock):
-                hidden = block(batch.token_ids[rows])
+                hidden = block(batch.token_ids[rows], context)
             elif layers is None:
                 hidden = block(_present(hidden), context)
             else:
@@ -149,13 +151,15 @@ class Executor:
         batch.put(rows, _present(hidden))
         return []
 
-    def _layers_from(self, segment: Segment, offset: int, chain: LoadedChain) -> FusedLayers | None:
-        """The segment's layers from there on that one call can compute."""
-        key = (segment.id, offset)
+    def _layers_from(
+        self, segment: Segment, offset: int, chain: LoadedChain, most: int | None = None
+    ) -> FusedLayers | None:
+        """The segment's layers from there on that one call can compute, `most` of them."""
+        key = (segment.id, offset, most)
         if key not in self._in_one_call:
             kernels: list[FusedLayer] = []
             alike = None
-            for position in range(segment.first + offset, segment.first + len(segment.blocks)):
+            for position in range(segment.first + offset, segment.first + len(segment.blocks))[:most]:
                 block = chain.block_at(position)
                 if not isinstance(block, LayerBlock) or block.kernel is None:
                     break
@@ -228,7 +232,7 @@ class _SegmentContext:
         self, executor: Executor, batch: LaneBatch, places: Sequence[int], rows: slice | Tensor
     ) -> None:
         self._executor = executor
-        self._add_lora = executor.backend.add_lora
+        self._backend = executor.backend
         self._batch = batch
         self._chunks = [batch.chunks[place] for place in places]
         self._rows = rows
@@ -300,7 +304,25 @@ class _SegmentContext:
         return self._attention
 
     def adapt(self, module: str, x: Tensor, y: Tensor) -> None:
-        """Add the batch's adapters on a module."""
-        planned = self._plan.at(self._position).get(module)
-        if planned is not None:
-            self._add_lora(y, x, *planned)
+        """Do what the batch's adapters do at a module."""
+        plan = self._plan.at(self._position)
+        for tokens, changes in plan.ends:
+            if changes.head is not None:
+                changes.head(x[tokens], y[tokens])
+        planned = plan.modules.get(module)
+        if planned is None:
+            return
+        if planned.plain is not None:
+            self._backend.add_lora(y, x, planned.bank, planned.plain)
+        if planned.shaped is not None:
+            self._backend.add_shaped_lora(y, x, planned.bank, *planned.shaped)
+
+    def adapt_embedding(self, token_ids: Tensor, hidden: Tensor) -> None:
+        """Change the rows of the embedding as the batch's adapters do."""
+        for tokens, changes in self._plan.at(self._position).ends:
+            if changes.embedding is not None:
+                changes.embedding(token_ids[tokens], hidden[tokens])
+
+    def count_plain(self, num_layers: int) -> int:
+        """How many of the next layers can be computed in one call, as far as adapters go."""
+        return self._plan.count_plain(self._position, num_layers)

@@ -109,9 +109,12 @@ def test_norms_of_queries_and_keys_have_the_size_of_a_head_or_of_all(tiny: TinyZ
 def test_an_adapter_is_read_by_module_and_a_base_block_is_none(tiny: TinyZoo) -> None:
     run = reader(tiny).open(whole(tiny, "all"))
     base, applied = run.adapters()[0]
-    adapter = reader(tiny).read_adapter(reader(tiny).manifest(applied), torch.bfloat16)
-    for down, up, scale in adapter.modules.values():
-        assert (down.shape[0], down.dtype, up.dtype) == (up.shape[1], torch.bfloat16, torch.bfloat16)
-        assert scale > 0
+    block = reader(tiny).manifest(applied)
+    adapter = reader(tiny).read_adapter(block, run.blocks[base], torch.bfloat16)
+    assert adapter.linears
+    for change in adapter.linears.values():
+        assert change.down.shape[0] == change.up.shape[1]
+        assert change.down.dtype == change.up.dtype == torch.bfloat16
+        assert change.scale > 0
     with pytest.raises(InvalidConfigError, match="cannot be applied"):
-        reader(tiny).read_adapter(run.blocks[base], torch.float32)
+        reader(tiny).read_adapter(run.blocks[base], run.blocks[base], torch.float32)

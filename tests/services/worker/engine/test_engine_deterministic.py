@@ -23,6 +23,7 @@ from blockserve.worker.engine.debug import prompt_logits
 from blockserve.worker.engine.engine import BlockEngine
 from blockserve.worker.limits import EngineConfig
 from blockzoo.manifest import ChainId
+from support.adapters import FURTHER_METHODS
 from support.engine import EngineHarness
 from support.models import FURTHER_EVEN
 from support.tiny import TinyZoo
@@ -136,6 +137,16 @@ def test_logits_of_further_families(tmp_path: Path, factory: VariantFactory) -> 
     variants = [*map(factory.checkpoint, FURTHER_EVEN)]
     variants += [factory.adapter(one, "every-linear") for one in variants[:1]]
     assert_deterministic(tmp_path / "zoo", variants, 501, (2, 90), ["odd pages"])
+
+
+@needs_bf16
+def test_logits_of_adapters_that_are_more_than_lora(tmp_path: Path, factory: VariantFactory) -> None:
+    """With the base and plain LoRA, whose layers are computed in one call without the others."""
+    base = factory.checkpoint("llama-even")
+    names = ("dora-ends", "biases", "tokens-and-head", "embedding")
+    variants = [base, factory.adapter(base, "all-linear")]
+    variants += [factory.adapter(base, name, spec=FURTHER_METHODS[name]) for name in names]
+    assert_deterministic(tmp_path / "zoo", variants, 501, (2, 66), ["odd pages"])
 
 
 @needs_bf16

@@ -1,4 +1,4 @@
-"""Every architecture over several workers: the same answers as on one, wherever the chain is cut."""
+"""Every architecture, and every kind of adapter, over several workers: the answers of one, however cut."""
 
 import asyncio
 
@@ -7,6 +7,7 @@ import pytest
 from blockserve.common.api.engine import EngineRequest, SamplingParams, TokenEvent
 from blockserve.worker.engine.engine import BlockEngine
 from blockzoo.zoo import Zoo
+from support.adapters import FURTHER_METHODS
 from support.models import FURTHER
 from support.spans import SpanCluster, span_cluster
 from support.tiny import SMALL, TinyZoo
@@ -28,6 +29,18 @@ def zoo(factory: VariantFactory, tmp_path_factory: pytest.TempPathFactory) -> Ti
     return TinyZoo(made, folder, {name: made.resolve(name).chain for name in (*FURTHER, "adapter")})
 
 
+@pytest.fixture(scope="module")
+def adapters(factory: VariantFactory, tmp_path_factory: pytest.TempPathFactory) -> TinyZoo:
+    """One tied checkpoint, with adapters on it that are more than LoRA on linear modules."""
+    folder = tmp_path_factory.mktemp("adapters") / "zoo"
+    made, base = Zoo.open(folder, create=True), factory.checkpoint("llama-gqa-tied")
+    made.register(base.path, name="base")
+    names = ("dora-ends", "biases", "tokens-and-head", "embedding-tied")
+    for name in names:
+        made.register(factory.adapter(base, name, spec=FURTHER_METHODS[name]).path, name=name, base="base")
+    return TinyZoo(made, folder, {name: made.resolve(name).chain for name in ("base", *names)})
+
+
 async def answers(engine: BlockEngine, requests: list[EngineRequest]) -> list[list[int]]:
     async def answer(request: EngineRequest) -> list[TokenEvent]:
         return [event async for batch in engine.generate(request) for event in batch]
@@ -41,7 +54,10 @@ def ask(name: str, zoo: TinyZoo, prompt: tuple[int, ...], **more: object) -> Eng
     return EngineRequest(f"{name} {len(prompt)}", zoo.chains[name], prompt, greedy, 12, **more)  # type: ignore[arg-type]
 
 
-def test_tokens_are_those_of_one_worker(zoo: TinyZoo) -> None:
+@pytest.mark.parametrize("which", ["zoo", "adapters"])
+def test_tokens_are_those_of_one_worker(which: str, request: pytest.FixtureRequest) -> None:
+    zoo: TinyZoo = request.getfixturevalue(which)
+
     async def whole(engine: BlockEngine) -> list[list[int]]:
         for chain in zoo.chains.values():
             await engine.load(chain)
