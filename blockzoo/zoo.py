@@ -242,7 +242,7 @@ class Zoo:
         revive: bool = False,
         progress: Progress | None = None,
     ) -> CopyReport:
-        """Bring variants from a backup; with `revive` also those that were removed here since."""
+        """Bring variants from a backup; with `revive` also versions that were removed here since."""
         return _copy(Zoo.open(src).store, self.store, names, progress, revive=revive)
 
 
