@@ -171,10 +171,19 @@ class Zoo:
         name: str,
         base: str | None = None,
         revision: str | None = None,
+        on_demand: bool = False,
         progress: Progress | None = None,
     ) -> RegisterResult:
         """Register a checkpoint or adapter folder; see `blockzoo.registering.folder.register_folder`."""
-        return register_folder(self.store, path, name=name, base=base, revision=revision, progress=progress)
+        return register_folder(
+            self.store,
+            path,
+            name=name,
+            base=base,
+            revision=revision,
+            on_demand=on_demand,
+            progress=progress,
+        )
 
     def export(self, ref: str, dest: str | Path, *, progress: Progress | None = None) -> ExportResult:
         """Write a variant back as a folder; see `blockzoo.folders.export.export_variant`."""

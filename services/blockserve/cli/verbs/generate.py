@@ -151,7 +151,9 @@ def generate(
 
     The text goes to standard output; on a terminal a line about tokens, speed and the request's id follows on
     standard error. Ctrl-C cancels the request. Several answers (--n) are printed when they are complete, each
-    below a separator line. Options of a conversation send the prompt as a user message, as --chat does.
+    below a separator line. Options of a conversation send the prompt as a user message, as --chat does. An
+    adapter that is not registered is named by its place at the server, if the operator allows it
+    (`serve --allow-unregistered`).
 
     \b
     Examples:
@@ -162,6 +164,7 @@ def generate(
       blockzoo generate qwen3 "How warm is it in Bonn?" --tools weather.json --keep-special-tokens
       blockzoo generate support-bot "Name a fruit, as JSON." --continue '{"fruit":'
       blockzoo generate smollm2 "A name for a cat:" --n 3 --max-tokens 8
+      blockzoo generate smollm2+path:/srv/adapters/bot "Hello"
       blockzoo generate smollm2 "2 + 2 =" -t 0 -m 3 --json | jq -r .text
     """
     options = {
