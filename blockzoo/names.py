@@ -20,6 +20,9 @@ MAX_NAME_LEN = 96
 MAX_VERSION = 999_999_999
 """Highest version number; nine digits bound what `NAME@N` can ask for."""
 
+RESERVED_PREFIX = "unregistered."
+"""Names that begin so are given and removed by servers that register what requests name by its place."""
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 _HINT = (
@@ -38,6 +41,21 @@ def check_name(name: str) -> VariantName:
         # The text is cut because a hostile name may be megabytes long.
         raise InvalidNameError(f"{_shorten(name)!r} is not a variant name", hint=_HINT, name=_shorten(name))
     return VariantName(name)
+
+
+def check_unreserved(name: str) -> VariantName:
+    """Return `name` as a name that may be registered.
+
+    Raises:
+        InvalidNameError: it breaks the rule in the module docstring, or servers give such names.
+    """
+    if name.startswith(RESERVED_PREFIX):
+        raise InvalidNameError(
+            f"{_shorten(name)!r} begins with {RESERVED_PREFIX!r}, as names that servers give and remove",
+            hint="Choose another name.",
+            name=_shorten(name),
+        )
+    return check_name(name)
 
 
 def parse_ref(ref: str) -> tuple[VariantName, int | None]:

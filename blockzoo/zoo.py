@@ -171,10 +171,19 @@ class Zoo:
         name: str,
         base: str | None = None,
         revision: str | None = None,
+        on_demand: bool = False,
         progress: Progress | None = None,
     ) -> RegisterResult:
         """Register a checkpoint or adapter folder; see `blockzoo.registering.folder.register_folder`."""
-        return register_folder(self.store, path, name=name, base=base, revision=revision, progress=progress)
+        return register_folder(
+            self.store,
+            path,
+            name=name,
+            base=base,
+            revision=revision,
+            on_demand=on_demand,
+            progress=progress,
+        )
 
     def export(self, ref: str, dest: str | Path, *, progress: Progress | None = None) -> ExportResult:
         """Write a variant back as a folder; see `blockzoo.folders.export.export_variant`."""
@@ -242,7 +251,7 @@ class Zoo:
         revive: bool = False,
         progress: Progress | None = None,
     ) -> CopyReport:
-        """Bring variants from a backup; with `revive` also those that were removed here since."""
+        """Bring variants from a backup; with `revive` also versions that were removed here since."""
         return _copy(Zoo.open(src).store, self.store, names, progress, revive=revive)
 
 

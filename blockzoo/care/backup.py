@@ -9,7 +9,7 @@ Refs keep their numbers. Where both sides hold a name, the higher number wins an
 the other side's refs are never overwritten:
 
 - a version that the destination lacks and that is newer than its newest is added;
-- older ones are not brought back, because somebody removed them there;
+- older ones are not brought back, because somebody removed them there; `revive` does bring them back;
 - a tombstone travels too, so a variant removed at the source is removed in the copy;
 - the same number with other content is a conflict, reported and left alone.
 
@@ -39,6 +39,7 @@ class CopyReport:
         present: objects that were there already.
         added: versions (`name@n`) that the destination has now and had not.
         skipped: versions and decisions that were not copied, with the reason.
+        revived: versions that came back under another number: `name@n` at the source -> `name@n` now.
     """
 
     copied: int
@@ -46,6 +47,7 @@ class CopyReport:
     present: int
     added: tuple[str, ...]
     skipped: dict[str, str]
+    revived: dict[str, str]
 
 
 def copy_zoo(
@@ -64,7 +66,8 @@ def copy_zoo(
         source: where to read; leased while it is read, if it can be written.
         destination: where to write.
         names: only these variants; all when None.
-        revive: bring variants back that were removed at the destination, as new versions.
+        revive: bring back what was removed at the destination: single versions under their numbers, those
+            of a removed variant under numbers above its tombstone (`blockzoo.care.reviving`).
         on_plan: called once with the stored bytes that are going to be copied.
         on_bytes: called from any thread with the stored bytes of each object just copied.
         kinds: what a zoo keeps; each is copied after those before it.
@@ -83,7 +86,9 @@ def copy_zoo(
         )
         for kind in kinds:
             report.add(kind.copy(task))
-    return CopyReport(report.copied, report.num_bytes, report.present, tuple(report.added), report.skipped)
+    return CopyReport(
+        report.copied, report.num_bytes, report.present, tuple(report.added), report.skipped, report.revived
+    )
 
 
 def _ignore(_: int) -> None:

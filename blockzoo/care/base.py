@@ -37,7 +37,7 @@ class CopyTask:
         source: where to read.
         destination: where to write.
         names: copy only these variants, and what is about them; everything when None.
-        revive: bring variants back that were removed at the destination, as new versions.
+        revive: bring back what was removed at the destination.
         reading: lease at the source, which may be read-only.
         writing: lease at the destination.
         on_plan: called once with the stored bytes that are going to be copied.
@@ -63,6 +63,7 @@ class Copied:
     present: int = 0
     added: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    revived: dict[str, str] = field(default_factory=dict)
 
     def add(self, other: Copied) -> None:
         """Count what another copy brought too."""
@@ -71,6 +72,7 @@ class Copied:
         self.present += other.present
         self.added += other.added
         self.skipped |= other.skipped
+        self.revived |= other.revived
 
 
 def _owns_nothing(_key: str) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from blockzoo import layout
 from blockzoo.canonical import digest_bytes
 from blockzoo.care.base import Copied, CopyTask
+from blockzoo.care.reviving import revived
 from blockzoo.errors import CorruptManifestError, FormatVersionError, StorageError
 from blockzoo.manifest import BlobId, VariantName, VariantRecord
 from blockzoo.storage.base import Chunks, Staged
@@ -24,11 +25,20 @@ _GROUP_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
-    """Records to copy, each with whether it takes a new number, and what is left out why."""
+class _Version:
+    """A version to copy: as the source has it, and as the destination shall have it."""
 
-    copies: list[tuple[VariantRecord, bool]]
+    record: VariantRecord
+    written: VariantRecord
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Versions to copy in the order of writing, what is left out why, and which version became which."""
+
+    copies: list[_Version]
     skipped: dict[str, str]
+    revived: dict[str, str]
 
 
 def copy_variants(task: CopyTask) -> Copied:
@@ -37,11 +47,11 @@ def copy_variants(task: CopyTask) -> Copied:
     _hold_source(task.source, task.reading, plan)
     copied, num_bytes, present = _copy_objects(task, plan)
     added = _copy_refs(task.destination, plan, task.writing)
-    return Copied(copied, num_bytes, present, added, plan.skipped)
+    return Copied(copied, num_bytes, present, added, plan.skipped, plan.revived)
 
 
 def _plan_refs(task: CopyTask) -> _Plan:
-    plan = _Plan([], {})
+    plan = _Plan([], {}, {})
     theirs = task.destination.numbers()
     for name, numbers in task.source.numbers().items():
         if task.names is None or name in task.names:
@@ -53,39 +63,78 @@ def _plan_name(plan: _Plan, task: CopyTask, name: VariantName, numbers: list[int
     source, destination = task.source, task.destination
     live = source.versions(name)
     newest = theirs[-1] if theirs else 0
-    removed = bool(theirs) and destination.read_ref(name, newest).deleted
-    if removed and live and live[-1].version < newest:
-        if task.revive:
-            plan.copies.append((live[-1], True))
-        else:
-            plan.skipped[f"{name}@{live[-1].version}"] = "removed at the destination"
+    is_removed = bool(theirs) and destination.read_ref(name, newest).deleted
+    tombstone_there = destination.last_tombstone(name) if task.revive and theirs else 0
+    if live and live[0].version < tombstone_there and _may_revive(destination, live, tombstone_there, theirs):
+        _plan_revival(plan, destination, live, tombstone_there, theirs)
+        return
+    if is_removed and live and live[-1].version < newest:
+        plan.skipped.update(dict.fromkeys(map(_ref, live), "removed at the destination"))
         return
     # A tombstone only matters where there is something to hide.
     tombstone = numbers[-1] if not live else max((n for n in numbers if n < live[0].version), default=0)
     if theirs and tombstone > newest:
-        plan.copies.append((source.read_ref(name, tombstone), False))
+        record = source.read_ref(name, tombstone)
+        plan.copies.append(_Version(record, record))
     for record in live:
-        reason = _reason_to_skip(destination, record, theirs)
+        reason = _reason_to_skip(destination, record, theirs, tombstone_there if task.revive else None)
         if reason is None:
-            plan.copies.append((record, False))
+            plan.copies.append(_Version(record, record))
         elif reason:
-            plan.skipped[f"{name}@{record.version}"] = reason
+            plan.skipped[_ref(record)] = reason
 
 
-def _reason_to_skip(destination: ZooStore, record: VariantRecord, theirs: list[int]) -> str | None:
-    """Return None to copy the record, "" when it is there already, otherwise why not."""
+def _may_revive(destination: ZooStore, live: list[VariantRecord], tombstone: int, theirs: list[int]) -> bool:
+    """Whether nothing but these versions stands above the tombstone: what came later stays current."""
+    if theirs[-1] == tombstone:
+        return True
+    newest = revived(live[-1], tombstone)
+    return (
+        newest is not None
+        and theirs[-1] == newest.version
+        and destination.read_ref(newest.name, newest.version) == newest
+    )
+
+
+def _plan_revival(
+    plan: _Plan, destination: ZooStore, live: list[VariantRecord], tombstone: int, theirs: list[int]
+) -> None:
+    # The newest is written first: from then on the name means what it is to mean, and the others lie below.
+    for record in reversed(live):
+        written = revived(record, tombstone)
+        if written is None:
+            plan.skipped[_ref(record)] = "removed at the destination, where no version numbers are left"
+        elif written.version not in theirs:
+            plan.copies.append(_Version(record, written))
+        elif destination.read_ref(written.name, written.version) != written:
+            plan.skipped[_ref(record)] = f"conflict: the destination holds something else as {_ref(written)}"
+
+
+def _reason_to_skip(
+    destination: ZooStore, record: VariantRecord, theirs: list[int], tombstone: int | None
+) -> str | None:
+    """Return None to copy the record, "" when it is there already, otherwise why not.
+
+    `tombstone` is the newest one at the destination, 0 without one, None unless versions are brought back.
+    """
     if not theirs or record.version > theirs[-1]:
         return None
+    if tombstone is not None and record.version < tombstone:
+        return "removed at the destination, where newer versions are registered"
     if record.version not in theirs:
-        return "older than what the destination holds"
+        return "older than what the destination holds" if tombstone is None else None
     if destination.read_ref(record.name, record.version) != record:
         return "conflict: the destination holds something else under this number"
     return ""
 
 
+def _ref(record: VariantRecord) -> str:
+    return f"{record.name}@{record.version}"
+
+
 def _hold_source(source: ZooStore, lease: LeaseHolder, plan: _Plan) -> None:
     """Keep gc away from what is being read. The chains are enough: it keeps what a leased chain needs."""
-    records = [record for record, _ in plan.copies]
+    records = [copy.record for copy in plan.copies]
     digests = {file.blob for record in records for file in record.files.values()}
     try:
         source.check_writable()
@@ -99,8 +148,8 @@ def _copy_objects(task: CopyTask, plan: _Plan) -> tuple[int, int, int]:
     """Copy what the planned records need; returns objects copied, their stored bytes, objects present."""
     source, destination, lease = task.source, task.destination, task.writing
     walker = Walker(source)
-    for record, _ in plan.copies:
-        walker.add_record(record)
+    for copy in plan.copies:
+        walker.add_record(copy.record)
     closure = walker.closure
     differences = {blob for blob in closure.blobs if closure.bases[blob] is not None}
     stages = [
@@ -189,12 +238,12 @@ def _verified_chunks(source: ZooStore, destination: ZooStore, key: str) -> Chunk
 
 def _copy_refs(destination: ZooStore, plan: _Plan, lease: LeaseHolder) -> list[str]:
     added = []
-    for record, renumber in plan.copies:
+    for copy in plan.copies:
         lease.check()
-        if renumber:
-            record = destination.add_version(record)
-        elif not destination.put_ref(record):
-            plan.skipped[f"{record.name}@{record.version}"] = "conflict: registered there meanwhile"
+        if not destination.put_ref(copy.written):
+            plan.skipped[_ref(copy.record)] = "conflict: registered there meanwhile"
             continue
-        added.append(f"{record.name}@{record.version}")
+        added.append(_ref(copy.written))
+        if copy.written.version != copy.record.version:
+            plan.revived[_ref(copy.record)] = _ref(copy.written)
     return added

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from blockzoo.folders.checkpoint import FolderKind, open_folder
 from blockzoo.folders.hub import find_folder
-from blockzoo.names import check_name
+from blockzoo.names import check_name, check_unreserved
 from blockzoo.progress import NoProgress, Progress
 from blockzoo.registering.adapter import register_adapter
 from blockzoo.registering.checkpoint import register_checkpoint
@@ -30,6 +30,7 @@ def register_folder(
     name: str,
     base: str | None = None,
     revision: str | None = None,
+    on_demand: bool = False,
     progress: Progress | None = None,
 ) -> RegisterResult:
     """Register a checkpoint or adapter folder as the next version of a variant.
@@ -41,6 +42,7 @@ def register_folder(
         name: variant name.
         base: variant that an adapter belongs to, or that a checkpoint was tuned from.
         revision: of a model of the hub; its commit becomes part of the provenance.
+        on_demand: a server registers it for a request, under a reserved name.
         progress: told what is being done.
 
     Raises:
@@ -49,7 +51,7 @@ def register_folder(
         VariantNotFoundError: there is no variant `base`.
         StorageError, ConflictError: nothing was registered; what was stored goes with the next gc.
     """
-    check_name(name)
+    (check_name if on_demand else check_unreserved)(name)
     store.check_writable()
     found = find_folder(source, revision)
     with open_folder(found.path) as folder:

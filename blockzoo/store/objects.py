@@ -147,7 +147,7 @@ class Objects:
                 continue
             name, version = parsed
             if name not in tombstones:
-                tombstones[name] = self._last_tombstone(name)
+                tombstones[name] = self.last_tombstone(name)
             if version < tombstones[name]:
                 yield info
 
@@ -222,6 +222,16 @@ class Objects:
             raise damaged(key)
         return record
 
+    def last_tombstone(self, name: str) -> int:
+        """Return the number of the newest tombstone of a name, 0 where there is none."""
+        for version in reversed(self._numbers_of(name)):
+            try:
+                if self.read_ref(name, version).deleted:
+                    return version
+            except NotFoundError:
+                continue
+        return 0
+
     def _numbers_of(self, name: str) -> list[int]:
         parsed = (layout.version_of(info.key) for info in self.storage.list(f"{layout.REFS}/{name}"))
         return sorted(item[1] for item in parsed if item is not None)
@@ -253,15 +263,6 @@ class Objects:
                 raise
             on_damage(DamagedRef(name, version, error))
             return None
-
-    def _last_tombstone(self, name: str) -> int:
-        for version in reversed(self._numbers_of(name)):
-            try:
-                if self.read_ref(name, version).deleted:
-                    return version
-            except NotFoundError:
-                continue
-        return 0
 
     def _newest(
         self, name: VariantName, numbers: list[int], on_damage: OnDamage | None = None

@@ -22,6 +22,7 @@ from blockserve.client.blocking import Client
 from blockserve.client.inference import continued
 from blockserve.common.api.calls import GenerateCall
 from blockserve.common.api.tokens import FinishReason
+from blockserve.common.errors import UnregisteredRefusedError
 from blockserve.embedded.server import EmbeddedServer
 from blockserve.embedded.settings import EmbeddedSettings
 from blockserve.worker.limits import EngineConfig
@@ -144,6 +145,26 @@ async def test_a_conversation_is_what_transformers_would_have_made_of_it(made: M
         assert (tokenized.text, tokenized.token_ids) == (rendered, prompt)
         answer = await rig.client.chat("adapter", CHAT, temperature=0, max_tokens=NUM_TOKENS).result()
         assert answer.token_ids == expected(made, made.adapter, prompt)
+
+
+@async_test
+async def test_an_adapter_named_by_its_folder_answers_as_the_oracle_says(made: Made, zoo: Zoo) -> None:
+    prompt = tuple(made.tokenizer()(PROMPT)["input_ids"])
+    named = f"base+path:{made.adapter.path}"
+    options: dict[str, Any] = {"temperature": 0, "max_tokens": NUM_TOKENS}
+    async with served(zoo, allow_unregistered=(str(Path(made.adapter.path).parent),)) as rig:
+        answers = await asyncio.gather(
+            *(rig.client.generate(named, PROMPT, **options).result() for _ in range(3))
+        )
+        again = await rig.client.generate(answers[0].info.ref, PROMPT, **options).result()
+    for answer in (*answers, again):
+        assert answer.token_ids == expected(made, made.adapter, prompt)
+        assert answer.info.ref == answers[0].info.ref
+        assert answer.info.ref.startswith("unregistered.")
+    async with served(zoo) as rig:
+        with pytest.raises(UnregisteredRefusedError) as refused:
+            await rig.client.generate(named, PROMPT, **options).result()
+    assert "--allow-unregistered" in refused.value.hint
 
 
 @async_test

@@ -37,6 +37,7 @@
     ├── LocalClusterError
     ├── UnauthenticatedError
     ├── PossessionError
+    ├── UnregisteredRefusedError
     ├── PushInterruptedError
     └── RemoteError                  what a client sees of a failure that carried no type
         └── UnavailableError
@@ -145,6 +146,12 @@ class PossessionError(BlockzooError):
     """A push could not prove that it has the bytes of a blob that is in the zoo."""
 
     reason = "NOT_POSSESSED"
+
+
+class UnregisteredRefusedError(BlockzooError):
+    """An adapter is named by its place, and the operator does not allow that for this one."""
+
+    reason = "UNREGISTERED_REFUSED"
 
 
 class PushInterruptedError(BlockzooError):

@@ -39,6 +39,19 @@ class EmbeddedSettings(MetricsSettings):
         "(`engine.block_bytes`).",
         reason="For variants that must always answer at once; all others are loaded and unloaded by use.",
     )
+    allow_unregistered: tuple[str, ...] = setting(
+        (),
+        "Folders, and models of the Hugging Face hub (`hub:ORG/NAME` or `hub:ORG/NAME@REVISION`), whose "
+        "adapters a request may name without registering: `BASE+path:/FOLDER`, `BASE+hub:ORG/NAME`.",
+        reason="Off: callers cannot make the server read files or fetch models; SECURITY.md has what it "
+        "means.",
+    )
+    max_unregistered: int = setting(
+        64,
+        "Maximum number of such adapters in the zoo; those that were named least recently are removed.",
+        reason="Some hundred megabytes of adapters; naming one again registers it again.",
+        ge=1,
+    )
     stall_seconds: float = setting(
         60.0,
         "How long requests may wait without a finished pass before the health service reports NOT_SERVING.",

@@ -131,7 +131,9 @@ def restore(
     names: NamesOption = None,
     revive: Annotated[
         bool,
-        typer.Option("--revive", help="Also bring back variants that were removed here since the backup."),
+        typer.Option(
+            "--revive", help="Also bring back what was removed here since the backup, with all its versions."
+        ),
     ] = False,
     zoo: ZooOption = DEFAULT_ZOO,
     as_json: JsonOption = False,
@@ -139,6 +141,8 @@ def restore(
     """Bring variants back from another zoo.
 
     A zoo that does not exist yet is created. Versions that this zoo has already stay as they are.
+    Versions keep their numbers. Only where a whole variant was removed here are its numbers used up: --revive
+    then brings its versions back under higher numbers, and prints which became which.
 
     \b
     Examples:
@@ -200,7 +204,8 @@ def _print_copy(report: CopyReport, done: str, as_json: bool) -> None:
         f"{done} {len(report.added)} versions: {report.copied} objects, {format_bytes(report.copied_bytes)}; "
         f"{report.present} were there"
     )
+    origins = {now: before for before, now in report.revived.items()}
     for ref in report.added:
-        say(f"  {ref}")
+        say(f"  {ref}, which was {origins[ref]} before it was removed" if ref in origins else f"  {ref}")
     for ref, reason in sorted(report.skipped.items()):
         say(f"  {ref} skipped: {reason}")

@@ -13,18 +13,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from blockserve.cli.options.connection import Connection, connects
+from blockserve.cli.options.conversation import (
+    CONVERSATION,
+    KeepSpecialTokensOption,
+    TemplateArgOption,
+    TemplateOption,
+    template_options,
+)
 from blockserve.cli.options.lines import Messages, line_editing
-from blockserve.cli.options.shared import RefArgument
-from blockserve.cli.verbs.generate import (
+from blockserve.cli.options.sampling import (
     MaxTokensOption,
     MinPOption,
     SeedOption,
     TemperatureOption,
     TopKOption,
     TopPOption,
-    describe_answer,
-    waited_for,
 )
+from blockserve.cli.options.shared import RefArgument
+from blockserve.cli.verbs.generate import describe_answer, waited_for
 from blockserve.cli.views.plain import write_answer
 from blockserve.cli.views.tables import note, say
 from blockserve.cli.views.waiting import Waiting
@@ -54,8 +60,12 @@ Ctrl-C stops an answer."""
 def chat(
     model: RefArgument,
     system: Annotated[
-        str | None, typer.Option("--system", "-s", metavar="TEXT", help="System message of the conversation.")
+        str | None,
+        typer.Option("--system", "-s", metavar="TEXT", rich_help_panel=CONVERSATION, help="System message."),
     ] = None,
+    template_arguments: TemplateArgOption = None,
+    template: TemplateOption = None,
+    keep_special_tokens: KeepSpecialTokensOption = False,
     temperature: TemperatureOption = None,
     top_k: TopKOption = None,
     top_p: TopPOption = None,
@@ -76,6 +86,7 @@ def chat(
     Examples:
       blockzoo chat smollm2
       blockzoo chat support-bot --system "You are terse." --temperature 0.2
+      blockzoo chat qwen3 --template-arg enable_thinking=false
     """
     options = {
         "temperature": temperature,
@@ -84,8 +95,10 @@ def chat(
         "min_p": min_p,
         "seed": seed,
         "max_tokens": max_tokens,
+        "skip_special_tokens": False if keep_special_tokens else None,
     }
     given = {name: value for name, value in options.items() if value is not None}
+    given |= template_options(template_arguments, template)
     with (
         connection.open(resume_attempts=WAIT_ATTEMPTS, on_break=_tell_waiting) as client,
         line_editing() as messages,

@@ -9,7 +9,32 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from blockserve.cli.options.connection import Connection, connects
+from blockserve.cli.options.conversation import (
+    CONVERSATION,
+    ContinueOption,
+    KeepSpecialTokensOption,
+    TemplateArgOption,
+    TemplateOption,
+    ToolsOption,
+    read_tools,
+    template_options,
+)
 from blockserve.cli.options.failures import USAGE
+from blockserve.cli.options.sampling import (
+    SAMPLING,
+    STOPPING,
+    FrequencyPenaltyOption,
+    LogitBiasOption,
+    MaxTokensOption,
+    MinPOption,
+    PresencePenaltyOption,
+    RepetitionPenaltyOption,
+    SeedOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+    parse_bias,
+)
 from blockserve.cli.options.shared import JsonOption, RefArgument
 from blockserve.cli.views.plain import write_answer
 from blockserve.cli.views.tables import format_seconds, note, print_json
@@ -21,88 +46,6 @@ if TYPE_CHECKING:
     from blockserve.client.blocking import Client, Generation
     from blockserve.common.api.results import Completion, Finish, RequestInfo
 
-SAMPLING = "Sampling (default: the variant's generation_config.json)"
-STOPPING = "Stopping"
-
-TemperatureOption = Annotated[
-    float | None,
-    typer.Option(
-        "--temperature", "-t", metavar="X", rich_help_panel=SAMPLING, help="Temperature; 0 is greedy."
-    ),
-]
-TopKOption = Annotated[
-    int | None,
-    typer.Option(
-        "--top-k", metavar="N", rich_help_panel=SAMPLING, help="Sample from the N likeliest tokens; 0 is all."
-    ),
-]
-TopPOption = Annotated[
-    float | None,
-    typer.Option(
-        "--top-p",
-        metavar="P",
-        rich_help_panel=SAMPLING,
-        help="Sample from the likeliest tokens whose probabilities sum to P.",
-    ),
-]
-MinPOption = Annotated[
-    float | None,
-    typer.Option(
-        "--min-p",
-        metavar="P",
-        rich_help_panel=SAMPLING,
-        help="Leave out tokens less than P times as likely as the likeliest one.",
-    ),
-]
-SeedOption = Annotated[
-    int | None,
-    typer.Option("--seed", metavar="N", rich_help_panel=SAMPLING, help="Seed of the sampling noise."),
-]
-MaxTokensOption = Annotated[
-    int | None,
-    typer.Option(
-        "--max-tokens", "-m", metavar="N", rich_help_panel=STOPPING, help="Maximum number of answer tokens."
-    ),
-]
-
-
-RepetitionPenaltyOption = Annotated[
-    float | None,
-    typer.Option(
-        "--repetition-penalty",
-        metavar="X",
-        rich_help_panel=SAMPLING,
-        help="Above 1, tokens of prompt and answer become less likely; 1 is off.",
-    ),
-]
-PresencePenaltyOption = Annotated[
-    float | None,
-    typer.Option(
-        "--presence-penalty",
-        metavar="X",
-        rich_help_panel=SAMPLING,
-        help="Above 0, tokens of the answer become less likely; 0 is off.",
-    ),
-]
-FrequencyPenaltyOption = Annotated[
-    float | None,
-    typer.Option(
-        "--frequency-penalty",
-        metavar="X",
-        rich_help_panel=SAMPLING,
-        help="The same, in proportion to how often they occurred; 0 is off.",
-    ),
-]
-LogitBiasOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--logit-bias",
-        metavar="ID=X",
-        rich_help_panel=SAMPLING,
-        help="Add X to the logit of token ID; may be repeated.",
-    ),
-]
-
 
 @connects
 def generate(
@@ -113,15 +56,26 @@ def generate(
     as_chat: Annotated[
         bool,
         typer.Option(
-            "--chat", "-c", help="Send the prompt as a user message, formatted by the chat template."
+            "--chat",
+            "-c",
+            rich_help_panel=CONVERSATION,
+            help="Send the prompt as a user message, formatted by the chat template.",
         ),
     ] = False,
     system: Annotated[
         str | None,
         typer.Option(
-            "--system", "-s", metavar="TEXT", help="A system message before the prompt; implies --chat."
+            "--system",
+            "-s",
+            metavar="TEXT",
+            rich_help_panel=CONVERSATION,
+            help="A system message before the prompt.",
         ),
     ] = None,
+    tools: ToolsOption = None,
+    template_arguments: TemplateArgOption = None,
+    template: TemplateOption = None,
+    beginning: ContinueOption = None,
     temperature: TemperatureOption = None,
     top_k: TopKOption = None,
     top_p: TopPOption = None,
@@ -163,6 +117,13 @@ def generate(
             "--ignore-eos", rich_help_panel=STOPPING, help="Continue past the variant's end tokens."
         ),
     ] = False,
+    no_special_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--no-special-tokens", help="Do not begin a text prompt with the tokenizer's special tokens."
+        ),
+    ] = False,
+    keep_special_tokens: KeepSpecialTokensOption = False,
     logprobs: Annotated[
         int | None,
         typer.Option(
@@ -190,14 +151,20 @@ def generate(
 
     The text goes to standard output; on a terminal a line about tokens, speed and the request's id follows on
     standard error. Ctrl-C cancels the request. Several answers (--n) are printed when they are complete, each
-    below a separator line.
+    below a separator line. Options of a conversation send the prompt as a user message, as --chat does. An
+    adapter that is not registered is named by its place at the server, if the operator allows it
+    (`serve --allow-unregistered`).
 
     \b
     Examples:
       blockzoo generate smollm2 "In the beginning" --max-tokens 40
       blockzoo generate support-bot --chat "My invoice is wrong." --temperature 0
       cat report.txt | blockzoo generate legal --system "Summarise in two sentences."
+      blockzoo generate qwen3 "Is 91 prime?" --template-arg enable_thinking=false
+      blockzoo generate qwen3 "How warm is it in Bonn?" --tools weather.json --keep-special-tokens
+      blockzoo generate support-bot "Name a fruit, as JSON." --continue '{"fruit":'
       blockzoo generate smollm2 "A name for a cat:" --n 3 --max-tokens 8
+      blockzoo generate smollm2+path:/srv/adapters/bot "Hello"
       blockzoo generate smollm2 "2 + 2 =" -t 0 -m 3 --json | jq -r .text
     """
     options = {
@@ -209,23 +176,35 @@ def generate(
         "repetition_penalty": repetition_penalty,
         "presence_penalty": presence_penalty,
         "frequency_penalty": frequency_penalty,
-        "logit_bias": _parse_bias(logit_bias),
+        "logit_bias": parse_bias(logit_bias),
         "n": choices,
         "max_tokens": max_tokens,
         "min_tokens": min_tokens,
         "stop": stop,
         "stop_token_ids": stop_token_ids,
         "ignore_eos": ignore_eos or None,
+        "add_special_tokens": False if no_special_tokens else None,
+        "skip_special_tokens": False if keep_special_tokens else None,
         "logprobs": logprobs,
         "request_id": request_id,
         "timeout": timeout,
     }
     given: Mapping[str, Any] = {name: value for name, value in options.items() if value is not None}
+    conversation = template_options(template_arguments, template)
+    if tools is not None:
+        conversation["tools"] = read_tools(tools)
+    if beginning is not None:
+        conversation["continue_final_message"] = True
+    as_chat = as_chat or system is not None or bool(conversation)
+    if as_chat and no_special_tokens:
+        raise typer.BadParameter(
+            "a conversation has the special tokens that the chat template writes",
+            param_hint="--no-special-tokens",
+        )
     text = _read_prompt(prompt)
     with connection.open() as client:
-        if as_chat or system is not None:
-            turns = [] if system is None else [{"role": "system", "content": system}]
-            answer = client.chat(model, [*turns, {"role": "user", "content": text}], **given)
+        if as_chat:
+            answer = client.chat(model, _turns(system, text, beginning), **given, **conversation)
         else:
             answer = client.generate(model, text, **given)
         with Waiting(lambda: waited_for(client, model)) as waiting:
@@ -239,6 +218,12 @@ def generate(
                 print_json(completion_to_json(completion))
             else:
                 _stream(answer, waiting)
+
+
+def _turns(system: str | None, text: str, beginning: str | None) -> list[dict[str, str]]:
+    """The conversation of one prompt."""
+    spoken = (("system", system), ("user", text), ("assistant", beginning))
+    return [{"role": role, "content": content} for role, content in spoken if content is not None]
 
 
 def waited_for(client: Client, model: str) -> str:
@@ -271,22 +256,6 @@ def _print_choices(completions: Sequence[Completion], *, as_json: bool) -> None:
     sys.stdout.flush()
     if sys.stderr.isatty():
         note(describe_answer(completions[0].info, completions[0].finish, completions[0].request_id))
-
-
-def _parse_bias(given: Sequence[str] | None) -> dict[int, float] | None:
-    """`ID=X` options as a mapping."""
-    if given is None:
-        return None
-    biases: dict[int, float] = {}
-    for option in given:
-        token, _, bias = option.partition("=")
-        try:
-            biases[int(token)] = float(bias)
-        except ValueError:
-            raise typer.BadParameter(
-                f"{option!r} is not ID=X, as in 42=-100", param_hint="--logit-bias"
-            ) from None
-    return biases
 
 
 def describe_answer(info: RequestInfo, finish: Finish, request_id: str = "") -> str:

@@ -35,6 +35,7 @@ def _serve(settings: EmbeddedSettings) -> None:
       blockzoo serve
       blockzoo serve --zoo ./zoo --preload all
       blockzoo serve --listen unix:/run/blockzoo.sock --kv-cache-bytes 4000000000
+      blockzoo serve --allow-unregistered /srv/adapters
       blockzoo serve --config serve.yaml
     """
     from blockserve.embedded.run import run

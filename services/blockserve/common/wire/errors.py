@@ -92,6 +92,7 @@ STATUS: Mapping[type[BlockzooError], grpc.StatusCode] = {
     serve_errors.ConfigurationError: _Code.FAILED_PRECONDITION,
     serve_errors.UnauthenticatedError: _Code.UNAUTHENTICATED,
     serve_errors.PossessionError: _Code.PERMISSION_DENIED,
+    serve_errors.UnregisteredRefusedError: _Code.PERMISSION_DENIED,
     # What was named is not there.
     zoo_errors.NotFoundError: _Code.NOT_FOUND,
     zoo_errors.VariantNotFoundError: _Code.NOT_FOUND,

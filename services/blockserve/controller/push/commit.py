@@ -21,7 +21,7 @@ from blockzoo.manifest import (
     VariantRecord,
 )
 from blockzoo.manifest_json import block_from_json, chain_from_json
-from blockzoo.names import check_name
+from blockzoo.names import check_unreserved
 from blockzoo.registering.job import current_version, is_same
 from blockzoo.registering.recheck import Pushed, recheck
 from blockzoo.store.registration import Registration
@@ -78,7 +78,7 @@ def commit_wish(
         InvalidManifestError: a manifest cannot be read, or is not what the files make.
         BlockzooError: see `blockzoo.registering.recheck.recheck` and `Registration.commit`.
     """
-    check_name(wish.name)
+    check_unreserved(wish.name)
     _check_sizes(wish)
     chain = _read_chain(wish.chain)
     families.get(chain.family)

@@ -17,11 +17,13 @@ from blockserve.common.errors import PromptError, PromptTooLongError
 from blockserve.router.intake.chat import ChatTemplates
 from blockserve.router.intake.texts import TextThreads, check_text, size_of
 from blockserve.router.intake.tokenizer import TokenizerCache, VariantTokenizer
+from blockserve.router.intake.unregistered import SIGN, UnregisteredAdapters, refuse
 from blockserve.router.intake.variant_files import TokenizerSource, VariantFiles
 from blockserve.router.limits import RouterConfig
-from blockzoo.errors import BlockzooError
+from blockzoo.errors import BlockzooError, VariantNotFoundError
 from blockzoo.folders.generation import GenerationDefaults
 from blockzoo.manifest import ChainId, ChainManifest, VariantRecord
+from blockzoo.names import RESERVED_PREFIX
 from blockzoo.storage import Stamp
 from blockzoo.store.objects import DamagedRef, OnDamage, ignore_damage
 
@@ -116,9 +118,12 @@ class VariantCatalog:
         zoo: ZooReader,
         limits: RouterConfig | None = None,
         *,
+        unregistered: UnregisteredAdapters | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """Make one; `unregistered` registers adapters that are named by their place, None refuses them."""
         self._zoo = zoo
+        self._unregistered = unregistered
         self._limits = limits or RouterConfig()
         self._clock = clock
         self._tokenizers = TokenizerCache(self._limits.cached_tokenizers)
@@ -143,15 +148,30 @@ class VariantCatalog:
                 del self._current[ref]
 
     async def get(self, ref: str) -> ServedVariant:
-        """Resolve `name` or `name@version`.
+        """Resolve `name`, `name@version` or, where the operator allows it, `base+place` of an adapter.
 
         Raises:
             VariantNotFoundError: no such variant; the hint has near names.
             InvalidNameError: not a name.
+            UnregisteredRefusedError: an adapter that may not be named by its place.
+            AdapterError: one that cannot be served; see `UnregisteredAdapters.ref_of`.
         """
+        if SIGN in ref:
+            return await self._get_unregistered(ref)
         if (known := self._known(ref)) is not None:
             return known
         return await asyncio.to_thread(self.get_blocking, ref)
+
+    async def _get_unregistered(self, ref: str) -> ServedVariant:
+        if self._unregistered is None:
+            raise refuse(ref)
+        try:
+            return await self.get(await self._unregistered.ref_of(ref))
+        except VariantNotFoundError as error:
+            if not str(error.metadata.get("variant", "")).startswith(RESERVED_PREFIX):
+                raise
+            # It was removed between the two, by this server or by another one of the same zoo.
+            return await self.get(await self._unregistered.ref_of(ref))
 
     async def tokenizer(self, variant: ServedVariant) -> VariantTokenizer | None:
         """The variant's tokenizer, None when it was registered without one.

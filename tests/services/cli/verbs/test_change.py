@@ -244,7 +244,11 @@ def test_backup_and_restore(run, zoo, tmp_path):
     run("rm", "bot", "--yes")
     skipped = run("restore", tmp_path / "backup")
     assert "bot@1 skipped" in skipped.out
-    assert run("restore", tmp_path / "backup", "--revive").code == 0
+    revived = run("restore", tmp_path / "backup", "--revive")
+    assert revived.code == 0
+    assert "bot@3, which was bot@1 before it was removed" in revived.out
+    run("rm", "bot", "--yes")
+    assert run("restore", tmp_path / "backup", "--revive", "--json").json["revived"] == {"bot@1": "bot@5"}
     assert zoo.resolve("bot").kind == "adapter"
     fresh = run("restore", tmp_path / "backup", "--zoo", tmp_path / "fresh")
     assert "Restored 1 versions" in fresh.out
@@ -281,7 +285,7 @@ DOCUMENTED = {
         "dry_run", "deleted", "freed_bytes", "kept", "kept_bytes", "spared", "temp_bytes", "finished",
     },
     ("verify",): {"ok", "objects", "num_bytes", "problems", "strays"},
-    ("backup", "{tmp}/backup"): {"copied", "copied_bytes", "present", "added", "skipped"},
+    ("backup", "{tmp}/backup"): {"copied", "copied_bytes", "present", "added", "skipped", "revived"},
 }  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from blockzoo.errors import (
     ConflictError,
     InvalidInputError,
     InvalidManifestError,
+    InvalidNameError,
     NonFiniteWeightsError,
     StorageFullError,
     UnsupportedArchitectureError,
@@ -372,3 +373,8 @@ def test_manifests_of_a_server_are_checked_by_the_client_too(remote, far, folder
     monkeypatch.setattr(Calls, "call", tamper)
     with pytest.raises(CorruptManifestError):
         remote.register(folders / "adapter", name="bot", base="base")
+
+
+def test_a_name_that_servers_give_cannot_be_pushed(pusher):
+    with pytest.raises(InvalidNameError, match="as names that servers give"):
+        pusher.commit(name="unregistered.mine", chain=chain())
