@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,16 +33,17 @@ class Election:
 
     def __init__(self) -> None:
         self.holder: str | None = None
+        self.relay: ZooRelay
 
     async def leader(self) -> str | None:
         return self.holder
 
 
 @asynccontextmanager
-async def controller(zoo: Zoo, **settings: str) -> AsyncIterator[str]:
+async def controller(zoo: Zoo, kind: type[ZooServicer] = ZooServicer, **settings: str) -> AsyncIterator[str]:
     host = RpcHost(ServerSettings.load(listen="127.0.0.1:0", **settings), (SERVICE,), close_seconds=0)
     host.bind()
-    servicer = ZooServicer(zoo, ControllerConfig())
+    servicer = kind(zoo, ControllerConfig())
     zoo_pb2_grpc.add_ZooServiceServicer_to_server(servicer, host.server)
     await host.start()
     try:
@@ -49,6 +51,20 @@ async def controller(zoo: Zoo, **settings: str) -> AsyncIterator[str]:
     finally:
         await host.close()
         await servicer.close()
+
+
+class Slow(ZooServicer):
+    """Describes its zoo once it is allowed to."""
+
+    called: asyncio.Event
+    allowed: asyncio.Event
+
+    async def DescribeZoo(
+        self, request: zoo_pb2.DescribeZooRequest, context: Any
+    ) -> zoo_pb2.DescribeZooResponse:
+        self.called.set()
+        await self.allowed.wait()
+        return await super().DescribeZoo(request, context)
 
 
 @asynccontextmanager
@@ -59,6 +75,7 @@ async def router(election: Election, **settings: str) -> AsyncIterator[str]:
     relay = ZooRelay(election.leader, Credentials(token=settings.get("token")))
     relay.add_to(host.server)
     await host.start()
+    election.relay = relay
     try:
         yield host.address
     finally:
@@ -116,6 +133,48 @@ async def test_another_controller_takes_over(tmp_path: Path) -> None:
                 await asyncio.to_thread(remote._calls.call, "FindBlobs", find)
             await asyncio.to_thread(remote.register, write_checkpoint(tmp_path / "a"), name="a")
     assert [record.name for record in zoo.variants()] == ["a"]
+
+
+@async_test
+async def test_calls_in_flight_end_where_they_began(tmp_path: Path) -> None:
+    """The leader changes meanwhile: the old connection is closed when its last call has ended."""
+    zoo = Zoo.open(tmp_path / "zoo", create=True)
+    election = Election()
+    Slow.called, Slow.allowed = asyncio.Event(), asyncio.Event()
+    async with (
+        controller(zoo, Slow) as first,
+        controller(zoo) as second,
+        router(election) as address,
+        open_channel(address, Credentials()) as channel,
+    ):
+        election.holder = first
+        stub = zoo_pb2_grpc.ZooServiceStub(channel)
+        waiting = stub.DescribeZoo(zoo_pb2.DescribeZooRequest(), timeout=20)
+        await Slow.called.wait()
+        election.holder = second
+        expected = await stub.DescribeZoo(zoo_pb2.DescribeZooRequest(), timeout=20)
+        assert [one.calls for one in election.relay._connections] == [1, 0]
+        Slow.allowed.set()
+        assert await waiting == expected
+        while len(election.relay._connections) > 1:
+            await asyncio.sleep(0.01)
+        assert election.relay._connections[0].address == leader_address(second)
+
+
+@async_test
+async def test_calls_that_are_broken_off_are_answered(tmp_path: Path) -> None:
+    zoo = Zoo.open(tmp_path / "zoo", create=True)
+    election = Election()
+    Slow.called, Slow.allowed = asyncio.Event(), asyncio.Event()
+    async with controller(zoo, Slow) as election.holder, router(election) as address:
+        with RemoteZoo(address) as remote:
+            call = asyncio.create_task(
+                asyncio.to_thread(remote._calls.call, "DescribeZoo", zoo_pb2.DescribeZooRequest(), timeout=20)
+            )
+            await Slow.called.wait()
+            await election.relay.close()
+            with pytest.raises(NoLeaderError, match="broken off"):
+                await call
 
 
 @async_test
