@@ -16,7 +16,7 @@ import grpc
 
 from blockproto.v1 import zoo_pb2
 from blockserve.common.api.leader import leader_address
-from blockserve.common.errors import NoLeaderError
+from blockserve.common.errors import ConfigurationError, NoLeaderError
 from blockserve.common.rpc.channel import Credentials, open_channel
 from blockserve.common.wire.errors import DETAILS_KEY
 
@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 
 _SERVICE = zoo_pb2.DESCRIPTOR.services_by_name["ZooService"]
 SERVICE: str = _SERVICE.full_name
+
+RELAYED_KEY = "blockzoo-relayed"
+"""Metadata of calls that a router passed on: one that comes back to a router would go round for ever."""
 
 
 @dataclass(eq=False)
@@ -79,11 +82,18 @@ class ZooRelay:
 
         Raises:
             NoLeaderError: nobody leads, or the leader cannot be reached.
+            ConfigurationError: a router passed the call on already.
             StateStoreError: the shared state does not say who leads.
         """
+        if any(key == RELAYED_KEY for key, _ in context.invocation_metadata() or ()):
+            raise ConfigurationError(
+                "the controller that leads says that it is reached at the address of a router",
+                hint="Set the controller's `advertise` to an address where routers reach the controller.",
+            )
         connection = await self._to_leader()
+        metadata = (*self._credentials.metadata(), (RELAYED_KEY, "1"))
         method: Any = connection.channel.stream_stream(path)
-        rpc = method(requests, timeout=context.time_remaining(), metadata=self._credentials.metadata())
+        rpc = method(requests, timeout=context.time_remaining(), metadata=metadata)
         connection.calls += 1
         try:
             async for response in rpc:

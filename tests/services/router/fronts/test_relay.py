@@ -15,7 +15,12 @@ from blockproto.v1 import zoo_pb2, zoo_pb2_grpc
 from blockserve.client.zoo import RemoteZoo
 from blockserve.client.zoo_calls import is_broken
 from blockserve.common.api.leader import leader_address, leader_name
-from blockserve.common.errors import NoLeaderError, PushNotFoundError, UnauthenticatedError
+from blockserve.common.errors import (
+    ConfigurationError,
+    NoLeaderError,
+    PushNotFoundError,
+    UnauthenticatedError,
+)
 from blockserve.common.rpc.channel import Credentials, open_channel
 from blockserve.common.rpc.host import RpcHost
 from blockserve.common.rpc.settings import ServerSettings
@@ -193,6 +198,18 @@ async def test_without_a_leader_calls_say_why() -> None:
             assert caught.value.retry_after > 0
             # A push that was begun goes on trying.
             assert is_broken(caught.value)
+
+
+@async_test
+async def test_a_leader_that_names_a_router_is_found_out() -> None:
+    election = Election()
+    async with router(election) as address, router(election) as other:
+        with RemoteZoo(address) as remote:
+            for advertised in (address, other):
+                election.holder = leader_name("one-abcd", advertised)
+                with pytest.raises(ConfigurationError, match="address of a router") as caught:
+                    await asyncio.to_thread(remote.ls)
+                assert "advertise" in caught.value.hint
 
 
 @async_test
