@@ -20,6 +20,7 @@ from blockserve.common.errors import (
     DeadlineExceededError,
     EngineFailedError,
     KvCapacityError,
+    NonFiniteLogitsError,
     QueueFullError,
     ServerStoppingError,
 )
@@ -389,7 +390,7 @@ def test_logits_that_are_not_finite_fail_one_request(
             tokens(engine, ask(tiny.chains["top"])),
             return_exceptions=True,
         )
-        assert isinstance(bad, EngineFailedError)
+        assert isinstance(bad, NonFiniteLogitsError)
         assert isinstance(good, list)
         assert len(good) == 8
 
