@@ -61,7 +61,7 @@ class Pass:
 
 
 MAX_FAILURES = 256
-"""Failed passes that are remembered."""
+"""Failed requests that are remembered."""
 
 
 class Passes:
@@ -70,7 +70,8 @@ class Passes:
     Attributes:
         sinks: who takes the outcomes of each request that has not ended.
         num_passes: how many have been computed.
-        failures: `time.monotonic()` values of the last that failed.
+        failures: requests that failed since a pass last gave tokens or hidden states, the last ones: a
+            `time.monotonic()` value and the request's id.
         pace: how fast they are.
         exchange: requests that other workers execute with this one; None where there are no others.
     """
@@ -94,7 +95,7 @@ class Passes:
         self._outbox: list[tuple[asyncio.AbstractEventLoop, Letter]] = []
         self.sinks: dict[RunningRequest, Sink] = {}
         self.num_passes = 0
-        self.failures: deque[float] = deque(maxlen=MAX_FAILURES)
+        self.failures: deque[tuple[float, str]] = deque(maxlen=MAX_FAILURES)
         self.pace = Pace()
         self.exchange = None if outlet is None else SpanExchange(self, scheduler, kv, outlet)
 
@@ -197,10 +198,12 @@ class Passes:
         except LEAVING:
             raise
         except BaseException as error:  # noqa: BLE001
-            outcomes = []
+            chunks, outcomes = [], []
             failed = dict.fromkeys([chunk.running for chunk in work.chunks], self._fault(error))
-        if failed:
-            self.failures.append(time.monotonic())
+        if outcomes or any(not chunk.running.chain.is_tail for chunk in chunks):
+            self.failures.clear()  # what failed before was the doing of its requests
+        else:
+            self.failures.extend((began, running.request.request_id) for running in failed)
         work.outcomes = [*outcomes, *failed.items()]
 
     def _run(

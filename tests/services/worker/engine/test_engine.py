@@ -367,6 +367,31 @@ def test_a_request_that_fails_does_not_take_its_batch_with_it(
     run(work())
 
 
+def test_requests_that_fail_count_until_a_pass_succeeds(
+    engine: BlockEngine, tiny: TinyZoo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work() -> None:
+        chain, whole = tiny.chains["base"], Executor.run
+        await engine.load(chain)
+
+        def broken(self: Executor, chunks: Any, before: Any = None) -> Any:
+            if any(chunk.running.request.sampling.seed == 666 for chunk in chunks):
+                raise RuntimeError("a bug")
+            return whole(self, chunks, before)
+
+        monkeypatch.setattr(Executor, "run", broken)
+        bad = [ask(chain, sampling=replace(GREEDY, seed=666)) for _ in range(3)]
+        for one in (*bad, bad[0]):  # as a router sends it again where there is no other worker
+            with pytest.raises(EngineFailedError):
+                await tokens(engine, one)
+        assert engine.failed_requests(60) == 3
+        assert engine.failed_requests(0) == 0
+        await tokens(engine, ask(chain))
+        assert engine.failed_requests(60) == 0
+
+    run(work())
+
+
 def test_logits_that_are_not_finite_fail_one_request(
     engine: BlockEngine, tiny: TinyZoo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
