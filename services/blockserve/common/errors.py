@@ -28,6 +28,7 @@
     ├── DeadlineExceededError
     ├── ServerStoppingError          `retry_after` seconds
     ├── EngineFailedError
+    ├── NonFiniteLogitsError
     ├── WireError
     ├── PathBrokenError              `retry_after` seconds
     ├── NoPathError                  `retry_after` seconds
@@ -237,6 +238,12 @@ class EngineFailedError(BlockzooError):
     """The engine hit an internal fault while running the request."""
 
     reason = "ENGINE_FAILED"
+
+
+class NonFiniteLogitsError(BlockzooError):
+    """The variant's weights give logits that are NaN or infinite for this request, on any worker."""
+
+    reason = "NON_FINITE_LOGITS"
 
 
 class WireError(BlockzooError):

@@ -38,7 +38,7 @@ STALL_SECONDS = 60.0
 
 
 SICK_SECONDS = 60.0
-"""In which `max_failed_passes` are counted."""
+"""In which requests are counted for `max_failed_passes`."""
 
 
 class WorkerServer:
@@ -120,17 +120,17 @@ class WorkerServer:
         )
 
     async def failed(self) -> BlockzooError:
-        """Wait until the engine ends by a fault, or too many of its passes fail: the lease must not stay."""
+        """Wait until the engine ends by a fault, or its passes go on failing: the lease must not stay."""
         assert self._engine is not None
         ended = asyncio.ensure_future(self._engine.failed())
         most = self.settings.max_failed_passes
         try:
             while not ended.done():
                 await asyncio.wait({ended}, timeout=HEALTH_SECONDS)
-                count = self._engine.failed_passes(SICK_SECONDS)
+                count = self._engine.failed_requests(SICK_SECONDS)
                 if most and count > most and not ended.done():
                     self._failure = EngineFailedError(
-                        f"{count} passes failed within {SICK_SECONDS:g} s",
+                        f"passes of {count} requests failed within {SICK_SECONDS:g} s, and none succeeded",
                         hint="The log says why; memory that is short is the usual reason.",
                     )
                     return self._failure

@@ -38,11 +38,12 @@ class WorkerSettings(ClusterSettings):
     )
     max_failed_passes: int = setting(
         16,
-        "Number of passes that may fail within a minute; with one more the worker gives its requests back "
-        "and ends with status 1, so that whoever started it starts it again. 0 turns this off.",
-        unit="passes",
-        reason="Routers try a failed request elsewhere and avoid the worker after two; one that goes on "
-        "failing lacks memory or is broken, and only a new process can help.",
+        "Number of different requests whose passes may fail within a minute while no pass succeeds; with one "
+        "more the worker gives its requests back and ends with status 1, so that whoever started it starts "
+        "it again. 0 turns this off.",
+        unit="requests",
+        reason="Routers try a failed request elsewhere and avoid the worker after two; one where nothing "
+        "succeeds any more lacks memory or is broken, and only a new process can help.",
         ge=0,
         le=200,
     )

@@ -28,13 +28,13 @@ def failure(monkeypatch: pytest.MonkeyPatch, failed: Any, passes: int, **setting
     monkeypatch.setattr(module, "HEALTH_SECONDS", 0.01)
     asked: list[float] = []
 
-    def failed_passes(seconds: float) -> int:
+    def failed_requests(seconds: float) -> int:
         asked.append(seconds)
         return passes
 
     async def work() -> str:
         server = WorkerServer(WorkerSettings.load(zoo="z", state={"url": "memory:"}, **settings))
-        server._engine = SimpleNamespace(failed=failed, failed_passes=failed_passes)  # type: ignore[assignment]
+        server._engine = SimpleNamespace(failed=failed, failed_requests=failed_requests)  # type: ignore[assignment]
         try:
             return str(await asyncio.wait_for(server.failed(), 0.2))
         except TimeoutError:
@@ -56,4 +56,4 @@ def test_so_do_passes_that_go_on_failing(
     monkeypatch: pytest.MonkeyPatch, passes: int, most: int, ends: bool
 ) -> None:
     said = failure(monkeypatch, never, passes, max_failed_passes=most)
-    assert said == ("17 passes failed within 60 s" if ends else "")
+    assert said == ("passes of 17 requests failed within 60 s, and none succeeded" if ends else "")

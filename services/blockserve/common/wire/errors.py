@@ -128,6 +128,7 @@ STATUS: Mapping[type[BlockzooError], grpc.StatusCode] = {
     serve_errors.ChainNotLoadedError: _Code.FAILED_PRECONDITION,
     serve_errors.LocalClusterError: _Code.FAILED_PRECONDITION,
     serve_errors.EngineFailedError: _Code.INTERNAL,
+    serve_errors.NonFiniteLogitsError: _Code.INTERNAL,
     serve_errors.PathBrokenError: _Code.UNAVAILABLE,
     serve_errors.WireError: _Code.FAILED_PRECONDITION,
     serve_errors.WorkerNotFoundError: _Code.NOT_FOUND,

@@ -5,16 +5,18 @@ Messages go through as bytes, in both directions, so a router passes on calls of
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
 
 from blockproto.v1 import zoo_pb2
 from blockserve.common.api.leader import leader_address
-from blockserve.common.errors import NoLeaderError
+from blockserve.common.errors import ConfigurationError, NoLeaderError
 from blockserve.common.rpc.channel import Credentials, open_channel
 from blockserve.common.wire.errors import DETAILS_KEY
 
@@ -22,6 +24,24 @@ log = logging.getLogger(__name__)
 
 _SERVICE = zoo_pb2.DESCRIPTOR.services_by_name["ZooService"]
 SERVICE: str = _SERVICE.full_name
+
+RELAYED_KEY = "blockzoo-relayed"
+"""Metadata of calls that a router passed on: one that comes back to a router would go round for ever."""
+
+
+@dataclass(eq=False)
+class _Connection:
+    """A connection to a controller that leads, or has led.
+
+    Attributes:
+        calls: that run on it.
+        is_current: whether new calls take it.
+    """
+
+    address: str
+    channel: grpc.aio.Channel
+    calls: int = 0
+    is_current: bool = True
 
 
 class ZooRelay:
@@ -35,8 +55,7 @@ class ZooRelay:
     def __init__(self, leader: Callable[[], Awaitable[str | None]], credentials: Credentials) -> None:
         self._leader = leader
         self._credentials = credentials
-        self._address = ""
-        self._channel: grpc.aio.Channel | None = None
+        self._connections: list[_Connection] = []
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Let a server take the calls."""
@@ -47,9 +66,9 @@ class ZooRelay:
 
     async def close(self) -> None:
         """Let go of the connection; calls on their way break off."""
-        if self._channel is not None:
-            await self._channel.close(0)
-            self._channel = None
+        connections, self._connections = self._connections, []
+        for connection in connections:
+            await connection.channel.close(0)
 
     async def call(
         self, path: str, requests: AsyncIterator[bytes], context: Any
@@ -63,20 +82,35 @@ class ZooRelay:
 
         Raises:
             NoLeaderError: nobody leads, or the leader cannot be reached.
+            ConfigurationError: a router passed the call on already.
             StateStoreError: the shared state does not say who leads.
         """
-        channel = await self._to_leader()
-        method: Any = channel.stream_stream(path)
-        rpc = method(requests, timeout=context.time_remaining(), metadata=self._credentials.metadata())
+        if any(key == RELAYED_KEY for key, _ in context.invocation_metadata() or ()):
+            raise ConfigurationError(
+                "the controller that leads says that it is reached at the address of a router",
+                hint="Set the controller's `advertise` to an address where routers reach the controller.",
+            )
+        connection = await self._to_leader()
+        metadata = (*self._credentials.metadata(), (RELAYED_KEY, "1"))
+        method: Any = connection.channel.stream_stream(path)
+        rpc = method(requests, timeout=context.time_remaining(), metadata=metadata)
+        connection.calls += 1
         try:
             async for response in rpc:
                 yield response
         except grpc.aio.AioRpcError as error:
-            await self._answer_error(error, context)
+            await self._answer_error(error, connection.address, context)
+        except asyncio.CancelledError:
+            if (task := asyncio.current_task()) is None or task.cancelling():
+                raise
+            # gRPC says so where the connection was closed under the call: the caller waits for an answer.
+            raise NoLeaderError("the call to the controller that leads was broken off") from None
         finally:
             rpc.cancel()
+            connection.calls -= 1
+            await self._close_unused()
 
-    async def _to_leader(self) -> grpc.aio.Channel:
+    async def _to_leader(self) -> _Connection:
         leader = await self._leader()
         if leader is None:
             raise NoLeaderError(
@@ -90,22 +124,32 @@ class ZooRelay:
                 hint="It is of an older version: call it at its own address.",
                 retry_after=0.0,
             )
-        if self._channel is None or address != self._address:
-            # Calls on their way to the leader before end with its connection, and are made again.
-            await self.close()
-            self._address = address
-            self._channel = open_channel(address, self._credentials, reconnects_soon=True)
+        # From here on nothing is awaited: calls that come at the same time share a connection.
+        for connection in self._connections:
+            connection.is_current = connection.address == address
+        current = next((one for one in self._connections if one.is_current), None)
+        if current is None:
+            current = _Connection(address, open_channel(address, self._credentials, reconnects_soon=True))
+            self._connections.append(current)
             log.info("zoo calls go to leader=%s", leader)
-        return self._channel
+        return current
 
-    async def _answer_error(self, error: grpc.aio.AioRpcError, context: Any) -> None:
+    async def _close_unused(self) -> None:
+        """Close connections to controllers that lead no more, once the last call on them has ended."""
+        unused = [one for one in self._connections if not (one.is_current or one.calls)]
+        for connection in unused:
+            self._connections.remove(connection)
+        for connection in unused:
+            await connection.channel.close(0)
+
+    async def _answer_error(self, error: grpc.aio.AioRpcError, address: str, context: Any) -> None:
         """The leader's own error as it is; that it cannot be reached in words of ours."""
         trailers = tuple((key, value) for key, value in error.trailing_metadata() or () if key == DETAILS_KEY)
         if error.code() is grpc.StatusCode.UNAVAILABLE and not trailers:
             raise NoLeaderError(
-                f"the controller that leads cannot be reached at {self._address}",
+                f"the controller that leads cannot be reached at {address}",
                 hint="If it runs, set its `advertise` to an address that routers reach.",
-                address=self._address,
+                address=address,
             ) from error
         await context.abort(error.code(), error.details() or "", trailers)
 

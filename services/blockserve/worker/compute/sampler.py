@@ -12,7 +12,7 @@ from blockkernels.penalties import RowEdit
 from blockkernels.sampling import SamplingBatch
 from blockserve.common.api.engine import TokenEvent
 from blockserve.common.api.tokens import FinishReason, PositionLogprobs
-from blockserve.common.errors import EngineFailedError
+from blockserve.common.errors import NonFiniteLogitsError
 from blockserve.worker.requests.edits import RequestEdits, edits_logits
 from blockserve.worker.requests.running import ChunkLogits, Outcome, RunningRequest
 
@@ -49,9 +49,12 @@ class Sampler:
         outcomes: list[tuple[RunningRequest, Outcome]] = []
         for place, (one, token) in enumerate(zip(running, tokens, strict=True)):
             if place in broken:
-                outcomes.append(
-                    (one, EngineFailedError("the logits are not finite", hint="Check the weights."))
+                error = NonFiniteLogitsError(
+                    "the logits are not finite",
+                    hint="Check the variant's weights, or serve it in a wider type (dtype).",
+                    chain=one.request.chain,
                 )
+                outcomes.append((one, error))
                 continue
             index = len(one.output)
             one.output.append(token)

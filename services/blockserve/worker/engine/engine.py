@@ -155,10 +155,10 @@ class BlockEngine:
         """Wait until the engine ends by a fault, and say by which; waits for ever where it does not."""
         return await asyncio.shield(asyncio.wrap_future(self._driver.failure))
 
-    def failed_passes(self, seconds: float) -> int:
-        """How many passes failed lately."""
+    def failed_requests(self, seconds: float) -> int:
+        """How many requests have failed lately in passes, with no pass in between that gave anything."""
         since = time.monotonic() - seconds
-        return sum(1 for at in tuple(self._passes.failures) if at > since)
+        return len({request_id for at, request_id in tuple(self._passes.failures) if at > since})
 
     def _post(self, command: Callable[[], None], *, at_once: bool = False) -> None:
         """Have the driver run `command` before its next pass (ServerStoppingError)."""

@@ -41,6 +41,8 @@ Sink = Callable[[Outcome], None]
 """Takes a request's outcomes; called by who drives the engine."""
 Letter = tuple[Sink, Outcome]
 """An outcome and who takes it, in an event loop's thread."""
+Failed = dict[RunningRequest, EngineFailedError]
+"""Requests of a pass that failed, and why."""
 
 
 @dataclass(slots=True)
@@ -59,7 +61,7 @@ class Pass:
 
 
 MAX_FAILURES = 256
-"""Failed passes that are remembered."""
+"""Failed requests that are remembered."""
 
 
 class Passes:
@@ -68,7 +70,8 @@ class Passes:
     Attributes:
         sinks: who takes the outcomes of each request that has not ended.
         num_passes: how many have been computed.
-        failures: `time.monotonic()` values of the last that failed.
+        failures: requests that failed since a pass last gave tokens or hidden states, the last ones: a
+            `time.monotonic()` value and the request's id.
         pace: how fast they are.
         exchange: requests that other workers execute with this one; None where there are no others.
     """
@@ -92,7 +95,7 @@ class Passes:
         self._outbox: list[tuple[asyncio.AbstractEventLoop, Letter]] = []
         self.sinks: dict[RunningRequest, Sink] = {}
         self.num_passes = 0
-        self.failures: deque[float] = deque(maxlen=MAX_FAILURES)
+        self.failures: deque[tuple[float, str]] = deque(maxlen=MAX_FAILURES)
         self.pace = Pace()
         self.exchange = None if outlet is None else SpanExchange(self, scheduler, kv, outlet)
 
@@ -174,7 +177,7 @@ class Passes:
         return Pass(chunks, all(chunk.running.is_split and not chunk.running.is_follower for chunk in chunks))
 
     def compute(self, work: Pass, before: Callable[[], None] | None = None) -> None:
-        """Compute and sample. A fault fails the requests of the pass; the others go on.
+        """Compute and sample. A fault fails the requests that fail alone as well; the others go on.
 
         May run in another thread, while nothing else of the engine does.
 
@@ -183,19 +186,66 @@ class Passes:
             before: called when everything is prepared.
         """
         began = time.monotonic()
+        failed: Failed = {}
         try:
-            results = self._executor.run(work.chunks, before=before)
-            work.outcomes = self._sample(work.chunks, results)
+            results = self._run(work.chunks, before, failed)
+            chunks = [chunk for chunk in work.chunks if chunk.running not in failed]
+            outcomes = self._sample(chunks, results, failed)
             done = time.monotonic()
-            self.pace.note(work.chunks, done - began)
-            self._traces.computed(work.chunks, began, done)
+            if not failed:
+                self.pace.note(chunks, done - began)
+            self._traces.computed(chunks, began, done)
         except LEAVING:
             raise
         except BaseException as error:  # noqa: BLE001
-            _LOG.exception("pass %d failed", self.num_passes)
-            self.failures.append(time.monotonic())
-            failure = EngineFailedError(f"the engine failed: {error!r}")
-            work.outcomes = [(chunk.running, failure) for chunk in work.chunks]
+            chunks, outcomes = [], []
+            failed = dict.fromkeys([chunk.running for chunk in work.chunks], self._fault(error))
+        if outcomes or any(not chunk.running.chain.is_tail for chunk in chunks):
+            self.failures.clear()  # what failed before was the doing of its requests
+        else:
+            self.failures.extend((began, running.request.request_id) for running in failed)
+        work.outcomes = [*outcomes, *failed.items()]
+
+    def _run(
+        self, chunks: Sequence[Chunk], before: Callable[[], None] | None, failed: Failed
+    ) -> list[ChunkResult]:
+        """Compute chunks together, or each alone where that fails: one must not take the others with it.
+
+        Computing a chunk again is harmless: its keys and values are written to the same places.
+        """
+        try:
+            return self._executor.run(chunks, before=before)
+        except LEAVING:
+            raise
+        except BaseException as error:  # noqa: BLE001
+            failure = self._fault(error)
+        # After the clause, which keeps the tensors of the failed pass: memory may be what was short.
+        if len(chunks) > 1:
+            return [result for chunk in chunks for result in self._run([chunk], None, failed)]
+        failed[chunks[0].running] = failure
+        return []
+
+    def _draw(self, group: Sequence[ChunkLogits], failed: Failed) -> list[tuple[RunningRequest, Outcome]]:
+        """Sample together, or each alone where that fails, from logits computed again: they may be edited."""
+        try:
+            return self._sampler.sample_next(group)
+        except LEAVING:
+            raise
+        except BaseException as error:  # noqa: BLE001
+            failure = self._fault(error)
+        outcomes: list[tuple[RunningRequest, Outcome]] = []
+        for chunk in [result.chunk for result in group]:
+            if len(group) > 1 and chunk.samples:  # it does no more once its token is drawn
+                fresh = [one for one in self._run([chunk], None, failed) if isinstance(one, ChunkLogits)]
+                outcomes.extend(self._draw(fresh, failed) if fresh else ())
+            else:
+                failed[chunk.running] = failure
+        return outcomes
+
+    def _fault(self, error: BaseException) -> EngineFailedError:
+        """A fault of the engine, as the requests hear of it."""
+        _LOG.error("pass %d failed", self.num_passes, exc_info=error)
+        return EngineFailedError(f"the engine failed: {error!r}")
 
     def finish(self, work: Pass) -> None:
         """Tell everybody what came of a pass."""
@@ -226,9 +276,9 @@ class Passes:
                 )
 
     def _sample(
-        self, chunks: Sequence[Chunk], results: Sequence[ChunkResult]
+        self, chunks: Sequence[Chunk], results: Sequence[ChunkResult], failed: Failed
     ) -> list[tuple[RunningRequest, Outcome]]:
-        """Note what was computed, sample, and say what to tell each request."""
+        """Note what was computed, sample, and say what to tell each request; `failed` gets the others."""
         for chunk in chunks:
             chunk.running.num_computed = chunk.end
         if self.exchange is not None:
@@ -243,10 +293,12 @@ class Passes:
                 by_vocab.setdefault(result.rows.shape[1], []).append(result)
         outcomes: list[tuple[RunningRequest, Outcome]] = []
         for group in by_vocab.values():
-            outcomes.extend(self._sampler.sample_next(group))
-        failed = {running for running, outcome in outcomes if isinstance(outcome, BlockzooError)}
+            outcomes.extend(self._draw(group, failed))
+        lost = failed.keys() | {
+            running for running, outcome in outcomes if isinstance(outcome, BlockzooError)
+        }
         for chunk in chunks:
-            if chunk.running not in failed:
+            if chunk.running not in lost:
                 self._kv.note_computed(chunk.running)
         return outcomes
 

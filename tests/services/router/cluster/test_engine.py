@@ -9,7 +9,13 @@ import pytest
 from blockserve.common.api.cluster import ClusterView, PathStep, Run, WorkerId
 from blockserve.common.api.engine import EngineRequest, SamplingParams, TokenEvent
 from blockserve.common.api.tokens import FinishReason
-from blockserve.common.errors import BreakCause, EngineFailedError, NoPathError, PathBrokenError
+from blockserve.common.errors import (
+    BreakCause,
+    EngineFailedError,
+    NonFiniteLogitsError,
+    NoPathError,
+    PathBrokenError,
+)
 from blockserve.common.rpc.channel import Credentials
 from blockserve.router.cluster.engine import ClusterEngine
 from blockserve.router.cluster.failover import FailoverConfig
@@ -138,6 +144,15 @@ async def test_what_no_other_path_cures_is_not_tried_again() -> None:
     with pytest.raises(BlockzooError, match="a fault"):
         await run(engine)
     assert (engine.num_failovers, chooser.released, len(stream.given)) == (0, ["a"], 1)
+
+
+@async_test
+async def test_logits_that_are_not_finite_are_no_workers_fault() -> None:
+    first, second = Stream("a", [tokens(0), NonFiniteLogitsError("nan")]), Stream("b", [tokens(1, 2)])
+    engine, chooser, _ = rig(first, second)
+    with pytest.raises(NonFiniteLogitsError):
+        await run(engine)
+    assert (chooser.faulty, engine.num_failovers, second.given) == ([], 0, [])
 
 
 @async_test

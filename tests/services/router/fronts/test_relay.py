@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,12 @@ from blockproto.v1 import zoo_pb2, zoo_pb2_grpc
 from blockserve.client.zoo import RemoteZoo
 from blockserve.client.zoo_calls import is_broken
 from blockserve.common.api.leader import leader_address, leader_name
-from blockserve.common.errors import NoLeaderError, PushNotFoundError, UnauthenticatedError
+from blockserve.common.errors import (
+    ConfigurationError,
+    NoLeaderError,
+    PushNotFoundError,
+    UnauthenticatedError,
+)
 from blockserve.common.rpc.channel import Credentials, open_channel
 from blockserve.common.rpc.host import RpcHost
 from blockserve.common.rpc.settings import ServerSettings
@@ -32,16 +38,17 @@ class Election:
 
     def __init__(self) -> None:
         self.holder: str | None = None
+        self.relay: ZooRelay
 
     async def leader(self) -> str | None:
         return self.holder
 
 
 @asynccontextmanager
-async def controller(zoo: Zoo, **settings: str) -> AsyncIterator[str]:
+async def controller(zoo: Zoo, kind: type[ZooServicer] = ZooServicer, **settings: str) -> AsyncIterator[str]:
     host = RpcHost(ServerSettings.load(listen="127.0.0.1:0", **settings), (SERVICE,), close_seconds=0)
     host.bind()
-    servicer = ZooServicer(zoo, ControllerConfig())
+    servicer = kind(zoo, ControllerConfig())
     zoo_pb2_grpc.add_ZooServiceServicer_to_server(servicer, host.server)
     await host.start()
     try:
@@ -49,6 +56,20 @@ async def controller(zoo: Zoo, **settings: str) -> AsyncIterator[str]:
     finally:
         await host.close()
         await servicer.close()
+
+
+class Slow(ZooServicer):
+    """Describes its zoo once it is allowed to."""
+
+    called: asyncio.Event
+    allowed: asyncio.Event
+
+    async def DescribeZoo(
+        self, request: zoo_pb2.DescribeZooRequest, context: Any
+    ) -> zoo_pb2.DescribeZooResponse:
+        self.called.set()
+        await self.allowed.wait()
+        return await super().DescribeZoo(request, context)
 
 
 @asynccontextmanager
@@ -59,6 +80,7 @@ async def router(election: Election, **settings: str) -> AsyncIterator[str]:
     relay = ZooRelay(election.leader, Credentials(token=settings.get("token")))
     relay.add_to(host.server)
     await host.start()
+    election.relay = relay
     try:
         yield host.address
     finally:
@@ -119,6 +141,48 @@ async def test_another_controller_takes_over(tmp_path: Path) -> None:
 
 
 @async_test
+async def test_calls_in_flight_end_where_they_began(tmp_path: Path) -> None:
+    """The leader changes meanwhile: the old connection is closed when its last call has ended."""
+    zoo = Zoo.open(tmp_path / "zoo", create=True)
+    election = Election()
+    Slow.called, Slow.allowed = asyncio.Event(), asyncio.Event()
+    async with (
+        controller(zoo, Slow) as first,
+        controller(zoo) as second,
+        router(election) as address,
+        open_channel(address, Credentials()) as channel,
+    ):
+        election.holder = first
+        stub = zoo_pb2_grpc.ZooServiceStub(channel)
+        waiting = stub.DescribeZoo(zoo_pb2.DescribeZooRequest(), timeout=20)
+        await Slow.called.wait()
+        election.holder = second
+        expected = await stub.DescribeZoo(zoo_pb2.DescribeZooRequest(), timeout=20)
+        assert [one.calls for one in election.relay._connections] == [1, 0]
+        Slow.allowed.set()
+        assert await waiting == expected
+        while len(election.relay._connections) > 1:
+            await asyncio.sleep(0.01)
+        assert election.relay._connections[0].address == leader_address(second)
+
+
+@async_test
+async def test_calls_that_are_broken_off_are_answered(tmp_path: Path) -> None:
+    zoo = Zoo.open(tmp_path / "zoo", create=True)
+    election = Election()
+    Slow.called, Slow.allowed = asyncio.Event(), asyncio.Event()
+    async with controller(zoo, Slow) as election.holder, router(election) as address:
+        with RemoteZoo(address) as remote:
+            call = asyncio.create_task(
+                asyncio.to_thread(remote._calls.call, "DescribeZoo", zoo_pb2.DescribeZooRequest(), timeout=20)
+            )
+            await Slow.called.wait()
+            await election.relay.close()
+            with pytest.raises(NoLeaderError, match="broken off"):
+                await call
+
+
+@async_test
 async def test_without_a_leader_calls_say_why() -> None:
     election = Election()
     async with router(election) as address:
@@ -134,6 +198,18 @@ async def test_without_a_leader_calls_say_why() -> None:
             assert caught.value.retry_after > 0
             # A push that was begun goes on trying.
             assert is_broken(caught.value)
+
+
+@async_test
+async def test_a_leader_that_names_a_router_is_found_out() -> None:
+    election = Election()
+    async with router(election) as address, router(election) as other:
+        with RemoteZoo(address) as remote:
+            for advertised in (address, other):
+                election.holder = leader_name("one-abcd", advertised)
+                with pytest.raises(ConfigurationError, match="address of a router") as caught:
+                    await asyncio.to_thread(remote.ls)
+                assert "advertise" in caught.value.hint
 
 
 @async_test

@@ -10,7 +10,7 @@ import torch
 
 from blockkernels.backends import CpuBackend
 from blockserve.common.api.engine import EngineRequest, SamplingParams, TokenEvent
-from blockserve.common.errors import EngineFailedError
+from blockserve.common.errors import NonFiniteLogitsError
 from blockserve.worker.blocks.chain import LoadedChain
 from blockserve.worker.compute import sampler
 from blockserve.worker.requests.running import Chunk, ChunkLogits, RunningRequest
@@ -37,7 +37,7 @@ def logits_of(requests: list[RunningRequest]) -> list[ChunkLogits]:
 def drawn(requests: list[RunningRequest]) -> list[int]:
     tokens = []
     for _, outcome in SAMPLER.sample_next(logits_of(requests)):
-        assert not isinstance(outcome, EngineFailedError)
+        assert not isinstance(outcome, NonFiniteLogitsError)
         (event,) = cast(list[TokenEvent], outcome)
         tokens.append(event.token_id)
     return tokens
@@ -87,5 +87,5 @@ def test_logits_that_are_not_finite_fail_their_request_only() -> None:
     results = logits_of(requests)
     results[0].rows[0, 3] = math.nan
     (_, broken), (_, whole) = SAMPLER.sample_next(results)
-    assert isinstance(broken, EngineFailedError)
+    assert isinstance(broken, NonFiniteLogitsError)
     assert cast(list[TokenEvent], whole)[0].token_id == VOCAB - 1

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import math
+import threading
 import time
 from collections.abc import AsyncIterator, Coroutine
 from dataclasses import replace
@@ -19,10 +20,12 @@ from blockserve.common.errors import (
     DeadlineExceededError,
     EngineFailedError,
     KvCapacityError,
+    NonFiniteLogitsError,
     QueueFullError,
     ServerStoppingError,
 )
 from blockserve.worker.compute.executor import Executor
+from blockserve.worker.compute.sampler import Sampler
 from blockserve.worker.engine.debug import prompt_logits
 from blockserve.worker.engine.engine import BlockEngine
 from blockzoo.errors import CorruptBlobError
@@ -326,6 +329,69 @@ def test_a_fault_in_a_pass_fails_its_requests_only(
     run(work())
 
 
+@pytest.mark.parametrize("part", [(Executor, "run"), (Sampler, "_edited")])
+def test_a_request_that_fails_does_not_take_its_batch_with_it(
+    engine: BlockEngine, tiny: TinyZoo, monkeypatch: pytest.MonkeyPatch, part: tuple[type, str]
+) -> None:
+    """It fails with the others and then alone; those get what they get without it."""
+    chain, whole, widths = tiny.chains["base"], getattr(*part), set[int]()
+    edited = SamplingParams(temperature=0.0, repetition_penalty=1.9)
+
+    def broken(self: Any, *given: Any, **named: Any) -> Any:
+        ones = given[-1] if part[0] is Sampler else given[0]
+        requests = [getattr(one, "running", one).request for one in ones]
+        found = whole(self, *given, **named)
+        if any(request.sampling.seed == 666 for request in requests):
+            widths.add(len(requests))
+            raise RuntimeError("one of them")
+        return found
+
+    async def work() -> None:
+        await engine.load(chain)
+        good = [ask(chain), ask(chain, (8, 9), sampling=edited)]
+        expected = [await tokens(engine, one) for one in good]
+        monkeypatch.setattr(*part, broken)
+        all_there = threading.Event()
+        engine._post(lambda: bool(all_there.wait(10)) or None)
+        bad = ask(chain, (3, 4), sampling=replace(edited, seed=666))
+        again = [replace(one, request_id=f"{one.request_id}-again") for one in good]
+        answers = [asyncio.create_task(tokens(engine, one)) for one in [*again, bad]]
+        await asyncio.sleep(0)
+        all_there.set()
+        found = await asyncio.gather(*answers, return_exceptions=True)
+        assert found[:2] == expected
+        assert isinstance(found[2], EngineFailedError)
+        assert widths == {1, 3}
+        assert engine.report().kv_pages_used == 0
+
+    run(work())
+
+
+def test_requests_that_fail_count_until_a_pass_succeeds(
+    engine: BlockEngine, tiny: TinyZoo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work() -> None:
+        chain, whole = tiny.chains["base"], Executor.run
+        await engine.load(chain)
+
+        def broken(self: Executor, chunks: Any, before: Any = None) -> Any:
+            if any(chunk.running.request.sampling.seed == 666 for chunk in chunks):
+                raise RuntimeError("a bug")
+            return whole(self, chunks, before)
+
+        monkeypatch.setattr(Executor, "run", broken)
+        bad = [ask(chain, sampling=replace(GREEDY, seed=666)) for _ in range(3)]
+        for one in (*bad, bad[0]):  # as a router sends it again where there is no other worker
+            with pytest.raises(EngineFailedError):
+                await tokens(engine, one)
+        assert engine.failed_requests(60) == 3
+        assert engine.failed_requests(0) == 0
+        await tokens(engine, ask(chain))
+        assert engine.failed_requests(60) == 0
+
+    run(work())
+
+
 def test_logits_that_are_not_finite_fail_one_request(
     engine: BlockEngine, tiny: TinyZoo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -349,7 +415,7 @@ def test_logits_that_are_not_finite_fail_one_request(
             tokens(engine, ask(tiny.chains["top"])),
             return_exceptions=True,
         )
-        assert isinstance(bad, EngineFailedError)
+        assert isinstance(bad, NonFiniteLogitsError)
         assert isinstance(good, list)
         assert len(good) == 8
 
