@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blockserve.common.errors import UnavailableError
+from blockserve.common.rpc.address import endpoint
 
 if TYPE_CHECKING:
     import ssl
@@ -34,7 +35,7 @@ def why_unreachable(server: str, credentials: Credentials) -> UnavailableError:
     """The error that says in one sentence what is in the way.
 
     Args:
-        server: `host:port`, or `unix:/path`.
+        server: `host:port`, `unix:/path`, or another target of gRPC.
         credentials: as the call had them.
     """
     message, hint = _look(server, credentials)
@@ -45,7 +46,7 @@ def _look(server: str, credentials: Credentials) -> tuple[str, str]:
     """What is wrong, and what to do."""
     try:
         connection = _connect(server)
-    except socket.gaierror:
+    except (socket.gaierror, UnicodeError):
         return f"the name in {server} is not known", "Check the spelling of the host's name."
     except TimeoutError:
         return f"{server} does not answer within {CONNECT_SECONDS:g} s", "Is a firewall in the way?"
@@ -58,23 +59,31 @@ def _look(server: str, credentials: Credentials) -> tuple[str, str]:
             return _look_encrypted(connection, server, credentials)
         if _greets(connection):
             return f"the connection to {server} broke", "Run the command again."
-    if not server.startswith("unix:") and _encrypts(server):
+    if not isinstance(endpoint(server), str) and _encrypts(server):
         return f"the server at {server} encrypts", "Add --tls, or --ca-file with its authority."
     return f"what answers at {server} is no blockzoo server", START
 
 
 def _connect(server: str) -> socket.socket:
-    if server.startswith("unix:"):
-        connection = socket.socket(socket.AF_UNIX)
-        connection.settimeout(CONNECT_SECONDS)
-        try:
-            connection.connect(server.removeprefix("unix:"))
-        except BaseException:
-            connection.close()
-            raise
-        return connection
-    host, _, port = server.rpartition(":")
-    return socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS)
+    """Connect as gRPC would.
+
+    Raises:
+        OSError: nobody takes the connection, or the target is one that only gRPC can resolve.
+        UnicodeError: the host's name is none.
+    """
+    where = endpoint(server)
+    if where is None:
+        raise OSError(f"{server} is resolved by gRPC")
+    if not isinstance(where, str):
+        return socket.create_connection(where, timeout=CONNECT_SECONDS)
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(CONNECT_SECONDS)
+    try:
+        connection.connect(where)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
 def _greets(connection: socket.socket) -> bool:
@@ -88,7 +97,9 @@ def _greets(connection: socket.socket) -> bool:
 
 
 def _host(server: str) -> str:
-    return server.rpartition(":")[0].strip("[]")
+    """The name that the server's certificate has to hold."""
+    where = endpoint(server)
+    return where[0] if isinstance(where, tuple) and where[0] else "localhost"
 
 
 def _encrypts(server: str) -> bool:
@@ -109,7 +120,7 @@ def _look_encrypted(connection: socket.socket, server: str, credentials: Credent
         context.load_cert_chain(credentials.cert_file, credentials.key_file, password="")
     context.set_alpn_protocols(["h2"])
     try:
-        with context.wrap_socket(connection, server_hostname=_host(server) or "localhost") as encrypted:
+        with context.wrap_socket(connection, server_hostname=_host(server)) as encrypted:
             greets = _greets(encrypted)
     except ssl.SSLCertVerificationError as error:
         return _describe_refusal(error, server, credentials)
@@ -176,7 +187,7 @@ def _certificate_of(server: str) -> str | None:
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     with suppress(OSError), _connect(server) as plain:
-        with context.wrap_socket(plain, server_hostname=_host(server) or None) as encrypted:
+        with context.wrap_socket(plain, server_hostname=_host(server)) as encrypted:
             der = encrypted.getpeercert(binary_form=True)
         return None if der is None else ssl.DER_cert_to_PEM_cert(der)
     return None

@@ -136,6 +136,29 @@ def test_nobody_is_there(run, tmp_path):
     assert "is not known" in run("status", "--server", "no-such-host.invalid:7450").err
 
 
+@pytest.mark.parametrize(
+    "target", ["unix-abstract:blockzoo-{port}", "dns:///127.0.0.1:{port}", "ipv4:127.0.0.1:{port}"]
+)
+def test_targets_as_grpc_spells_them(run, target):
+    """Nobody listens there; `dns:` and `ipv4:` are no part of a host's name."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = target.format(port=taken.getsockname()[1])
+        outcome = run("status", "--server", address)
+    assert outcome.code == 1
+    assert f"no server answers at {address}" in outcome.err
+
+
+def test_a_target_that_names_several_servers(run):
+    outcome = run("status", "--server", "ipv4:127.0.0.1:1,127.0.0.1:2")
+    assert outcome.code == 1
+    assert "no server answers at ipv4:127.0.0.1:1,127.0.0.1:2" in outcome.err
+
+
+def test_a_name_that_no_host_can_have(run):
+    assert "is not known" in run("status", "--server", "models..example:7450").err
+
+
 def test_a_server_of_another_kind(run):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
