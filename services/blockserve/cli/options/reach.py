@@ -28,6 +28,9 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0
 SETTINGS = 4
 """The type of the frame that an HTTP/2 server sends first."""
 
+PLAIN_ANSWERS = frozenset({"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST"})
+"""What OpenSSL makes of an answer that is not encrypted; which of them depends on its version."""
+
 START = "Start one with `blockzoo serve`, or give its address with --server."
 
 
@@ -124,10 +127,8 @@ def _look_encrypted(connection: socket.socket, server: str, credentials: Credent
             greets = _greets(encrypted)
     except ssl.SSLCertVerificationError as error:
         return _describe_refusal(error, server, credentials)
-    except ssl.SSLError:
-        return f"the server at {server} does not encrypt", "Leave out --tls, --ca-file and --cert-file."
-    except OSError:
-        greets = False
+    except OSError as error:
+        return _describe_failed_handshake(error, server, credentials)
     if greets:
         return f"the connection to {server} broke", "Run the command again."
     return _describe_rejection(server, credentials)
@@ -161,6 +162,24 @@ def _describe_refusal(
         f"the certificate of {server} is not trusted: {trusted}",
         "Give the authority that signed it with --ca-file.",
     )
+
+
+def _describe_failed_handshake(error: OSError, server: str, credentials: Credentials) -> tuple[str, str]:
+    """Why the two sides did not agree on encryption, in OpenSSL's names of reasons."""
+    reason = getattr(error, "reason", None) or ""
+    if reason in PLAIN_ANSWERS:
+        return f"the server at {server} does not encrypt", "Leave out --tls, --ca-file and --cert-file."
+    if "PROTOCOL_VERSION" in reason or reason == "UNSUPPORTED_PROTOCOL":
+        return f"the server at {server} speaks no version of TLS from 1.2 on", "A blockzoo server does."
+    is_about_certificate = "CERTIFICATE" in reason or "UNKNOWN_CA" in reason or "ACCESS_DENIED" in reason
+    # TLS 1.2 has no alert of its own for a certificate that is missing.
+    if is_about_certificate or ("HANDSHAKE_FAILURE" in reason and credentials.cert_file is None):
+        return _describe_rejection(server, credentials)
+    if isinstance(error, TimeoutError):
+        words = "it is silent"
+    else:
+        words = reason.replace("_", " ").lower() or "it ended the connection"
+    return f"the server at {server} did not agree on encryption: {words}", "Its log may say more."
 
 
 def _describe_rejection(server: str, credentials: Credentials) -> tuple[str, str]:
