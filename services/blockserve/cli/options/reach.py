@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blockserve.common.errors import UnavailableError
+from blockserve.common.rpc.address import endpoint
 
 if TYPE_CHECKING:
     import ssl
@@ -27,6 +28,9 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0
 SETTINGS = 4
 """The type of the frame that an HTTP/2 server sends first."""
 
+PLAIN_ANSWERS = frozenset({"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST"})
+"""What OpenSSL makes of an answer that is not encrypted; which of them depends on its version."""
+
 START = "Start one with `blockzoo serve`, or give its address with --server."
 
 
@@ -34,7 +38,7 @@ def why_unreachable(server: str, credentials: Credentials) -> UnavailableError:
     """The error that says in one sentence what is in the way.
 
     Args:
-        server: `host:port`, or `unix:/path`.
+        server: `host:port`, `unix:/path`, or another target of gRPC.
         credentials: as the call had them.
     """
     message, hint = _look(server, credentials)
@@ -45,7 +49,7 @@ def _look(server: str, credentials: Credentials) -> tuple[str, str]:
     """What is wrong, and what to do."""
     try:
         connection = _connect(server)
-    except socket.gaierror:
+    except (socket.gaierror, UnicodeError):
         return f"the name in {server} is not known", "Check the spelling of the host's name."
     except TimeoutError:
         return f"{server} does not answer within {CONNECT_SECONDS:g} s", "Is a firewall in the way?"
@@ -58,23 +62,31 @@ def _look(server: str, credentials: Credentials) -> tuple[str, str]:
             return _look_encrypted(connection, server, credentials)
         if _greets(connection):
             return f"the connection to {server} broke", "Run the command again."
-    if not server.startswith("unix:") and _encrypts(server):
+    if not isinstance(endpoint(server), str) and _encrypts(server):
         return f"the server at {server} encrypts", "Add --tls, or --ca-file with its authority."
     return f"what answers at {server} is no blockzoo server", START
 
 
 def _connect(server: str) -> socket.socket:
-    if server.startswith("unix:"):
-        connection = socket.socket(socket.AF_UNIX)
-        connection.settimeout(CONNECT_SECONDS)
-        try:
-            connection.connect(server.removeprefix("unix:"))
-        except BaseException:
-            connection.close()
-            raise
-        return connection
-    host, _, port = server.rpartition(":")
-    return socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS)
+    """Connect as gRPC would.
+
+    Raises:
+        OSError: nobody takes the connection, or the target is one that only gRPC can resolve.
+        UnicodeError: the host's name is none.
+    """
+    where = endpoint(server)
+    if where is None:
+        raise OSError(f"{server} is resolved by gRPC")
+    if not isinstance(where, str):
+        return socket.create_connection(where, timeout=CONNECT_SECONDS)
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(CONNECT_SECONDS)
+    try:
+        connection.connect(where)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
 def _greets(connection: socket.socket) -> bool:
@@ -88,7 +100,9 @@ def _greets(connection: socket.socket) -> bool:
 
 
 def _host(server: str) -> str:
-    return server.rpartition(":")[0].strip("[]")
+    """The name that the server's certificate has to hold."""
+    where = endpoint(server)
+    return where[0] if isinstance(where, tuple) and where[0] else "localhost"
 
 
 def _encrypts(server: str) -> bool:
@@ -109,14 +123,12 @@ def _look_encrypted(connection: socket.socket, server: str, credentials: Credent
         context.load_cert_chain(credentials.cert_file, credentials.key_file, password="")
     context.set_alpn_protocols(["h2"])
     try:
-        with context.wrap_socket(connection, server_hostname=_host(server) or "localhost") as encrypted:
+        with context.wrap_socket(connection, server_hostname=_host(server)) as encrypted:
             greets = _greets(encrypted)
     except ssl.SSLCertVerificationError as error:
         return _describe_refusal(error, server, credentials)
-    except ssl.SSLError:
-        return f"the server at {server} does not encrypt", "Leave out --tls, --ca-file and --cert-file."
-    except OSError:
-        greets = False
+    except OSError as error:
+        return _describe_failed_handshake(error, server, credentials)
     if greets:
         return f"the connection to {server} broke", "Run the command again."
     return _describe_rejection(server, credentials)
@@ -152,6 +164,24 @@ def _describe_refusal(
     )
 
 
+def _describe_failed_handshake(error: OSError, server: str, credentials: Credentials) -> tuple[str, str]:
+    """Why the two sides did not agree on encryption, in OpenSSL's names of reasons."""
+    reason = getattr(error, "reason", None) or ""
+    if reason in PLAIN_ANSWERS:
+        return f"the server at {server} does not encrypt", "Leave out --tls, --ca-file and --cert-file."
+    if "PROTOCOL_VERSION" in reason or reason == "UNSUPPORTED_PROTOCOL":
+        return f"the server at {server} speaks no version of TLS from 1.2 on", "A blockzoo server does."
+    is_about_certificate = "CERTIFICATE" in reason or "UNKNOWN_CA" in reason or "ACCESS_DENIED" in reason
+    # TLS 1.2 has no alert of its own for a certificate that is missing.
+    if is_about_certificate or ("HANDSHAKE_FAILURE" in reason and credentials.cert_file is None):
+        return _describe_rejection(server, credentials)
+    if isinstance(error, TimeoutError):
+        words = "it is silent"
+    else:
+        words = reason.replace("_", " ").lower() or "it ended the connection"
+    return f"the server at {server} did not agree on encryption: {words}", "Its log may say more."
+
+
 def _describe_rejection(server: str, credentials: Credentials) -> tuple[str, str]:
     """What the server holds against this side; it hangs up without a word."""
     from blockserve.common.rpc.certificates import expired_on
@@ -176,7 +206,7 @@ def _certificate_of(server: str) -> str | None:
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     with suppress(OSError), _connect(server) as plain:
-        with context.wrap_socket(plain, server_hostname=_host(server) or None) as encrypted:
+        with context.wrap_socket(plain, server_hostname=_host(server)) as encrypted:
             der = encrypted.getpeercert(binary_form=True)
         return None if der is None else ssl.DER_cert_to_PEM_cert(der)
     return None

@@ -13,10 +13,13 @@ DEFAULT_TARGET = "127.0.0.1:7450"
 GRPC_SCHEMES = ("unix:", "unix-abstract:", "dns:", "ipv4:", "ipv6:", "vsock:", "xds:")
 """What gRPC itself resolves; programs may name several servers so."""
 
+DNS_PORT = 443
+"""Which port gRPC takes when a target that begins with `dns:` names none."""
+
 
 def is_local(address: str) -> bool:
-    """Whether an address (`host:port`, `unix:/path`) can only be reached from this machine."""
-    if address.startswith("unix:"):
+    """Whether an address (`host:port`, `unix:/path`, `unix-abstract:name`) is of this machine only."""
+    if address.startswith(("unix:", "unix-abstract:")):
         return True
     host = address.rpartition(":")[0].strip("[]") or address
     if host == "localhost":
@@ -31,6 +34,30 @@ def is_host_and_port(address: str) -> bool:
     """Whether an address has the form host:port."""
     host, _, port = address.rpartition(":")
     return bool(host) and port.isascii() and port.isdigit() and int(port) <= 65535
+
+
+def endpoint(target: str) -> tuple[str, int] | str | None:
+    """Where a connection to a target goes, as sockets name it.
+
+    Returns:
+        (host, port); or the path of a Unix socket, which begins with NUL if it is an abstract one; or None
+        for a target that names several servers, or that only gRPC can resolve.
+    """
+    scheme = next((scheme for scheme in GRPC_SCHEMES if target.startswith(scheme)), "")
+    rest = target.removeprefix(scheme)
+    if scheme == "unix-abstract:":
+        return "\0" + rest
+    if scheme == "unix:":
+        return rest.removeprefix("//")
+    if scheme == "dns:":
+        rest = rest.rpartition("/")[2]  # what stands before it names the DNS server
+        if rest and ":" not in rest:
+            return rest, DNS_PORT
+    is_bare_ipv6 = scheme == "ipv6:" and not rest.startswith("[")
+    if scheme in ("vsock:", "xds:") or "," in rest or is_bare_ipv6 or not is_host_and_port(rest):
+        return None
+    host, _, port = rest.rpartition(":")
+    return host.strip("[]"), int(port)
 
 
 def check_target(target: str) -> None:

@@ -1,7 +1,9 @@
 """What people read when their command does not get through: which certificate, which address, which file."""
 
 import socket
+import ssl
 import threading
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -136,27 +138,93 @@ def test_nobody_is_there(run, tmp_path):
     assert "is not known" in run("status", "--server", "no-such-host.invalid:7450").err
 
 
-def test_a_server_of_another_kind(run):
+@pytest.mark.parametrize(
+    "target", ["unix-abstract:blockzoo-{port}", "dns:///127.0.0.1:{port}", "ipv4:127.0.0.1:{port}"]
+)
+def test_targets_as_grpc_spells_them(run, target):
+    """Nobody listens there; `dns:` and `ipv4:` are no part of a host's name."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = target.format(port=taken.getsockname()[1])
+        outcome = run("status", "--server", address)
+    assert outcome.code == 1
+    assert f"no server answers at {address}" in outcome.err
+
+
+def test_a_target_that_names_several_servers(run):
+    outcome = run("status", "--server", "ipv4:127.0.0.1:1,127.0.0.1:2")
+    assert outcome.code == 1
+    assert "no server answers at ipv4:127.0.0.1:1,127.0.0.1:2" in outcome.err
+
+
+def test_a_name_that_no_host_can_have(run):
+    assert "is not known" in run("status", "--server", "models..example:7450").err
+
+
+@contextmanager
+def listening(answer):
+    """Call `answer` with each connection; the port."""
+    stop = threading.Event()
+
+    def serve(server):
+        server.settimeout(0.05)
+        while not stop.is_set():
+            with suppress(TimeoutError, OSError), server.accept()[0] as connection:
+                connection.settimeout(5)
+                answer(connection)
+
     with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        stop = threading.Event()
-
-        def greet():
-            server.settimeout(0.05)
-            while not stop.is_set():
-                try:
-                    with server.accept()[0] as connection:
-                        connection.sendall(b"220 mail.example ESMTP\r\n")
-                except TimeoutError:
-                    continue
-
-        thread = threading.Thread(target=greet)
+        thread = threading.Thread(target=serve, args=(server,))
         thread.start()
         try:
-            assert "is no blockzoo server" in run("status", "--server", f"127.0.0.1:{port}").err
+            yield server.getsockname()[1]
         finally:
             stop.set()
             thread.join()
+
+
+def test_a_server_of_another_kind(run):
+    with listening(lambda connection: connection.sendall(b"220 mail.example ESMTP\r\n")) as port:
+        assert "is no blockzoo server" in run("status", "--server", f"127.0.0.1:{port}").err
+
+
+def failing_handshake(pem, kind):
+    """What a server of another kind does with a connection that wants TLS."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pem / "server.pem", pem / "server.key")
+    if kind == "hangs up":
+        return lambda connection: connection.recv(1)
+    if kind == "old TLS":
+        context.set_ciphers("DEFAULT@SECLEVEL=0")
+        context.minimum_version, context.maximum_version = ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1
+    else:
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(pem / "ca.pem")
+
+    def answer(connection):
+        with context.wrap_socket(connection, server_side=True) as encrypted:
+            encrypted.recv(1)
+
+    return answer
+
+
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion")
+@pytest.mark.parametrize(
+    ("kind", "own", "expected"),
+    [
+        ("old TLS", None, "speaks no version of TLS from 1.2 on"),
+        ("asks for a certificate", None, "it probably asks for a client certificate"),
+        ("asks for a certificate", "other", "does not accept the client certificate"),
+        ("hangs up", None, "did not agree on encryption: it ended the connection"),
+    ],
+)
+def test_a_handshake_fails_for_its_own_reason(run, pem, kind, own, expected):
+    words = ("--ca-file", pem / "ca.pem", *(() if own is None else client(pem, own)))
+    with listening(failing_handshake(pem, kind)) as port:
+        told = run("status", "--server", f"127.0.0.1:{port}", *words).err
+    assert expected in told
+    assert "does not encrypt" not in told
 
 
 def test_a_token_is_asked_for_in_the_words_of_the_command(run, start, tmp_path):

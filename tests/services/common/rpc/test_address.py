@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from blockserve.common.rpc.address import is_host_and_port, is_local
+from blockserve.common.rpc.address import endpoint, is_host_and_port, is_local
 
 
 @pytest.mark.parametrize(
@@ -15,6 +15,7 @@ from blockserve.common.rpc.address import is_host_and_port, is_local
         ("[::1]:7450", True),
         ("localhost:7450", True),
         ("unix:/run/zoo.sock", True),
+        ("unix-abstract:zoo", True),
         ("0.0.0.0:7450", False),
         ("[::]:7450", False),
         ("10.0.0.7:7450", False),
@@ -43,3 +44,28 @@ def test_which_addresses_only_this_machine_can_reach(address: str, local: bool) 
 )
 def test_host_and_port_are_both_needed(address: str, well_formed: bool) -> None:
     assert is_host_and_port(address) is well_formed
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("zoo.example:7450", ("zoo.example", 7450)),
+        ("[::1]:7450", ("::1", 7450)),
+        ("unix:zoo.sock", "zoo.sock"),
+        ("unix:///run/zoo.sock", "/run/zoo.sock"),
+        ("unix-abstract:zoo", "\0zoo"),
+        ("dns:zoo.example:7450", ("zoo.example", 7450)),
+        ("dns:///zoo.example:7450", ("zoo.example", 7450)),
+        ("dns://127.0.0.53/zoo.example:7450", ("zoo.example", 7450)),
+        ("dns:zoo.example", ("zoo.example", 443)),
+        ("ipv4:10.0.0.7:7450", ("10.0.0.7", 7450)),
+        ("ipv6:[::1]:7450", ("::1", 7450)),
+        ("ipv6:2001:db8::1", None),
+        ("ipv4:10.0.0.7:7450,10.0.0.8:7450", None),
+        ("vsock:3:7450", None),
+        ("xds:///zoo", None),
+        ("dns:", None),
+    ],
+)
+def test_where_a_connection_to_a_target_goes(target: str, expected: object) -> None:
+    assert endpoint(target) == expected
