@@ -9,13 +9,19 @@ refused with a name.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 from blockzoo.errors import AdapterError, UnknownTargetError, UnsupportedAdapterError
 from blockzoo.folders.fields import ADAPTER_FIELDS, Treatment, is_without_effect
 from blockzoo.folders.patterns import ModulePattern, check_number, compile_pattern, compile_patterns
+
+MAX_ORDERED = 256
+"""Patterns of a field whose order is looked at."""
+
+MAX_MATCHES = 1 << 20
+"""Most pairs of a pattern and a module; they take some seconds."""
 
 MAX_RANK = 1 << 14
 """Highest LoRA rank accepted; above a layer's width it makes no sense."""
@@ -112,15 +118,24 @@ class AdapterConfig:
     def order_matters(self, modules: Iterable[str]) -> list[str]:
         """Patterns for rank and alpha of which several match one module, with other values in another order.
 
-        PEFT takes the first that matches, and sorts them when it saves an adapter.
+        PEFT takes the first that matches, and sorts them when it saves an adapter. Of more than
+        `MAX_ORDERED` patterns nobody writes by hand, nothing is said.
         """
-        found: dict[str, None] = {}
-        for module in modules:
-            for name, patterns in (("rank_pattern", self.ranks), ("alpha_pattern", self.alphas)):
-                ordered = sorted(patterns, key=lambda item: item[0].text)
-                if _first_match(patterns, module, 0) != _first_match(ordered, module, 0):
-                    found[name] = None
-        return list(found)
+        modules = list(modules)
+        return [
+            field
+            for field, patterns in (("rank_pattern", self.ranks), ("alpha_pattern", self.alphas))
+            if 1 < len(patterns) <= MAX_ORDERED and _depends_on_order(patterns, modules)
+        ]
+
+    def check_effort(self, num_modules: int) -> None:
+        """Refuse more matches of patterns with modules than a few seconds hold (AdapterError)."""
+        count = len(self.ranks) + len(self.alphas) + len(self.saved_patterns) + len(self.layers_pattern)
+        if count * num_modules > MAX_MATCHES:
+            raise AdapterError(
+                f"adapter_config.json: {count} patterns for {num_modules} modules are too many",
+                hint="Use fewer patterns; the name of a module without its layer matches in every layer.",
+            )
 
     def saves(self, module: str) -> bool:
         """Whether modules_to_save covers a module; PEFT compares endings, not whole names."""
@@ -310,6 +325,11 @@ def _layers_pattern(values: Mapping[str, object]) -> tuple[ModulePattern, ...]:
 
 def _first_match(patterns: Iterable[tuple[ModulePattern, _Number]], module: str, default: _Number) -> _Number:
     return next((value for pattern, value in patterns if pattern.matches(module)), default)
+
+
+def _depends_on_order(patterns: Sequence[tuple[ModulePattern, _Number]], modules: Sequence[str]) -> bool:
+    ordered = sorted(patterns, key=lambda item: item[0].text)
+    return any(_first_match(patterns, one, 0) != _first_match(ordered, one, 0) for one in modules)
 
 
 def _suffixes(module: str) -> set[str]:

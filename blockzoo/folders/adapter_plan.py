@@ -119,6 +119,7 @@ def plan_adapter(
         AdapterError: config and tensors contradict each other.
     """
     check_names(config)
+    config.check_effort(len(base.modules))
     targeted = config.targeted(base.modules, base.linears, HEAD_MODULE)
     if config.keeps_ties and base.is_tied and EMBEDDING_MODULE in targeted and HEAD_MODULE not in targeted:
         targeted.append(HEAD_MODULE)

@@ -278,3 +278,11 @@ def test_saved_modules_are_compared_by_their_endings():
     assert config.saves("model.norm")
     assert config.saves("model.layers.0.input_layernorm")
     assert not config.saves("model.layers.0.mlp")
+
+
+def test_patterns_times_modules_are_bounded():
+    many = parse(target_modules=["q_proj"], rank_pattern={f"layers.{i}.q_proj": 2 for i in range(1500)})
+    many.check_effort(600)
+    with pytest.raises(AdapterError, match="1500 patterns for 900 modules"):
+        many.check_effort(900)
+    assert many.order_matters([f"layers.{i}.q_proj" for i in range(100)]) == []
