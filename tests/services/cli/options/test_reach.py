@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-from support.certificates import make_certificates
+from support.certificates import make_certificates, make_weak_certificate
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +95,20 @@ def test_files_that_do_not_belong_together(run, pem, words, expected, verb):
     outcome = run(verb, "--server", "127.0.0.1:1", *words)
     assert outcome.code == 2
     assert expected in outcome.err
+
+
+@pytest.mark.parametrize("kind", ["small key", "SHA-1"])
+def test_certificates_that_only_openssl_finds_weak(run, start, pem, tmp_path, caplog, kind):
+    """gRPC encrypts, and it takes them: a warning on both sides, and what stands in the way is said truly."""
+    authority = make_weak_certificate(tmp_path, kind)
+    cert, key = tmp_path / "weak.pem", tmp_path / "weak.key"
+    address = start(None, tls_cert=cert, tls_key=key, tls_client_ca=authority)
+    assert f"the certificate {cert} is weak" in caplog.text
+    trust = ("--server", address, "--ca-file", authority)
+    assert run("status", *trust, "--cert-file", cert, "--key-file", key).code == 0
+    assert "asks for a client certificate" in run("status", *trust).err
+    assert "does not fit" in run("status", *trust, "--cert-file", cert, "--key-file", pem / "ca.key").err
+    assert len([one for one in caplog.records if "is weak" in one.getMessage()]) == 1
 
 
 @pytest.mark.parametrize(
