@@ -125,7 +125,7 @@ class ZooRelay:
         if not address:
             raise NoLeaderError(
                 "the controller that leads does not say where it is reached",
-                hint="It is of an older version: call it at its own address.",
+                hint="Set its `advertise` (an older version has none), or call it at its own address.",
                 retry_after=0.0,
             )
         # From here on nothing is awaited: calls that come at the same time share a connection.
