@@ -13,6 +13,7 @@ from blockserve.common.api.leader import leader_name
 from blockserve.common.placement.servicer import SERVICE as PLACEMENT_SERVICE
 from blockserve.common.placement.servicer import PlacementServicer
 from blockserve.common.placement.wishes import WishKeeper
+from blockserve.common.rpc.address import is_wildcard
 from blockserve.common.rpc.host import RpcHost
 from blockserve.common.state.opening import open_store, refuse_unfit
 from blockserve.common.state.store import StateStore
@@ -73,9 +74,7 @@ class ControllerServer:
         self._planner = planner = Planner(
             zoo,
             self._store,
-            leader_name(
-                f"{platform.node()}-{secrets.token_hex(4)}", settings.advertise or self._host.address
-            ),
+            leader_name(f"{platform.node()}-{secrets.token_hex(4)}", self._advertised()),
             lease_seconds=settings.state.lease_seconds,
             look_seconds=settings.look_seconds,
             replicas=settings.replicas,
@@ -89,6 +88,14 @@ class ControllerServer:
         planner.start()
         await self._host.say_serving()
         log.info("ready address=%s zoo=%s version=%s", self.address, zoo.url, version("blockzoo"))
+
+    def _advertised(self) -> str:
+        """Where routers are told to reach this controller; empty if that is not known."""
+        address = self.settings.advertise or self._host.address
+        if not is_wildcard(address):
+            return address
+        log.warning("routers cannot reach %s: set `advertise` to pass calls about the zoo on", address)
+        return ""
 
     async def stop(self) -> None:
         """Stop: leadership first, then calls in progress."""

@@ -126,7 +126,9 @@ def make_plan(
         zoo,
         ProcessSpec(STATE, STATE),
         ProcessSpec(CONTROLLER, CONTROLLER, fixed(CONTROLLER)),
-        ProcessSpec(ROUTER, ROUTER, {**fixed(ROUTER), "BLOCKZOO_LISTEN": listen}),
+        ProcessSpec(
+            ROUTER, ROUTER, {**fixed(ROUTER), "BLOCKZOO_LISTEN": listen}, {"BLOCKZOO_ZOO_CALLS": "true"}
+        ),
         tuple(ProcessSpec(name, WORKER, {**fixed(name), "BLOCKZOO_NAME": name}, share) for name in names),
     )
 

@@ -63,7 +63,7 @@ class RouterServer:
         self.settings = settings
         self.metrics = RouterMetrics(settings)
         self._store = store
-        self._host = RpcHost(settings, (*SERVICES, ZOO_SERVICE) if settings.zoo_calls else SERVICES)
+        self._host = RpcHost(settings, (*SERVICES, ZOO_SERVICE) if settings.passes_zoo_calls else SERVICES)
         self._router: Router | None = None
         self._renderer: ChatRenderer | None = None
         self._watch: ClusterWatch | None = None
@@ -104,7 +104,7 @@ class RouterServer:
         demand = self._demand = DemandTeller(store, f"router-{secrets.token_hex(4)}", evicted=feed)
         approvals = await asyncio.to_thread(Approvals, zoo.store)
         self._wire(zoo, renderer, demand, approvals)
-        if settings.zoo_calls:
+        if settings.passes_zoo_calls:
             self._relay = ZooRelay(store.leader, settings.peer_credentials())
             self._relay.add_to(self._host.server)
         await self._host.start()

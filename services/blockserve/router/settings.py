@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from blockserve.common.process.settings import ClusterSettings
+from blockserve.common.rpc.address import is_local
 from blockserve.common.settings import setting
 from blockserve.router.cluster.failover import FailoverConfig
 from blockserve.router.cluster.kv_plan import KvCosts
@@ -21,11 +22,12 @@ class RouterSettings(ClusterSettings):
         "of interrupting each other (SCHED_BATCH; Linux).",
         reason="Each core carries more requests. On cores shared with workers, tokens would be delayed.",
     )
-    zoo_calls: bool = setting(
-        True,
-        "Pass calls about the zoo (register, ls, rm, gc, ...) on to the controller that leads.",
-        reason="One address is enough for every command. Whoever may call this router may then change the "
-        "zoo, as with `serve`.",
+    zoo_calls: bool | None = setting(
+        None,
+        "Pass calls about the zoo (register, ls, rm, gc, ...) on to the controller that leads. Unset: on "
+        "addresses of this machine, and where callers must send a token (`blockzoo up` sets it).",
+        reason="One address is enough for every command, but whoever may call this router may then change "
+        "the zoo: the controller sees the router's token, not the caller's certificate.",
     )
     router: RouterConfig = Field(default_factory=RouterConfig, description="Limits on requests.")
     adaptive: AdaptiveConfig = Field(
@@ -35,3 +37,10 @@ class RouterSettings(ClusterSettings):
     failover: FailoverConfig = Field(
         default_factory=FailoverConfig, description="Requests whose worker is lost."
     )
+
+    @property
+    def passes_zoo_calls(self) -> bool:
+        """Whether calls about the zoo are passed on."""
+        if self.zoo_calls is not None:
+            return self.zoo_calls
+        return is_local(self.listen) or self.token is not None or self.token_file is not None

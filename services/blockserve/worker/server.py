@@ -11,6 +11,7 @@ from importlib.metadata import version
 from blockproto.v1 import worker_pb2, worker_pb2_grpc
 from blockserve.common.api.cluster import ResidentSegment, WorkerId, WorkerRecord, segment_digest
 from blockserve.common.errors import EngineFailedError
+from blockserve.common.rpc.address import is_wildcard
 from blockserve.common.rpc.host import RpcHost
 from blockserve.common.state.opening import open_store, refuse_unfit
 from blockserve.common.state.store import StateStore
@@ -82,6 +83,8 @@ class WorkerServer:
         settings = self.settings
         self._host.bind()
         self.address = settings.advertise or self._host.address
+        if is_wildcard(self.address):
+            log.warning("other processes cannot reach %s: set `advertise`", self.address)
         self.metrics.listen()
         zoo = await asyncio.to_thread(Zoo.open, settings.zoo)
         record = self._record()

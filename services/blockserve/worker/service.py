@@ -182,8 +182,9 @@ class WorkerService:
         """Take what another worker says; a request's opening waits until its blocks are in memory."""
         now: list[SpanMsg] = []
         for message in messages:
-            if isinstance(message, OpenMsg):
-                self._check_place(message)
+            if isinstance(message, OpenMsg) and not self._is_our_place(message):
+                self._refuse_place(sender, message)
+                continue
             if isinstance(message, OpenMsg) and self.is_draining:
                 self._streams.send(message.request.path[0], [FailMsg(message.id, self._draining())])
                 continue
@@ -199,11 +200,17 @@ class WorkerService:
         if now:
             self._tell_engine(sender, now)
 
-    def _check_place(self, message: OpenMsg) -> None:
-        """Refuse what is opened at a place where the path has another worker, or none (WireError)."""
+    def _is_our_place(self, message: OpenMsg) -> bool:
         path, place = message.request.path, message.place
-        if not 1 <= place < len(path) or path[place].worker != self._record.id:
-            raise WireError(f"worker {self._record.id} is not at place {place} of a path of {len(path)}")
+        return 1 <= place < len(path) and path[place].worker == self._record.id
+
+    def _refuse_place(self, sender: WorkerId, message: OpenMsg) -> None:
+        """Refuse what is opened at a place where the path has another worker, or none: that request only."""
+        path, me = message.request.path, self._record.id
+        error = WireError(f"worker {me} is not at place {message.place} of a path of {len(path)}")
+        log.warning("request %s of worker %s is refused: %s", message.id.request_id, sender, error)
+        if path and path[0].worker != me:
+            self._streams.send(path[0], [FailMsg(message.id, error)])
 
     async def _open_later(self, sender: WorkerId, message: OpenMsg) -> None:
         try:

@@ -69,6 +69,7 @@ def test_what_people_set_wins_over_shares_but_not_over_what_holds_the_cluster_to
     assert not {"BLOCKZOO_STATE_PASSWORD_FILE", "BLOCKZOO_TLS_CERT"} & set(worker)
     router = made.router.environment(inherited, "unix:///state")
     assert (router["BLOCKZOO_LISTEN"], router["BLOCKZOO_TLS_CERT"]) == ("127.0.0.1:1", "/cert")
+    assert router["BLOCKZOO_ZOO_CALLS"] == "true"
 
 
 @pytest.mark.parametrize(

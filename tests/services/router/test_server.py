@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,22 @@ from blockserve.router.settings import RouterSettings
 from blockzoo.errors import BlockzooError
 from blockzoo.zoo import Zoo
 from support.edge import async_test
+
+
+@pytest.mark.parametrize(
+    ("given", "passes"),
+    [
+        ({"listen": "127.0.0.1:0"}, True),
+        ({"listen": "unix:/r.sock"}, True),
+        ({"listen": "0.0.0.0:0", "insecure": True}, False),
+        ({"listen": "0.0.0.0:0", "tls_cert": "c", "tls_key": "k", "tls_client_ca": "a"}, False),
+        ({"listen": "0.0.0.0:0", "tls_cert": "c", "tls_key": "k", "token_file": "t"}, True),
+        ({"listen": "0.0.0.0:0", "insecure": True, "zoo_calls": True}, True),
+        ({"listen": "127.0.0.1:0", "zoo_calls": False}, False),
+    ],
+)
+def test_strangers_do_not_get_the_zoo_by_default(given: dict[str, Any], passes: bool) -> None:
+    assert RouterSettings.load(zoo="z", **given).passes_zoo_calls is passes
 
 
 @pytest.mark.parametrize("zoo_calls", [True, False])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ from blockserve.common.api.cluster import PathStep, Run, WorkerId, WorkerRecord
 from blockserve.common.api.engine import EngineRequest, SamplingParams
 from blockserve.common.errors import SpanError, WireError
 from blockserve.common.wire.engine import error_from_message, request_to_message
-from blockserve.worker.peers.messages import AttemptId, OpenMsg
+from blockserve.worker.peers.messages import AttemptId, CloseMsg, OpenMsg
 from blockserve.worker.service import WorkerService
 from blockserve.worker.servicer import WorkerServicer
 from blockserve.worker.sessions import RouterSession
@@ -89,9 +90,21 @@ def test_runs_that_a_chain_does_not_have(runs: tuple[int, int]) -> None:
         asyncio.run(service.span(ChainId("c"), *runs))
 
 
-@pytest.mark.parametrize(("place", "runs"), [(0, [(0, 4)]), (2, [(0, 2), (2, 4)]), (1, [(0, 4)])])
-def test_a_place_that_is_not_ours_is_refused(place: int, runs: list[tuple[int, int]]) -> None:
-    service = WorkerService(ME, None, None, None, None)  # type: ignore[arg-type]
-    message = OpenMsg(AttemptId("r", 0, 1), request("r", *runs), place, 0)
-    with pytest.raises(WireError, match="place"):
-        service.receive(WorkerId("other"), [message])
+@pytest.mark.parametrize(("place", "runs"), [(0, [(0, 4)]), (2, [(0, 2), (2, 4)]), (1, [(0, 4)]), (0, [])])
+def test_a_place_that_is_not_ours_is_refused_alone(place: int, runs: list[tuple[int, int]]) -> None:
+    """The head hears why, and what came with it is taken: the stream stands for other requests too."""
+    told: list[tuple[WorkerId, Any]] = []
+    taken: list[Any] = []
+    streams = SimpleNamespace(send=lambda step, messages: told.extend((step.worker, one) for one in messages))
+    engine = SimpleNamespace(receive=lambda sender, messages: taken.extend(messages))
+    service = WorkerService(ME, None, engine, streams, None)  # type: ignore[arg-type]
+    opened, name = request("r", *runs), AttemptId("r", 0, 1)
+    head = PathStep(WorkerId("head"), "unix:h", Run(0, 1))
+    if place:
+        opened = replace(opened, path=(head, *opened.path[1:]))
+    close = CloseMsg(AttemptId("another", 0, 1))
+    service.receive(WorkerId("other"), [OpenMsg(name, opened, place, 0), close])
+    assert taken == [close]
+    assert [(worker, one.id, type(one.error)) for worker, one in told] == (
+        [("head", name, WireError)] if place else []
+    )

@@ -30,6 +30,14 @@ def is_local(address: str) -> bool:
         return False
 
 
+def is_wildcard(address: str) -> bool:
+    """Whether an address means every interface of a machine: one listens there, nobody can call it."""
+    try:
+        return ipaddress.ip_address(address.rpartition(":")[0].strip("[]")).is_unspecified
+    except ValueError:
+        return False
+
+
 def is_host_and_port(address: str) -> bool:
     """Whether an address has the form host:port."""
     host, _, port = address.rpartition(":")

@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 _SERVICE = zoo_pb2.DESCRIPTOR.services_by_name["ZooService"]
 SERVICE: str = _SERVICE.full_name
 
+CHANGING = frozenset({"RemoveVariant", "RollbackVariant", "CollectGarbage", "BeginPush", "CommitPush"})
+"""Methods that change the zoo, or begin to."""
 RELAYED_KEY = "blockzoo-relayed"
 """Metadata of calls that a router passed on: one that comes back to a router would go round for ever."""
 
@@ -91,6 +93,8 @@ class ZooRelay:
                 hint="Set the controller's `advertise` to an address where routers reach the controller.",
             )
         connection = await self._to_leader()
+        if (name := path.rpartition("/")[2]) in CHANGING:  # the leader sees this router as the caller
+            log.info("zoo call passed on method=%s peer=%s", name, context.peer())
         metadata = (*self._credentials.metadata(), (RELAYED_KEY, "1"))
         method: Any = connection.channel.stream_stream(path)
         rpc = method(requests, timeout=context.time_remaining(), metadata=metadata)
@@ -121,7 +125,7 @@ class ZooRelay:
         if not address:
             raise NoLeaderError(
                 "the controller that leads does not say where it is reached",
-                hint="It is of an older version: call it at its own address.",
+                hint="Set its `advertise` (an older version has none), or call it at its own address.",
                 retry_after=0.0,
             )
         # From here on nothing is awaited: calls that come at the same time share a connection.

@@ -213,6 +213,20 @@ async def test_a_leader_that_names_a_router_is_found_out() -> None:
 
 
 @async_test
+async def test_the_log_says_who_changed_the_zoo(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    zoo = Zoo.open(tmp_path / "zoo", create=True)
+    zoo.register(write_checkpoint(tmp_path / "a"), name="a")
+    election = Election()
+    async with controller(zoo) as election.holder, router(election) as address:
+        with RemoteZoo(address) as remote, caplog.at_level(logging.INFO):
+            await asyncio.to_thread(remote.ls)
+            await asyncio.to_thread(remote.rm, "a")
+    said = [record.getMessage() for record in caplog.records if "passed on" in record.getMessage()]
+    assert len(said) == 1
+    assert "method=RemoveVariant peer=ipv4:127.0.0.1:" in said[0]
+
+
+@async_test
 async def test_callers_prove_themselves_to_the_router(tmp_path: Path) -> None:
     zoo = Zoo.open(tmp_path / "zoo", create=True)
     election = Election()
