@@ -369,12 +369,17 @@ class Applied(_message.Message):
     MODULES_FIELD_NUMBER: _builtins.int
     RANKS_FIELD_NUMBER: _builtins.int
     NUM_BYTES_FIELD_NUMBER: _builtins.int
+    METHODS_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
     num_bytes: _builtins.int
     @_builtins.property
     def modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def methods(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What it does in addition to plain LoRA: "DoRA", "biases", "3 trained tokens"."""
+
     def __init__(
         self,
         *,
@@ -382,10 +387,11 @@ class Applied(_message.Message):
         modules: _abc.Iterable[_builtins.str] | None = ...,
         ranks: _abc.Iterable[_builtins.int] | None = ...,
         num_bytes: _builtins.int = ...,
+        methods: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "modules", b"modules", "num_bytes", b"num_bytes", "ranks", b"ranks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "methods", b"methods", "modules", b"modules", "num_bytes", b"num_bytes", "ranks", b"ranks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

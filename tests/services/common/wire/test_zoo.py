@@ -31,7 +31,7 @@ def test_reports_have_the_same_fields_on_the_wire(kind):
 
 
 def test_reports_come_back_as_they_were():
-    applied = reports.Applied("adapter", ("q_proj",), (4, 8), 100)
+    applied = reports.Applied("adapter", ("q_proj",), (4, 8), 100, ("DoRA",))
     runs = (
         reports.Run(0, 0, "embedding", 5, ("a", "b"), ()),
         reports.Run(1, 4, "layer", 7, (), (applied,)),
