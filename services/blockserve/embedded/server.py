@@ -69,6 +69,7 @@ class EmbeddedServer:
         self._zoo_servicer: ZooServicer | None = None
         self._renderer: ChatRenderer | None = None
         self._unregistered: UnregisteredAdapters | None = None
+        self._failure: BlockzooError | None = None
 
     @property
     def address(self) -> str:
@@ -191,7 +192,8 @@ class EmbeddedServer:
     async def failed(self) -> BlockzooError:
         """Wait until the engine ends by a fault."""
         assert self._engine is not None
-        return await self._engine.failed()
+        self._failure = await self._engine.failed()
+        return self._failure
 
     async def stop(self, *, drain_seconds: float | None = None) -> None:
         """Stop: NOT_SERVING first, then no new requests, then running answers to their end or the bound.
@@ -200,6 +202,8 @@ class EmbeddedServer:
             drain_seconds: instead of the settings' value.
         """
         seconds = self.settings.drain_seconds if drain_seconds is None else drain_seconds
+        if self._failure is not None:
+            seconds = 0.0  # nothing that runs will end by itself
         await self._host.say_stopping()
         if self._router is not None:
             running = self._router.admission.num_requests

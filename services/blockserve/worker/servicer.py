@@ -13,7 +13,7 @@ import grpc
 
 from blockproto.v1 import worker_pb2, worker_pb2_grpc
 from blockserve.common.api.cluster import WIRE_VERSION, Run, WorkerId
-from blockserve.common.errors import ServerStoppingError, WireError
+from blockserve.common.errors import LEAVING, ServerStoppingError, WireError
 from blockserve.common.wire.engine import (
     error_to_message,
     request_from_message,
@@ -53,6 +53,11 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                         session.start(one.number, request_from_message(one.request))
                     except BlockzooError as error:
                         session.refuse(one.number, error)
+                    except LEAVING:
+                        raise
+                    except BaseException as error:
+                        log.exception("request %s cannot be read", one.request.request_id)
+                        session.refuse(one.number, WireError(f"the request cannot be read: {error!r}"))
                 for number in message.cancel:
                     session.cancel(number)
 

@@ -14,7 +14,7 @@ from blockproto.v1 import worker_pb2
 from blockserve.common.api.cluster import PathStep, Run, WorkerId, WorkerRecord
 from blockserve.common.api.engine import EngineRequest, SamplingParams
 from blockserve.common.errors import SpanError, WireError
-from blockserve.common.wire.engine import error_from_message, request_to_message
+from blockserve.common.wire.engine import error_from_message, request_from_message, request_to_message
 from blockserve.worker.peers.messages import AttemptId, CloseMsg, OpenMsg
 from blockserve.worker.service import WorkerService
 from blockserve.worker.servicer import WorkerServicer
@@ -51,7 +51,14 @@ class Engine:
         """See `BlockEngine`."""
 
 
-def test_a_request_that_cannot_be_read_fails_alone() -> None:
+def test_a_request_that_cannot_be_read_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(message: Any) -> EngineRequest:
+        if message.request_id == "odd":
+            raise KeyError("a fault of ours")
+        return request_from_message(message)
+
+    monkeypatch.setattr("blockserve.worker.servicer.request_from_message", read)
+
     async def work() -> None:
         engine = Engine()
 
@@ -65,6 +72,7 @@ def test_a_request_that_cannot_be_read_fails_alone() -> None:
         start = worker_pb2.ServeRequest()
         start.start.add(number=1, request=bad)
         start.start.add(number=2, request=request_to_message(request("stumbles", (0, 4))))
+        start.start.add(number=4, request=request_to_message(request("odd", (0, 4))))
         start.start.add(number=3, request=request_to_message(request("good", (0, 4))))
 
         async def messages() -> AsyncIterator[worker_pb2.ServeRequest]:
@@ -76,6 +84,7 @@ def test_a_request_that_cannot_be_read_fails_alone() -> None:
         assert {one.number: error_from_message(one.error).reason for one in news} == {
             1: "WIRE",
             2: "ENGINE_FAILED",
+            4: "WIRE",
         }
         assert engine.submitted == ["stumbles", "good"]
 

@@ -89,8 +89,10 @@ async def serve(server: S, on_ready: Callable[[S], None] | None = None) -> None:
         if started:
             if on_ready is not None:
                 on_ready(server)
-            failure = await _until_end(server, stop)
-            await server.stop()
+            try:
+                failure = await _until_end(server, stop)
+            finally:  # even where the server cannot say what happened, its lease and its socket must go
+                await server.stop()
             if failure is not None:
                 raise failure
     finally:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -120,7 +120,8 @@ class BlockEngine:
         )
         # One chain at a time: two that share blocks would otherwise both read them.
         self._loading = asyncio.Lock()
-        self._arriving: deque[RunningRequest] = deque()  # submitted, not yet seen by the driver
+        self._arriving: dict[RunningRequest, Sink] = {}  # submitted, not yet seen by the driver
+        self._asked: set[Future[Any]] = set()  # what callers of `_ask` wait for
         self._arrivals = 0
         self._num_threads = self.config.num_threads or usable_cores()
         yields = not self.config.num_threads and not self.config.deterministic
@@ -142,6 +143,7 @@ class BlockEngine:
             self._driver = LoopDriver(
                 self._passes, self._backend, self._num_threads, loop, inline_seconds=seconds
             )
+        self._driver.failure.add_done_callback(self._fail_waiting)
         self._driver.start()
 
     def stop(self) -> None:
@@ -182,8 +184,25 @@ class BlockEngine:
             else:
                 future.set_result(result)
 
-        self._post(command)
+        self._asked.add(future)
+        future.add_done_callback(self._asked.discard)
+        try:
+            self._post(command)
+        except ServerStoppingError:
+            self._asked.discard(future)
+            raise
         return future
+
+    def _fail_waiting(self, failure: Future[EngineFailedError]) -> None:
+        """The driver has ended by a fault: whoever waits for a command that it did not come to hears so."""
+        error = failure.result()
+        for running, sink in tuple(self._arriving.items()):
+            del self._arriving[running]
+            sink(error)
+        self._passes.deliver()
+        for asked in tuple(self._asked):
+            with suppress(InvalidStateError):  # given up meanwhile
+                asked.set_exception(error)
 
     # ---- chains
 
@@ -218,7 +237,7 @@ class BlockEngine:
         return loaded.span if loaded else ChainSpan(chain, await asyncio.to_thread(self._reader.whole, chain))
 
     def _make_room(self, coming: ChainSpan, estimate: Mapping[Hashable, int]) -> None:
-        """See `LoadedChains.make_room`; the event loop appends to `_arriving` meanwhile."""
+        """See `LoadedChains.make_room`; the event loop adds to `_arriving` meanwhile."""
         self._chains.make_room(coming, estimate, {running.chain.span for running in tuple(self._arriving)})
 
     def _attach(self, prepared: PreparedChain) -> None:
@@ -301,21 +320,21 @@ class BlockEngine:
             )
 
         def accept() -> None:
-            self._arriving.remove(running)
+            del self._arriving[running]
             self._passes.add(running, sink)
 
-        self._arriving.append(running)
+        self._arriving[running] = sink
         try:
             self._post(accept)
         except ServerStoppingError:
-            self._arriving.remove(running)
+            del self._arriving[running]
             raise
         return running
 
     def _check_queue(self, prompt_tokens: int) -> None:
         """Refuse one request too many, or more prompt than the queue may hold (QueueFullError)."""
         config = self.config
-        waiting = (*self._scheduler.waiting, *self._arriving)
+        waiting = (*self._scheduler.waiting, *tuple(self._arriving))
         tokens = sum(len(running.request.prompt) for running in waiting)
         if len(waiting) >= config.max_waiting_requests:
             raise QueueFullError(
@@ -413,7 +432,7 @@ class BlockEngine:
 
     def report(self) -> EngineReport:
         """A snapshot for status and metrics; counters may be one pass apart."""
-        return self._reporter.report(self._arriving, self._driver.last_progress)
+        return self._reporter.report(tuple(self._arriving), self._driver.last_progress)
 
 
 def _always(running: RunningRequest) -> bool:

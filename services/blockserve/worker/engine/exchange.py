@@ -301,7 +301,7 @@ class SpanExchange:
         running = self._followers.get(message.id.request_id)
         if running is None or attempt_of(running) != message.id:
             return
-        _check_chunk(message, running.chain)
+        _check_chunk(message, running)
         expected = running.num_computed + sum(one.num_tokens for one in running.inputs)
         if message.start < expected and not running.inputs:
             expected = self._rewind(running, message.start)
@@ -415,18 +415,23 @@ def can_send(outlet: Outlet, running: RunningRequest) -> bool:
     return step is None or outlet.has_room(step)
 
 
-def _check_chunk(message: ChunkMsg, chain: LoadedChain) -> None:
-    """Refuse hidden states that the chain's blocks do not take.
+def _check_chunk(message: ChunkMsg, running: RunningRequest) -> None:
+    """Refuse hidden states that the chain's blocks do not take, or that the request has no pages for.
 
     Raises:
-        WireError: of another width or type, or of no tokens.
+        WireError: of another width or type, of no tokens, or of more than the request ever has.
         PromptError: of tokens that the vocabulary does not have.
     """
-    rows, width = message.hidden.shape
+    chain, (rows, width) = running.chain, message.hidden.shape
     if not rows or (width, message.hidden.dtype) != (chain.lane.hidden_size, chain.dtype):
         raise WireError(
             f"{rows} rows of {width} {message.hidden.dtype} came where rows of {chain.lane.hidden_size} "
             f"{chain.dtype} are computed on"
+        )
+    if message.start + rows > running.max_kv_tokens:
+        raise WireError(
+            f"tokens {message.start} to {message.start + rows} came of a request that computes "
+            f"{running.max_kv_tokens} at most"
         )
     check_tokens(message.token_ids, chain.manifest.vocab_size)
 

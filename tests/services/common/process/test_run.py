@@ -45,3 +45,14 @@ def test_a_failure_stops_the_server_and_is_raised() -> None:
         assert server.stops == 1
 
     asyncio.run(work())
+
+
+def test_a_server_that_cannot_say_what_happened_is_stopped_too() -> None:
+    async def work() -> None:
+        server = Server()
+        server.failure.set_exception(KeyError("a fault of ours"))
+        with pytest.raises(KeyError):
+            await serve(server)
+        assert server.stops == 1
+
+    asyncio.run(work())

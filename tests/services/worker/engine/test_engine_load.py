@@ -185,6 +185,31 @@ def test_an_engine_thread_that_ends_leaves_nobody_waiting(tiny: TinyZoo) -> None
         run(work(engine))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_what_an_engine_that_ends_did_not_come_to_is_answered(tiny: TinyZoo) -> None:
+    chain = tiny.chains["base"]
+
+    async def work(engine: BlockEngine) -> None:
+        await engine.load(chain)
+        all_there = threading.Event()
+
+        def explode() -> None:
+            all_there.wait(10)
+            raise RuntimeError("a bug")
+
+        engine._post(explode)
+        answer = asyncio.create_task(events(engine, ask(chain)))
+        asked = asyncio.create_task(engine.span_traces(["r"]))
+        await asyncio.sleep(0.05)
+        all_there.set()
+        found = await asyncio.wait_for(asyncio.gather(answer, asked, return_exceptions=True), 10)
+        assert [type(one) for one in found] == [EngineFailedError, EngineFailedError]
+        assert engine.report().waiting_requests == 0
+
+    with running(tiny) as engine:
+        run(work(engine))
+
+
 def test_an_engine_that_had_nothing_to_do_is_not_behind_with_its_first_request(tiny: TinyZoo) -> None:
     async def work(engine: BlockEngine) -> None:
         chain = tiny.chains["base"]

@@ -567,7 +567,14 @@ def test_messages_that_make_no_sense_end_their_own_request_only(tiny: TinyZoo, e
                 cluster.engine("b").receive(WorkerId("a"), [message])
             fine = ask(chain, path)
             name = AttemptId(fine.request_id, 0, 1)
-            for rows in (torch.zeros(1, 3), torch.zeros(0, 64), torch.zeros(1, 64, dtype=torch.float64)):
+            width = cluster.engine("b")._chains.get(ChainSpan(chain, path[1].run)).lane.hidden_size  # type: ignore[union-attr]
+            too_many = len(fine.prompt) + fine.max_tokens
+            for rows in (
+                torch.zeros(1, 3),
+                torch.zeros(0, width),
+                torch.zeros(1, width, dtype=torch.float64),
+                torch.zeros(too_many, width),
+            ):
                 chunk = ChunkMsg(name, 1, 0, (5,) * len(rows), rows)
                 cluster.engine("b").receive(WorkerId("a"), [OpenMsg(name, fine, 1, 0), chunk])
                 name = replace(name, attempt=name.attempt + 1)
@@ -579,7 +586,13 @@ def test_messages_that_make_no_sense_end_their_own_request_only(tiny: TinyZoo, e
             assert {message.id.request_id for message in failed} == {
                 request.request_id for request in (*opened, fine)
             }
-            assert sum(isinstance(message.error, WireError) for message in failed) == 3
+            said = [str(message.error) for message in failed if isinstance(message.error, WireError)]
+            assert [text.partition(" came ")[0] for text in said] == [
+                "1 rows of 3 torch.float32",
+                f"0 rows of {width} torch.float32",
+                f"1 rows of {width} torch.float64",
+                f"tokens 0 to {too_many}",
+            ]
 
     run(work())
 
