@@ -61,7 +61,7 @@ class ChainPlan:
         vocab_size: rows of embedding and head.
         tied: whether the head may use the embedding's matrix.
         unread: fields of the config that the blocks do not depend on.
-        notes: what whoever registers the checkpoint may not expect, a sentence each.
+        notes: surprises in the config for the person who registers the checkpoint, a sentence each.
     """
 
     family: str

@@ -77,7 +77,7 @@ class AdapterPlan:
         rows: chain position -> single rows of a vocabulary matrix that are new.
         replaced: chain position -> tensor name inside the base block -> name in the adapter's file.
         ignored: names in the adapter's file that PEFT does not read -> where they are kept for export.
-        notes: what whoever registers the adapter may not expect, a sentence each.
+        notes: surprises in the adapter for the person who registers it, a sentence each.
     """
 
     pairs: Mapping[int, tuple[LoraPair, ...]]

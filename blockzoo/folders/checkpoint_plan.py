@@ -24,7 +24,7 @@ class Matched:
     Attributes:
         sources: (position, tensor name inside the block) -> name in the folder.
         ignored: names that no block uses -> where they are kept for export.
-        notes: what whoever registers the checkpoint may not expect, a sentence each.
+        notes: surprises in the checkpoint for the person who registers it, a sentence each.
     """
 
     sources: Mapping[tuple[int, str], str]

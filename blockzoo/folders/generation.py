@@ -1,6 +1,6 @@
 """What generation_config.json asks for, read as transformers' `generate` reads it.
 
-`generation_fields` names the fields that blocks cannot follow; this module reads those that they can.
+`blockzoo.folders.fields` says which fields blocks cannot follow. This module reads the others.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1000
 
 Problem = Callable[[InvalidConfigError], None]
-"""Told of each value that makes no sense; raises it, or goes on without the value."""
+"""Called with each value that makes no sense. `register` raises it; a server logs it and ignores the value."""
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 

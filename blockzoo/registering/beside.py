@@ -1,7 +1,7 @@
-"""The files beside the weights, checked before anything is written.
+"""The small files next to the weights, checked before anything is written.
 
-What changes answers is applied by the edge later on; here a file that makes no sense, or that asks for what
-blocks do not compute, is refused, and what is ignored is named.
+The router applies them when the variant is served. Here a file is refused if it makes no sense or asks for
+something that blocks do not compute; fields without effect are collected, so that they can be named.
 """
 
 from __future__ import annotations

@@ -199,7 +199,7 @@ class RegisterJob:
 
 
 def noted(notes: Sequence[str]) -> dict[str, str]:
-    """Return what the provenance says about what was not to be expected in a folder."""
+    """Return the provenance's entry for surprises in a folder."""
     return {"notes": "; ".join(notes)} if notes else {}
 
 

@@ -1,4 +1,4 @@
-"""What whoever registers a folder may not expect, and cannot see in the zoo."""
+"""Remarks on a registration: what was left out, and what was found out instead of being said."""
 
 from __future__ import annotations
 

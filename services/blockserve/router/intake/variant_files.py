@@ -1,7 +1,7 @@
 """What a variant's small files say about serving it.
 
-`register` refuses files that make no sense. A zoo may hold older variants, which were not looked at as
-closely: what makes no sense there is as good as absent, and is logged.
+`register` refuses files that make no sense. A zoo may hold variants of an earlier release, whose files were
+not checked as closely: a file or value that makes no sense is ignored there, and logged.
 """
 
 from __future__ import annotations
