@@ -34,7 +34,7 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1000
 
 Problem = Callable[[InvalidConfigError], None]
-"""Called with each value that makes no sense. `register` raises it; a server logs it and ignores the value."""
+"""Called with each value that makes no sense: `register` raises the error, a server logs it and goes on."""
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
