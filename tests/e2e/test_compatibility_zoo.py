@@ -13,6 +13,7 @@ import pytest
 from blockserve.client.aio import AsyncClient
 from blockserve.client.zoo import RemoteZoo
 from blockserve.common.errors import NoPathError
+from blockzoo.canonical import canonical_json, digest_json
 from blockzoo.errors import BlockzooError, FormatVersionError, InvalidConfigError
 from blockzoo.manifest import BlockManifest, ChainManifest, Link
 from blockzoo.store.zoo_store import FORMAT
@@ -62,11 +63,12 @@ def register_something_new(zoo: Zoo, name: str, *, applied: bool) -> None:
 
 
 def advance(zoo: Path, **fields: int) -> None:
-    """Say that a later release wrote the zoo."""
+    """Say that a later release wrote the zoo; like ours it seals what it says with a digest."""
     path = zoo / "zoo.json"
     said = json.loads(path.read_text()) | {"format": FORMAT + 1, "created_by": "a later one", "mood": 1}
+    said = {key: value for key, value in (said | fields).items() if key != "digest"}
     path.chmod(0o644)
-    path.write_text(json.dumps(said | fields))
+    path.write_bytes(canonical_json({**said, "digest": digest_json(said)}))
 
 
 def blockzoo(zoo: Path, *words: str) -> subprocess.CompletedProcess[str]:

@@ -150,7 +150,7 @@ CHECKPOINTS = {
 ADAPTERS = {
     "for another base": (adapter(adapter_tensors(config(hidden_size=32))), AdapterBaseMismatchError),
     "unknown target": (adapter(target_modules=["c_attn"]), UnknownTargetError),
-    "DoRA": (adapter(use_dora=True), UnsupportedAdapterError),
+    "DoRA without magnitudes": (adapter(use_dora=True), AdapterError),
     "prefix tuning": (adapter(peft_type="PREFIX_TUNING"), UnsupportedAdapterError),
     "NaN": (adapter(poisoned(adapter_tensors(config()), LORA, np.nan)), NonFiniteWeightsError),
     "rank 0": (adapter(r=0), AdapterError),
