@@ -91,6 +91,7 @@ class Failover:
         faults: how many of them by a failed pass.
         excluded: workers that the next path should avoid; the driver removes those that turn out to live.
         previous: the path that broke last; empty before the first break.
+        suspect: a worker whose pass failed, until a path without it says whose fault that was.
         lost: the worker of `previous` that keys and values cannot be fetched from; None where all answer.
     """
 
@@ -101,6 +102,7 @@ class Failover:
         self.failures = self.faults = 0
         self.excluded: set[WorkerId] = set()
         self.previous: tuple[PathStep, ...] = ()
+        self.suspect: WorkerId | None = None
         self.lost: WorkerId | None = None
         self._path: tuple[PathStep, ...] = ()
         self._config = config
@@ -153,7 +155,7 @@ class Failover:
         if isinstance(error, EngineFailedError):
             self.faults += 1
             # What it has in its caches may be as wrong as what it computes.
-            self.lost = self.faulty(error)
+            self.lost = self.suspect = WorkerId(error.metadata.get("worker") or self._path[0].worker)
             self.excluded.add(self.lost)
             return Retry(pause)
         if not isinstance(error, PathBrokenError) or not error.worker:
@@ -164,9 +166,15 @@ class Failover:
             self.lost = worker
         return Retry(pause, (WorkerId(error.seen_by), worker) if error.seen_by else None)
 
-    def faulty(self, error: EngineFailedError) -> WorkerId:
-        """The worker of the current path whose pass failed; one that says nothing else is the head."""
-        return WorkerId(error.metadata.get("worker") or self._path[0].worker)
+    def proven_faulty(self) -> WorkerId | None:
+        """The worker to blame for a failed pass, told once; called after the current path sent tokens.
+
+        A request that fails everywhere is at fault itself: were its workers blamed, one caller could make
+        routers avoid healthy ones. What was computed elsewhere shows that the request can be computed. A
+        worker that says nothing else of a failed pass is the head.
+        """
+        suspect, self.suspect = self.suspect, None
+        return None if any(step.worker == suspect for step in self._path) else suspect
 
     def overdue(self, now: float) -> DeadlineExceededError | None:
         """The error of a request whose deadline has passed; None while there is time."""
