@@ -5,27 +5,42 @@ import pytest
 from support.adapters import ADAPTERS, FURTHER_METHODS, FUSED, MATTER_UNTIED, AdapterSpec
 from support.engine import Ask
 from support.models import FURTHER
-from support.oracle import LOGITS_TOLERANCE, logits_error
+from support.oracle import LOGITS_TOLERANCE, NUM_PROMPTS, NUM_TOKENS, logits_error
 
 BASES = ["llama-gqa", "llama-gqa-tied"]
+BRIEF = 24
+"""Tokens of an answer: an adapter that is wrong is so at the first position. Each length has its own test."""
 
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_adapter_equals_peft(engine, variants, base, name):
+@pytest.mark.parametrize(
+    ("count", "num_tokens"),
+    [(8, BRIEF), pytest.param(NUM_PROMPTS, NUM_TOKENS, marks=pytest.mark.long)],  # more of the same, 40 s
+)
+def test_adapter_equals_peft(engine, variants, base, name, count, num_tokens):
     adapter = variants.adapter(variants.checkpoint(base), name)
-    report = engine.check(variants, adapter)
+    report = engine.check(variants, adapter, count, num_tokens=num_tokens)
     engine.unload(engine.register(adapter))
     assert report.is_equal, report
 
 
+OTHER_BASES = ["llama-biases", "llama-bf16-sharded", "mistral-window", "qwen2-tied", "qwen3"]
+FORMS = ["all-linear", "patterns", "lm-head"]
+
+
 @pytest.mark.parametrize(
-    "base", ["llama-biases", "llama-bf16-sharded", "mistral-window", "qwen2-tied", "qwen3"]
+    ("base", "name"),
+    [
+        # Each base and each form once or twice; the other cells say the same of them, which takes 20 s.
+        pytest.param(base, name, marks=[] if row % len(FORMS) == column else [pytest.mark.long])
+        for row, base in enumerate(OTHER_BASES)
+        for column, name in enumerate(FORMS)
+    ],
 )
-@pytest.mark.parametrize("name", ["all-linear", "patterns", "lm-head"])
 def test_adapter_on_other_architectures_equals_peft(engine, variants, base, name):
     adapter = variants.adapter(variants.checkpoint(base), name)
-    report = engine.check(variants, adapter, 8)
+    report = engine.check(variants, adapter, 8, num_tokens=BRIEF)
     engine.unload(engine.register(adapter))
     assert report.is_equal, report
 
@@ -33,14 +48,14 @@ def test_adapter_on_other_architectures_equals_peft(engine, variants, base, name
 @pytest.mark.parametrize("base", FURTHER)
 def test_adapter_on_every_linear_module_equals_peft(engine, variants, base):
     adapter = variants.adapter(variants.checkpoint(base), "every-linear")
-    report = engine.check(variants, adapter, 8)
+    report = engine.check(variants, adapter, 8, num_tokens=BRIEF)
     engine.unload(engine.register(adapter))
     assert report.is_equal, report
 
 
 def test_adapter_on_fused_matrices_equals_peft(engine, variants):
     adapter = variants.adapter(variants.checkpoint("phi3-window"), "fused", spec=FUSED)
-    report = engine.check(variants, adapter, 8)
+    report = engine.check(variants, adapter, 8, num_tokens=BRIEF)
     engine.unload(engine.register(adapter))
     assert report.is_equal, report
 
@@ -52,7 +67,7 @@ def test_names_of_parts_of_fused_matrices_match_nothing_as_in_peft(engine, varia
     if name == "lm-head":  # all but the head is a part of something
         plan = engine.zoo.chain(engine.register(adapter))
         assert [len(link.applied) for link in plan.links] == [0, 0, 0, 0, 0, 1]
-    report = engine.check(variants, adapter, 8)
+    report = engine.check(variants, adapter, 8, num_tokens=BRIEF)
     engine.unload(engine.register(adapter))
     assert report.is_equal, report
 
@@ -61,9 +76,18 @@ def test_names_of_parts_of_fused_matrices_match_nothing_as_in_peft(engine, varia
 @pytest.mark.parametrize("base", ["granite", "gemma2"])
 def test_saved_matrices_are_scaled_and_capped_as_the_bases_own(engine, variants, base, name):
     adapter = variants.adapter(variants.checkpoint(base), name)
-    report = engine.check(variants, adapter, 4)
+    report = engine.check(variants, adapter, 4, num_tokens=BRIEF)
     engine.unload(engine.register(adapter))
     assert report.is_equal, report
+
+
+def _cases(engine, variants, one, chain):
+    """Four of the oracle's answers, which the engine proposes."""
+
+    def propose(asked, num_tokens):
+        return engine.greedy(chain, asked, num_tokens)
+
+    return variants.cases(one, 4, num_tokens=BRIEF, propose=propose)
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -73,7 +97,7 @@ def test_all_adapters_loaded_together_equal_peft(engine, variants, base):
     adapters = [variants.adapter(checkpoint, name) for name in ADAPTERS]
     adapters += [variants.adapter(checkpoint, name, spec=spec) for name, spec in FURTHER_METHODS.items()]
     chains = {one: engine.load(one) for one in [checkpoint, *adapters]}
-    cases = [(one, case) for one in chains for case in variants.cases(one, 4)]
+    cases = [(one, case) for one in chains for case in _cases(engine, variants, one, chains[one])]
     answers = engine.run([Ask(chains[one], case.prompt, len(case.tokens)) for one, case in cases])
     logits = [engine.logits(chains[one], [case.prompt + case.tokens])[0] for one, case in cases]
     for chain in chains.values():
@@ -86,7 +110,7 @@ def test_all_adapters_loaded_together_equal_peft(engine, variants, base):
 def test_adapter_on_a_top_quarter_tuned_checkpoint_equals_peft(engine, variants):
     tuned = variants.top_quarter(variants.checkpoint("llama-gqa"))
     adapter = variants.adapter(tuned, "all-linear")
-    report = engine.check(variants, adapter, 8)
+    report = engine.check(variants, adapter, 8, num_tokens=BRIEF)
     engine.unload(engine.register(adapter))
     assert report.is_equal, report
 
@@ -109,7 +133,7 @@ def test_adapter_shares_every_base_block(engine, variants, base):
 )
 def test_further_methods_equal_peft(engine, variants, base, name):
     adapter = variants.adapter(variants.checkpoint(base), name, spec=FURTHER_METHODS[name])
-    report = engine.check(variants, adapter, 4)
+    report = engine.check(variants, adapter, 4, num_tokens=BRIEF)
     engine.unload(engine.register(adapter))
     assert report.is_equal, report
 
@@ -130,7 +154,7 @@ def test_further_methods_equal_peft(engine, variants, base, name):
 )
 def test_further_methods_on_other_architectures_equal_peft(engine, variants, base, name):
     adapter = variants.adapter(variants.checkpoint(base), name, spec=FURTHER_METHODS[name])
-    report = engine.check(variants, adapter, 4)
+    report = engine.check(variants, adapter, 4, num_tokens=BRIEF)
     engine.unload(engine.register(adapter))
     assert report.is_equal, report
 
@@ -139,6 +163,6 @@ def test_further_methods_on_other_architectures_equal_peft(engine, variants, bas
 def test_further_methods_on_fused_matrices_equal_peft(engine, variants, method):
     spec = AdapterSpec({**FUSED.options, method: True})
     adapter = variants.adapter(variants.checkpoint("phi3-window"), f"fused-{method}", spec=spec)
-    report = engine.check(variants, adapter, 4)
+    report = engine.check(variants, adapter, 4, num_tokens=BRIEF)
     engine.unload(engine.register(adapter))
     assert report.is_equal, report

@@ -77,8 +77,8 @@ def family(variants, smollm2):
 
 @pytest.fixture(
     scope="module",
-    params=[5, pytest.param(20, marks=pytest.mark.long)],
-    ids=["five questions", "twenty questions"],
+    params=[3, pytest.param(20, marks=pytest.mark.long)],
+    ids=["three questions", "twenty questions"],
 )
 def num_questions(request):
     """How many answers of each variant are compared: twenty take two minutes of a core."""

@@ -102,7 +102,7 @@ def test_tokens_are_those_of_one_process(tiny: TinyZoo, engine: BlockEngine, cut
             path = cluster.path(chain, **cuts)
             await cluster.load(chain, path)
             for prompt, sampling in itertools.product(PROMPTS, (GREEDY, SAMPLED)):
-                requests.append(ask(chain, path, prompt=prompt, sampling=sampling))
+                requests.append(ask(chain, path, prompt=prompt, sampling=sampling, max_tokens=7))
         expected = await one_process(engine, requests)
         alone = [await tokens(cluster.engine("a"), request) for request in requests]
         together = await asyncio.gather(*(tokens(cluster.engine("a"), request) for request in requests))
