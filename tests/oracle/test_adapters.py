@@ -5,18 +5,19 @@ import pytest
 from support.adapters import ADAPTERS, FURTHER_METHODS, FUSED, MATTER_UNTIED, AdapterSpec
 from support.engine import Ask
 from support.models import FURTHER
-from support.oracle import LOGITS_TOLERANCE, NUM_PROMPTS, NUM_TOKENS, logits_error
+from support.oracle import LOGITS_TOLERANCE, MANY_TOKENS, NUM_PROMPTS, NUM_TOKENS, logits_error
 
 BASES = ["llama-gqa", "llama-gqa-tied"]
-BRIEF = 24
-"""Tokens of an answer: an adapter that is wrong is so at the first position. Each length has its own test."""
 
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("name", ADAPTERS)
 @pytest.mark.parametrize(
     ("count", "num_tokens"),
-    [(8, BRIEF), pytest.param(NUM_PROMPTS, NUM_TOKENS, marks=pytest.mark.long)],  # more of the same, 40 s
+    [
+        (8, NUM_TOKENS),
+        pytest.param(NUM_PROMPTS, MANY_TOKENS, marks=pytest.mark.long),
+    ],  # more of the same, 40 s
 )
 def test_adapter_equals_peft(engine, variants, base, name, count, num_tokens):
     adapter = variants.adapter(variants.checkpoint(base), name)
@@ -40,7 +41,7 @@ FORMS = ["all-linear", "patterns", "lm-head"]
 )
 def test_adapter_on_other_architectures_equals_peft(engine, variants, base, name):
     adapter = variants.adapter(variants.checkpoint(base), name)
-    report = engine.check(variants, adapter, 8, num_tokens=BRIEF)
+    report = engine.check(variants, adapter, 8)
     engine.unload(engine.register(adapter))
     assert report.is_equal, report
 
@@ -48,14 +49,14 @@ def test_adapter_on_other_architectures_equals_peft(engine, variants, base, name
 @pytest.mark.parametrize("base", FURTHER)
 def test_adapter_on_every_linear_module_equals_peft(engine, variants, base):
     adapter = variants.adapter(variants.checkpoint(base), "every-linear")
-    report = engine.check(variants, adapter, 8, num_tokens=BRIEF)
+    report = engine.check(variants, adapter, 8)
     engine.unload(engine.register(adapter))
     assert report.is_equal, report
 
 
 def test_adapter_on_fused_matrices_equals_peft(engine, variants):
     adapter = variants.adapter(variants.checkpoint("phi3-window"), "fused", spec=FUSED)
-    report = engine.check(variants, adapter, 8, num_tokens=BRIEF)
+    report = engine.check(variants, adapter, 8)
     engine.unload(engine.register(adapter))
     assert report.is_equal, report
 
@@ -67,7 +68,7 @@ def test_names_of_parts_of_fused_matrices_match_nothing_as_in_peft(engine, varia
     if name == "lm-head":  # all but the head is a part of something
         plan = engine.zoo.chain(engine.register(adapter))
         assert [len(link.applied) for link in plan.links] == [0, 0, 0, 0, 0, 1]
-    report = engine.check(variants, adapter, 8, num_tokens=BRIEF)
+    report = engine.check(variants, adapter, 8)
     engine.unload(engine.register(adapter))
     assert report.is_equal, report
 
@@ -76,7 +77,7 @@ def test_names_of_parts_of_fused_matrices_match_nothing_as_in_peft(engine, varia
 @pytest.mark.parametrize("base", ["granite", "gemma2"])
 def test_saved_matrices_are_scaled_and_capped_as_the_bases_own(engine, variants, base, name):
     adapter = variants.adapter(variants.checkpoint(base), name)
-    report = engine.check(variants, adapter, 4, num_tokens=BRIEF)
+    report = engine.check(variants, adapter, 4)
     engine.unload(engine.register(adapter))
     assert report.is_equal, report
 
@@ -87,7 +88,7 @@ def _cases(engine, variants, one, chain):
     def propose(asked, num_tokens):
         return engine.greedy(chain, asked, num_tokens)
 
-    return variants.cases(one, 4, num_tokens=BRIEF, propose=propose)
+    return variants.cases(one, 4, propose=propose)
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -110,7 +111,7 @@ def test_all_adapters_loaded_together_equal_peft(engine, variants, base):
 def test_adapter_on_a_top_quarter_tuned_checkpoint_equals_peft(engine, variants):
     tuned = variants.top_quarter(variants.checkpoint("llama-gqa"))
     adapter = variants.adapter(tuned, "all-linear")
-    report = engine.check(variants, adapter, 8, num_tokens=BRIEF)
+    report = engine.check(variants, adapter, 8)
     engine.unload(engine.register(adapter))
     assert report.is_equal, report
 
@@ -133,7 +134,7 @@ def test_adapter_shares_every_base_block(engine, variants, base):
 )
 def test_further_methods_equal_peft(engine, variants, base, name):
     adapter = variants.adapter(variants.checkpoint(base), name, spec=FURTHER_METHODS[name])
-    report = engine.check(variants, adapter, 4, num_tokens=BRIEF)
+    report = engine.check(variants, adapter, 4)
     engine.unload(engine.register(adapter))
     assert report.is_equal, report
 
@@ -154,7 +155,7 @@ def test_further_methods_equal_peft(engine, variants, base, name):
 )
 def test_further_methods_on_other_architectures_equal_peft(engine, variants, base, name):
     adapter = variants.adapter(variants.checkpoint(base), name, spec=FURTHER_METHODS[name])
-    report = engine.check(variants, adapter, 4, num_tokens=BRIEF)
+    report = engine.check(variants, adapter, 4)
     engine.unload(engine.register(adapter))
     assert report.is_equal, report
 
@@ -163,6 +164,6 @@ def test_further_methods_on_other_architectures_equal_peft(engine, variants, bas
 def test_further_methods_on_fused_matrices_equal_peft(engine, variants, method):
     spec = AdapterSpec({**FUSED.options, method: True})
     adapter = variants.adapter(variants.checkpoint("phi3-window"), f"fused-{method}", spec=spec)
-    report = engine.check(variants, adapter, 4, num_tokens=BRIEF)
+    report = engine.check(variants, adapter, 4)
     engine.unload(engine.register(adapter))
     assert report.is_equal, report

@@ -67,7 +67,7 @@ def test_in_company_equals_the_oracle(engine, variants, family):
     """Sixteen questions to every variant at once, each answered as transformers and PEFT answer it alone."""
     asks, expected = [], []
     for variant, chain in family.items():
-        for case in variants.cases(variant, 4, num_tokens=24):
+        for case in variants.cases(variant, 4):
             asks.append(Ask(chain, case.prompt, len(case.tokens)))
             expected.append(case.tokens)
     assert engine.run(asks) == expected
