@@ -104,9 +104,9 @@ def test_tokens_are_those_of_one_process(tiny: TinyZoo, engine: BlockEngine, cut
             for prompt, sampling in itertools.product(PROMPTS, (GREEDY, SAMPLED)):
                 requests.append(ask(chain, path, prompt=prompt, sampling=sampling, max_tokens=7))
         expected = await one_process(engine, requests)
-        alone = [await tokens(cluster.engine("a"), request) for request in requests]
+        alone = [await tokens(cluster.engine("a"), request) for request in requests[::3]]  # of every chain
         together = await asyncio.gather(*(tokens(cluster.engine("a"), request) for request in requests))
-        assert alone == expected
+        assert alone == expected[::3]
         assert list(together) == expected
         assert len({tuple(answer) for answer in expected}) > len(expected) // 2
         await clean(cluster)
