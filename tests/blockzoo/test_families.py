@@ -248,7 +248,6 @@ def test_ropes_that_change_with_the_length():
     assert "factors" not in rope  # what programs ask for that know no long sequences
     assert (made.context_length, made.notes) == (128, ())
     assert float(rope["attention_factor"]) == pytest.approx(math.sqrt(1 + math.log(4) / math.log(32)))
-    assert rope_parameters(made.blocks[1].config).regime(33) == 33
     fixed = plan(rope_parameters=values)
     assert (fixed.blocks[1].config["rope"]["factors"], fixed.notes) == (short, ())
     for key in ("short_factor", "long_factor"):

@@ -1,4 +1,4 @@
-"""Rotary positions that depend on the length of a sequence (dynamic, longrope), against transformers' `generate`.
+"""Rotary positions that depend on the length of a sequence, against transformers' `generate`.
 
 transformers keeps the length that it has seen last in the model, so each question is put to a copy of it.
 """
@@ -29,7 +29,7 @@ from blockserve.common.api.cluster import ChainSpan
 from blockserve.common.api.engine import EngineRequest
 from blockserve.worker.limits import EngineConfig
 from blockserve.worker.peers.kv_transfer import PrefixRef, to_bytes
-from blockserve.worker.peers.messages import OpenMsg
+from blockserve.worker.peers.messages import BusyMsg, OpenMsg
 from blockzoo.evaluation.forward import LinkLoader, Windows
 from blockzoo.zoo import Zoo
 from support.adapters import ADAPTERS, load_adapted, make_adapter
@@ -40,14 +40,17 @@ from support.spans import SpanCluster, span_cluster
 from support.tiny import SMALL, TinyZoo
 from support.variants import Variant
 
-ORIGINAL, CONTEXT, NUM_TOKENS = 32, 128, 40
-LENGTHS = (5, 31, 32, 33, 70)
+ORIGINAL, CONTEXT, NUM_TOKENS = 32, 128, 26
+LENGTHS = (10, 31, 32, 33, 70)
 """Of prompts: answers stay below the original context, cross it, or begin beyond it."""
+
+
+_LAYERS = {"num_hidden_layers": 2}
 
 
 def _dynamic(**options: Any) -> dict[str, Any]:
     rope = {"rope_type": "dynamic", "rope_theta": 300.0, "factor": CONTEXT / ORIGINAL}
-    return {**options, "max_position_embeddings": ORIGINAL, "rope_parameters": rope}
+    return {**_LAYERS, **options, "max_position_embeddings": ORIGINAL, "rope_parameters": rope}
 
 
 def _longrope(pairs: int = 7, **options: Any) -> dict[str, Any]:
@@ -58,9 +61,10 @@ def _longrope(pairs: int = 7, **options: Any) -> dict[str, Any]:
         "long_factor": [1.5 + i for i in range(pairs)],
         "original_max_position_embeddings": ORIGINAL,
     }
-    return {**options, "max_position_embeddings": CONTEXT, "rope_parameters": rope}
+    return {**_LAYERS, **options, "max_position_embeddings": CONTEXT, "rope_parameters": rope}
 
 
+_MHA = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}
 PHI3 = {"hidden_size": 126, "original_max_position_embeddings": ORIGINAL}
 SPECS = {
     "dynamic": ModelSpec(options=_dynamic()),
@@ -74,13 +78,12 @@ FAMILIES = {
     "glm4": ModelSpec(Glm4Config, _dynamic(head_dim=12)),
     "granite": ModelSpec(GraniteConfig, _longrope(attention_multiplier=0.2)),
     "olmo2": ModelSpec(Olmo2Config, _dynamic(), seed=2),
-    "smollm3": ModelSpec(SmolLM3Config, _dynamic(no_rope_layers=[1, 0, 1, 0])),
+    "smollm3": ModelSpec(SmolLM3Config, _dynamic(no_rope_layers=[1, 0])),
     "gemma2": ModelSpec(Gemma2Config, _dynamic(query_pre_attn_scalar=11)),
-    "llama-mha": ModelSpec(LlamaConfig, _longrope(8, hidden_size=64, num_attention_heads=4, head_dim=16)),
+    "llama-mha": ModelSpec(LlamaConfig, _longrope(8, **_MHA)),
     "phi3-window": ModelSpec(Phi3Config, _longrope(**PHI3, sliding_window=19)),
-    "phi3-partial": ModelSpec(Phi3Config, _longrope(3, **PHI3)),
+    "phi3-partial": ModelSpec(Phi3Config, _longrope(4, **PHI3, partial_rotary_factor=0.6)),
 }
-FAMILIES["phi3-partial"].options["rope_parameters"]["partial_rotary_factor"] = 0.5
 
 
 class Theirs:
@@ -89,9 +92,15 @@ class Theirs:
     def __init__(self, base: Path, adapter: Path | None = None) -> None:
         self._model = load_model(base) if adapter is None else load_adapted(base, adapter)
         self._model.generation_config.eos_token_id = None
+        self._known: dict[tuple[Prompt, int], Prompt] = {}
+
+    def generate(self, prompt: Prompt, num_tokens: int = NUM_TOKENS) -> Prompt:
+        if (prompt, num_tokens) not in self._known:
+            self._known[prompt, num_tokens] = self._generate(prompt, num_tokens)
+        return self._known[prompt, num_tokens]
 
     @torch.inference_mode()
-    def generate(self, prompt: Prompt, num_tokens: int = NUM_TOKENS) -> Prompt:
+    def _generate(self, prompt: Prompt, num_tokens: int) -> Prompt:
         ids = torch.tensor([prompt])
         found = copy.deepcopy(self._model).generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=False
@@ -141,7 +150,7 @@ def check(engine: EngineHarness, ours: Variant, theirs: Theirs) -> None:
 @pytest.mark.parametrize("name", SPECS)
 def test_answers_are_those_of_generate(harness, made, name):
     check(harness, *made[name])
-    assert harness.zoo.resolve(name).chain and harness.engine.report().preemptions == 0
+    assert harness.engine.report().preemptions == 0
     (chain,) = harness.engine.report().chains
     assert harness.zoo.chain(chain.chain).context_length == CONTEXT
 
@@ -187,11 +196,11 @@ def test_pages_are_shared_only_where_their_angles_are_the_same(harness, made, na
 @pytest.mark.parametrize("name", SPECS)
 def test_requests_that_lose_their_pages_answer_the_same(tmp_path, made, name):
     ours, theirs = made[name]
-    asked = prompts(20, 31, 33, 60)
-    config = replace(EXACT_CONFIG, kv_cache_bytes=300_000, kv_reserve_tokens=1, max_tokens_per_pass=16)
+    asked = prompts(60, 33, 32, 31, 20)  # the last in rank pay
+    config = replace(EXACT_CONFIG, kv_cache_bytes=110_000, kv_reserve_tokens=1, max_running_requests=5)
     with EngineHarness(tmp_path / "zoo", config) as engine:
         answers = engine.greedy(engine.load(ours), asked, NUM_TOKENS)
-        assert engine.engine.report().preemptions > 1
+        assert engine.engine.report().preemptions > 0
     assert answers == [theirs.generate(prompt) for prompt in asked]
 
 
@@ -201,8 +210,8 @@ def test_deterministic_logits_do_not_depend_on_how_a_prompt_is_cut(tmp_path, mad
     found = []
     for tokens in (5, 512):
         config = EngineConfig(
-            dtype="bfloat16", num_threads=1, deterministic=True, max_tokens_per_pass=tokens, kv_page_tokens=7,
-            kv_cache_bytes=8 << 20,
+            dtype="bfloat16", num_threads=1, deterministic=True, max_running_requests=5,
+            max_tokens_per_pass=tokens, kv_page_tokens=7, kv_cache_bytes=8 << 20,
         )  # fmt: skip
         with EngineHarness(tmp_path / f"zoo{tokens}", config) as engine:
             chain = engine.load(ours)
@@ -253,13 +262,13 @@ def tiny(tmp_path: Path, made: dict[str, tuple[Variant, Theirs]]) -> TinyZoo:
 
 @pytest.mark.parametrize("name", SPECS)
 def test_workers_of_a_path_agree_on_the_angles(tiny, made, name):
-    """Also when requests lose their pages at the second of them."""
+    """Also when pages are short at the second of them."""
     asked = prompts(*LENGTHS)
     want = [list(made[name][1].generate(prompt)) for prompt in asked]
     chain = tiny.chains[name]
 
     async def work() -> list[list[int]]:
-        path = cluster.path(chain, a=3, b=0)
+        path = cluster.path(chain, a=2, b=0)
         await cluster.load(chain, path)
         return await asyncio.gather(
             *(
@@ -273,13 +282,12 @@ def test_workers_of_a_path_agree_on_the_angles(tiny, made, name):
         opened = [message for _, message in cluster.wire.sent if isinstance(message, OpenMsg)]
         crossing = sum(length <= ORIGINAL for length in LENGTHS) if name == "phi3" else 0
         assert len(opened) == len(asked) + crossing
-    with span_cluster(tiny, "a b", b=replace(SMALL, kv_cache_bytes=200_000)) as cluster:
+    with span_cluster(tiny, "a b", b=replace(SMALL, kv_cache_bytes=65_000)) as cluster:
         assert asyncio.run(work()) == want
-        assert cluster.engine("b").report().preemptions > 0
+        assert cluster.engine("b").report().preemptions + cluster.wire.count(BusyMsg)
 
 
-@pytest.mark.parametrize("told", [1, 5, 20])
-@pytest.mark.parametrize("length", [30, 45])
+@pytest.mark.parametrize(("length", "told"), [(30, 1), (30, 5), (45, 5)])
 @pytest.mark.parametrize("name", SPECS)
 def test_an_answer_goes_on_at_another_worker(tiny, made, name, length, told):
     """Its keys and values are moved, and found: what was sampled counts as answer and not as prompt."""
@@ -288,7 +296,7 @@ def test_an_answer_goes_on_at_another_worker(tiny, made, name, length, told):
     chain = tiny.chains[name]
 
     async def work() -> None:
-        old, new = cluster.path(chain, a=3, b=0), cluster.path(chain, a=3, c=0)
+        old, new = cluster.path(chain, a=2, b=0), cluster.path(chain, a=2, c=0)
         await cluster.load(chain, old)
         await cluster.load(chain, new)
         request = EngineRequest("r", chain, prompt, GREEDY, NUM_TOKENS, path=old)

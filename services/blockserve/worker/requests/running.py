@@ -154,8 +154,8 @@ class RunningRequest:
 
     @property
     def has_outgrown(self) -> bool:
-        """Whether its tokens have to be computed again before the next one."""
-        return 0 < self.outgrown_beyond < self.num_tokens
+        """Whether its tokens have to be computed again before the next one, which this worker decides."""
+        return 0 < self.outgrown_beyond < self.num_tokens and not self.is_follower
 
     def settle(self) -> None:
         """Fix which angles its tokens have, as long as it keeps its pages."""
