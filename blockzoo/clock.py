@@ -13,7 +13,7 @@ class Clock(Protocol):
         """Return seconds since 1970, comparable between machines up to `leases.SKEW_S`."""
 
     def elapsed(self) -> float:
-        """Return seconds since some moment; nobody sets this clock, and it goes on while the machine sleeps."""
+        """Return seconds since some moment, by a clock that nobody sets and that no suspend stops."""
 
     def sleep(self, seconds: float) -> None:
         """Wait."""

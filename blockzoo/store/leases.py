@@ -224,6 +224,7 @@ class LeaseHolder:
         self._ttl_s = ttl_s
         self._entries: list[Entry] = []
         self._until = 0.0  # when the first of them ends, by the clock that nobody sets
+        self._offset = 0.0  # how far the clock was ahead of that one when the first was written
         self.held: set[str] = set()
 
     def hold(self, digests: Iterable[str], on_wait: Callable[[Entry], None] | None = None) -> None:
@@ -237,10 +238,11 @@ class LeaseHolder:
         new = frozenset(digests) - self.held
         if not new:
             return
-        if self._entries:
+        if self._entries and abs(self._ahead() - self._offset) <= STAMP_S:
             self._entries.append(self._write(new))
         else:
-            self._begin(new)
+            # Others would count a further entry by the clock that was set meanwhile.
+            self._begin(self.held | new)
         wait_until_safe(self._storage, self._clock, new, on_wait)
         self.held |= new
         self.check()
@@ -250,17 +252,24 @@ class LeaseHolder:
         self.check()
         if not self._entries or self._remaining() > self._ttl_s / 2:
             return
-        old = self._entries
         self._begin(self.held)
-        for entry in old:
-            self._storage.delete(entry.key)
 
     def _begin(self, digests: Iterable[str]) -> None:
-        """Write the one entry that counts from now on, and see by its stamp whether our clock is right."""
-        began, until = self._clock.now(), self._clock.elapsed() + self._ttl_s
+        """Put one entry in the place of all earlier ones, and see by its stamp whether our clock is right."""
+        began, until, offset = self._clock.now(), self._clock.elapsed() + self._ttl_s, self._ahead()
         entry = self._write(digests)
-        self._entries, self._until = [entry], until
-        check_clock(self._storage, self._clock, entry.key, began)
+        try:
+            check_clock(self._storage, self._clock, entry.key, began)
+        except BlockzooError:
+            # Whoever tries again finds the earlier entries, and is checked again.
+            self._storage.delete(entry.key)
+            raise
+        old, self._entries, self._until, self._offset = self._entries, [entry], until, offset
+        for one in old:
+            self._storage.delete(one.key)
+
+    def _ahead(self) -> float:
+        return self._clock.now() - self._clock.elapsed()
 
     def _write(self, digests: Iterable[str]) -> Entry:
         expires = self._clock.now() + self._ttl_s

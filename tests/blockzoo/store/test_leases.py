@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from blockzoo.care.gc import collect
 from blockzoo.canonical import canonical_json
+from blockzoo.care.gc import collect
 from blockzoo.errors import ClockSkewError, ConflictError, CorruptManifestError
 from blockzoo.storage import MemoryStorage
 from blockzoo.storage.base import ObjectInfo
@@ -260,6 +260,31 @@ def test_a_lease_ends_for_its_owner_when_the_clock_was_set_forward(storage, cloc
     assert active_leases(storage, clock) == []
     with pytest.raises(ConflictError):
         holder.check()
+
+
+@pytest.mark.parametrize("seconds", [-HOUR, HOUR / 3])
+def test_a_further_lease_is_not_written_by_a_clock_that_was_set(storage, clock, seconds):
+    """Everybody else would take it for a dead one, or wait for it too long."""
+    storages = FakeClock(clock.now())
+    holder = LeaseHolder(StampingStorage(storage, storages), clock, "x", ttl_s=HOUR)
+    holder.hold([A])
+    clock.jump(seconds)
+    for _ in range(2):
+        with pytest.raises(ClockSkewError):
+            holder.hold([B])
+    assert [entry.digests for entry in active_leases(storage, storages)] == [{A}]
+    holder.release()
+    assert keys(storage) == []
+
+
+def test_a_clock_that_is_put_right_costs_a_registration_nothing(storage, clock):
+    storages = FakeClock(clock.now() - SKEW_S / 2)
+    holder = LeaseHolder(StampingStorage(storage, storages), clock, "x", ttl_s=HOUR)
+    holder.hold([A])
+    clock.jump(-SKEW_S / 2)
+    holder.hold([B])
+    (entry,) = active_leases(storage, storages)
+    assert (entry.digests, entry.expires) == ({A, B}, storages.now() + HOUR)
 
 
 def test_a_collection_ends_in_time_though_the_clock_was_set_back(clock):
