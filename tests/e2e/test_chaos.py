@@ -29,6 +29,7 @@ from support.chaos import (
 from support.chaos_requests import make_wishes
 from support.chaos_run import compare
 from support.namespaces import require_namespaces
+from support.one_way import ONE_WAY, one_way_cluster
 from support.scattered import PACKETS, scattered_cluster
 from support.variants import VariantFactory
 
@@ -59,6 +60,11 @@ def zoo(factory: VariantFactory, base_zoo: Zoo) -> Zoo:
     zoo.register(factory.top_quarter(base).path, name="tuned")
     zoo.register(factory.checkpoint("qwen3").path, name="other")
     return zoo
+
+
+def one_way(zoo: Zoo, folder: Path, settings: Settings) -> AbstractAsyncContextManager[ChaosCluster]:
+    """Each worker behind a wire that can lose one direction."""
+    return one_way_cluster(zoo, folder, MODELS, **settings)
 
 
 Rig = Callable[[Zoo, Path, Settings], AbstractAsyncContextManager[ChaosCluster]]
@@ -116,6 +122,13 @@ def test_nobody_notices_where_controllers_place(zoo: Zoo, tmp_path: Path, seed: 
 def test_nobody_notices_lost_packets(namespaces: None, zoo: Zoo, tmp_path: Path, seed: int) -> None:
     """Two replicas of each half, each on a machine of its own whose packets vanish."""
     run(scattered, zoo, tmp_path, seed, 60, PACKETS, FP32)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", SEEDS)
+def test_nobody_notices_dead_directions(zoo: Zoo, tmp_path: Path, seed: int) -> None:
+    """What one end sends vanishes while it hears the other, and both leases live on."""
+    run(one_way, zoo, tmp_path, seed, 60, ONE_WAY, FP32)
 
 
 @pytest.mark.long

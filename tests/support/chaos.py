@@ -17,6 +17,7 @@ from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 import grpc
+import pytest
 
 from blockserve.common.api.cluster import WorkerView
 from blockserve.common.errors import StateStoreError
@@ -296,12 +297,9 @@ async def _break_disk(rig: ChaosCluster, harm: Harm) -> None:
     other = (3, 0) if held[0] == 0 else (0, 3)
     before = faults.num_failed
     with faults.broken(Broken.READS | Broken.WRITES):
-        try:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
             await rig.load(name, model, *other)
-        except grpc.RpcError as error:
-            assert error.code() is grpc.StatusCode.UNAVAILABLE, error  # type: ignore[attr-defined]
-        else:
-            raise AssertionError(f"{name} read from a disk that fails")
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         assert faults.num_failed > before
         chain = rig.zoo.resolve(model).chain
         while (view := await worker_of(rig, name)) is None or chain not in view.load.unreadable:
@@ -312,7 +310,7 @@ async def _break_disk(rig: ChaosCluster, harm: Harm) -> None:
 
 
 async def _jump_clocks(rig: ChaosCluster, harm: Harm) -> None:
-    """Every process gets another wrong time, twice, and then the right one again: nobody is taken for lost."""
+    """Every process gets another wrong time, twice, and then the right one again: nobody counts as lost."""
     dice = random.Random(harm.seconds)
     for _ in range(2):
         for faults in rig.faults.values():

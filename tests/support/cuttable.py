@@ -83,7 +83,9 @@ class CuttableWire:
             there, back = await self._connect()
             self._writers.add(back)
             try:
-                await asyncio.gather(self._copy(reader, back, Cut.TO_SERVER), self._copy(there, writer, Cut.FROM_SERVER))
+                await asyncio.gather(
+                    self._copy(reader, back, Cut.TO_SERVER), self._copy(there, writer, Cut.FROM_SERVER)
+                )
             finally:
                 self._writers.discard(back)
                 back.close()

@@ -74,7 +74,7 @@ static int fails_on(uint32_t how, int fd) {
 
 #define MODE                       \
   mode_t mode = 0;                 \
-  if (flags & (O_CREAT | O_TMPFILE)) { \
+  if (flags & O_CREAT || (flags & O_TMPFILE) == O_TMPFILE) { \
     va_list rest;                  \
     va_start(rest, flags);         \
     mode = va_arg(rest, mode_t);   \
