@@ -21,6 +21,9 @@ MAX_MESSAGE_BYTES = 64 << 20
 _OPTIONS = [
     ("grpc.keepalive_time_ms", KEEPALIVE_MS),
     ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+    # The keepalive timeout only says how long a kernel may wait for an acknowledgement (TCP_USER_TIMEOUT);
+    # for the answer to a probe, gRPC waits a minute unless this is set (grpc/grpc#39239).
+    ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MS),
     # Without it, gRPC sends two probes between two messages of ours and then one a minute.
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),

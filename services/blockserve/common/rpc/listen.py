@@ -35,6 +35,8 @@ def server_options(settings: ServerSettings) -> list[tuple[str, int]]:
         ("grpc.max_send_message_length", settings.max_message_bytes),
         ("grpc.keepalive_time_ms", keepalive),
         ("grpc.keepalive_timeout_ms", timeout),
+        # Without it, an answer to a probe may take a minute; see `channel`.
+        ("grpc.http2.ping_timeout_ms", timeout),
         # Clients probe too; the default would take more than one probe in five minutes for an attack, and end
         # calls on which the server is silent. gRPC's documentation has another name for it (min_recv_ping),
         # and gRPC ignores names that it does not know.

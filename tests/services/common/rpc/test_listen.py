@@ -17,6 +17,7 @@ from blockserve.common.rpc import channel
 from blockserve.common.rpc.channel import Credentials
 from blockserve.common.rpc.listen import LEAST_PROBE_MS, server_options
 from blockserve.common.rpc.settings import ServerSettings
+from support.cuttable import Cut, CuttableWire
 from support.edge import ScriptedEngine, async_test, serving
 
 
@@ -174,3 +175,40 @@ async def test_a_call_on_which_nothing_is_said_outlives_many_probes() -> None:
         assert running, answer.exception()
         engine.release.set()
         assert (await answer).token_ids
+
+
+@pytest.mark.parametrize("how", [Cut.SILENT, Cut.TO_SERVER, Cut.FROM_SERVER])
+@async_test
+async def test_a_request_ends_soon_after_the_connection_of_its_caller_died(how: Cut) -> None:
+    """The kernel of neither side sees it: something between them acknowledges every byte."""
+    engine = ScriptedEngine()
+    engine.hold_at = 1
+    async with serving(engine=engine, keepalive_seconds=1.0, keepalive_timeout_seconds=1.0) as rig:
+        wire = await CuttableWire(lambda: int(rig.server.address.rpartition(":")[2])).start()
+        async with AsyncClient(f"127.0.0.1:{wire.port}", resume_attempts=0) as client:
+            stream = client.generate("tale", "x", max_tokens=2)
+            await anext(aiter(stream))
+            with wire.cut(how):
+                async with asyncio.timeout(
+                    channel.KEEPALIVE_MS / 1000
+                ):  # less than its caller takes to see it
+                    while not engine.closed:
+                        await asyncio.sleep(0.02)
+        await wire.close()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("how", [Cut.TO_SERVER, Cut.FROM_SERVER])
+@async_test
+async def test_a_caller_sees_within_two_timeouts_that_one_direction_died(how: Cut) -> None:
+    engine = ScriptedEngine()
+    engine.hold_at = 1
+    async with serving(engine=engine) as rig:
+        wire = await CuttableWire(lambda: int(rig.server.address.rpartition(":")[2])).start()
+        async with AsyncClient(f"127.0.0.1:{wire.port}", resume_attempts=0) as client:
+            stream = client.generate("tale", "x", max_tokens=2)
+            await anext(aiter(stream))
+            with wire.cut(how), pytest.raises(UnavailableError):
+                async with asyncio.timeout((channel.KEEPALIVE_MS + channel.KEEPALIVE_TIMEOUT_MS) / 1000 + 3):
+                    await stream.result()
+        await wire.close()
