@@ -11,7 +11,7 @@ import re
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
@@ -281,12 +281,17 @@ async def _break_bus(rig: ChaosCluster, harm: Harm) -> None:
 
 async def _exceed_memory(rig: ChaosCluster, harm: Harm) -> None:
     """The memory cgroup of a worker has no room for what it takes next."""
-    process = rig.workers[await rig.busy(_names(rig, harm))]
+    name = await rig.busy(_names(rig, harm))
+    process = rig.workers[name]
     assert process.popen is not None
     with memory_limit(LITTLE_BYTES) as group:
         assert group is not None
         put(process.popen.pid, group)
+        # Passes may do for long with the memory that the process has. Blocks that it lacks take more.
+        loading = asyncio.create_task(rig.load(name, rig.models[-1]))
         await _ended(process, signal.SIGKILL)
+        with suppress(grpc.aio.AioRpcError):
+            await loading
     await _restart_worker(rig, process)
 
 
