@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from blockserve.common.api.cluster import PathStep, WorkerId
 from blockserve.common.api.engine import EngineRequest, TokenEvent
 from blockserve.common.errors import (
+    UNREADABLE,
     BreakCause,
     ChainNotLoadedError,
     DeadlineExceededError,
@@ -21,12 +22,13 @@ from blockserve.common.errors import (
     ServerStoppingError,
 )
 from blockserve.common.settings import Section, setting
-from blockzoo.errors import BlockzooError
+from blockzoo.errors import BlockzooError, CorruptionError
 
-RETRYABLE = (PathBrokenError, ServerStoppingError, ChainNotLoadedError, EngineFailedError)
+RETRYABLE = (PathBrokenError, ServerStoppingError, ChainNotLoadedError, EngineFailedError, *UNREADABLE)
 """Errors that another path may cure."""
 MAX_FAULTS = 1
-"""Failed passes that a request survives: a second one, at another worker, is probably its own doing."""
+"""Failed passes that a request survives: a second one, at another worker, is probably its own doing. Damaged
+blocks count as well: what two workers find damaged is damaged in the zoo."""
 
 
 class FailoverConfig(Section):
@@ -88,7 +90,7 @@ class Failover:
         request: as the engine was given it.
         tokens: output tokens so far; those that the request came with are the first.
         failures: paths that have broken.
-        faults: how many of them by a failed pass.
+        faults: how many of them by a failed pass or by damaged blocks.
         excluded: workers that the next path should avoid; the driver removes those that turn out to live.
         previous: the path that broke last; empty before the first break.
         suspect: a worker whose pass failed, until a path without it says whose fault that was.
@@ -143,7 +145,8 @@ class Failover:
         """
         if self.failures == self._config.max_failures:
             return GiveUp(error)
-        if isinstance(error, EngineFailedError) and self.faults == MAX_FAULTS:
+        is_fault = isinstance(error, EngineFailedError | CorruptionError)
+        if is_fault and self.faults == MAX_FAULTS:
             return GiveUp(error)
         if (late := self.overdue(now)) is not None:
             return GiveUp(late)
@@ -152,10 +155,14 @@ class Failover:
         self.previous = self._path
         self.excluded.clear()
         self.lost = None
+        self.faults += is_fault
+        if isinstance(error, UNREADABLE):
+            # What it holds is sound, so keys and values can still be fetched from it.
+            self.excluded.add(self._faulty(error))
+            return Retry(pause)
         if isinstance(error, EngineFailedError):
-            self.faults += 1
             # What it has in its caches may be as wrong as what it computes.
-            self.lost = self.suspect = WorkerId(error.metadata.get("worker") or self._path[0].worker)
+            self.lost = self.suspect = self._faulty(error)
             self.excluded.add(self.lost)
             return Retry(pause)
         if not isinstance(error, PathBrokenError) or not error.worker:
@@ -170,11 +177,14 @@ class Failover:
         """The worker to blame for a failed pass, told once; called after the current path sent tokens.
 
         A request that fails everywhere is at fault itself: were its workers blamed, one caller could make
-        routers avoid healthy ones. What was computed elsewhere shows that the request can be computed. A
-        worker that says nothing else of a failed pass is the head.
+        routers avoid healthy ones. What was computed elsewhere shows that the request can be computed.
         """
         suspect, self.suspect = self.suspect, None
         return None if any(step.worker == suspect for step in self._path) else suspect
+
+    def _faulty(self, error: BlockzooError) -> WorkerId:
+        """The worker of the current path that failed; where the error names none, it is the head."""
+        return WorkerId(error.metadata.get("worker") or self._path[0].worker)
 
     def overdue(self, now: float) -> DeadlineExceededError | None:
         """The error of a request whose deadline has passed; None while there is time."""
