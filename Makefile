@@ -21,7 +21,7 @@ help: ## Print this text
 	@echo
 	@echo 'Start here:'
 	@echo '  make demo        see it: several variants of a real model answer one prompt from shared blocks'
-	@echo '  make test        check it: every test that is not marked long (11 to 14 minutes on two cores)'
+	@echo '  make test        check it: every test that is not marked long (meant to take less than 10 minutes on two cores)'
 	@echo
 	@echo 'Targets:'
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | sort \
@@ -60,7 +60,7 @@ demo-cluster: demo-venv $(if $(MODEL),,model) ## Run a cluster of three workers 
 	@$(BIN)/python scripts/demo_cluster.py $(if $(MODEL),--model '$(MODEL)')
 
 .PHONY: test
-test: venv model tuned ## Run every test that is not marked long; 11 to 14 minutes on two cores
+test: venv model tuned ## Run every test that is not marked long; meant to take less than 10 minutes on two cores
 	@echo 'Running the tests that are not marked long; the others are `make test-long`.'
 	@$(BIN)/pytest -m 'not long' -n $(JOBS) --dist loadscope --no-loadscope-reorder $(ARGS)
 

@@ -29,6 +29,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Teams of threads that wait busily slow down whoever shares their cores (docs/log.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# Without a loss of power nothing that a test could see depends on fsync, and registering a tiny model waits
+# for the disk some fifty times. tests/blockzoo/storage has the real one.
+os.fsync = lambda fd: None
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # Started in the background of a script. Programs under test would inherit it and never see Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -11,6 +11,7 @@ from blockzoo.errors import (
     MissingPackageError,
 )
 from blockzoo.evaluation.selection import Pair
+from blockzoo.folders.tokenizer_bounds import check_tokenizer
 from blockzoo.manifest import BlobId, VariantRecord
 from blockzoo.zoo import Zoo
 
@@ -110,6 +111,7 @@ def _encode(zoo: Zoo, record: VariantRecord, text: str) -> list[int]:
         ) from error
     data = zoo.read_file(record, TOKENIZER_FILE)
     try:
+        check_tokenizer(data)  # an earlier release may have registered it
         tokenizer: Tokenizer = Tokenizer.from_buffer(data)
         # Both may be baked into the file.
         tokenizer.no_truncation()

@@ -201,6 +201,7 @@ ADAPTER_FIELDS: Mapping[str, Field] = {
     **_applied("lora_bias", "biases of the adapter"),
     **_applied("ensure_weight_tying", "adapters on tied matrices are tied too"),
     **_applied("base_model_name_or_path", "the base, where `--base` names none"),
+    **_applied("revision", "the base's commit: register compares it with that of the base in the zoo"),
     **_refused("bias", "biases of the base are trained", "none"),
     **_refused(
         "init_lora_weights",
@@ -221,7 +222,7 @@ ADAPTER_FIELDS: Mapping[str, Field] = {
     **_refused("kasa_config", "KaSA", {}),
     **_refused("velora_config", "VeLoRA", {}),
     **_refused("monteclora_config", "MonteCLoRA", {}),
-    **_notes("auto_mapping peft_version revision inference_mode runtime_config"),
+    **_notes("auto_mapping peft_version inference_mode runtime_config"),
     **_fields(
         Treatment.NOTE,
         "lora_dropout loftq_config eva_config corda_config lora_ga_config megatron_config megatron_core "

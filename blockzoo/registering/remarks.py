@@ -14,8 +14,9 @@ from blockzoo.names import parse_ref
 from blockzoo.store.writing import WritableZoo
 
 _NAMED = 3
-_CACHED = re.compile(r"models--[^/]+--([^/]+)/snapshots/")
-"""A folder in the cache of the hub, which holds the name of the model in that of an outer folder."""
+_CACHED = re.compile(r"models--[^/]+--([^/]+)/snapshots/([^/]*)")
+"""A folder in the cache of the hub: an outer folder has the name of the model, and this one of the commit."""
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _OTHER_WEIGHTS = re.compile(r"(pytorch_model|adapter_model|model|consolidated)\b.*\.(bin|pth?|gguf)")
 """Files that may hold the same model in another form; not a trainer's own state."""
 
@@ -46,7 +47,9 @@ def doubt_about_base(store: WritableZoo, folder: ModelFolder, record: VariantRec
     """A sentence where an adapter names another base than the one it was registered on; else "".
 
     Shapes cannot tell models of one size apart, so names are compared: that of the variant, and that of the
-    folder or hub model that it was registered from.
+    folder or hub model that it was registered from. PEFT notes nothing of the base's weights. It notes the
+    revision that the base was loaded with, which tells weights of one name apart where it is a commit and
+    the base came from the hub or its cache.
     """
     recorded, ref = _recorded(folder.config), record.provenance.get("base")
     if folder.kind is not FolderKind.ADAPTER or not recorded or ref is None:
@@ -54,12 +57,23 @@ def doubt_about_base(store: WritableZoo, folder: ModelFolder, record: VariantRec
     base = store.resolve(*parse_ref(ref))
     known = _names_of(base)
     if _tail(recorded) in known:
-        return ""
+        return _other_commit(folder.config, base, recorded, ref)
     source = base.provenance.get("source", "")
     told = f"{ref}, registered from {source}" if source else ref
     others = [name for name in store.names() if name != base.name and name.lower() == _tail(recorded)]
     better = f"; the variant {others[0]} has that name" if others else ""
     return f"the adapter says that it was trained on {recorded!r}, and its base here is {told}{better}"
+
+
+def _other_commit(config: Mapping[str, object], base: VariantRecord, recorded: str, ref: str) -> str:
+    theirs = config.get("revision")
+    cached = _CACHED.search(base.provenance.get("source", ""))
+    ours = base.provenance.get("revision") or (cached[2] if cached else "")
+    if not isinstance(theirs, str) or not (_COMMIT.fullmatch(theirs) and _COMMIT.fullmatch(ours)):
+        return ""  # branches and tags move
+    if ours == theirs:
+        return ""
+    return f"the adapter was trained on commit {theirs} of {recorded!r}, and its base {ref} is commit {ours}"
 
 
 def _names_of(base: VariantRecord) -> set[str]:

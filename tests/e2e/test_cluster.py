@@ -108,9 +108,10 @@ WISHES: list[tuple[str, dict[str, Any]]] = [
 """Greedy and sampled, of every variant."""
 
 
-async def ask_all(client: AsyncClient) -> list[Transcript]:
+async def ask_all(client: AsyncClient, num_tokens: int = NUM_TOKENS) -> list[Transcript]:
     """Every wish once, all at the same time."""
-    return list(await asyncio.gather(*(Transcript().follow(client, model, **more) for model, more in WISHES)))
+    asked = (Transcript().follow(client, model, max_tokens=num_tokens, **more) for model, more in WISHES)
+    return list(await asyncio.gather(*asked))
 
 
 async def load_all(rig: Cluster, cuts: dict[str, tuple[int, int]]) -> None:
@@ -132,24 +133,29 @@ HALVES = {"a": (0, 3), "b": (3, 0), "c": (0, 3), "d": (3, 0)}
 def test_tokens_are_those_of_transformers_and_of_one_process(
     made: Made, zoo: Zoo, tmp_path: Path, cuts: dict[str, tuple[int, int]]
 ) -> None:
+    num_tokens = 50  # nothing happens on the way, and pages have eight
+
     async def work() -> None:
         async with cluster(zoo, tmp_path, [*cuts, "whole"], **SETTINGS) as rig:
             await rig.load("whole", "base")
             for model in ("base", "adapter", "tuned"):
                 await rig.load("whole", model)
             async with rig.client() as client:
-                alone = await ask_all(client)
+                alone = await ask_all(client, num_tokens)
                 await rig.workers["whole"].terminate()
                 await load_all(rig, cuts)
-                split = await ask_all(client)
-                again = [await Transcript().follow(client, model, **more) for model, more in WISHES]
+                split = await ask_all(client, num_tokens)
+                again = [
+                    await Transcript().follow(client, model, max_tokens=num_tokens, **more)
+                    for model, more in WISHES
+                ]
             await rig.until_clean()
             assert [one.tokens for one in split] == [one.tokens for one in alone]
             assert [one.tokens for one in again] == [one.tokens for one in alone]
             assert [one.text for one in split] == [one.text for one in alone]
             for (model, options), one in zip(WISHES, split, strict=True):
                 if not options:
-                    assert tuple(one.tokens) == made.greedy(model, made.prompt(), NUM_TOKENS)
+                    assert tuple(one.tokens) == made.greedy(model, made.prompt(), num_tokens)
             assert len({tuple(one.tokens) for one in split}) == len(WISHES)
             for name in cuts:
                 assert len((await rig.describe(name)).spans) == 3

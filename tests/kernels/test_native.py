@@ -38,15 +38,24 @@ processes.set_forkserver_preload(["torch"])
 
 
 HASTY_COMPILER = """#!/bin/sh
-exec cc "$@" -O0
+for last in "$@"; do :; done
+object=$(basename "$last" .c).o
+kept={folder}/$(printf %s "$*" | cksum | tr ' ' -).o
+case " $* " in
+*" -c "*)
+    if [ -e "$kept" ]; then exec cp "$kept" "$object"; fi
+    cc "$@" -O0 && cp "$object" "$kept.$$" && mv "$kept.$$" "$kept" ;;
+*)
+    exec cc "$@" -O0 ;;
+esac
 """
-"""Builds the same in a fifth of the time; what is tested here is the building."""
+"""Builds in a fifth of the time, and from the objects that it has kept; what is tested is the building."""
 
 
 @pytest.fixture(scope="module")
 def compiler(tmp_path_factory: pytest.TempPathFactory) -> str:
     script = tmp_path_factory.mktemp("compiler") / "hasty-cc"
-    script.write_text(HASTY_COMPILER)
+    script.write_text(HASTY_COMPILER.replace("{folder}", str(script.parent)))
     script.chmod(0o755)
     return str(script)
 

@@ -5,24 +5,40 @@ import pytest
 from support.adapters import ADAPTERS, FURTHER_METHODS, FUSED, MATTER_UNTIED, AdapterSpec
 from support.engine import Ask
 from support.models import FURTHER
-from support.oracle import LOGITS_TOLERANCE, logits_error
+from support.oracle import LOGITS_TOLERANCE, MANY_TOKENS, NUM_PROMPTS, NUM_TOKENS, logits_error
 
 BASES = ["llama-gqa", "llama-gqa-tied"]
 
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_adapter_equals_peft(engine, variants, base, name):
+@pytest.mark.parametrize(
+    ("count", "num_tokens"),
+    [
+        (8, NUM_TOKENS),
+        pytest.param(NUM_PROMPTS, MANY_TOKENS, marks=pytest.mark.long),
+    ],  # more of the same, 40 s
+)
+def test_adapter_equals_peft(engine, variants, base, name, count, num_tokens):
     adapter = variants.adapter(variants.checkpoint(base), name)
-    report = engine.check(variants, adapter)
+    report = engine.check(variants, adapter, count, num_tokens=num_tokens)
     engine.unload(engine.register(adapter))
     assert report.is_equal, report
 
 
+OTHER_BASES = ["llama-biases", "llama-bf16-sharded", "mistral-window", "qwen2-tied", "qwen3"]
+FORMS = ["all-linear", "patterns", "lm-head"]
+
+
 @pytest.mark.parametrize(
-    "base", ["llama-biases", "llama-bf16-sharded", "mistral-window", "qwen2-tied", "qwen3"]
+    ("base", "name"),
+    [
+        # Each base and each form once or twice; the other cells say the same of them, which takes 20 s.
+        pytest.param(base, name, marks=[] if row % len(FORMS) == column else [pytest.mark.long])
+        for row, base in enumerate(OTHER_BASES)
+        for column, name in enumerate(FORMS)
+    ],
 )
-@pytest.mark.parametrize("name", ["all-linear", "patterns", "lm-head"])
 def test_adapter_on_other_architectures_equals_peft(engine, variants, base, name):
     adapter = variants.adapter(variants.checkpoint(base), name)
     report = engine.check(variants, adapter, 8)
@@ -66,14 +82,24 @@ def test_saved_matrices_are_scaled_and_capped_as_the_bases_own(engine, variants,
     assert report.is_equal, report
 
 
-@pytest.mark.parametrize("base", BASES)
+def _cases(engine, variants, one, chain):
+    """Four of the oracle's answers, which the engine proposes."""
+
+    def propose(asked, num_tokens):
+        return engine.greedy(chain, asked, num_tokens)
+
+    return variants.cases(one, 4, propose=propose)
+
+
+# What is special about adapters of a tied base shows in each alone, above.
+@pytest.mark.parametrize("base", [BASES[0], pytest.param(BASES[1], marks=pytest.mark.long)])
 def test_all_adapters_loaded_together_equal_peft(engine, variants, base):
     """All adapters of one base at work at once; banks then hold rows of all of them."""
     checkpoint = variants.checkpoint(base)
     adapters = [variants.adapter(checkpoint, name) for name in ADAPTERS]
     adapters += [variants.adapter(checkpoint, name, spec=spec) for name, spec in FURTHER_METHODS.items()]
     chains = {one: engine.load(one) for one in [checkpoint, *adapters]}
-    cases = [(one, case) for one in chains for case in variants.cases(one, 4)]
+    cases = [(one, case) for one in chains for case in _cases(engine, variants, one, chains[one])]
     answers = engine.run([Ask(chains[one], case.prompt, len(case.tokens)) for one, case in cases])
     logits = [engine.logits(chains[one], [case.prompt + case.tokens])[0] for one, case in cases]
     for chain in chains.values():

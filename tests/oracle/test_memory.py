@@ -26,7 +26,7 @@ def test_with_a_cached_prefix(tmp_path, variants, members, sharing):
             cases = variants.cases(variant, 8)
             for turn in range(2):
                 before = engine.report().prefix_hit_tokens
-                answers = engine.greedy(chain, [case.prompt for case in cases], 64)
+                answers = engine.greedy(chain, [case.prompt for case in cases], len(cases[0].tokens))
                 assert answers == [case.tokens for case in cases]
                 hits = engine.report().prefix_hit_tokens - before
                 assert (hits > 0) == (turn > 0)

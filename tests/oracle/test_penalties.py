@@ -11,7 +11,7 @@ from blockkernels.sampling.reference import draw, probabilities
 from blockserve.common.api.engine import EngineRequest, SamplingParams
 from support.engine import GREEDY, Ask
 
-NUM_TOKENS = 40
+NUM_TOKENS = 24
 TOLERANCE = 1e-4
 
 

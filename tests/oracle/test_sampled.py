@@ -32,8 +32,8 @@ def test_every_token_is_the_draw_from_transformers_distribution(engine, variants
     prompts = [case.prompt for case in variants.cases(variant, 4)]
     answers = engine.run([Ask(chain, prompt, 24, params) for prompt in prompts])
     for prompt, answer in zip(prompts, answers, strict=True):
-        for position, token in enumerate(answer):
-            probability = oracle.distribution(prompt + answer[:position], **filters(params)).tolist()
+        shares = oracle.distributions(prompt, answer, **filters(params)).tolist()
+        for position, (token, probability) in enumerate(zip(answer, shares, strict=True)):
             noise = uniform(params.seed, 0, position)
             # Logits differ by rounding, so a draw at the very border of two tokens may fall on either side.
             assert token in {draw(probability, noise + shift) for shift in (-1e-4, 0.0, 1e-4)}
@@ -92,7 +92,9 @@ def test_stop_token_is_reported_and_ends_the_request(engine, variants):
     case = variants.cases(variant, 4)[1]
     stop = case.tokens[20]
     first = case.tokens.index(stop)
-    request = EngineRequest("stops", engine.load(variant), case.prompt, GREEDY, 64, frozenset({stop, 600}))
+    request = EngineRequest(
+        "stops", engine.load(variant), case.prompt, GREEDY, len(case.tokens), frozenset({stop, 600})
+    )
     events = engine.events(request)
     assert tuple(event.token_id for event in events) == case.tokens[: first + 1]
     assert [event.finish for event in events] == [None] * first + ["stop"]

@@ -22,7 +22,7 @@ def report_on(variants, tmp_path):
 
     def run(variant, *, registered=None):
         with EngineHarness(tmp_path / "zoo") as engine:
-            return engine.compare(engine.load(registered or variant), variants.cases(variant, 8))
+            return engine.compare(engine.load(registered or variant), variants.cases(variant, 4))
 
     return run
 
@@ -30,7 +30,7 @@ def report_on(variants, tmp_path):
 def assert_all_different(report):
     """Every prompt is out of tolerance, by far, and greedy tokens betray it too."""
     assert not report.is_equal
-    assert report.num_different_logits == report.num_prompts == 8
+    assert report.num_different_logits == report.num_prompts == 4
     assert report.num_different_tokens >= 1
 
 
@@ -79,7 +79,7 @@ def test_lora_scale_in_our_code(variants, report_on, monkeypatch, name):
     monkeypatch.setattr(LoraBank, "add", lambda bank, down, up, scale: original(bank, down, up, scale * 1.05))
     report = report_on(variants.adapter(variants.checkpoint("llama-gqa"), name))
     assert not report.is_equal
-    assert report.num_different_logits == 8
+    assert report.num_different_logits == 4
     assert report.num_different_tokens >= 1
 
 

@@ -8,8 +8,9 @@ environment, settings, event loop, sockets and gRPC core; the same `__main__` ru
 gets signals, prints, logs and exits in the same way, and dies with the test process.
 
 What it does not: modules are imported already, so what importing them does, and in which order, is not
-tested; `/proc/PID/cmdline` is the fork server's; and all copies have one hash seed, so they agree on every
-`hash(str)`. Real commands run in `test_processes.py`, `test_up.py`, `test_serve.py` and `test_load.py`.
+tested; `/proc/PID/cmdline` is the fork server's; all copies have one hash seed, so they agree on every
+`hash(str)`; and fsync does not wait for the disk, unless it may be made to fail. Real commands run in
+`test_processes.py`, `test_up.py`, `test_serve.py` and `test_load.py`.
 
 The server is a program, started by `support.forked` and never imported:
 
@@ -30,6 +31,7 @@ import importlib
 import json
 import os
 import pkgutil
+import posix
 import runpy
 import select
 import signal
@@ -51,6 +53,7 @@ Children = dict[int, tuple[int, int]]
 
 def import_programs() -> None:
     """Import what the programs import when they start, and what they import when they first need it."""
+    os.fsync = lambda fd: None  # as in tests/conftest.py
     for service in SERVICES:
         importlib.import_module(f"blockserve.{service}.server")
         importlib.import_module(f"blockserve.{service}.settings")
@@ -120,6 +123,7 @@ def _become(environment: dict[str, str], stdout: int, stderr: int) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if FOLLOW in environment:
         assert ctypes.CDLL(None).faults_follow(os.fsencode(environment[FOLLOW])) == 0
+        os.fsync = posix.fsync  # a sick disk fails there, too
 
 
 def _report_end(ended: int, pid: int, report: int) -> None:

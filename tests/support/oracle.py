@@ -23,7 +23,8 @@ LOGITS_TOLERANCE = 1e-4
 """Largest max |difference| / max |logit| in float32 that counts as equal."""
 PROMPT_LENGTHS = (1, 7, 33, 70)
 NUM_PROMPTS = 20
-NUM_TOKENS = 64
+NUM_TOKENS, MANY_TOKENS = 24, 64
+"""Of an answer, and of one in test-long: what is computed wrongly is wrong at the first tokens."""
 
 Prompt = tuple[int, ...]
 Propose = Callable[[list[Prompt], int], Sequence[Prompt]]
@@ -145,11 +146,25 @@ class Oracle:
             mask, places = torch.cat([mask, torch.ones_like(step)], 1), places[:, -1:] + 1
         return [tuple(row) for row in torch.cat(columns, 1).tolist()]
 
+    def distribution(self, prompt: Prompt, **filters: float) -> Tensor:
+        """Probabilities of the next token, float64 [vocab]; see `distributions`."""
+        return self.distributions(prompt, (0,), **filters)[0]
+
     @torch.inference_mode()
-    def distribution(
-        self, prompt: Prompt, *, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+    def distributions(
+        self,
+        prompt: Prompt,
+        answer: Prompt,
+        *,
+        temperature: float,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
     ) -> Tensor:
-        """Probabilities of the next token after transformers' warpers, float64 [vocab]."""
+        """Probabilities that each token of an answer is drawn from, float64 [len(answer), vocab].
+
+        They are the model's after transformers' warpers.
+        """
         warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
         if top_k:
             warpers.append(TopKLogitsWarper(top_k))
@@ -157,8 +172,9 @@ class Oracle:
             warpers.append(TopPLogitsWarper(top_p))
         if min_p:
             warpers.append(MinPLogitsWarper(min_p))
-        ids = torch.tensor([prompt])
-        return warpers(ids, self.logits([prompt])[0][-1:])[0].to(torch.float64).softmax(-1)
+        (logits,) = self.logits([prompt + answer[:-1]])
+        ids = torch.tensor([prompt] * len(answer))  # warpers do not look at them
+        return warpers(ids, logits[len(prompt) - 1 :]).to(torch.float64).softmax(-1)
 
     @torch.inference_mode()
     def generate(self, prompt: Prompt, num_tokens: int, **options: Any) -> Prompt:

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
@@ -35,6 +35,9 @@ __all__ = ["AsyncClient", "Client", "Credentials", "Generation"]
 
 T = TypeVar("T")
 
+SIGNAL_SECONDS = 0.1
+"""Time within which a signal is acted on, whenever it comes."""
+
 
 class Generation:
     """`AsyncGeneration` for threads: iterate for chunks, or take `result()`."""
@@ -44,6 +47,7 @@ class Generation:
         self._inner = inner
         self._chunks = aiter(inner)
         self._reading: asyncio.Task[Any] | None = None
+        self._cancelled = asyncio.Event()
 
     def __iter__(self) -> Iterator[Chunk]:
         try:
@@ -53,8 +57,15 @@ class Generation:
             self.close()
 
     async def _next(self) -> Chunk | None:
+        if self._cancelled.is_set():
+            return None
         self._reading = asyncio.current_task()
-        return await anext(self._chunks, None)
+        try:
+            return await anext(self._chunks, None)
+        except asyncio.CancelledError:
+            if self._cancelled.is_set():
+                return None
+            raise
 
     def result(self) -> Completion:
         """The rest of the answer as one value."""
@@ -64,6 +75,16 @@ class Generation:
         """The rest of all choices, in their order."""
         return self._portal.run(self._inner.results())
 
+    def cancel(self) -> None:
+        """Let the iteration end before its next chunk. Waits for nothing, so a signal handler may call it."""
+        if self._portal.is_running:
+            self._portal.call_soon(self._cancel)
+
+    def _cancel(self) -> None:
+        self._cancelled.set()
+        if self._reading is not None:
+            self._reading.cancel()
+
     def close(self) -> None:
         """Cancel it; the server frees its memory at once."""
         if not self._portal.is_running:
@@ -71,8 +92,8 @@ class Generation:
         self._portal.run(self._close())
 
     async def _close(self) -> None:
-        # Ctrl-C can strike when a read is already scheduled and nobody holds its future yet. It would go on
-        # reading, and a generator that is being read cannot be closed.
+        # Ctrl-C cancels a read and does not wait for its end, and a generator that is being read cannot be
+        # closed.
         if self._reading is not None and not self._reading.done():
             self._reading.cancel()
             await asyncio.wait([self._reading])
@@ -209,18 +230,37 @@ class _Portal:
     def is_running(self) -> bool:
         return self._thread.is_alive()
 
-    def run(self, awaitable: Awaitable[T]) -> T:
-        """Wait for an awaitable; Ctrl-C here cancels it there."""
+    def call_soon(self, act: Callable[[], object]) -> None:
+        """Call something there, and do not wait for it."""
+        self._loop.call_soon_threadsafe(act)
 
-        async def wait() -> T:
-            return await awaitable
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Wait for a coroutine; Ctrl-C here cancels it there.
 
-        future: Future[T] = asyncio.run_coroutine_threadsafe(wait(), self._loop)
+        Python acts on a signal before its next step, and only one that comes during a wait ends the wait. One
+        that comes just before it, or to another thread, would be lost, so each wait is short. It is for a
+        bare lock: KeyboardInterrupt inside of `Future.result` can leave the future's own lock taken, and the
+        event loop would then wait for it for ever.
+        """
+        done = threading.Lock()
+        done.acquire()
+        tasks: list[asyncio.Task[T]] = []
+
+        def start() -> None:
+            tasks.append(self._loop.create_task(coroutine))
+            tasks[0].add_done_callback(lambda _: done.release())
+
         try:
-            return future.result()
+            self.call_soon(start)
+            while not done.acquire(timeout=SIGNAL_SECONDS):
+                pass
         except BaseException:
-            future.cancel()
+            self.call_soon(lambda: [task.cancel() for task in tasks])
             raise
+        try:
+            return tasks[0].result()
+        except asyncio.CancelledError as error:  # elsewhere, as by `Generation.close`
+            raise CancelledError from error
 
     def stop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)

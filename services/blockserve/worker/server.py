@@ -7,6 +7,7 @@ import logging
 import platform
 import secrets
 from importlib.metadata import version
+from typing import Any
 
 from blockproto.v1 import worker_pb2, worker_pb2_grpc
 from blockserve.common.api.cluster import ResidentSegment, WorkerId, WorkerRecord, segment_digest
@@ -18,7 +19,6 @@ from blockserve.common.state.store import StateStore
 from blockserve.worker.announcer import Announcer
 from blockserve.worker.engine.engine import BlockEngine
 from blockserve.worker.metrics import WorkerMetrics
-from blockserve.worker.peers.names import refuse_taken_name
 from blockserve.worker.peers.streams import PeerStreams
 from blockserve.worker.reconciler import Reconciler
 from blockserve.worker.service import WorkerService
@@ -98,11 +98,11 @@ class WorkerServer:
         await self._host.start()
         self._store = open_store(settings.state)
         await refuse_unfit(self._store)
-        await refuse_taken_name(self._store, record, credentials)
         self._announcer = Announcer(
             self.service,
             self._store,
             lambda: self._segments(zoo),
+            credentials,
             lease_seconds=settings.state.lease_seconds,
             renew_seconds=settings.state.renew_seconds,
         )
@@ -123,13 +123,18 @@ class WorkerServer:
         )
 
     async def failed(self) -> BlockzooError:
-        """Wait until the engine ends by a fault, or its passes go on failing: the lease must not stay."""
+        """Wait until the engine ends by a fault, its passes go on failing, or the name is another's."""
         assert self._engine is not None
+        assert self._announcer is not None
+        replaced = self._announcer.replaced
         ended = asyncio.ensure_future(self._engine.failed())
         most = self.settings.max_failed_passes
         try:
             while not ended.done():
-                await asyncio.wait({ended}, timeout=HEALTH_SECONDS)
+                waiting: set[asyncio.Future[Any]] = {ended, replaced}
+                await asyncio.wait(waiting, timeout=HEALTH_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                if replaced.done() and not ended.done():  # what runs goes on elsewhere: `stop` drains
+                    return replaced.result()
                 count = self._engine.failed_requests(SICK_SECONDS)
                 if most and count > most and not ended.done():
                     self._failure = EngineFailedError(

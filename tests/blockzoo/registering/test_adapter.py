@@ -198,6 +198,16 @@ def test_modules_to_save_replace_only_themselves(zoo, tmp_path, names):
     assert (links[-1].base == base[-1].base) is (HEAD not in items)
 
 
+def test_saved_copies_of_the_bases_own_matrices_are_shared(zoo, tmp_path, tied):
+    """PEFT saves the whole module, also where training has not changed it."""
+    own = tensors(config(tie_word_embeddings=tied))
+    embed = own["model.embed_tokens.weight"]
+    items = {**adapter_tensors(config()), EMBED: embed, HEAD: own.get("lm_head.weight", embed)}
+    values = adapter_config(modules_to_save=["embed_tokens", "lm_head"])
+    zoo.register(write_adapter(tmp_path / "a", values, items), name="a", base="base")
+    assert [link.base for link in links_of(zoo, "a")] == [link.base for link in links_of(zoo, "base")]
+
+
 @pytest.mark.parametrize("key", [EMBED, HEAD])
 def test_a_matrix_saved_beside_lora_goes_into_the_shared_one_of_a_tied_base(zoo, tmp_path, tied, key):
     items = {**adapter_tensors(config()), key: saved_matrix()}

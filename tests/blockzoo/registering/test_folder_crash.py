@@ -10,14 +10,16 @@ import pytest
 from blockzoo.zoo import Zoo
 from support.folders import config, tensors, write_adapter, write_checkpoint
 
-CHILD = """
+DRIVER = """
 import os, signal, sys, threading
 from blockzoo.storage.local import LocalStorage, _StagedFile
 from blockzoo.zoo import Zoo
 
-kill_at, count, lock = int(sys.argv[4]), 0, threading.Lock()
+os.fsync = lambda fd: None  # a killed process loses nothing that the kernel has
+count, lock = 0, threading.Lock()
 
-def counted(function):
+
+def counted(function, kill_at):
     def call(*args, **kwargs):
         global count
         result = function(*args, **kwargs)
@@ -28,19 +30,45 @@ def counted(function):
         return result
     return call
 
-zoo = Zoo.open(sys.argv[1])
-LocalStorage.stage = counted(LocalStorage.stage)
-_StagedFile.publish = counted(_StagedFile.publish)
-LocalStorage.delete = counted(LocalStorage.delete)
-LocalStorage.sync = counted(LocalStorage.sync)
-zoo.register(sys.argv[2], name=sys.argv[3], base="base")
-print(count)
+
+def register(zoo_path, folder, name, kill_at):
+    zoo = Zoo.open(zoo_path)
+    LocalStorage.stage = counted(LocalStorage.stage, kill_at)
+    _StagedFile.publish = counted(_StagedFile.publish, kill_at)
+    LocalStorage.delete = counted(LocalStorage.delete, kill_at)
+    LocalStorage.sync = counted(LocalStorage.sync, kill_at)
+    zoo.register(folder, name=name, base="base")
+    print(count, end=" ", flush=True)
+
+
+for line in sys.stdin:
+    zoo_path, folder, name, kill_at = line.split()
+    child = os.fork()
+    if child == 0:
+        register(zoo_path, folder, name, int(kill_at))
+        os._exit(0)
+    print(os.waitpid(child, 0)[1], flush=True)
 """
 
 
-def register(zoo_path, folder, name, kill_at=0):
-    arguments = [sys.executable, "-c", CHILD, str(zoo_path), str(folder), name, str(kill_at)]
-    return subprocess.run(arguments, capture_output=True, text=True, check=False)
+@pytest.fixture(scope="module")
+def register():
+    """Return a function that registers in a fresh process, which is killed after its n-th step."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", DRIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+    def register(zoo_path, folder, name, kill_at=0):
+        """The number of steps; None when it was killed."""
+        print(zoo_path, folder, name, kill_at, file=process.stdin, flush=True)
+        *steps, status = map(int, process.stdout.readline().split())
+        assert status == (0 if steps else signal.SIGKILL)
+        return steps[0] if steps else None
+
+    yield register
+    process.stdin.close()
+    process.wait(30)
+    process.stdout.close()
 
 
 @pytest.fixture(params=["checkpoint", "adapter"])
@@ -66,16 +94,16 @@ def contents(path):
     return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
-def test_killed_at_any_step(zoo_path, folder, tmp_path):
+def test_killed_at_any_step(register, zoo_path, folder, tmp_path):
     shutil.copytree(zoo_path, tmp_path / "rehearsal")
-    steps = int(register(tmp_path / "rehearsal", folder, "new").stdout)
+    steps = register(tmp_path / "rehearsal", folder, "new")
     # Every part of the sequence: the first lease, blobs, manifests, the ref, the end of the lease.
     points = sorted({1, 2, 3, steps // 4, steps // 2, 3 * steps // 4, *range(steps - 6, steps + 1)})
     survived = []
     for kill_at in points:
         path = tmp_path / f"zoo{kill_at}"
         shutil.copytree(zoo_path, path)
-        assert register(path, folder, "new", kill_at).returncode == -signal.SIGKILL
+        assert register(path, folder, "new", kill_at) is None
         zoo = Zoo.open(path)
         report = zoo.verify()
         assert report.ok, (kill_at, report.problems)

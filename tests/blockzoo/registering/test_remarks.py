@@ -59,3 +59,28 @@ def test_an_adapter_of_another_base_is_doubted(zoo, tmp_path, recorded, doubted)
         assert repr(recorded) in doubt
         assert "small@1, registered from" in doubt
         assert ("; the variant other has that name" in doubt) is (recorded == "other")
+
+
+COMMIT, OTHER = "0123456789abcdef" * 2 + "01234567", "f" * 40
+
+
+@pytest.mark.parametrize(
+    ("noted", "revision", "doubted"),
+    [
+        (COMMIT, OTHER, True),
+        (COMMIT, COMMIT, False),
+        (COMMIT, "main", False),  # moves
+        (COMMIT, None, False),
+        (COMMIT, 7, False),
+        ("v1", OTHER, False),
+    ],
+)
+def test_an_adapter_of_another_commit_of_its_base_is_doubted(zoo, tmp_path, noted, revision, doubted):
+    """Equal names and shapes, other weights: the hub's commits tell where both sides have one."""
+    cached = tmp_path / "models--org--tale" / "snapshots" / noted
+    cached.parent.mkdir(parents=True)
+    zoo.register(write_checkpoint(cached, config(), tensors(config(), seed=2)), name="base")
+    values = adapter_config(base_model_name_or_path="org/tale", revision=revision)
+    doubt = zoo.register(write_adapter(tmp_path / "lora", values), name="bot", base="base").base_doubt
+    told = f"the adapter was trained on commit {OTHER} of 'org/tale', and its base base@1 is commit {COMMIT}"
+    assert doubt == (told if doubted else "")

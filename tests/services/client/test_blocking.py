@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -246,23 +248,61 @@ def test_leaving_a_loop_cancels_the_answer() -> None:
 def test_ctrl_c_between_scheduling_a_read_and_waiting_for_it_cancels_the_answer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The interrupt comes when the read is on its way and nobody holds its future yet."""
-    schedule = asyncio.run_coroutine_threadsafe
-
-    def interrupted(coroutine: Any, loop: asyncio.AbstractEventLoop) -> Any:
-        schedule(coroutine, loop)
-        monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", schedule)
-        raise KeyboardInterrupt
-
+    """The interrupt comes when the read is on its way and nobody waits for it yet."""
     with served() as (address, engines), Client(address, resume_attempts=0) as client:
+        schedule = client._portal.call_soon
+
+        def interrupted(act: Callable[[], object]) -> None:
+            schedule(act)
+            monkeypatch.setattr(client._portal, "call_soon", schedule)
+            raise KeyboardInterrupt
+
         engines[0].hold_at = 1
         chunks = iter(client.generate("tale", "x", temperature=0.0, max_tokens=9))
         next(chunks)
-        monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", interrupted)
+        monkeypatch.setattr(client._portal, "call_soon", interrupted)
         with pytest.raises(KeyboardInterrupt):
             next(chunks)
         # The engine is held for good: only a cancellation ends the request.
         asyncio.run(asyncio.wait_for(until(lambda: len(engines[0].closed) == 1), 30))
+
+
+def test_a_signal_that_ends_no_wait_is_acted_on_all_the_same() -> None:
+    """One that comes just before the wait begins; to another thread makes the same of it, and every time."""
+    with served() as (address, engines), Client(address) as client:
+        engines[0].hold_at = 1
+        chunks = iter(client.generate("tale", "x", max_tokens=9))
+        next(chunks)
+        interrupt = threading.Timer(0.1, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGINT))
+        interrupt.start()
+        with pytest.raises(KeyboardInterrupt):
+            next(chunks)
+        asyncio.run(asyncio.wait_for(until(lambda: len(engines[0].closed) == 1), 30))
+
+
+def test_cancelling_ends_the_loop_of_another_thread_and_waits_for_nothing() -> None:
+    with served() as (address, engines), Client(address) as client:
+        engines[0].hold_at = 2
+        answer = client.generate("tale", "x", max_tokens=9)
+        for chunk in answer:
+            if chunk.first_token_index == 1:
+                threading.Timer(0.05, answer.cancel).start()
+        asyncio.run(asyncio.wait_for(until(lambda: len(engines[0].closed) == 1), 30))
+        before = client.generate("tale", "x", max_tokens=9)
+        before.cancel()
+        assert list(before) == []
+    before.cancel()
+
+
+def test_an_answer_that_another_thread_closes_is_cancelled_for_its_reader() -> None:
+    with served() as (address, engines), Client(address) as client:
+        engines[0].hold_at = 1
+        answer = client.generate("tale", "x", max_tokens=9)
+        chunks = iter(answer)
+        next(chunks)
+        threading.Timer(0.05, answer.close).start()
+        with pytest.raises(CancelledError):
+            next(chunks)
 
 
 def test_one_client_serves_many_threads() -> None:

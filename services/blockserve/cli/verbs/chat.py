@@ -20,6 +20,7 @@ from blockserve.cli.options.conversation import (
     TemplateOption,
     template_options,
 )
+from blockserve.cli.options.interrupts import Interruptible
 from blockserve.cli.options.lines import Messages, line_editing
 from blockserve.cli.options.sampling import (
     MaxTokensOption,
@@ -36,7 +37,7 @@ from blockserve.cli.views.tables import note, say
 from blockserve.cli.views.waiting import Waiting
 
 if TYPE_CHECKING:
-    from blockserve.client.blocking import Client
+    from blockserve.client.blocking import Client, Generation
     from blockzoo.errors import BlockzooError
 
 WAIT_ATTEMPTS = 20
@@ -146,30 +147,44 @@ class Conversation:
         Raises:
             UnavailableError: the server went away, and nobody is there to try again.
         """
+        while True:
+            try:
+                text = messages.read(f"{self.model}> ")
+                if text is None or (text.strip() and self._take(text)):
+                    return
+            except KeyboardInterrupt:  # of a command, or just before or after an answer
+                sys.stdout.write("\n")
+
+    def _take(self, text: str) -> bool:
+        """Answer a message or carry out a command; tell whether it was the last."""
         from blockzoo.errors import BlockzooError
 
-        while (text := messages.read(f"{self.model}> ")) is not None:
-            if not text.strip():
-                continue
-            try:
-                if text.startswith("/") and "\n" not in text:
-                    if self.command(text):
-                        return
-                else:
-                    self.answer(text)
-            except BlockzooError as error:
-                if error.reason == "UNAVAILABLE" and not sys.stdin.isatty():
-                    raise
-                # A refused turn must not poison the ones after it.
-                again = "" if self.unanswered is None else " The conversation is kept; /retry asks again."
-                shown = self.explain(error)
-                note(f"Error: {shown}. {shown.hint}".rstrip(". ") + "." + again)
+        try:
+            if text.startswith("/") and "\n" not in text:
+                return self.command(text)
+            self.answer(text)
+        except BlockzooError as error:
+            if error.reason == "UNAVAILABLE" and not sys.stdin.isatty():
+                raise
+            # A refused turn must not poison the ones after it.
+            again = "" if self.unanswered is None else " The conversation is kept; /retry asks again."
+            shown = self.explain(error)
+            note(f"Error: {shown}. {shown.hint}".rstrip(". ") + "." + again)
+        return False
 
     def answer(self, text: str) -> None:
         """Say a message and print the answer; Ctrl-C keeps what has come so far."""
         self.unanswered = text
         said = {"role": "user", "content": text}
-        stream = iter(self.client.chat(self.model, [*self._head(), *self.turns, said], **self.options))
+        stream = self.client.chat(self.model, [*self._head(), *self.turns, said], **self.options)
+        with Interruptible(stream.cancel) as turn:
+            parts = self._print(stream, turn)
+            if parts or not turn.is_stopped:
+                self.unanswered = None
+                self.turns += [said, {"role": "assistant", "content": "".join(parts)}]
+
+    def _print(self, stream: Generation, turn: Interruptible) -> list[str]:
+        """Print an answer while it comes, and what became of it; its parts."""
         parts: list[str] = []
         summary = ""
         info = None
@@ -183,21 +198,17 @@ class Conversation:
                 sys.stdout.flush()
                 if chunk.finish is not None and info is not None:
                     summary = describe_answer(info, chunk.finish)
-        except KeyboardInterrupt:
-            summary = "[stopped]" if parts else "[stopped; /retry asks again]"
-            if not parts:
-                return
+            if turn.is_stopped and not summary:
+                summary = "[stopped]" if parts else "[stopped; /retry asks again]"
         finally:
             waiting.end()
-            # Closing the iterator cancels the request at the server.
-            stream.close()  # type: ignore[attr-defined]
+            stream.close()  # cancels the request at the server
             if parts or summary:
                 sys.stdout.write("\n")
                 sys.stdout.flush()
             if summary and sys.stderr.isatty():
                 note(summary)
-        self.unanswered = None
-        self.turns += [said, {"role": "assistant", "content": "".join(parts)}]
+        return parts
 
     def command(self, line: str) -> bool:
         """Carry out a line that begins with a slash; tell whether it was the last."""

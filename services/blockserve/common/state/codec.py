@@ -31,6 +31,11 @@ def encode_record(record: WorkerRecord) -> str:
     return _dump({name: getattr(record, name) for name in WorkerRecord.__slots__})
 
 
+def encode_name(name: str) -> str:
+    """How a worker's name stands in its record, and nothing else does."""
+    return _dump({"name": name}).strip("{}")
+
+
 def decode_record(text: str) -> WorkerRecord:
     """The way back.
 

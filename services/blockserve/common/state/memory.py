@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from blockserve.common.api.cluster import ClusterView, LoadReport, Placement, WorkerId, WorkerView
@@ -68,17 +68,28 @@ class InProcessStore:
         store._shared = self._shared
         return store
 
-    async def announce(self, announcement: Announcement, *, lease_seconds: float) -> None:
-        """Take or renew a lease and replace what is said about the worker."""
+    async def announce(
+        self,
+        announcement: Announcement,
+        *,
+        lease_seconds: float,
+        instead_of: Collection[WorkerId] | None = None,
+    ) -> WorkerId | None:
+        """Take or renew a lease, unless another worker has the name, and replace what is said."""
         shared = self._shared
         shared.sweep()
         worker = announcement.record.id
         known = shared.workers.get(worker)
+        if known is None and instead_of is not None:
+            for other, view in shared.workers.items():
+                if view.record.name == announcement.record.name and other not in instead_of:
+                    return other
         said = WorkerView(announcement.record, announcement.load, frozenset(announcement.segments))
         shared.workers[worker] = said
         shared.ends[worker] = shared.clock() + lease_seconds
         if known is None or replace(known, load=said.load) != said:
             shared.changed()
+        return None
 
     async def renew(self, worker: WorkerId, load: LoadReport, *, lease_seconds: float) -> bool:
         """Renew a lease and its load; False when the worker is not known."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from hashlib import blake2b
 
 from blockserve.common.api.cluster import ClusterView, LoadReport, Placement, WorkerId
@@ -43,14 +43,27 @@ class RedisStore:
         self._told_demand: frozenset[ChainId] = frozenset()
         self._wanted: dict[WorkerId, Placement] = {}
 
-    async def announce(self, announcement: Announcement, *, lease_seconds: float) -> None:
-        """Take or renew a lease and replace what is said about the worker."""
+    async def announce(
+        self,
+        announcement: Announcement,
+        *,
+        lease_seconds: float,
+        instead_of: Collection[WorkerId] | None = None,
+    ) -> WorkerId | None:
+        """Take or renew a lease, unless another worker has the name, and replace what is said."""
         worker = announcement.record.id
         said = codec.encode_record(announcement.record), codec.encode_segments(announcement.segments)
         stamp = blake2b("\n".join(said).encode(), digest_size=8).hexdigest()
         lease, load = _milliseconds(lease_seconds), codec.encode_load(announcement.load)
-        await self._connection.run(scripts.ANNOUNCE, _fresh_epoch(), worker, lease, load, stamp, *said)
+        name = "" if instead_of is None else codec.encode_name(announcement.record.name)
+        aside = sorted(instead_of or ())
+        other = await self._connection.run(
+            scripts.ANNOUNCE, _fresh_epoch(), worker, lease, load, stamp, *said, name, *aside
+        )
+        if other is not None:
+            return WorkerId(other)
         self._stamps[worker] = stamp
+        return None
 
     async def renew(self, worker: WorkerId, load: LoadReport, *, lease_seconds: float) -> bool:
         """Renew a lease and its load; False when the server lacks what this store last announced of it.

@@ -85,8 +85,17 @@ end
 ANNOUNCE = (
     _COMMON
     + """
-local epoch, worker, lease, load, stamp, record, segments = unpack(ARGV)
+local epoch, worker, lease, load, stamp, record, segments, name = unpack(ARGV, 1, 8)
 sweep(epoch)
+if name ~= '' and not call('ZSCORE', leases, worker) then
+  local aside = {}
+  for i = 9, #ARGV do aside[ARGV[i]] = true end
+  for _, other in ipairs(call('ZRANGE', leases, 0, -1)) do
+    local known = not aside[other] and call('HGET', records, other)
+    -- No other part of a record reads like this: quotes inside of texts are escaped.
+    if known and string.find(known, name, 1, true) then return other end
+  end
+end
 local same = has(worker, stamp)
 call('ZADD', leases, now + lease, worker)
 call('HSET', loads, worker, load)
@@ -99,7 +108,9 @@ end
 keep()
 """
 )
-"""Arguments: epoch, worker, lease in ms, load, stamp, record, segments."""
+"""Arguments: epoch, worker, lease in ms, load, stamp, record, segments, the name as it stands in
+records ('' to ask about none), worker, worker, ... Returns nil, or a live worker of that name that is not
+among the last ones."""
 
 RENEW = (
     _COMMON

@@ -37,8 +37,25 @@ class Announcement:
 class StateStore(Protocol):
     """Shared state with leases. Safe to call from one event loop; every call may raise StateStoreError."""
 
-    async def announce(self, announcement: Announcement, *, lease_seconds: float) -> None:
-        """Take or renew a worker's lease and replace what is said about it."""
+    async def announce(
+        self,
+        announcement: Announcement,
+        *,
+        lease_seconds: float,
+        instead_of: Collection[WorkerId] | None = None,
+    ) -> WorkerId | None:
+        """Take or renew a worker's lease and replace what is said about it.
+
+        Args:
+            announcement: the worker and all that it says about itself.
+            lease_seconds: how long it is believed to live.
+            instead_of: makes the lease the name's too: a worker without a lease gets one only if no other
+                worker of its name has one, those here left aside. Of any number that ask at once, one gets
+                it. None: names do not matter.
+
+        Returns:
+            None once it is announced; the other worker that has the name, and then nothing has changed.
+        """
         ...
 
     async def renew(self, worker: WorkerId, load: LoadReport, *, lease_seconds: float) -> bool:

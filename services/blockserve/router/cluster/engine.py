@@ -21,7 +21,6 @@ from blockserve.common.api.cluster import ClusterView, PathStep, WorkerId
 from blockserve.common.api.engine import EngineReport, EngineRequest, TokenEvent
 from blockserve.common.api.spans import PathTrace
 from blockserve.common.errors import (
-    EngineFailedError,
     NoPathError,
     WorkerNotFoundError,
 )
@@ -248,7 +247,10 @@ class ClusterEngine:
                     leg.send(await self._move_kv(state, attempt))
                     async with aclosing(self._stream(path[0]).run(attempt)) as batches:
                         async for events in batches:
-                            if fresh := state.take(events):
+                            fresh = state.take(events)
+                            if state.suspect and (worker := state.proven_faulty()):
+                                self._chooser.note_faulty(worker)
+                            if fresh:
                                 yield fresh
                             if events[-1].finish is not None:
                                 return
@@ -268,8 +270,6 @@ class ClusterEngine:
     async def _go_on(self, state: Failover, error: BlockzooError) -> None:
         """Take the step that follows a broken path: raise what the caller gets, or pause."""
         step = state.fail(error, time.monotonic())
-        if isinstance(error, EngineFailedError):
-            self._chooser.note_faulty(state.faulty(error))
         if isinstance(step, GiveUp):
             raise step.error
         self.num_failovers += 1

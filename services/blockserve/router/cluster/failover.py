@@ -93,6 +93,7 @@ class Failover:
         faults: how many of them by a failed pass or by damaged blocks.
         excluded: workers that the next path should avoid; the driver removes those that turn out to live.
         previous: the path that broke last; empty before the first break.
+        suspect: a worker whose pass failed, until a path without it says whose fault that was.
         lost: the worker of `previous` that keys and values cannot be fetched from; None where all answer.
     """
 
@@ -103,6 +104,7 @@ class Failover:
         self.failures = self.faults = 0
         self.excluded: set[WorkerId] = set()
         self.previous: tuple[PathStep, ...] = ()
+        self.suspect: WorkerId | None = None
         self.lost: WorkerId | None = None
         self._path: tuple[PathStep, ...] = ()
         self._config = config
@@ -156,11 +158,11 @@ class Failover:
         self.faults += is_fault
         if isinstance(error, UNREADABLE):
             # What it holds is sound, so keys and values can still be fetched from it.
-            self.excluded.add(self.faulty(error))
+            self.excluded.add(self._faulty(error))
             return Retry(pause)
         if isinstance(error, EngineFailedError):
             # What it has in its caches may be as wrong as what it computes.
-            self.lost = self.faulty(error)
+            self.lost = self.suspect = self._faulty(error)
             self.excluded.add(self.lost)
             return Retry(pause)
         if not isinstance(error, PathBrokenError) or not error.worker:
@@ -171,7 +173,16 @@ class Failover:
             self.lost = worker
         return Retry(pause, (WorkerId(error.seen_by), worker) if error.seen_by else None)
 
-    def faulty(self, error: BlockzooError) -> WorkerId:
+    def proven_faulty(self) -> WorkerId | None:
+        """The worker to blame for a failed pass, told once; called after the current path sent tokens.
+
+        A request that fails everywhere is at fault itself: were its workers blamed, one caller could make
+        routers avoid healthy ones. What was computed elsewhere shows that the request can be computed.
+        """
+        suspect, self.suspect = self.suspect, None
+        return None if any(step.worker == suspect for step in self._path) else suspect
+
+    def _faulty(self, error: BlockzooError) -> WorkerId:
         """The worker of the current path that failed; where the error names none, it is the head."""
         return WorkerId(error.metadata.get("worker") or self._path[0].worker)
 

@@ -16,7 +16,7 @@ from blockserve.common.api.calls import Conversation
 from blockserve.common.errors import PromptError, PromptTooLongError
 from blockserve.router.intake.chat import ChatTemplates
 from blockserve.router.intake.texts import TextThreads, check_text, size_of
-from blockserve.router.intake.tokenizer import TokenizerCache, VariantTokenizer
+from blockserve.router.intake.tokenizer import TokenizerCache, VariantTokenizer, refuse_size
 from blockserve.router.intake.unregistered import SIGN, UnregisteredAdapters, refuse
 from blockserve.router.intake.variant_files import TokenizerSource, VariantFiles
 from blockserve.router.limits import RouterConfig
@@ -273,6 +273,7 @@ class VariantCatalog:
             return None
 
         def make() -> VariantTokenizer:
+            refuse_size(variant.record.files[source.filename].size)  # before so much is read
             return VariantTokenizer.from_bytes(
                 self._zoo.read_file(variant.record, source.filename), source.facts
             )

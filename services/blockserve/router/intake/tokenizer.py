@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from blockserve.common.errors import LEAVING, PromptError
+from blockzoo.folders.tokenizer_bounds import MAX_BYTES, check_tokenizer
 from blockzoo.folders.tokenizer_facts import AddedToken, TokenizerFacts
 
 if TYPE_CHECKING:
@@ -45,20 +46,21 @@ class VariantTokenizer:
     def from_bytes(cls, data: bytes, facts: TokenizerFacts | None = None) -> VariantTokenizer:
         """Parse tokenizer.json and apply what the files beside it say.
 
+        The bounds of `register` hold here too: an earlier release may have registered the variant, or it may
+        have been copied into the zoo from another one.
+
         Raises:
-            PromptError: the bytes are not a tokenizer that this version understands.
+            PromptError: the bytes are no tokenizer that this version understands, or are beyond the bounds.
         """
         from tokenizers import Tokenizer
 
         try:
+            check_tokenizer(data)
             return cls(Tokenizer.from_buffer(bytes(data)), facts)
         except LEAVING:
             raise
         except BaseException as error:  # the library raises bare Exception, and panics
-            raise PromptError(
-                f"the variant's tokenizer.json cannot be used: {error}",
-                hint="Register the variant again with a tokenizer.json, or send token ids.",
-            ) from error
+            raise _unusable(str(error)) from error
 
     def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         """Token ids of `text`, with the special tokens of tokenizer.json's post-processor or without.
@@ -78,6 +80,26 @@ class VariantTokenizer:
             return None
         spelled = _BYTE_TOKEN.fullmatch(self.raw.id_to_token(token_id) or "")
         return None if spelled is None else int(spelled[1], 16)
+
+
+def refuse_size(size: int) -> None:
+    """Refuse a stored tokenizer by its size alone.
+
+    Args:
+        size: bytes.
+
+    Raises:
+        PromptError: `register` would not take so much.
+    """
+    if size > MAX_BYTES:
+        raise _unusable(f"it has {size} bytes, at most {MAX_BYTES} are taken")
+
+
+def _unusable(why: str) -> PromptError:
+    return PromptError(
+        f"the variant's tokenizer.json cannot be used: {why}",
+        hint="Register the variant again with a tokenizer.json, or send token ids.",
+    )
 
 
 def _apply(raw: Tokenizer, facts: TokenizerFacts) -> set[int]:

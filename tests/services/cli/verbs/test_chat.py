@@ -1,6 +1,7 @@
 """The conversation, driven through pipes and through a real terminal."""
 
 import asyncio
+import ctypes
 import io
 import json
 import os
@@ -13,6 +14,9 @@ import time
 
 import pytest
 
+from blockserve.cli.verbs import chat
+from blockserve.cli.views.waiting import Waiting
+from blockserve.client.blocking import Client
 from support.edge import byte_level_tokenizer
 
 LIMIT_S = 60.0
@@ -115,6 +119,14 @@ class Terminal:
         # The child has no controlling terminal, so the signal that Ctrl-C would make is sent by hand.
         self.process.send_signal(signal.SIGINT)
 
+    def interrupt_without_waking(self):
+        """Press Ctrl-C just before the main thread begins to wait for something.
+
+        The signal has come and ends no wait. It makes the same of it that another thread gets it, every time.
+        """
+        threads = {int(name) for name in os.listdir(f"/proc/{self.process.pid}/task")} - {self.process.pid}
+        assert ctypes.CDLL(None).tgkill(self.process.pid, min(threads), int(signal.SIGINT)) == 0
+
     def interrupt_until(self, text):
         """Press Ctrl-C at a prompt as people do, again if need be.
 
@@ -164,6 +176,61 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(terminal, served, tmp_path):
     history = tmp_path / "state" / "blockzoo" / "chat_history"
     assert history.read_text().splitlines()[-2:] == ["first", "second"]
     assert history.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("moment", ["while it loads", "before the first token", "between two tokens"])
+def test_ctrl_c_stops_an_answer_whenever_it_comes(terminal, served, moment):
+    engine = served.rig.engine
+    engine.hold_at = 0 if moment == "before the first token" else 3
+    gate = asyncio.Event()
+    if moment == "while it loads":
+        engine.load_gate = gate
+    terminal.expect("tale> ")
+    terminal.type("first\n")
+    if moment == "between two tokens":
+        terminal.expect("hello w")
+    elif moment == "while it loads":
+        terminal.expect("[the server loads tale, ")
+    else:
+        deadline = time.monotonic() + LIMIT_S
+        while not engine.requests and time.monotonic() < deadline:
+            time.sleep(0.01)
+    terminal.interrupt_without_waking()
+    terminal.expect("[stopped]" if moment == "between two tokens" else "[stopped; /retry asks again]")
+    terminal.expect("tale> ")
+    engine.hold_at = None
+    served.call(gate.set)
+    terminal.type("second\n")
+    terminal.expect("[tale@1: ")
+    assert ("user\nfirst" in prompts(served)[-1]) == (moment == "between two tokens")
+
+
+def test_ctrl_c_in_a_command_does_not_end_the_conversation(say, served, monkeypatch):
+    def models(client):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Client, "models", models)
+    outcome = say("one", "/models", "two")
+    assert outcome.code == 0
+    assert "user\none<|im_end|>" in prompts(served)[-1]
+    assert "user\ntwo<|im_end|>" in prompts(served)[-1]
+
+
+def test_ctrl_c_after_the_last_token_stops_nothing(say, served, monkeypatch):
+    """It comes while the answer is put away; as an exception it would end what comes next."""
+    over = []
+    end = Waiting.end
+
+    def interrupted(waiting):
+        end(waiting)
+        if over:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(chat, "describe_answer", lambda *_: over.append(True) or "done")
+    monkeypatch.setattr(Waiting, "end", interrupted)
+    outcome = say("one", "two")
+    assert outcome.code == 0
+    assert "assistant\nhell" in prompts(served)[-1]
 
 
 def test_a_conversation_outlives_its_server(terminal, served):

@@ -176,6 +176,53 @@ async def test_only_a_known_worker_renews_and_only_once_is_withdrawn(backend: Ba
     assert (await store.view()).workers == {}
 
 
+async def claim(store: StateStore, worker: str, name: str, *aside: str) -> str | None:
+    """Announce a worker under a name; who has it instead."""
+    said = Announcement(WorkerRecord(WorkerId(worker), name, f"unix:/run/{worker}"), LoadReport(), ())
+    return await store.announce(said, lease_seconds=LONG, instead_of=[WorkerId(one) for one in aside])
+
+
+@with_backend
+async def test_of_many_workers_that_take_a_name_at_once_one_has_it(backend: Backend) -> None:
+    stores = [backend.open() for _ in range(16)]
+    answers = await asyncio.gather(*(claim(store, f"w{i}", "w") for i, store in enumerate(stores)))
+    winners = [f"w{i}" for i, other in enumerate(answers) if other is None]
+    assert list((await stores[0].view()).workers) == winners
+    assert set(answers) == {None, *winners}
+    assert len(winners) == 1
+
+
+@with_backend
+async def test_a_name_is_free_where_its_holders_are_set_aside_or_gone(backend: Backend) -> None:
+    store, other = backend.open(), backend.open()
+    for name in ("w", 'a "b" \\ c', "größer/😀", "", "%w-1."):
+        assert await claim(store, "one", name) is None
+        assert await claim(other, "two", name) == "one"
+        assert await claim(other, "two", name + "w") is None  # part of another name
+        assert await claim(store, "one", name) is None  # who has it keeps it
+        assert await claim(other, "three", name, "gone", "one") is None
+        assert await claim(other, "four", name, "one") == "three"
+        await other.withdraw(WorkerId("three"))
+        assert await claim(other, "four", name, "one") is None
+        assert set((await store.view()).workers) == {"one", "two", "four"}
+        for worker in ("one", "two", "four"):
+            await store.withdraw(WorkerId(worker))
+
+
+@with_backend
+async def test_a_name_ends_with_the_lease_and_nothing_else_asks_for_it(backend: Backend) -> None:
+    store = backend.open()
+    await store.announce(about("w1"), lease_seconds=SHORT)
+    assert await claim(store, "w2", "w") == "w1"
+    await store.announce(about("w3"), lease_seconds=SHORT)  # names do not matter to it
+    backend.pass_time(SHORT)
+
+    async def is_free() -> bool:
+        return await claim(store, "w2", "w") is None
+
+    await eventually(is_free, "the name is free")
+
+
 @with_backend
 async def test_a_view_is_a_snapshot(backend: Backend) -> None:
     store = backend.open()

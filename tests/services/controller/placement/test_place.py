@@ -115,7 +115,7 @@ def problems(draw, chains=(0, 5), workers=(0, 4), memory=MEMORY):
     return PlacementProblem(chains, sizes, workers, traffic, present, wishes)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(problems())
 def test_a_placement_keeps_its_promises(problem):
     plan = place(problem)
@@ -147,7 +147,7 @@ def test_a_placement_keeps_its_promises(problem):
     )
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(problems())
 def test_placing_again_changes_nothing(problem):
     plan = place(problem)
@@ -156,6 +156,14 @@ def test_placing_again_changes_nothing(problem):
     assert again.report.moved_bytes == 0
     assert again.report.hops == plan.report.hops
     assert again.report.left_out == plan.report.left_out
+
+
+@pytest.mark.long  # two minutes of further examples
+@settings(max_examples=3000, deadline=None)
+@given(problems())
+def test_many_placements_keep_their_promises_and_change_nothing_again(problem):
+    for test in (test_a_placement_keeps_its_promises, test_placing_again_changes_nothing):
+        test.hypothesis.inner_test(problem)
 
 
 @settings(max_examples=200, deadline=None)

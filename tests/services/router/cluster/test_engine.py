@@ -170,4 +170,25 @@ async def test_a_request_that_fails_at_two_workers_is_given_up() -> None:
     engine, chooser, _ = rig(*(Stream(name, [error]) for name, error in zip("ab", errors, strict=True)))
     with pytest.raises(EngineFailedError):
         await run(engine)
-    assert (chooser.faulty, engine.num_failovers) == (["a", "tail"], 1)
+    assert (chooser.faulty, engine.num_failovers) == ([], 1)
+
+
+@async_test
+async def test_the_first_tokens_elsewhere_say_who_was_at_fault() -> None:
+    fault = EngineFailedError("no memory", worker="b")
+    gone = PathBrokenError("gone", cause=BreakCause.LOST, worker="a")
+    first, second = Stream("a", [fault], [gone]), Stream("b", [tokens(0), gone], [tokens(1, 2)])
+    engine, chooser, _ = rig(first, second, backoff_seconds=0)
+    assert await run(engine) == [100, 101, 102]
+    # The head was not to blame, and that the tail then computed the request is no word against it either.
+    assert ([len(one.given) for one in (first, second)], chooser.faulty) == ([2, 2], [])
+
+
+@async_test
+async def test_a_tail_is_blamed_by_name_and_once() -> None:
+    fault = EngineFailedError("no memory", worker="tail")
+    gone = PathBrokenError("gone", cause=BreakCause.LOST, worker="a")
+    first, second = Stream("a", [fault], [tokens(0), gone]), Stream("b", [tokens(1, 2)])
+    engine, chooser, _ = rig(first, second, backoff_seconds=0)
+    assert await run(engine) == [100, 101, 102]
+    assert chooser.faulty == ["tail"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -14,10 +15,11 @@ from blockserve.common.errors import PromptError
 from blockserve.router.intake.catalog import DamagedVariant, VariantCatalog
 from blockserve.router.limits import RouterConfig
 from blockzoo.errors import CorruptManifestError, VariantNotFoundError
+from blockzoo.folders.tokenizer_bounds import MAX_BYTES
 from blockzoo.manifest import VariantRecord
 from blockzoo.storage import LocalStorage
 from blockzoo.zoo import Zoo
-from support.edge import FakeZoo, async_test, variant_files
+from support.edge import FakeZoo, async_test, tokenizer_json, variant_files
 from support.zoo_faults import register, tensor
 
 
@@ -149,6 +151,26 @@ async def test_a_variant_without_a_tokenizer_takes_token_ids_only() -> None:
     with pytest.raises(PromptError) as caught:
         await catalog.encode(variant, "hello", add_special_tokens=True)
     assert caught.value.hint == "Send token ids."
+
+
+@async_test
+async def test_a_stored_tokenizer_is_held_to_the_bounds_of_register() -> None:
+    """An earlier release registered it, or it came with a copy of another zoo; token ids are taken."""
+    zoo = FakeZoo()
+    steps = {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}] * 129}}
+    many = json.dumps(json.loads(tokenizer_json()) | steps).encode()
+    zoo.add("many", files=variant_files(tokenizer_json=many))
+    record = zoo.add("large")
+    reference = record.files["tokenizer.json"]
+    zoo.records["large"] = [replace(record, files={"tokenizer.json": replace(reference, size=MAX_BYTES + 1)})]
+    catalog = VariantCatalog(zoo)
+    for name, why in (("many", "components, more than 128"), ("large", f"it has {MAX_BYTES + 1} bytes")):
+        variant = await catalog.get(name)
+        zoo.files_read.clear()
+        with pytest.raises(PromptError, match=why) as caught:
+            await catalog.encode(variant, "hello", add_special_tokens=True)
+        assert "send token ids" in caught.value.hint
+        assert ("tokenizer.json" in zoo.files_read) == (name == "many")  # the size is known before
 
 
 @async_test

@@ -6,11 +6,14 @@ import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
 from blockserve.common.errors import PromptError
 from blockserve.router.intake.tokenizer import TokenizerCache, VariantTokenizer
+from blockzoo.folders.tokenizer_bounds import MAX_ADDED_TOKENS
 from support.edge import byte_fallback_tokenizer, byte_level_tokenizer, tokenizer_json
 
 TEXTS = [
@@ -53,6 +56,49 @@ def test_decoders_are_told_apart() -> None:
 def test_a_file_that_is_no_tokenizer_is_a_typed_error(data: bytes) -> None:
     with pytest.raises(PromptError, match=r"tokenizer\.json"):
         VariantTokenizer.from_bytes(data)
+
+
+def spelled(**parts: Any) -> bytes:
+    """A tokenizer.json that the library takes, with other parts."""
+    return json.dumps({**json.loads(tokenizer_json()), **parts}).encode()
+
+
+SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
+
+
+def nested(depth: int) -> dict[str, Any]:
+    """Sequences in sequences, around a harmless step."""
+    step: dict[str, Any] = {"type": "Lowercase"}
+    for _ in range(depth):
+        step = {"type": "Sequence", "normalizers": [step]}
+    return step
+
+
+def added(count: int) -> list[dict[str, Any]]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    return [{"id": 1000 + i, "content": f"<w{i}>", **flags} for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("parts", "why"),
+    [
+        ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}] * 129}}, "133 components"),
+        ({"normalizer": nested(9)}, "nested 8 deep"),
+        ({"normalizer": {"type": "Prepend", "prepend": "x" * 1025}}, "a text of 1025 characters"),
+        ({"pre_tokenizer": {**SPLIT, "pattern": {"Regex": "(?:x+y)+"}}}, "a repetition inside a repetition"),
+        ({"added_tokens": added(MAX_ADDED_TOKENS + 1)}, "65537 added tokens"),
+    ],
+    ids=["components", "depth", "text", "pattern", "added tokens"],
+)
+def test_a_stored_tokenizer_beyond_the_bounds_of_register_is_a_typed_error(
+    parts: dict[str, Any], why: str
+) -> None:
+    """The library would load each of them; nothing is tokenised with it here."""
+    data = spelled(**parts)
+    Tokenizer.from_buffer(data)
+    with pytest.raises(PromptError, match=f"tokenizer.json cannot be used: .*{why}") as caught:
+        VariantTokenizer.from_bytes(data)
+    assert "token ids" in caught.value.hint
 
 
 def test_threads_that_want_the_same_tokenizer_make_it_once() -> None:

@@ -95,7 +95,7 @@ def test_answers_do_not_depend_on_company(engine: BlockEngine, tiny: TinyZoo) ->
     async def work() -> None:
         for chain in tiny.chains.values():
             await engine.load(chain)
-        requests = [ask(chain, prompt, 24) for chain in tiny.chains.values() for prompt in prompts]
+        requests = [ask(chain, prompt, 10) for chain in tiny.chains.values() for prompt in prompts]
         alone = [await tokens(engine, request) for request in requests]
         together = await asyncio.gather(*(tokens(engine, request) for request in requests))
         assert list(together) == alone

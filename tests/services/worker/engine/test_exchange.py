@@ -80,10 +80,10 @@ async def clean(cluster: SpanCluster) -> None:
 
 
 async def one_process(engine: BlockEngine, requests: Sequence[EngineRequest]) -> list[list[int]]:
-    """What a single process answers to the same requests."""
+    """What a single process answers to the same requests, together; tests/oracle has what each is alone."""
     for request in requests:
         await engine.load(request.chain)
-    return [await tokens(engine, replace(request, path=())) for request in requests]
+    return [*await asyncio.gather(*(tokens(engine, replace(request, path=())) for request in requests))]
 
 
 PROMPTS = [tuple(range(3, 3 + length)) for length in (1, 7, 33, 100)]
@@ -102,11 +102,11 @@ def test_tokens_are_those_of_one_process(tiny: TinyZoo, engine: BlockEngine, cut
             path = cluster.path(chain, **cuts)
             await cluster.load(chain, path)
             for prompt, sampling in itertools.product(PROMPTS, (GREEDY, SAMPLED)):
-                requests.append(ask(chain, path, prompt=prompt, sampling=sampling))
+                requests.append(ask(chain, path, prompt=prompt, sampling=sampling, max_tokens=7))
         expected = await one_process(engine, requests)
-        alone = [await tokens(cluster.engine("a"), request) for request in requests]
+        alone = [await tokens(cluster.engine("a"), request) for request in requests[::3]]  # of every chain
         together = await asyncio.gather(*(tokens(cluster.engine("a"), request) for request in requests))
-        assert alone == expected
+        assert alone == expected[::3]
         assert list(together) == expected
         assert len({tuple(answer) for answer in expected}) > len(expected) // 2
         await clean(cluster)
@@ -209,7 +209,7 @@ def test_a_worker_short_of_pages_delays_and_loses_nothing(
         path = cluster.path(chain, a=2, b=3, c=0)
         await cluster.load(chain, path)
         requests = [
-            ask(chain, path, prompt=tuple(range(seed, seed + 9)), max_tokens=40, arrival=seed)
+            ask(chain, path, prompt=tuple(range(seed, seed + 9)), max_tokens=24, arrival=seed)
             for seed in range(12)
         ]
         expected = await one_process(engine, requests)
