@@ -14,6 +14,7 @@ DECISIONS = "refs/equivalence"
 WISHES = "refs/wishes"
 LEASES = "leases"
 CONDEMNED = "condemned"
+PACKS = "packs"
 
 
 def blob_key(digest: str) -> str:
@@ -29,6 +30,11 @@ def block_key(digest: str) -> str:
 def chain_key(digest: str) -> str:
     """Key of a chain manifest."""
     return f"{CHAINS}/{digest}.json"
+
+
+def pack_key(digest: str) -> str:
+    """Key of a pack of small objects."""
+    return f"{PACKS}/{digest}"
 
 
 def ref_key(name: str, version: int) -> str:
@@ -57,6 +63,11 @@ def digest_of(key: str) -> str | None:
     if is_digest(last) and key in (blob_key(last), block_key(last), chain_key(last), equivalence_key(last)):
         return last
     return None
+
+
+def is_pack(key: str) -> bool:
+    """Tell whether a key is that of a pack."""
+    return is_digest(key.removeprefix(f"{PACKS}/")) and key.startswith(f"{PACKS}/")
 
 
 def decision_of(key: str) -> tuple[str, int] | None:

@@ -7,7 +7,7 @@ what is gone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from blockzoo import layout
@@ -137,16 +137,19 @@ def _sweep(
             store.storage.delete(info.key)
             deleted.append(info)
             if store.clock.now() >= marker.expires:
-                _own_up(store, info.key, kinds)
+                _own_up(store, [info.key], kinds)
             if on_object is not None:
                 on_object(info)
         store.storage.sync(info.key for info in stage)
+        if store.clock.now() >= marker.expires:
+            _own_up(store, [info.key for info in stage], kinds)
     return doomed, deleted
 
 
-def _own_up(store: ZooStore, key: str, kinds: Sequence[Holding]) -> None:
+def _own_up(store: ZooStore, keys: Collection[str], kinds: Sequence[Holding]) -> None:
     """Raise ConflictError when a delete that came too late has hit something that is needed by now."""
-    if any(key in kind.needed(store, ignore_problem) for kind in kinds):
+    needed = {key for kind in kinds for key in kind.needed(store, ignore_problem)}
+    for key in needed.intersection(keys):
         raise ConflictError(
             f"this gc was suspended while it deleted {key}, which is needed again",
             hint="Register that checkpoint again, or run `blockzoo verify --repair FROM`.",
@@ -160,6 +163,8 @@ def _objects(store: ZooStore) -> Iterator[ObjectInfo]:
         # What is not spelled as ours is not ours to delete; `verify` lists it.
         yield from (info for info in store.storage.list(folder) if layout.digest_of(info.key))
     yield from store.dead_refs()
+    # What they held that is needed is stored elsewhere by now, or gc ends before it deletes.
+    yield from store.storage.damaged_packs()
 
 
 def _needed_keys(store: ZooStore, kinds: Sequence[Holding]) -> set[str]:
@@ -191,8 +196,10 @@ def _in_order(store: ZooStore, doomed: Iterable[ObjectInfo]) -> Iterator[list[Ob
     """Yield what may be deleted together: never something before what needs it."""
     folders: dict[str, list[ObjectInfo]] = {}
     for info in doomed:
-        folders.setdefault(info.key.partition("/")[0], []).append(info)
-    for folder in ("refs", layout.CHAINS, layout.BLOCKS):
+        folder = layout.PACKS if store.storage.is_packed(info.key) else info.key.partition("/")[0]
+        folders.setdefault(folder, []).append(info)
+    # Each pack is written anew or deleted once, whatever kinds of objects leave it.
+    for folder in ("refs", layout.CHAINS, layout.BLOCKS, layout.PACKS):
         yield folders.get(folder, [])
     blobs = folders.get(layout.BLOBS, [])
     # A damaged leftover counts as raw: it needs nothing that can be known.

@@ -104,6 +104,11 @@ class LocalStorage:
         with translate_os_errors(key), self._path(key).open("rb", buffering=0) as file:
             return os.pread(file.fileno(), length, start)
 
+    def get_part(self, key: str, start: int, length: int) -> memoryview:
+        """See `Storage`."""
+        with translate_os_errors(key):
+            return map_file(self._path(key), start, length)
+
     def size(self, key: str) -> int | None:
         """See `Storage`."""
         with translate_os_errors(key):

@@ -115,6 +115,10 @@ class ObjectStorage:
                 return b""
             raise
 
+    def get_part(self, key: str, start: int, length: int) -> memoryview:
+        """See `Storage`."""
+        return memoryview(self.get_range(key, start, length))
+
     def size(self, key: str) -> int | None:
         """See `Storage`."""
         try:

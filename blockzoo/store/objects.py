@@ -34,8 +34,9 @@ from blockzoo.manifest import (
 )
 from blockzoo.manifest_json import block_from_json, chain_from_json, variant_from_json, variant_to_json
 from blockzoo.names import MAX_VERSION, check_name, near_names
-from blockzoo.storage.base import ObjectInfo, Stamp, Storage
+from blockzoo.storage.base import ObjectInfo, Stamp
 from blockzoo.store.blobs import BlobStore
+from blockzoo.store.packed import PackedStorage
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ class Objects:
         clock: for leases, and for times that are stored.
     """
 
-    def __init__(self, storage: Storage, clock: Clock) -> None:
+    def __init__(self, storage: PackedStorage, clock: Clock) -> None:
         self.storage = storage
         self.clock = clock
         self.blobs = BlobStore(storage)

@@ -26,17 +26,26 @@ from blockzoo.names import check_name
 from blockzoo.storage.base import Storage
 from blockzoo.store.leases import LEASE_TTL_S, Entry
 from blockzoo.store.objects import Objects, damaged
+from blockzoo.store.packed import PackedStorage
 from blockzoo.store.registration import Registration
 
-FORMAT = 1
-"""The zoo format this version writes, and the newest it understands."""
+FORMAT = 2
+"""The zoo format this version begins new zoos with, and the newest it understands.
+
+2 keeps small objects in packs (`blockzoo.store.packs`). A zoo of format 1 stays one until `upgrade`, so that
+programs of blockzoo 0.1 beside this one can go on reading it.
+"""
+
+_FIRST_FORMAT = 1
 
 
 class ZooStore(Objects):
     """A zoo. Reading is safe from several threads; writing goes through `registration()`."""
 
-    def __init__(self, storage: Storage, clock: Clock, min_writer: int) -> None:
-        super().__init__(storage, clock)
+    def __init__(
+        self, storage: Storage, clock: Clock, *, min_reader: int = FORMAT, min_writer: int = FORMAT
+    ) -> None:
+        super().__init__(PackedStorage(storage, writes_packs=min_reader > _FIRST_FORMAT), clock)
         self._min_writer = min_writer
 
     @classmethod
@@ -70,7 +79,7 @@ class ZooStore(Objects):
                 hint="Use a store with conditional writes (`If-None-Match: *`), or a local folder.",
                 url=storage.url,
             )
-        return cls(storage, clock or SystemClock(), min_writer)
+        return cls(storage, clock or SystemClock(), min_reader=min_reader, min_writer=min_writer)
 
     def header_problem(self) -> str | None:
         """What is wrong with zoo.json; None where nothing is.
@@ -196,17 +205,21 @@ def _create(storage: Storage) -> bytes:
             hint="Choose an empty folder or one that does not exist yet.",
             url=storage.url,
         )
+    body = _header()
+    if storage.put_if_absent(layout.ZOO, [body]):
+        return body
+    # Somebody else began the same zoo a moment earlier.
+    return bytes(storage.get(layout.ZOO))
+
+
+def _header() -> bytes:
     fields: dict[str, JsonValue] = {
         "format": FORMAT,
         "min_reader": FORMAT,
         "min_writer": FORMAT,
         "created_by": f"blockzoo {importlib.metadata.version('blockzoo')}",
     }
-    body = canonical_json({**fields, "digest": digest_json(fields)})
-    if storage.put_if_absent(layout.ZOO, [body]):
-        return body
-    # Somebody else began the same zoo a moment earlier.
-    return bytes(storage.get(layout.ZOO))
+    return canonical_json({**fields, "digest": digest_json(fields)})
 
 
 def _read_format(stored: bytes, url: str) -> tuple[int, int]:
@@ -233,7 +246,7 @@ def _is_whole(stored: bytes) -> bool:
         return digest == digest_json(fields)
     made = fields.pop("created_by", None)
     return (
-        fields == dict.fromkeys(("format", "min_reader", "min_writer"), FORMAT)
+        fields == dict.fromkeys(("format", "min_reader", "min_writer"), _FIRST_FORMAT)
         and isinstance(made, str)
         and re.fullmatch(r"blockzoo [0-9]+\.[0-9]+[0-9a-z.+]*", made) is not None
     )

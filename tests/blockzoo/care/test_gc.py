@@ -122,13 +122,14 @@ def test_strays_are_not_ours_to_delete(store):
     assert keys(store, "blobs") == {"blobs/aa/notes.txt"}
 
 
-def test_order_of_deletion(store):
+def test_order_of_deletion():
+    store = open_memory(packs=False)
     register(store, "base", [tensor(1)])
     register(store, "tuned", [tensor(1, nudge=4, base=first_blob(store, "base"))])
     store.remove("base")
     difference = layout.blob_key(first_blob(store, "tuned"))
     store.remove("tuned")
-    watched = HookedStorage(store.storage)
+    watched = HookedStorage(store.storage.inner)
     collect(through(store, watched))
     deleted = [
         key for operation, key in watched.operations if operation == "delete" and "condemned" not in key
@@ -143,7 +144,7 @@ def test_a_registration_meets_an_old_unreachable_blob_while_gc_is_paused(store, 
     """The case the design names: gc pauses between mark and sweep, a registration hits what it condemned."""
     register(store, "old", [tensor(1), tensor(2)])
     store.remove("old")
-    watched = HookedStorage(store.storage)
+    watched = HookedStorage(store.storage.inner)
     collector = through(store, watched)
     registrations = []
 
@@ -177,7 +178,7 @@ def test_a_registration_during_the_sweep_waits_and_writes_again(store):
     """What it waited for is gone when it looks again, so it stores it anew."""
     register(store, "old", [tensor(1), tensor(2)])
     store.remove("old")
-    watched = HookedStorage(store.storage)
+    watched = HookedStorage(store.storage.inner)
     deleted: list[str] = []
 
     def sweep_for_gc() -> None:
@@ -211,7 +212,7 @@ def test_gc_within_every_step_of_a_registration():
         register(zoo, "old", [tensor(1), tensor(2)])
         zoo.remove("old")
         hook = at_operation(number, lambda zoo=zoo: collect(zoo))
-        storage = HookedStorage(zoo.storage, hook, reads=True)
+        storage = HookedStorage(zoo.storage.inner, hook, reads=True)
         register(through(zoo, storage), "new", [tensor(2), tensor(3)])
         assert verify(zoo).problems == (), number
         assert contents(zoo, zoo.resolve("new")) == [tensor(2).data, tensor(3).data]
@@ -229,7 +230,7 @@ def test_gc_within_every_step_of_a_registration_on_a_forgotten_base():
         base = first_blob(zoo, "old")
         zoo.remove("old")
         hook = at_operation(number, lambda zoo=zoo: collect(zoo))
-        storage = HookedStorage(zoo.storage, hook, reads=True)
+        storage = HookedStorage(zoo.storage.inner, hook, reads=True)
         try:
             register(through(zoo, storage), "new", [tensor(1, nudge=4, base=base)])
         except BlobNotFoundError:
@@ -257,7 +258,7 @@ def test_a_registration_within_every_step_of_gc():
                 register(zoo, "new", [tensor(2), tensor(3)])
             zoo.clock.on_sleep = None
 
-        storage = HookedStorage(zoo.storage, at_operation(number, act), reads=True)
+        storage = HookedStorage(zoo.storage.inner, at_operation(number, act), reads=True)
         assert collect(through(zoo, storage)).finished
         assert verify(zoo).problems == (), number
         if not zoo.variants():
@@ -289,7 +290,7 @@ def test_a_registration_begun_before_the_sweep_commits_at_every_step_of_it():
             running.clear()
 
         zoo.clock.on_sleep = begin
-        storage = HookedStorage(zoo.storage, at_operation(number, commit), reads=True)
+        storage = HookedStorage(zoo.storage.inner, at_operation(number, commit), reads=True)
         collect(through(zoo, storage))
         commit()
         assert verify(zoo).problems == (), number
@@ -302,7 +303,7 @@ def test_a_collector_suspended_inside_a_delete_says_what_it_hit(store):
     register(store, "old", [tensor(1)])
     store.remove("old")
     blob = layout.blob_key(blob_id(DType.BF16, (512,), tensor(1).data))
-    storage = HookedStorage(store.storage)
+    storage = HookedStorage(store.storage.inner)
 
     def suspended(operation: str, key: str) -> None:
         if operation == "delete" and key == blob:
@@ -320,7 +321,7 @@ def test_a_rollback_to_a_version_that_is_being_removed(store):
     """Both look at version 1, one removes it and collects while the other is about to commit a copy of it."""
     register(store, "bot", [tensor(1)])
     register(store, "bot", [tensor(2)])
-    storage = HookedStorage(store.storage)
+    storage = HookedStorage(store.storage.inner)
 
     def remove_and_collect() -> None:
         store.remove_version("bot", 1)
@@ -343,12 +344,12 @@ def test_gc_killed_at_every_step_leaves_only_garbage():
         zoo.remove("tuned")
         return zoo
 
-    counting = HookedStorage(prepared().storage)
+    counting = HookedStorage(prepared().storage.inner)
     collect(ZooStore.open(counting, clock=open_memory().clock))
     for number in range(len(counting.operations)):
         zoo = prepared()
         with pytest.raises(Killed):
-            collect(through(zoo, HookedStorage(zoo.storage, at_operation(number, kill))))
+            collect(through(zoo, HookedStorage(zoo.storage.inner, at_operation(number, kill))))
         assert verify(zoo).problems == (), number
         # Nothing left names what is gone: every manifest, reachable or not, is complete.
         for key in keys(zoo, "chains"):
@@ -392,7 +393,7 @@ def test_a_lease_protects_all_that_its_chain_needs(store):
 
 
 def test_a_dead_lease_protects_nothing(store):
-    storage = HookedStorage(store.storage)
+    storage = HookedStorage(store.storage.inner)
     registration = through(store, storage).registration("killed", ttl_s=600)
     registration.put_tensors([tensor(1)])
     storage.dead = True
@@ -409,7 +410,7 @@ def test_a_dead_lease_protects_nothing(store):
 def test_gc_stops_before_its_marker_expires(store):
     register(store, "bot", [tensor(seed) for seed in range(5)])
     store.remove("bot")
-    storage = HookedStorage(store.storage)
+    storage = HookedStorage(store.storage.inner)
 
     def slow(operation: str, key: str) -> None:
         if operation == "delete":
@@ -460,7 +461,7 @@ def test_gc_deletes_nothing_when_it_cannot_tell_what_is_needed(store, damage):
 def test_a_read_only_zoo_is_not_collected():
     storage = MemoryStorage()
     ZooStore.open(storage, create=True)
-    storage.replace("zoo.json", [b'{"format":2,"min_reader":1,"min_writer":2,"created_by":"x"}'])
+    storage.replace("zoo.json", [b'{"format":3,"min_reader":2,"min_writer":3,"created_by":"x"}'])
     with pytest.raises(FormatVersionError):
         collect(ZooStore.open(storage))
 

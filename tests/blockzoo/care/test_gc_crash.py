@@ -109,7 +109,7 @@ class ZooLife(RuleBasedStateMachine):
 
             hooks.append(at_operation(inner_at or 0, overtake))
         storage = HookedStorage(
-            self.store.storage, lambda operation, key: [hook(operation, key) for hook in hooks], reads=True
+            self.store.storage.inner, lambda operation, key: [hook(operation, key) for hook in hooks], reads=True
         )
         with suppress(Killed):
             return act(through(self.store, storage))

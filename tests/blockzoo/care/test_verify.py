@@ -50,8 +50,8 @@ def test_a_sound_zoo(store):
     report = verify(store, on_object=seen.append)
     assert report.ok
     assert report.problems == report.strays == ()
-    # 3 chains, 4 blocks, 4 tensors, 2 files (one shared), 3 refs.
-    assert report.objects == len(seen) == 3 + 4 + 4 + 2 + 3
+    # 3 chains, 4 blocks, 4 tensors, 2 files (one shared), 3 refs, and a pack for each registration.
+    assert report.objects == len(seen) == 3 + 4 + 4 + 2 + 3 + 3
     assert report.num_bytes == sum(info.size for info in seen)
 
 
@@ -126,10 +126,7 @@ def test_any_single_flipped_bit_is_found_and_repaired(data):
 def test_repair_of_many_things_at_once(store):
     source = open_memory()
     copy_zoo(store, source)
-    for info in list(store.storage.list("chains")):
-        store.storage.delete(info.key)
-    for info in list(store.storage.list("blocks")):
-        store.storage.delete(info.key)
+    lose(store, *(info.key for folder in ("chains", "blocks") for info in store.storage.list(folder)))
     for number, info in enumerate(list(store.storage.list("blobs"))):
         flip(store, info.key, 31 * number)
     report = verify(store, repair_from=source)
@@ -168,8 +165,8 @@ def test_a_damaged_base_alone_is_enough_to_repair(store):
 
 
 def test_repair_respects_the_format(store):
-    store.storage.replace("zoo.json", [b'{"format":2,"min_reader":1,"min_writer":2,"created_by":"x"}'])
-    newer = ZooStore.open(store.storage)
+    store.storage.replace("zoo.json", [b'{"format":3,"min_reader":2,"min_writer":3,"created_by":"x"}'])
+    newer = ZooStore.open(store.storage.inner)
     flip(newer, layout.blob_key(blob_of(newer, "base", 1)), 9000)
     with pytest.raises(FormatVersionError):
         verify(newer, repair_from=make())

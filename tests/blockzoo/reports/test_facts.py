@@ -64,7 +64,7 @@ def test_a_new_process_reads_no_manifest_again(filled, tmp_path, monkeypatch):
     expected = filled.ls()
     kept = tmp_path / "kept"
     assert Zoo.open(tmp_path / "zoo", facts_folder=kept).ls() == expected
-    shutil.rmtree(tmp_path / "zoo" / "blocks")
+    shutil.rmtree(tmp_path / "zoo" / "packs")
     zoo = Zoo.open(tmp_path / "zoo", facts_folder=kept)
     assert zoo.ls() == expected
     assert {row.kind for row in Zoo.open(tmp_path / "zoo").ls()} == {"damaged"}

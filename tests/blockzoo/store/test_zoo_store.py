@@ -232,7 +232,7 @@ def test_unknown_names_get_suggestions(store):
 
 def test_two_writers_of_one_name_get_two_numbers(store):
     """The second one commits between the first one's choice of a number and its write."""
-    storage = HookedStorage(store.storage)
+    storage = HookedStorage(store.storage.inner)
     storage.before = lambda operation, key: (
         register(store, "bot", [tensor(2)]) if key == "refs/variants/bot/1" else None
     )
@@ -307,7 +307,7 @@ def test_a_full_disk_at_any_write_loses_nothing(tmp_path):
 
 
 def test_a_lease_that_cannot_be_dropped_does_not_undo_the_commit(store):
-    storage = HookedStorage(store.storage)
+    storage = HookedStorage(store.storage.inner)
 
     def refuse(operation, key):
         if operation == "delete":
@@ -338,7 +338,7 @@ def test_progress_counts_every_byte_once(store):
 
 def test_large_uploads_go_in_groups(store, monkeypatch):
     monkeypatch.setattr("blockzoo.store.registration._GROUP_BYTES", 2048)
-    storage = HookedStorage(store.storage)
+    storage = HookedStorage(store.storage.inner)
     with through(store, storage).registration("x") as registration:
         stored = registration.put_tensors([tensor(seed) for seed in range(5)])
     assert [operation for operation, key in storage.operations if key.startswith("leases/")] == [
@@ -375,7 +375,7 @@ def test_a_lease_that_ran_out_before_the_commit(store):
 
 def test_a_process_that_slept_through_its_lease_while_committing(store):
     """It wakes when its ref is written; what it relied on was collected, so it takes the ref back."""
-    storage = HookedStorage(store.storage)
+    storage = HookedStorage(store.storage.inner)
     with through(store, storage).registration("slow", ttl_s=600) as registration:
         stored = registration.put_tensors([tensor(1)])[0]
         ref = TensorRef(DType.BF16, (512,), (stored.blob,))
@@ -394,7 +394,7 @@ def test_a_process_that_slept_through_its_lease_while_committing(store):
 
 
 def test_a_process_that_slept_but_lost_nothing_keeps_its_version(store):
-    storage = HookedStorage(store.storage)
+    storage = HookedStorage(store.storage.inner)
 
     def oversleep(operation, key):
         if key.startswith("refs/"):
