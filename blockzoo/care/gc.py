@@ -1,7 +1,7 @@
 """Deleting what no variant needs, while registrations go on. `blockzoo.store.leases` explains why it is safe.
 
-Order of deletion: chains, blocks, differences, raw blobs; durable after each. A
-collection killed anywhere leaves objects that nothing needs, never one that needs
+Nothing is deleted before what needs it (`blockzoo.care.order`), durable after each step.
+A collection killed anywhere leaves objects that nothing needs, never one that needs
 what is gone.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from blockzoo import layout
 from blockzoo.care.base import Holding
 from blockzoo.care.holdings import HOLDINGS
-from blockzoo.care.variants import is_difference
+from blockzoo.care.order import in_order
 from blockzoo.errors import ConflictError
 from blockzoo.manifest import BlobId, BlockId, ChainId
 from blockzoo.storage.base import ObjectInfo
@@ -104,6 +104,7 @@ def collect(
         on_stage("deleting", _bytes(condemned))
         doomed, deleted = _sweep(store, marker, condemned, on_object, kinds)
     finally:
+        store.storage.undelete()
         drop_marker(store.storage, marker)
     spared = [info for info in condemned if info not in set(doomed)]
     stayed = [*kept, *(info for info in condemned if info not in set(deleted))]
@@ -130,19 +131,23 @@ def _sweep(
     needed = _needed_keys(store, kinds)
     doomed = [info for info in condemned if info.key not in needed]
     deleted: list[ObjectInfo] = []
-    for stage in _in_order(store, doomed):
+    for stage in in_order(store, doomed):
+        gone: list[str] = []
         for info in stage:
             if store.clock.now() >= marker.expires - SKEW_S:
-                return doomed, deleted
+                break
             store.storage.delete(info.key)
+            gone.append(info.key)
             deleted.append(info)
             if store.clock.now() >= marker.expires:
-                _own_up(store, [info.key], kinds)
+                _own_up(store, gone, kinds)
             if on_object is not None:
                 on_object(info)
-        store.storage.sync(info.key for info in stage)
+        store.storage.sync(gone)
         if store.clock.now() >= marker.expires:
-            _own_up(store, [info.key for info in stage], kinds)
+            _own_up(store, gone, kinds)
+        if len(gone) < len(stage):
+            break
     return doomed, deleted
 
 
@@ -163,8 +168,8 @@ def _objects(store: ZooStore) -> Iterator[ObjectInfo]:
         # What is not spelled as ours is not ours to delete; `verify` lists it.
         yield from (info for info in store.storage.list(folder) if layout.digest_of(info.key))
     yield from store.dead_refs()
-    # What they held that is needed is stored elsewhere by now, or gc ends before it deletes.
-    yield from store.storage.damaged_packs()
+    # What damaged packs held that is needed is stored elsewhere by now, or gc ends before it deletes.
+    yield from (info for info in store.storage.list(layout.PACKS) if layout.is_pack(info.key))
 
 
 def _needed_keys(store: ZooStore, kinds: Sequence[Holding]) -> set[str]:
@@ -190,22 +195,6 @@ def _add_leased(store: ZooStore, walker: Walker, digest: str) -> None:
         walker.add_block(BlockId(digest))
     # Also when it is no blob: a registration may be about to write it.
     walker.add_blobs([BlobId(digest)])
-
-
-def _in_order(store: ZooStore, doomed: Iterable[ObjectInfo]) -> Iterator[list[ObjectInfo]]:
-    """Yield what may be deleted together: never something before what needs it."""
-    folders: dict[str, list[ObjectInfo]] = {}
-    for info in doomed:
-        folder = layout.PACKS if store.storage.is_packed(info.key) else info.key.partition("/")[0]
-        folders.setdefault(folder, []).append(info)
-    # Each pack is written anew or deleted once, whatever kinds of objects leave it.
-    for folder in ("refs", layout.CHAINS, layout.BLOCKS, layout.PACKS):
-        yield folders.get(folder, [])
-    blobs = folders.get(layout.BLOBS, [])
-    # A damaged leftover counts as raw: it needs nothing that can be known.
-    differences = [info for info in blobs if is_difference(store, info.key)]
-    yield differences
-    yield [info for info in blobs if info not in set(differences)]
 
 
 def _tidy(store: ZooStore) -> int:

@@ -124,7 +124,7 @@ HOLDINGS = (
         faults=_lost_spliced,
         copy=_restore_spliced,
     ),
-    # What they hold is checked, repaired and copied as what it is.
+    # Only damaged ones are listed. What the others hold is checked, repaired and copied as what it is.
     Holding("packs", folders=(layout.PACKS,), owns=layout.is_pack, check=_check_pack),
     # Neither copied nor repaired from another zoo: wishes name the workers of one cluster.
     Holding("placement wishes", folders=(layout.WISHES,), owns=_is_wish, check=_check_wish),

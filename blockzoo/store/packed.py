@@ -86,6 +86,7 @@ class PackedStorage:
         self.inner = inner
         self.writes_packs = writes_packs
         self._lock = threading.RLock()
+        self._writing = threading.Lock()
         self._packs: dict[str, Pack] = {}
         self._index = _Index()
         self._damaged: set[str] = set()
@@ -153,9 +154,14 @@ class PackedStorage:
         return found
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """See `Storage`. Packs themselves are listed below `layout.PACKS` only."""
+        """See `Storage`. Of packs themselves, only the damaged ones are listed, below `layout.PACKS`."""
         if prefix == layout.PACKS:
-            yield from self.inner.list(prefix)
+            self.refresh()
+            # One that is neither known nor damaged has come since.
+            damaged = frozenset(self._damaged)
+            for info in self.inner.list(prefix):
+                if info.key in damaged or not layout.is_pack(info.key):
+                    yield info
             return
         seen: set[str] = set()
         for info in self.inner.list(prefix):
@@ -178,25 +184,31 @@ class PackedStorage:
         """See `Storage`: only of folders whose objects never lie in packs."""
         return self.inner.stamp(folder)
 
-    def is_packed(self, key: str) -> bool:
-        """Tell whether an object lies in a pack, as far as is known without looking."""
-        return can_hold(key) and self._find(key) is not None
-
-    def damaged_packs(self) -> Iterator[ObjectInfo]:
-        """Yield the packs whose index cannot be read: what they hold counts as missing."""
-        self.refresh()
-        yield from (info for info in self.inner.list(layout.PACKS) if info.key in self._damaged)
+    def packs_of(self, key: str) -> frozenset[str]:
+        """Return the packs that hold an object, as far as is known without looking."""
+        if not can_hold(key):
+            return frozenset()
+        with self._lock:
+            found = {entry.pack for entry in self._index.find(key)}
+            return frozenset(pack for pack in found if (pack, key) not in self._doomed)
 
     # Writing.
 
     def put_objects(self, objects: Mapping[str, Buffer], workers: int = 1) -> None:
         """Create small objects that were missing a moment ago, durably, together where packs are written.
 
-        Where they are not, blobs are durable before manifests of blocks, those before chains.
+        Where they are not, blobs are durable before manifests of blocks, those before chains. Packs do not
+        tell who was first, so of two processes that store the same at once, both may.
         """
         if self.writes_packs and len(objects) > 1:
-            key, chunks = build(objects)
-            self.inner.put_if_absent(key, chunks)
+            with self._writing:
+                self.refresh()
+                there = {key: entry for key in objects if (entry := self._find(key)) is not None}
+                missing = {key: data for key, data in objects.items() if key not in there}
+                if missing:
+                    key, chunks = build(missing)
+                    self.inner.put_if_absent(key, chunks)
+            self.inner.sync({entry.pack for entry in there.values()})
             return
         for folder in FOLDERS:
             stage = {key: data for key, data in objects.items() if key.startswith(f"{folder}/")}
@@ -221,8 +233,7 @@ class PackedStorage:
         """See `Storage`: in every pack that holds it."""
         if can_hold(key):
             self.refresh()
-            with self._lock:
-                packs = {entry.pack for entry in self._index.find(key) if (entry.pack, key) not in self._doomed}
+            packs = self.packs_of(key)
             if packs:
                 for pack in packs:
                     self._rewrite(pack, (), {key: b"".join(data)})
@@ -231,16 +242,22 @@ class PackedStorage:
         self.inner.replace(key, data)
 
     def delete(self, key: str) -> bool:
-        """See `Storage`: what lies in a pack is gone for this process now, and for others after `sync`."""
-        if not can_hold(key):
-            return self.inner.delete(key)
+        """See `Storage`: what lies in packs is gone for this process now, and for others after `sync`.
+
+        Packs count that were there at the last `list` or `refresh`, so look before.
+        """
+        packs = self.packs_of(key)
         with self._lock:
-            places = {(entry.pack, key) for entry in self._index.find(key)} - self._doomed
-            self._doomed |= places
+            self._doomed |= {(pack, key) for pack in packs}
         # Over a network it cannot be told whether there was one, and to ask for nothing costs as much.
-        if places and self.is_remote:
+        if packs and self.is_remote:
             return True
-        return self.inner.delete(key) or bool(places)
+        return self.inner.delete(key) or bool(packs)
+
+    def undelete(self) -> None:
+        """Forget deletes that no `sync` has made true."""
+        with self._lock:
+            self._doomed.clear()
 
     def sync(self, keys: Iterable[str]) -> None:
         """See `Storage`; packs without what was deleted take the place of those with it."""

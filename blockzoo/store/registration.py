@@ -17,7 +17,13 @@ from types import TracebackType
 
 from blockzoo.canonical import canonical_json, digest_bytes
 from blockzoo.digest import blob_id
-from blockzoo.errors import BlobNotFoundError, ConflictError, ManifestNotFoundError, NotFoundError, StorageError
+from blockzoo.errors import (
+    BlobNotFoundError,
+    ConflictError,
+    ManifestNotFoundError,
+    NotFoundError,
+    StorageError,
+)
 from blockzoo.layout import blob_key, block_key, chain_key
 from blockzoo.manifest import BlobId, BlockId, BlockManifest, ChainId, ChainManifest, FileRef, VariantRecord
 from blockzoo.manifest_json import block_to_json, chain_to_json
@@ -83,12 +89,18 @@ class Registration:
         if error is None:
             # Nothing was committed since: what is stored all the same need not be sent or written again.
             with suppress(StorageError):
-                self._store_waiting()
+                self.flush()
         self._lease.release()
 
     def renew(self) -> None:
         """Extend the lease when half of its time is over; raises ConflictError when all of it is."""
         self._lease.renew()
+
+    def flush(self) -> None:
+        """Store the small objects that wait in memory; `commit` does so too."""
+        if self._waiting:
+            self._storage.put_objects(self._waiting, self._workers)
+        self._waiting, self._waiting_bytes = {}, 0
 
     def missing(self, blobs: Sequence[BlobId]) -> set[BlobId]:
         """Lease blobs, then say which of them are not stored; the others stay while this is open."""
@@ -165,7 +177,7 @@ class Registration:
             ConflictError: the lease ran out, so nothing was committed.
         """
         files = dict(files or {})
-        self._store_waiting()
+        self.flush()
         self._require(chain, [file.blob for file in files.values()])
         draft = VariantRecord(check_name(name), 1, chain, kind, files, dict(provenance or {}))
         self._lease.renew()
@@ -216,12 +228,7 @@ class Registration:
             self._waiting[key] = body
             self._waiting_bytes += len(body)
             if self._waiting_bytes >= MAX_PACK_BYTES:
-                self._store_waiting()
-
-    def _store_waiting(self) -> None:
-        if self._waiting:
-            self._storage.put_objects(self._waiting, self._workers)
-        self._waiting, self._waiting_bytes = {}, 0
+                self.flush()
 
     def _hold(self, digests: Iterable[str]) -> None:
         self._lease.hold(digests, self._on_wait)
@@ -253,7 +260,7 @@ class Registration:
         """Lease the bases before looking at them: only a leased raw blob is sure to stay raw."""
         wanted = {tensor.base for tensor in tensors if tensor.base is not None}
         if any(blob_key(base) in self._waiting for base in wanted):
-            self._store_waiting()
+            self.flush()
         self._hold(wanted)
         bases = [self._store.blobs.delta_base(tensor.base, tensor.dtype, tensor.shape) for tensor in tensors]
         further = {base for base in bases if base is not None} - wanted

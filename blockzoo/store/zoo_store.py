@@ -32,8 +32,8 @@ from blockzoo.store.registration import Registration
 FORMAT = 2
 """The zoo format this version begins new zoos with, and the newest it understands.
 
-2 keeps small objects in packs (`blockzoo.store.packs`). A zoo of format 1 stays one until `upgrade`, so that
-programs of blockzoo 0.1 beside this one can go on reading it.
+2 keeps small objects in packs (`blockzoo.store.packs`). A zoo of format 1 stays one, so that programs of
+blockzoo 0.1 beside this one go on reading it; a backup of it into a new place is of format 2.
 """
 
 _FIRST_FORMAT = 1

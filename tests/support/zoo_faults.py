@@ -189,12 +189,25 @@ def open_memory(clock: FakeClock | None = None, *, packs: bool = True) -> ZooSto
 
 def begin_first_format(storage: Storage) -> None:
     """Begin a zoo of format 1, where every object has a file of its own."""
-    fields: dict[str, JsonValue] = {"format": 1, "min_reader": 1, "min_writer": 1, "created_by": "blockzoo 0.1.0"}
+    fields: dict[str, JsonValue] = {
+        "format": 1,
+        "min_reader": 1,
+        "min_writer": 1,
+        "created_by": "blockzoo 0.1.0",
+    }
     storage.put_if_absent(layout.ZOO, [canonical_json(fields)])
+
+
+def flip(store: ZooStore, key: str, bit: int = 0) -> None:
+    """Change one bit of an object where it is stored."""
+    data = bytearray(store.storage.get(key))
+    data[bit // 8 % len(data)] ^= 1 << bit % 8
+    store.storage.replace(key, [bytes(data)])
 
 
 def lose(store: ZooStore, *keys: str) -> None:
     """Let objects go missing, on disk too."""
+    store.storage.refresh()
     for key in keys:
         store.storage.delete(key)
     store.storage.sync(keys)

@@ -19,7 +19,7 @@ from blockzoo.storage.base import Chunks
 from blockzoo.store.closure import Problem, Walker
 from blockzoo.store.wishes import WishBook
 from blockzoo.store.zoo_store import ZooStore
-from support.zoo_faults import HookedStorage, open_memory, register, tensor, through
+from support.zoo_faults import HookedStorage, lose, open_memory, register, tensor, through
 
 D = "ab" * 32
 NOTE = "notes/keep-this"

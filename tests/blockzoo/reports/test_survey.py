@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from blockzoo import layout
 from blockzoo.errors import CorruptManifestError, VariantNotFoundError
 from blockzoo.json_report import JsonReport
 from blockzoo.zoo import Zoo
