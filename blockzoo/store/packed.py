@@ -143,8 +143,11 @@ class PackedStorage:
         self.refresh()
         found = {key for key in keys if can_hold(key) and self._find(key) is not None}
         rest = [key for key in keys if key not in found]
-        with ThreadPoolExecutor(workers, thread_name_prefix="blockzoo-look") as pool:
-            sizes = list(pool.map(self.inner.size, rest))
+        if self.is_remote:
+            with ThreadPoolExecutor(workers, thread_name_prefix="blockzoo-look") as pool:
+                sizes = list(pool.map(self.inner.size, rest))
+        else:
+            sizes = [self.inner.size(key) for key in rest]
         found.update(key for key, size in zip(rest, sizes, strict=True) if size is not None)
         missing = [key for key in rest if key not in found]
         if missing:

@@ -91,8 +91,7 @@ class Pack:
 
 def can_hold(key: str) -> bool:
     """Tell whether the object of a key may be in a pack: it is named by a digest, and never changes."""
-    digest = layout.digest_of(key)
-    return digest is not None and key.partition("/")[0] in FOLDERS
+    return layout.is_content(key)
 
 
 def prefix_of(key: str) -> int:

@@ -57,6 +57,8 @@ class Registration:
         workers: threads to hash, compress and write with; chosen by the storage when None.
         on_bytes: called from any thread with the number of tensor bytes just dealt with.
         on_wait: called when a gc that condemned something needed here has to be waited for.
+        shared: another registration of the same thread, open longer than this one, which relies on
+            variants in its place.
     """
 
     def __init__(
@@ -68,15 +70,20 @@ class Registration:
         workers: int | None = None,
         on_bytes: Callable[[int], None] | None = None,
         on_wait: Callable[[Entry], None] | None = None,
+        shared: Registration | None = None,
     ) -> None:
         self._store = store
         self._storage = store.storage
-        self._lease = LeaseHolder(store.storage, store.clock, purpose, ttl_s)
+        self._shared = shared
+        self._lease: LeaseHolder = LeaseHolder(
+            store.storage, store.clock, purpose, ttl_s, None if shared is None else shared._lease
+        )
         remote = store.storage.is_remote
         self._workers = workers or (_REMOTE_WORKERS if remote else min(_LOCAL_WORKERS, os.cpu_count() or 1))
         self._on_bytes = on_bytes or (lambda _: None)
         self._on_wait = on_wait
-        self._sure: set[str] = set()
+        self._sure: set[str] = set() if shared is None else set(shared._sure)
+        self._relied: set[tuple[ChainId, frozenset[BlobId]]] = set()
         self._waiting: dict[str, bytes] = {}
         self._waiting_bytes = 0
 
@@ -135,6 +142,8 @@ class Registration:
         self._put_manifests(
             [(block_key(digest), digest, body) for digest, body in zip(ids, bodies, strict=True)]
         )
+        for digest, block in zip(ids, blocks, strict=True):
+            self._store.remembered.add_block(digest, block)
         return ids
 
     def put_block(self, block: BlockManifest) -> BlockId:
@@ -146,6 +155,7 @@ class Registration:
         body = canonical_json(chain_to_json(chain))
         digest = ChainId(digest_bytes(body))
         self._put_manifests([(chain_key(digest), digest, body)])
+        self._store.remembered.add_chain(digest, chain)
         return digest
 
     def rely_on(self, chain: ChainId) -> None:
@@ -158,7 +168,14 @@ class Registration:
 
     def rely_on_variant(self, record: VariantRecord) -> None:
         """Lease the chain and the files of a version, for building on it; raises as `rely_on` does."""
-        self._require(record.chain, [file.blob for file in record.files.values()])
+        if self._shared is not None:
+            self._shared.rely_on_variant(record)
+            self._sure |= self._shared._sure
+            return
+        wanted = record.chain, frozenset(file.blob for file in record.files.values())
+        if wanted not in self._relied:
+            self._require(*wanted)
+            self._relied.add(wanted)
 
     def commit(
         self,
@@ -199,7 +216,8 @@ class Registration:
     def _require(self, chain: ChainId, blobs: Iterable[BlobId]) -> None:
         """Lease the closure, and make sure of whatever was not leased before."""
         self._hold([chain, *blobs])
-        walker = Walker(self._store, with_bases=False)
+        # What is missing by now is found missing below, whatever is remembered of it.
+        walker = Walker(self._store, with_bases=False, manifests=self._store.remembered)
         walker.add_chain(chain)
         walker.add_blobs(blobs)
         closure = walker.closure
@@ -208,7 +226,8 @@ class Registration:
         doubtful = {key: digest for key, digest in closure.objects().items() if digest not in self._sure}
         for key in doubtful.keys() - self._present(doubtful):
             raise self._missing(key, doubtful[key])
-        self._storage.sync(doubtful)
+        if doubtful:
+            self._storage.sync(doubtful)
         self._sure |= closure.digests()
 
     def _missing(self, key: str, digest: str) -> NotFoundError:
@@ -238,13 +257,15 @@ class Registration:
         drafts = [_Draft(tensor, base) for tensor, base in zip(tensors, bases, strict=True)]
         try:
             with _pool(self._workers) as pool:
-                list(pool.map(self._prepare, drafts))
+                _each(pool, self._prepare, drafts)
                 self._hold(draft.blob for draft in drafts)
                 missing = _first_of_each(drafts, self._present(draft.key for draft in drafts))
-                list(pool.map(self._stage, [draft for draft in missing if not draft.is_staged]))
-                large = [draft.staged for draft in missing if draft.staged is not None]
-                self._storage.flush(large)
-                list(pool.map(_publish, missing))
+                _each(pool, self._stage, [draft for draft in missing if not draft.is_staged])
+                large = [draft for draft in missing if draft.staged is not None]
+                self._storage.flush([draft.staged for draft in large if draft.staged is not None])
+                list(pool.map(_publish, large))
+            for draft in missing:
+                draft.created |= draft.small is not None
             self._store_later({draft.key: draft.small for draft in missing if draft.small is not None})
             # Also what was there before: whoever wrote it may not have made it durable yet.
             self._storage.sync({draft.key for draft in drafts} - self._waiting.keys())
@@ -276,7 +297,7 @@ class Registration:
         tensor = draft.tensor
         draft.blob = tensor.blob or blob_id(tensor.dtype, tensor.shape, tensor.data, threads=1)
         # Only a hint: nothing is leased yet. `_put_group` looks again.
-        if memoryview(tensor.data).nbytes >= MAX_OBJECT_BYTES and not self._store.blobs.exists(draft.blob):
+        if draft.is_large and not self._store.blobs.exists(draft.blob):
             self._stage(draft)
         self._on_bytes(memoryview(tensor.data).nbytes)
 
@@ -316,6 +337,10 @@ class _Draft:
         return blob_key(self.blob)
 
     @property
+    def is_large(self) -> bool:
+        return memoryview(self.tensor.data).nbytes >= MAX_OBJECT_BYTES
+
+    @property
     def is_staged(self) -> bool:
         return self.small is not None or self.staged is not None
 
@@ -326,8 +351,19 @@ class _Draft:
             self.staged = None
 
 
+def _each(pool: ThreadPoolExecutor, act: Callable[[_Draft], None], drafts: Sequence[_Draft]) -> None:
+    """Act on all: a small tensor takes less time than handing it to a thread."""
+    large = [draft for draft in drafts if draft.is_large]
+    results = pool.map(act, large)
+    for draft in drafts:
+        if not draft.is_large:
+            act(draft)
+    list(results)
+
+
 def _publish(draft: _Draft) -> None:
-    draft.created = draft.staged.publish(draft.key) if draft.staged is not None else True
+    assert draft.staged is not None
+    draft.created = draft.staged.publish(draft.key)
     draft.staged = None
 
 

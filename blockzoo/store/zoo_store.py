@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from blockzoo import layout
 from blockzoo.canonical import canonical_json, digest_json, parse_json
@@ -47,6 +48,7 @@ class ZooStore(Objects):
     ) -> None:
         super().__init__(PackedStorage(storage, writes_packs=min_reader > _FIRST_FORMAT), clock)
         self._min_writer = min_writer
+        self._batch: Registration | None = None
 
     @classmethod
     def open(cls, storage: Storage, *, create: bool = False, clock: Clock | None = None) -> ZooStore:
@@ -112,7 +114,28 @@ class ZooStore(Objects):
             FormatVersionError: the zoo is newer than this version can write.
         """
         self.check_writable()
-        return Registration(self, purpose, ttl_s=ttl_s, workers=workers, on_bytes=on_bytes, on_wait=on_wait)
+        return Registration(
+            self,
+            purpose,
+            ttl_s=ttl_s,
+            workers=workers,
+            on_bytes=on_bytes,
+            on_wait=on_wait,
+            shared=self._batch,
+        )
+
+    @contextmanager
+    def batch(self, purpose: str) -> Iterator[None]:
+        """Lease, look up and make durable what several registrations rely on once.
+
+        The registrations are those begun meanwhile, one after the other, by this thread.
+        """
+        with self.registration(purpose) as shared:
+            self._batch = shared
+            try:
+                yield
+            finally:
+                self._batch = None
 
     def remove(self, name: str) -> VariantRecord:
         """Remove a variant with all its versions; returns the tombstone.

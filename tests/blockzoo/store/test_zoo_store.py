@@ -7,6 +7,8 @@ import pytest
 
 from blockzoo import layout
 from blockzoo.canonical import canonical_json
+from blockzoo.care.gc import collect
+from blockzoo.care.verify import verify
 from blockzoo.errors import (
     BlobNotFoundError,
     ConflictError,
@@ -446,3 +448,69 @@ def test_strays_are_ignored(store):
     for key in ("refs/variants/bot/x", "refs/variants/bot/01", "refs/variants/README", "refs/variants/a/b/1"):
         store.storage.put_if_absent(key, [b"?"])
     assert [record.name for record in store.records()] == ["bot"]
+
+
+def rely(store, name, seed):
+    """Register what is built on the variant "base"."""
+    record = store.resolve("base")
+    with store.registration(f"register {name}") as registration:
+        registration.rely_on_variant(record)
+        blob = registration.put_tensors([tensor(seed)])[0].blob
+        ref = TensorRef(DType.BF16, (512,), (blob,))
+        block = registration.put_block(BlockManifest("adapter", "test", {}, {"w": ref}))
+        links = tuple(Link(link.base, (block,)) for link in store.get_chain(record.chain).links)
+        chain = registration.put_chain(ChainManifest("test", links, 128, 256))
+        return registration.commit(name, chain, kind="adapter")
+
+
+def test_a_batch_leases_and_looks_up_its_base_once(store):
+    register(store, "base", [tensor(seed) for seed in range(8)])
+    hooked = HookedStorage(store.storage.inner, reads=True)
+    batch = through(store, hooked)
+    counts = []
+    with batch.batch("several"):
+        for number in range(3):
+            before = len(hooked.operations)
+            rely(batch, f"bot-{number}", 100 + number)
+            counts.append(len(hooked.operations) - before)
+    assert counts[1] == counts[2] < counts[0]
+    assert list(store.storage.list("leases")) == []
+    assert [record.name for record in store.variants()] == ["base", "bot-0", "bot-1", "bot-2"]
+    assert verify(store).problems == ()
+
+
+def test_a_batch_protects_its_base_between_registrations(store):
+    register(store, "base", [tensor(1)])
+    with store.batch("several"):
+        rely(store, "one", 101)
+        base = store.resolve("base")
+        store.remove("one")
+        store.remove("base")
+        collect(store)
+        assert store.has_manifest(base.chain)
+        with store.registration("register two") as registration:
+            registration.rely_on_variant(base)
+            assert registration.commit("two", base.chain, kind="checkpoint").version == 1
+    assert verify(store).problems == ()
+
+
+def test_a_batch_whose_lease_ran_out_commits_nothing_more(store):
+    register(store, "base", [tensor(1)])
+    with store.batch("several"):
+        rely(store, "one", 101)
+        store.clock.time += 4000
+        with pytest.raises(ConflictError, match="ran out"):
+            rely(store, "two", 102)
+    assert [record.name for record in store.variants()] == ["base", "one"]
+    assert rely(store, "two", 102).version == 1
+
+
+def test_what_is_remembered_is_not_taken_for_stored(store):
+    register(store, "base", [tensor(1)])
+    chain = store.resolve("base").chain
+    rely(store, "one", 101)
+    block = store.get_chain(chain).links[0].base
+    lose(store, layout.block_key(block))
+    assert store.remembered.get_block(block).kind == "layer"
+    with pytest.raises(ManifestNotFoundError):
+        rely(store, "two", 102)
