@@ -54,16 +54,11 @@ def rope_parameters(config: Mapping[str, JsonValue]) -> RopeParameters | None:
             ramp=(real(rope, "ramp_low"), real(rope, "ramp_high")),
             scale=real(rope, "attention_factor"),
         )
+    if kind == "dynamic":
+        original = integer(rope, "original_context_length")
+        return replace(parameters, kind=kind, factor=real(rope, "factor"), original_context=original)
     if kind == "longrope":
-        factors = rope["factors"]
-        if not isinstance(factors, list) or len(factors) * 2 != parameters.rotary_dim:
-            raise InvalidConfigError("rope parameters: not a factor for each pair of dimensions")
-        return replace(
-            parameters,
-            kind=kind,
-            factors=tuple(float(str(factor)) for factor in factors),
-            scale=real(rope, "attention_factor"),
-        )
+        return _longrope(rope, parameters)
     return replace(
         parameters,
         kind=kind,
@@ -72,6 +67,30 @@ def rope_parameters(config: Mapping[str, JsonValue]) -> RopeParameters | None:
         high_freq_factor=real(rope, "high_freq_factor"),
         original_context=integer(rope, "original_context_length"),
     )
+
+
+def _longrope(rope: Mapping[str, JsonValue], parameters: RopeParameters) -> RopeParameters:
+    """With `factors` for all sequences, or other ones for short and for long sequences.
+
+    Older programs ask for `factors`, so they refuse a block that they would compute as if it were short.
+    """
+    found = replace(parameters, kind="longrope", scale=real(rope, "attention_factor"))
+    if "factors" in rope:
+        return replace(found, factors=_factors(rope, "factors", parameters))
+    return replace(
+        found,
+        factors=_factors(rope, "short_factors", parameters),
+        long_factors=_factors(rope, "long_factors", parameters),
+        original_context=integer(rope, "original_context_length"),
+        recomputes=rope.get("growth") == "recompute",
+    )
+
+
+def _factors(rope: Mapping[str, JsonValue], key: str, parameters: RopeParameters) -> tuple[float, ...]:
+    factors = rope[key]
+    if not isinstance(factors, list) or len(factors) * 2 != parameters.rotary_dim:
+        raise InvalidConfigError("rope parameters: not a factor for each pair of dimensions")
+    return tuple(float(str(factor)) for factor in factors)
 
 
 NORM_KINDS = ("rounded", "wide", "centred")

@@ -16,7 +16,7 @@ from torch import Tensor
 from blockkernels.attention import attend
 from blockkernels.backends import backend_for
 from blockkernels.lora import OutputShape, shaped_lora_reference
-from blockkernels.rotary import RopeParameters, RotaryTable, inverse_frequencies
+from blockkernels.rotary import RopeParameters, RotaryTable, RotaryTables, inverse_frequencies
 from blockzoo import families
 from blockzoo.compute.build import ExecutableBlock, build_block
 from blockzoo.compute.changes import AdapterChanges, AdapterReader
@@ -136,10 +136,15 @@ class Windows:
 
     def rotary(self, rope: RopeParameters) -> tuple[Tensor, Tensor]:
         """See `BlockContext`; every window begins at position 0."""
-        if rope not in self._tables:
-            freqs = inverse_frequencies(rope, self._positions.device)
-            table = RotaryTable(freqs, rope.table_dtype(self._dtype), rope.scale)
+        if rope in self._tables:
+            return self._tables[rope]
+        device, dtype = self._positions.device, rope.table_dtype(self._dtype)
+        if rope.is_fixed:
+            table = RotaryTable(inverse_frequencies(rope, device), dtype, rope.scale)
             self._tables[rope] = table.at(self._positions, self.length)
+        else:
+            cos, sin = RotaryTables(rope, dtype, device).run(0, self.length, self.length)
+            self._tables[rope] = cos[self._positions], sin[self._positions]
         return self._tables[rope]
 
     def attend(

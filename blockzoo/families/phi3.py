@@ -18,7 +18,10 @@ class Phi3Family(DecoderFamily):
     absent: ClassVar[Mapping[str, object]] = {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096}
     fused_qkv = fused_gate_up = True
     rope = RopeForm(
-        types=("default", "longrope"), aliases=(("su", "longrope"), ("yarn", "longrope")), is_partial=True
+        types=("default", "longrope"),
+        aliases=(("su", "longrope"), ("yarn", "longrope")),
+        is_partial=True,
+        recomputes=True,
     )
 
     def attention_bias(self, config: ConfigReader) -> tuple[bool, bool]:  # noqa: ARG002 - hook

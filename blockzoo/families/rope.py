@@ -5,9 +5,8 @@ transformers 4 wrote `rope_theta` beside `rope_scaling`; transformers 5 writes o
 (Llama 3.1, section "Long context": low frequencies divided, high kept), "yarn" (the same
 over a ramp of dimensions), "dynamic" and "longrope".
 
-The last two change with the length of a sequence, beyond the context of the first training:
-earlier keys would have to be computed again. Up to that context they are fixed, so such a
-model is served up to there.
+The last two change with the length of a sequence, beyond the context of the first training.
+`blockkernels.rotary.RotaryTables` says which angles a position has then.
 """
 
 from __future__ import annotations
@@ -24,6 +23,8 @@ SUPPORTED_TYPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 
 _MAX_FACTOR = 1e6
 """Largest factor of a wavelength that is taken for meant."""
+_MAX_CONTEXT = 2**31 - 1
+"""As large as the context that a config can give itself."""
 _RANGES = {
     "theta": (1.0, 1e12),
     "factor": (1e-3, _MAX_FACTOR),
@@ -45,6 +46,7 @@ class RopeForm:
         is_partial: whether `partial_rotary_factor` may leave the end of a head as it is.
         neighbours: pairs of dimensions stand beside each other, not half of the rotated part apart.
         wide: values are rotated in float32 and rounded once, whatever the type of the model.
+        recomputes: with "longrope", a sequence that grows beyond the original context is computed again.
     """
 
     types: tuple[str, ...] = SUPPORTED_TYPES
@@ -53,6 +55,7 @@ class RopeForm:
     is_partial: bool = False
     neighbours: bool = False
     wide: bool = False
+    recomputes: bool = False
 
 
 def rope_config(
@@ -96,13 +99,12 @@ def _rope_config(
         "theta": repr(theta),
         **_layout(config, rope, form, head_dim),
     }
-    if kind == "dynamic":
-        # Up to max_position_embeddings, which is the context of the chain, nothing is scaled.
-        return {**found, "type": "default"}
     rotary_dim = found.get("rotary_dim", head_dim)
     assert isinstance(rotary_dim, int)
+    if kind == "dynamic":
+        return {**found, **_dynamic(rope, config, rotary_dim)}
     if kind == "longrope":
-        return {**found, **_longrope(rope, config, rotary_dim)}
+        return {**found, **_longrope(rope, config, rotary_dim, form)}
     if kind == "yarn":
         return {**found, **_yarn(rope, config, rotary_dim, theta)}
     factor = rope.positive("factor") if kind != "default" else 1.0
@@ -201,21 +203,52 @@ def _yarn_attention(rope: ConfigReader, factor: float) -> float:
     return mscale(1.0)
 
 
-def _longrope(rope: ConfigReader, config: ConfigReader, rotary_dim: int) -> dict[str, JsonValue]:
-    original = _original_context(rope, config)
-    factor = rope.positive("factor", default=config.integer("max_position_embeddings") / original)
-    factors = rope.raw("short_factor")
-    if not isinstance(factors, list) or len(factors) != rotary_dim // 2:
-        raise rope.error("short_factor", f"is not a list of {rotary_dim // 2} numbers")
-    reader = ConfigReader(dict(_by_index(factors)), where="config.json: rope parameters: short_factor")
-    values = [reader.positive(str(i)) for i in range(len(factors))]
-    if max(values) > _MAX_FACTOR:
-        raise rope.error("short_factor", f"holds {max(values)}, above {_MAX_FACTOR:g}")
+def _dynamic(rope: ConfigReader, config: ConfigReader, rotary_dim: int) -> dict[str, JsonValue]:
+    original = config.integer("max_position_embeddings")
+    if rotary_dim <= 2:
+        raise config.error("head_dim", f"leaves {rotary_dim} rotated dimensions; dynamic rope needs more")
+    if _dynamic_context(rope, config) == original:
+        return {"type": "default"}  # nothing is ever scaled
+    return {"factor": repr(rope.positive("factor")), "original_context_length": original}
+
+
+def _dynamic_context(rope: ConfigReader, config: ConfigReader) -> int:
+    """Tokens of context: the factor says how much longer than max_position_embeddings."""
+    original = config.integer("max_position_embeddings")
+    return max(original, min(int(original * rope.positive("factor")), _MAX_CONTEXT))
+
+
+def _longrope(
+    rope: ConfigReader, config: ConfigReader, rotary_dim: int, form: RopeForm
+) -> dict[str, JsonValue]:
+    original, context = _original_context(rope, config), config.integer("max_position_embeddings")
+    factor = rope.positive("factor", default=context / original)
+    short = _factors(rope, "short_factor", rotary_dim)
     if original <= 1:
         raise rope.error("original_max_position_embeddings", f"is {original}")
     default = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
-    attention = rope.positive("attention_factor", default=default)
-    return {"factors": [repr(value) for value in values], "attention_factor": repr(attention)}
+    attention = repr(rope.positive("attention_factor", default=default))
+    if original >= context:  # no sequence is long
+        return {"factors": short, "attention_factor": attention}
+    found: dict[str, JsonValue] = {
+        "short_factors": short,
+        "long_factors": _factors(rope, "long_factor", rotary_dim),
+        "original_context_length": original,
+        "attention_factor": attention,
+    }
+    return {**found, "growth": "recompute"} if form.recomputes else found
+
+
+def _factors(rope: ConfigReader, key: str, rotary_dim: int) -> list[JsonValue]:
+    """A factor for each pair of dimensions."""
+    factors = rope.raw(key)
+    if not isinstance(factors, list) or len(factors) != rotary_dim // 2:
+        raise rope.error(key, f"is not a list of {rotary_dim // 2} numbers")
+    reader = ConfigReader(dict(_by_index(factors)), where=f"config.json: rope parameters: {key}")
+    values = [reader.positive(str(i)) for i in range(len(factors))]
+    if max(values) > _MAX_FACTOR:
+        raise rope.error(key, f"holds {max(values)}, above {_MAX_FACTOR:g}")
+    return [repr(value) for value in values]
 
 
 def _by_index(values: list[object]) -> Iterator[tuple[str, object]]:
@@ -237,19 +270,17 @@ def _kind(rope: ConfigReader, form: RopeForm) -> str:
 
 
 def served_context(config: ConfigReader, form: RopeForm) -> tuple[int, tuple[str, ...]]:
-    """Return how many tokens of context the rotary positions are fixed for, and what to note about it."""
+    """Return how many tokens of context there are, and what to note about it."""
     context = config.integer("max_position_embeddings")
     if is_by_layer_type(config):
         return context, ()
     rope = ConfigReader(_rope_values(config), where="config.json: rope parameters")
     kind = _kind(rope, form)
-    if kind == "dynamic":
-        return context, (f"dynamic rope scales beyond {context} tokens, which is all that is served",)
-    if kind != "longrope":
+    if kind != "dynamic":
         return context, ()
-    original = _original_context(rope, config)
-    if original >= context:
+    extended = _dynamic_context(rope, config)
+    if extended == context:
         return context, ()
-    return original, (
-        f"served up to {original} tokens of context and not {context}: longrope changes all positions there",
+    return extended, (
+        f"served up to {extended} tokens of context: dynamic rope extends the {context} of config.json",
     )

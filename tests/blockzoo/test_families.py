@@ -225,22 +225,35 @@ def test_yarn_is_that_of_transformers(name, theta):
     torch.testing.assert_close(inverse_frequencies(ours), freqs, rtol=1e-6, atol=0)
 
 
-def test_ropes_that_change_with_the_length_are_served_up_to_where_they_begin():
+def test_ropes_that_change_with_the_length():
     made = plan(rope_parameters={"rope_type": "dynamic", "factor": 4.0})
-    assert (made.blocks[1].config["rope"]["type"], made.context_length) == ("default", 128)
-    assert "dynamic rope" in made.notes[0]
+    rope = {"type": "dynamic", "theta": "10000.0", "factor": "4.0", "original_context_length": 128}
+    assert (made.blocks[1].config["rope"], made.context_length) == (rope, 512)
+    assert "served up to 512 tokens" in made.notes[0]
+    for factor in (1.0, 0.5):  # nothing is ever scaled: the layers are those of a model without
+        assert plan(rope_parameters={"rope_type": "dynamic", "factor": factor}) == plan()
+    assert plan(rope_parameters={"rope_type": "dynamic", "factor": 1e6}).context_length == 128 * 10**6
+    with pytest.raises(InvalidConfigError, match="factor"):
+        plan(rope_parameters={"rope_type": "dynamic"})
+    with pytest.raises(InvalidConfigError, match="dynamic rope needs more"):
+        plan(rope_parameters={"rope_type": "dynamic", "factor": 4.0}, head_dim=2)
     head_dim = made.blocks[1].config["head_dim"]
     factors = [1.0 + i for i in range(head_dim // 2)]
-    values = {"rope_type": "longrope", "short_factor": factors, "long_factor": factors}
-    made = plan(rope_parameters={**values, "original_max_position_embeddings": 32})
+    values = {"rope_type": "longrope", "short_factor": factors, "long_factor": factors[::-1]}
+    grows = {**values, "original_max_position_embeddings": 32}
+    made = plan(rope_parameters=grows)
     rope = made.blocks[1].config["rope"]
-    assert (rope["factors"], made.context_length) == ([repr(factor) for factor in factors], 32)
+    short, long = [repr(factor) for factor in factors], [repr(factor) for factor in factors[::-1]]
+    assert (rope["short_factors"], rope["long_factors"], rope["original_context_length"]) == (short, long, 32)
+    assert "factors" not in rope  # what programs ask for that know no long sequences
+    assert (made.context_length, made.notes) == (128, ())
     assert float(rope["attention_factor"]) == pytest.approx(math.sqrt(1 + math.log(4) / math.log(32)))
-    assert "up to 32 tokens" in made.notes[0]
-    assert plan(rope_parameters=values).notes == ()
-    for bad in (factors[1:], [*factors[1:], 0], [*factors[1:], 1e9], "x", None):
-        with pytest.raises(InvalidConfigError, match="short_factor"):
-            plan(rope_parameters={**values, "short_factor": bad})
+    fixed = plan(rope_parameters=values)
+    assert (fixed.blocks[1].config["rope"]["factors"], fixed.notes) == (short, ())
+    for key in ("short_factor", "long_factor"):
+        for bad in (factors[1:], [*factors[1:], 0], [*factors[1:], 1e9], "x", None):
+            with pytest.raises(InvalidConfigError, match=key):
+                plan(rope_parameters={**grows, key: bad})
 
 
 REQUIRED = (

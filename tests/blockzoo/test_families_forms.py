@@ -191,11 +191,11 @@ def test_values_that_no_model_can_have(name):
     assert caught.value.metadata["field"] == field
 
 
-def test_long_rope_is_served_as_far_as_its_positions_are_fixed():
+def test_long_rope_of_phi_is_computed_again_where_it_changes():
     changes = {"rope_scaling": {"type": "su", "long_factor": [3.0], "short_factor": [1.5]}}
     cut = plan("Phi3", **changes, original_max_position_embeddings=32)
-    assert cut.context_length == 32
-    assert any("longrope" in note for note in cut.notes)
+    assert (cut.context_length, cut.notes) == (128, ())
+    assert cut.blocks[1].config["rope"]["growth"] == "recompute"
     changes["rope_scaling"]["type"] = "longrope"
     assert plan("Phi3", **changes, original_max_position_embeddings=32) == cut
     assert (plan("Phi3").context_length, plan("Phi3").notes) == (128, ())

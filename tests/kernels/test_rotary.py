@@ -1,5 +1,7 @@
 """Rotary tables against transformers' for every kind, and the rotation against complex arithmetic."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from transformers import Glm4Config, LlamaConfig, Olmo2Config, Phi3Config
@@ -11,6 +13,7 @@ from transformers.models.phi3 import modeling_phi3
 from blockkernels.rotary import (
     RopeParameters,
     RotaryTable,
+    RotaryTables,
     inverse_frequencies,
     rotary,
     rotary_reference,
@@ -168,3 +171,57 @@ def test_a_table_grows_and_never_changes() -> None:
         assert torch.equal(got, was)
     for got, want in zip(before, rotary_table(positions, freqs, torch.bfloat16), strict=True):
         torch.testing.assert_close(got, want)
+
+
+_GROWING = {
+    "dynamic": (
+        RopeParameters(12, 500.0, "dynamic", factor=3.0, original_context=1500),
+        {"rope_type": "dynamic", "factor": 3.0},
+        1500,
+    ),
+    "longrope": (
+        RopeParameters(
+            12, 500.0, "longrope", factors=(1.0, 1.1, 1.2, 1.5, 2.0, 3.0),
+            long_factors=(2.0, 3.0, 5.0, 7.0, 9.0, 11.0), original_context=1500, scale=1.25,
+        ),
+        {
+            "rope_type": "longrope",
+            "short_factor": [1.0, 1.1, 1.2, 1.5, 2.0, 3.0],
+            "long_factor": [2.0, 3.0, 5.0, 7.0, 9.0, 11.0],
+            "attention_factor": 1.25,
+            "original_max_position_embeddings": 1500,
+        },
+        4500,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("together", [1, 1400, 1500, 1501, 2100])
+@pytest.mark.parametrize("kind", _GROWING)
+def test_angles_of_a_growing_sequence_are_the_models(kind: str, together: int) -> None:
+    """A prompt, and one token after the other behind it; in one piece or in many the same bits."""
+    rope, parameters, context = _GROWING[kind]
+    config = LlamaConfig(
+        hidden_size=36, num_attention_heads=3, head_dim=12, max_position_embeddings=context,
+        rope_parameters={**parameters, "rope_theta": 500.0},
+    )  # fmt: skip
+    theirs, x, end = LlamaRotaryEmbedding(config), torch.zeros(1), 2200
+    parts = [theirs(x, torch.arange(together)[None])]
+    parts += [theirs(x, torch.tensor([[position]])) for position in range(together, end)]
+    tables = RotaryTables(rope, torch.float32, torch.device("cpu"))
+    for place, got in enumerate(tables.run(0, end, together)):
+        want = torch.cat([part[place][0, :, :6] for part in parts])
+        torch.testing.assert_close(got[:, 0], want, rtol=0, atol=3e-4)  # angles of 2000 are rounded to 1e-4
+        cuts = [0, 1, 700, 1499, 1500, 1501, 2099, 2100, 2101, end]
+        pieces = [tables.run(*piece, together)[place] for piece in pairwise(cuts)]
+        assert torch.equal(torch.cat(pieces), got)
+
+
+def test_few_lengths_have_tables_at_a_time() -> None:
+    rope, _, _ = _GROWING["dynamic"]
+    tables = RotaryTables(rope, torch.bfloat16, torch.device("cpu"))
+    before = tables.run(0, 1501, 1501)
+    for length in range(1502, 1530):
+        tables.run(0, 8, length)
+    assert len(tables._tables) == 8
+    assert all(map(torch.equal, tables.run(0, 1501, 1501), before))

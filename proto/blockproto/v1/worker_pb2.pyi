@@ -900,10 +900,15 @@ class PrefixRef(_message.Message):
     END_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     chain_digest: _builtins.str
     first: _builtins.int
     end: _builtins.int
     cache_salt: _builtins.str
+    prompt_tokens: _builtins.int
+    """How many of these are the prompt. Keys depend on it where rotary positions
+    depend on the length of a prompt; they are not found without it.
+    """
     @_builtins.property
     def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Prompt and output so far."""
@@ -916,10 +921,11 @@ class PrefixRef(_message.Message):
         end: _builtins.int = ...,
         cache_salt: _builtins.str = ...,
         tokens: _abc.Iterable[_builtins.int] | None = ...,
+        prompt_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "chain_digest", b"chain_digest", "end", b"end", "first", b"first", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "chain_digest", b"chain_digest", "end", b"end", "first", b"first", "prompt_tokens", b"prompt_tokens", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -127,6 +127,7 @@ def pull_message(request: EngineRequest, moves: Sequence[Move]) -> worker_pb2.Pu
             end=target.run.end,
             cache_salt=request.cache_salt,
             tokens=(*request.prompt, *request.output),
+            prompt_tokens=len(request.prompt),
         )
     )
     if len(moves) == 1 and moves[0].source.run == target.run:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from blockkernels.rotary import RopeParameters
 from blockserve.common.api.cluster import ChainSpan, Run
 from blockserve.worker.kv.pool import KvShape
 from blockserve.worker.kv.prefix import LayerDigest
@@ -52,6 +53,7 @@ class LoadedChain:
         dtype: compute type of all its blocks.
         lane: which requests it can share a batch with.
         layer_digests: what keys its pages in the prefix cache; empty when that is off.
+        ropes: rotary positions of its layers whose angles depend on the length of a sequence, each once.
         num_requests: requests that use it now.
         draining: unload as soon as the last request ends.
         pinned: never unloaded to make room for another chain.
@@ -65,6 +67,7 @@ class LoadedChain:
     dtype: torch.dtype
     lane: Lane
     layer_digests: tuple[LayerDigest, ...] = ()
+    ropes: tuple[RopeParameters, ...] = ()
     num_requests: int = 0
     draining: bool = False
     pinned: bool = False
@@ -99,6 +102,25 @@ class LoadedChain:
     def first_layer(self) -> int:
         """Position of the first layer of the run."""
         return layer_positions(self.manifest, self.run).start
+
+    @property
+    def recomputes_beyond(self) -> int:
+        """A sequence that grows beyond that many tokens is computed again; 0 where none ever is."""
+        return max((rope.original_context for rope in self.ropes if rope.recomputes), default=0)
+
+    def together(self, prompt_tokens: int, num_tokens: int) -> int:
+        """How many of a request's `num_tokens` have the angles of a sequence that is computed at once.
+
+        Those of its prompt, and all where a sequence that has grown is computed again. What is computed again
+        for another reason, here or elsewhere, has the angles that it had.
+        """
+        beyond = self.recomputes_beyond
+        return num_tokens if beyond and num_tokens > beyond else prompt_tokens
+
+    def angles_key(self, together: int) -> str:
+        """What decides keys and values of the first tokens besides these; see `RotaryTables`."""
+        regimes = [rope.regime(together) for rope in self.ropes]
+        return ",".join(map(str, regimes)) if any(regimes) else ""
 
     def block_at(self, position: int) -> ExecutableBlock:
         """The base block at a position of the chain."""
@@ -140,6 +162,12 @@ def links_of(manifest: ChainManifest, span: ChainSpan) -> tuple[Link, ...]:
 def layer_positions(manifest: ChainManifest, run: Run) -> range:
     """The positions of a run that are neither the embedding nor the head."""
     return range(max(run.first, 1), min(run.end, len(manifest.links) - 1))
+
+
+def growing_ropes(blocks: Iterable[ExecutableBlock]) -> tuple[RopeParameters, ...]:
+    """Rotary positions whose angles depend on the length of a sequence, each once."""
+    ropes = (block.rope for block in blocks if isinstance(block, LayerBlock))
+    return tuple(dict.fromkeys(rope for rope in ropes if rope is not None and not rope.is_fixed))
 
 
 def adapters_on(links: Iterable[Link]) -> list[tuple[BlockId, BlockId]]:

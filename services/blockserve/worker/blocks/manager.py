@@ -23,6 +23,7 @@ from blockserve.worker.blocks.chain import (
     BlockKey,
     LoadedChain,
     PreparedChain,
+    growing_ropes,
     lane_of,
     layer_positions,
 )
@@ -163,6 +164,7 @@ class BlockManager:
             dtype,
             lane,
             digests[layers.start - 1 : layers.stop - 1],
+            growing_ropes(blocks),
         )
         for key in set(chain.base_keys()):
             self._blocks[key].users += 1

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from blockkernels.attention import BatchAttention
 from blockkernels.backends import Backend, FusedLayer, FusedLayers
-from blockkernels.rotary import RopeParameters, RotaryTable, inverse_frequencies
+from blockkernels.rotary import RopeParameters, RotaryTable, RotaryTables, inverse_frequencies
 from blockserve.worker.blocks.chain import LoadedChain
 from blockserve.worker.blocks.manager import BlockManager, refuse_inexact
 from blockserve.worker.blocks.segments import Segment, SegmentId, SegmentMap
@@ -56,7 +56,7 @@ class Executor:
         self.backend = backend
         self._pools = pools
         self._segments = SegmentMap()
-        self._rotary_tables: dict[tuple[RopeParameters, torch.dtype], RotaryTable] = {}
+        self._rotary_tables: dict[tuple[RopeParameters, torch.dtype], RotaryTable | RotaryTables] = {}
         self.plans = AdapterPlans(blocks, backend, deterministic)
         self._in_one_call: dict[tuple[SegmentId, int, int | None], FusedLayers | None] = {}
         self._scratch = backend.scratch(0)
@@ -204,12 +204,16 @@ class Executor:
         parts = logits.split([count for _, count in wanted])
         return [ChunkLogits(chunk, part) for (chunk, _), part in zip(wanted, parts, strict=True)]
 
-    def rotary_table(self, rope: RopeParameters, dtype: torch.dtype) -> RotaryTable:
+    def rotary_table(self, rope: RopeParameters, dtype: torch.dtype) -> RotaryTable | RotaryTables:
         """Angles of all positions of a rotary embedding, computed once."""
         key = (rope, rope.table_dtype(dtype))
         if key not in self._rotary_tables:
-            freqs = inverse_frequencies(rope, self.backend.device)
-            self._rotary_tables[key] = RotaryTable(freqs, key[1], rope.scale)
+            device = self.backend.device
+            self._rotary_tables[key] = (
+                RotaryTable(inverse_frequencies(rope, device), key[1], rope.scale)
+                if rope.is_fixed
+                else RotaryTables(rope, key[1], device)
+            )
         return self._rotary_tables[key]
 
     def scratch(self, num_bytes: int) -> Tensor:

@@ -9,7 +9,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from blockkernels.rotary import RopeParameters, RotaryTable
+from blockkernels.rotary import RopeParameters, RotaryTable, RotaryTables
 from blockserve.worker.kv.pool import KvPool, KvTable
 from blockserve.worker.requests.running import Chunk
 
@@ -46,8 +46,11 @@ class LaneBatch:
         ids = [token for chunk in self.chunks for token in chunk.running.tokens(chunk.start, chunk.end)]
         return torch.tensor(ids, device=self._device)
 
-    def angles(self, table: RotaryTable) -> tuple[Tensor, Tensor]:
+    def angles(self, table: RotaryTable | RotaryTables) -> tuple[Tensor, Tensor]:
         """Cosine and sine of all rows, each [tokens, 1, rotary_dim / 2]."""
+        if isinstance(table, RotaryTables):
+            runs = [table.run(chunk.start, chunk.end, chunk.running.together) for chunk in self.chunks]
+            return torch.cat([cos for cos, _ in runs]), torch.cat([sin for _, sin in runs])
         if len(self.chunks) == 1:
             return table.run(self.chunks[0].start, self.end)
         positions = [position for chunk in self.chunks for position in range(chunk.start, chunk.end)]

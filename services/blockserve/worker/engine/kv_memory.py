@@ -39,6 +39,7 @@ class KvMemory:
             running: the request.
             rivals: who runs in the same pool; a page of growth at every layer is left for each.
         """
+        running.settle()
         pool, chain = self.pool(running), running.chain
         cached: list[CachedBlock] = []
         if self._uses_cache(running):
@@ -103,7 +104,8 @@ class KvMemory:
         known, size = len(running.token_digests), self.pool(running).page_tokens
         if known < num_pages:
             tokens = running.tokens(known * size, num_pages * size)
-            extend_tokens_digests(running.token_digests, running.request.cache_salt, tokens, size)
+            angles = running.chain.angles_key(running.together)
+            extend_tokens_digests(running.token_digests, running.request.cache_salt, tokens, size, angles)
 
     def _growth(self, running: RunningRequest) -> int:
         return min(self._reserve_tokens, max(0, running.max_kv_tokens - running.num_tokens))

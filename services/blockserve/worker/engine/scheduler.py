@@ -3,9 +3,10 @@
 Requests rank by priority, then arrival. Running requests grow in that order;
 when pages run short, the last in rank among those that share the memory gives
 up all of its own, goes back to waiting (before everyone who ranks behind it) and
-later computes its prompt and its output so far again. Nothing that was sampled is sampled
-again. The first in rank never yields, so it always ends, and so does everyone
-after it.
+later computes its prompt and its output so far again. So does a request that has
+grown to a length at which the angles of all its tokens change. Nothing that was
+sampled is sampled again. The first in rank never yields, so it always ends, and so
+does everyone after it.
 
 Decode comes first: every running request that has one token to compute gets
 it, so nobody's stream stalls. What is left of the token budget goes to prompts,
@@ -157,6 +158,8 @@ class Scheduler:
     def _grow(self) -> None:
         """Pages for the tokens that running requests have; the last in rank pay for it where they must."""
         for running in list(self.running):
+            if running.has_outgrown and running in self.running:
+                self._begin_again(running)
             while running in self.running and not self._kv.try_grow(running):
                 self._preempt(next(one for one in reversed(self.running) if self._kv.compete(one, running)))
 
@@ -164,11 +167,16 @@ class Scheduler:
         if running.is_follower:  # who began it will begin it again
             self._kv.release(running)
             self.running.remove(running)
+            self.preempted.append(running)
         else:
-            self.put_back(running)
+            self._begin_again(running)
+        self.num_preemptions += 1
+
+    def _begin_again(self, running: RunningRequest) -> None:
+        """Have a request of this worker wait, its pages given up here and elsewhere."""
+        self.put_back(running)
         if running.is_split:
             self.preempted.append(running)
-        self.num_preemptions += 1
 
     def _admit(self) -> None:
         now = self._clock() if self.waiting else 0.0

@@ -2,8 +2,10 @@
 
 What a page holds at a layer is decided by everything up to that layer (the base
 blocks and what is applied on them), by the tokens up to the page's end, and by
-nothing else. So that is its key, with the tenant's salt: a digest over the links
-of the chain up to the layer, and a digest over salt and tokens. A name that is
+nothing else; with rotary positions that depend on the length of a sequence, by
+that too (`LoadedChain.angles_key`). So that is its key, with the tenant's salt: a
+digest over the links of the chain up to the layer, and a digest over salt, angles
+and tokens. A name that is
 registered again has another chain and can never meet old pages; loading and
 unloading invalidate nothing.
 
@@ -61,7 +63,7 @@ def layer_digests(chain: ChainId, manifest: ChainManifest, sharing: PrefixSharin
 
 
 def extend_tokens_digests(
-    known: list[TokensDigest], salt: str, tokens: Sequence[int], page_tokens: int
+    known: list[TokensDigest], salt: str, tokens: Sequence[int], page_tokens: int, angles: str = ""
 ) -> None:
     """Append the digests of further full pages.
 
@@ -70,11 +72,12 @@ def extend_tokens_digests(
         salt: the tenant's.
         tokens: those after the pages in `known`.
         page_tokens: tokens of a page.
+        angles: see `LoadedChain.angles_key`.
     """
     for start in range(0, len(tokens) - page_tokens + 1, page_tokens):
         state = hashlib.blake2b(known[-1] if known else b"", digest_size=_DIGEST_BYTES)
         if not known:
-            _add(state, salt)
+            _add(state, salt, *((angles,) if angles else ()))
         state.update(array("q", tokens[start : start + page_tokens]).tobytes())
         known.append(TokensDigest(state.digest()))
 

@@ -75,7 +75,7 @@ def from_frame(frame: worker_pb2.ExchangeRequest) -> list[SpanMsg]:
 def prefix_from_message(message: worker_pb2.PrefixRef) -> PrefixRef:
     """The beginning of a request at a run of a chain (WireError)."""
     span = ChainSpan(ChainId(message.chain_digest), run_from_message(message.first, message.end))
-    return PrefixRef(span, message.cache_salt, tuple(message.tokens))
+    return PrefixRef(span, message.cache_salt, tuple(message.tokens), message.prompt_tokens)
 
 
 def prefix_to_message(prefix: PrefixRef) -> worker_pb2.PrefixRef:
@@ -87,6 +87,7 @@ def prefix_to_message(prefix: PrefixRef) -> worker_pb2.PrefixRef:
         end=run.end,
         cache_salt=prefix.salt,
         tokens=prefix.tokens,
+        prompt_tokens=prefix.prompt_tokens,
     )
 
 

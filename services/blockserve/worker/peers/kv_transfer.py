@@ -30,11 +30,13 @@ class PrefixRef:
         span: the run.
         salt: the tenant's.
         tokens: prompt and output so far.
+        prompt_tokens: how many of them are the prompt. Pages whose angles depend on it are not found without.
     """
 
     span: ChainSpan
     salt: str
     tokens: tuple[int, ...]
+    prompt_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ def export_blocks(
         WireError: the run lacks some of these layers.
     """
     rows = _rows(chain, layers)
-    digests = _digests(prefix, pool.page_tokens)
+    digests = _digests(prefix, chain, pool.page_tokens)
     found = pool.prefixes.match(chain.layer_digests, digests[: first + count])[first:]
     return [
         KvBlock(
@@ -102,7 +104,7 @@ def import_blocks(chain: LoadedChain, pool: KvPool, prefix: PrefixRef, blocks: I
     Raises:
         WireError: keys and values of another shape or type.
     """
-    digests = _digests(prefix, pool.page_tokens)
+    digests = _digests(prefix, chain, pool.page_tokens)
     kept = 0
     for block in blocks:
         shape = (chain.num_layers, pool.page_tokens, pool.shape.num_kv_heads, pool.shape.head_dim)
@@ -149,9 +151,10 @@ def _rows(chain: LoadedChain, layers: Run | None) -> slice:
     return slice(start, start + len(layers))
 
 
-def _digests(prefix: PrefixRef, page_tokens: int) -> Sequence[TokensDigest]:
+def _digests(prefix: PrefixRef, chain: LoadedChain, page_tokens: int) -> Sequence[TokensDigest]:
     digests: list[TokensDigest] = []
-    extend_tokens_digests(digests, prefix.salt, prefix.tokens, page_tokens)
+    angles = chain.angles_key(chain.together(prefix.prompt_tokens, len(prefix.tokens)))
+    extend_tokens_digests(digests, prefix.salt, prefix.tokens, page_tokens, angles)
     return digests
 
 

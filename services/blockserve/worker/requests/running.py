@@ -51,6 +51,8 @@ class RunningRequest:
         kv: its pages, while it runs.
         num_computed: tokens whose keys and values are in the pages.
         num_cached: prompt tokens whose keys and values came from the prefix cache.
+        together: tokens whose angles are those of one computation; see `LoadedChain.together`.
+        outgrown_beyond: number of tokens beyond which all are computed again; 0 where that does not happen.
         was_admitted: whether it has had pages; what it finds in the cache later on may be its own.
         num_offered: pages of each layer that the prefix cache has been offered or gave.
         token_digests: of its full pages, as far as anyone asked; see `prefix`.
@@ -75,6 +77,8 @@ class RunningRequest:
     kv: KvTable | None = None
     num_computed: int = 0
     num_cached: int = 0
+    together: int = 0
+    outgrown_beyond: int = 0
     was_admitted: bool = False
     num_offered: int = 0
     token_digests: list[TokensDigest] = field(default_factory=list)
@@ -147,6 +151,20 @@ class RunningRequest:
     def max_kv_tokens(self) -> int:
         """Most tokens whose keys and values are ever stored; the last sampled token's are not."""
         return len(self.request.prompt) + self.request.max_tokens - 1
+
+    @property
+    def has_outgrown(self) -> bool:
+        """Whether its tokens have to be computed again before the next one, which this worker decides."""
+        return 0 < self.outgrown_beyond < self.num_tokens and not self.is_follower
+
+    def settle(self) -> None:
+        """Fix which angles its tokens have, as long as it keeps its pages."""
+        together = self.chain.together(len(self.request.prompt), self.num_tokens)
+        if self.chain.angles_key(together) != self.chain.angles_key(self.together):
+            self.token_digests.clear()
+        self.together = together
+        beyond = self.chain.recomputes_beyond
+        self.outgrown_beyond = beyond if together <= beyond else 0
 
     def forget_computed(self) -> None:
         """Start over with the tokens known so far, after the pages were taken away."""

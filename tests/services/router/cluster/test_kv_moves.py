@@ -6,11 +6,21 @@ import grpc
 import pytest
 
 from blockproto.v1 import worker_pb2, worker_pb2_grpc
-from blockserve.common.api.cluster import ClusterView, PathStep, Run, WorkerId, WorkerRecord, WorkerView
+from blockserve.common.api.cluster import (
+    ChainSpan,
+    ClusterView,
+    PathStep,
+    Run,
+    WorkerId,
+    WorkerRecord,
+    WorkerView,
+)
 from blockserve.common.api.engine import EngineRequest, SamplingParams
 from blockserve.common.rpc.channel import Credentials
 from blockserve.router.cluster.kv_moves import KvMover, pull_message
 from blockserve.router.cluster.kv_plan import KvCosts, Move
+from blockserve.worker.peers.convert import prefix_from_message, prefix_to_message
+from blockserve.worker.peers.kv_transfer import PrefixRef
 from blockzoo.manifest import ChainId
 
 REQUEST = EngineRequest("r", ChainId("c"), (1, 2), SamplingParams(), 5, cache_salt="s", output=(3,))
@@ -26,7 +36,10 @@ def test_the_same_run_is_asked_for_as_older_workers_know_it() -> None:
     assert not message.parts
     prefix = message.prefix
     assert (prefix.chain_digest, prefix.first, prefix.end, prefix.cache_salt) == ("c", 2, 6, "s")
-    assert list(prefix.tokens) == [1, 2, 3]
+    assert (list(prefix.tokens), prefix.prompt_tokens) == ([1, 2, 3], 2)
+    ref = prefix_from_message(prefix)
+    assert ref == PrefixRef(ChainSpan(ChainId("c"), Run(2, 6)), "s", (1, 2, 3), 2)
+    assert prefix_to_message(ref) == prefix
 
 
 def test_other_parts_name_no_source_that_an_older_worker_would_ask() -> None:

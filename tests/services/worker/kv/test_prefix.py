@@ -58,9 +58,9 @@ def test_variants_share_nothing_unless_told_to() -> None:
 
 
 def test_tokens_digests_chain_and_are_salted() -> None:
-    def digests(salt: str, tokens: list[int]) -> list[TokensDigest]:
+    def digests(salt: str, tokens: list[int], angles: str = "") -> list[TokensDigest]:
         known: list[TokensDigest] = []
-        extend_tokens_digests(known, salt, tokens, 4)
+        extend_tokens_digests(known, salt, tokens, 4, angles)
         return known
 
     tokens = list(range(14))
@@ -71,6 +71,8 @@ def test_tokens_digests_chain_and_are_salted() -> None:
     extend_tokens_digests(grown, "", tokens[8:], 4)
     assert grown == whole
     assert not set(whole) & set(digests("salt", tokens))
+    assert not set(whole) & set(digests("", tokens, "33"))
+    assert not set(digests("", tokens, "34")) & set(digests("", tokens, "33"))
     assert not set(whole) & set(digests("", [99, *tokens[1:]]))
 
 
