@@ -156,6 +156,8 @@ class LocalStorage:
         All of them, whoever made them: ours must not depend on whether theirs are durable yet.
         """
         folders = {key.rpartition("/")[0] for key in keys}
+        if not folders:
+            return
         with translate_os_errors(self.url):
             if len(folders) > _SYNC_ALL_FROM and sync_file_system(self._root):
                 return

@@ -150,9 +150,8 @@ class PackedStorage:
             sizes = [self.inner.size(key) for key in rest]
         found.update(key for key, size in zip(rest, sizes, strict=True) if size is not None)
         missing = [key for key in rest if key not in found]
-        if missing:
-            # One may have moved into a pack since the look above.
-            self.refresh()
+        # One may have moved into a pack since the look above.
+        if missing and self.refresh():
             found.update(key for key in missing if can_hold(key) and self._find(key) is not None)
         return found
 
@@ -280,8 +279,8 @@ class PackedStorage:
         """See `Storage`."""
         return self.inner.clean()
 
-    def refresh(self, *, changed: bool = False) -> None:
-        """Learn which packs came and went.
+    def refresh(self, *, changed: bool = False) -> bool:
+        """Learn which packs came and went; tell whether some did.
 
         Args:
             changed: something did for sure, so a stamp is not to be believed.
@@ -289,15 +288,16 @@ class PackedStorage:
         with self._lock:
             stamp = None if changed else self.inner.stamp(layout.PACKS)
             if stamp is not None and stamp == self._stamp:
-                return
+                return False
             listed = self._listed()
-            known = self._packs.keys() | self._damaged
+            before = known = self._packs.keys() | self._damaged
             while listed != known:
                 self._learn(listed)
                 known = self._packs.keys() | self._damaged
                 # A listing may miss both of two packs of which one takes the other's place meanwhile.
                 listed = self._listed()
             self._stamp = stamp
+            return known != before
 
     def _listed(self) -> set[str]:
         return {info.key for info in self.inner.list(layout.PACKS) if layout.is_pack(info.key)}
