@@ -12,6 +12,9 @@ class Clock(Protocol):
     def now(self) -> float:
         """Return seconds since 1970, comparable between machines up to `leases.SKEW_S`."""
 
+    def elapsed(self) -> float:
+        """Return seconds since some moment, by a clock that nobody sets and that no suspend stops."""
+
     def sleep(self, seconds: float) -> None:
         """Wait."""
 
@@ -22,6 +25,10 @@ class SystemClock:
     def now(self) -> float:
         """See `Clock`."""
         return time.time()
+
+    def elapsed(self) -> float:
+        """See `Clock`."""
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
 
     def sleep(self, seconds: float) -> None:
         """See `Clock`."""

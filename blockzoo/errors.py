@@ -33,6 +33,7 @@
     │   ├── HubModelNotFoundError
     │   └── ZooNotFoundError
     ├── ConflictError                somebody else was faster; trying again may work
+    ├── ClockSkewError               this machine's clock and the storage's differ by too much
     ├── CorruptionError              stored bytes are not what their name says
     │   ├── CorruptBlobError
     │   └── CorruptManifestError
@@ -271,6 +272,12 @@ class ConflictError(BlockzooError):
     """Another writer was faster; the call may be tried again."""
 
     reason = "CONFLICT"
+
+
+class ClockSkewError(BlockzooError):
+    """The clock of this machine is wrong, or that of the storage: leases would mean nothing."""
+
+    reason = "CLOCK_SKEW"
 
 
 class CorruptionError(BlockzooError):

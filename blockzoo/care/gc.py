@@ -22,6 +22,7 @@ from blockzoo.store.leases import (
     SKEW_S,
     Entry,
     active_leases,
+    check_clock,
     drop_expired,
     drop_marker,
     publish_sweep,
@@ -84,6 +85,7 @@ def collect(
         CorruptManifestError, CorruptBlobError, NotFoundError: something reachable is damaged or missing,
             so what it needs is unknown. Nothing is deleted; repair first.
         FormatVersionError: the zoo is newer than this version can write.
+        ClockSkewError: this machine's clock is wrong, so it cannot tell which leases still hold.
     """
     store.check_writable()
     on_stage("looking for what no variant needs", 0)
@@ -95,14 +97,16 @@ def collect(
         temp_bytes = 0 if dry_run else _tidy(store)
         return GcReport(len(condemned), _bytes(condemned), len(kept), _bytes(kept), temp_bytes=temp_bytes)
     digests = [digest for info in condemned if (digest := layout.digest_of(info.key))]
-    expires = store.clock.now() + grace_s + sweep_s + SKEW_S
-    marker = write_entry(store.storage, layout.CONDEMNED, digests, expires, "gc")
+    began, whole = store.clock.now(), grace_s + sweep_s + SKEW_S
+    until = store.clock.elapsed() + whole
+    marker = write_entry(store.storage, layout.CONDEMNED, digests, began + whole, "gc")
     try:
+        check_clock(store.storage, store.clock, marker.key, began)
         if grace_s:
             on_stage(f"waiting {grace_s:g} s, while servers may still load what is to be deleted", 0)
         store.clock.sleep(grace_s)
         on_stage("deleting", _bytes(condemned))
-        doomed, deleted = _sweep(store, marker, condemned, on_object, kinds)
+        doomed, deleted = _sweep(store, marker, until, condemned, on_object, kinds)
     finally:
         store.storage.undelete()
         drop_marker(store.storage, marker)
@@ -122,29 +126,35 @@ def collect(
 def _sweep(
     store: ZooStore,
     marker: Entry,
+    until: float,
     condemned: list[ObjectInfo],
     on_object: Callable[[ObjectInfo], None] | None,
     kinds: Sequence[Holding],
 ) -> tuple[list[ObjectInfo], list[ObjectInfo]]:
     """Look a last time, then delete. Returns what was doomed and what of it is deleted."""
-    publish_sweep(store.storage, marker)
+
+    def left() -> float:
+        """Seconds until others take the marker for a dead one; by the clock that says fewer."""
+        return min(marker.expires - store.clock.now(), until - store.clock.elapsed())
+
+    publish_sweep(store.storage, store.clock, marker)
     needed = _needed_keys(store, kinds)
     doomed = [info for info in condemned if info.key not in needed]
     deleted: list[ObjectInfo] = []
     for stage in in_order(store, doomed):
         gone: list[str] = []
         for info in stage:
-            if store.clock.now() >= marker.expires - SKEW_S:
+            if left() <= SKEW_S:
                 break
             store.storage.delete(info.key)
             gone.append(info.key)
             deleted.append(info)
-            if store.clock.now() >= marker.expires:
+            if left() <= 0:
                 _own_up(store, gone, kinds)
             if on_object is not None:
                 on_object(info)
         store.storage.sync(gone)
-        if store.clock.now() >= marker.expires:
+        if left() <= 0:
             _own_up(store, gone, kinds)
         if len(gone) < len(stage):
             break

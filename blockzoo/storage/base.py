@@ -7,7 +7,7 @@ input as a key without `names.check_name` or `digest.is_digest` before it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from blockzoo.digest import Buffer
@@ -25,10 +25,12 @@ class ObjectInfo:
     Attributes:
         key: full key.
         size: stored bytes.
+        modified: seconds since 1970 by the storage's clock; None where it has none of its own.
     """
 
     key: str
     size: int
+    modified: float | None = field(default=None, compare=False)
 
 
 class Staged(Protocol):

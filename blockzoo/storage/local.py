@@ -16,6 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from blockzoo.digest import as_bytes
@@ -191,7 +192,8 @@ class LocalStorage:
                     yield from self._walk(Path(entry.path), key)
             else:
                 try:
-                    yield ObjectInfo(key, entry.stat().st_size)
+                    status = entry.stat()
+                    yield ObjectInfo(key, status.st_size, status.st_mtime)
                 except FileNotFoundError:
                     continue
 
@@ -200,13 +202,12 @@ class LocalStorage:
         self._path(key).parent.mkdir(parents=True, exist_ok=True)
 
     def _temp_path(self) -> Path:
-        with self._session_lock:
+        with self._session_lock, translate_os_errors(self.url):
             if self._session is None or not (self._session[0] / _LOCK).exists():
                 if self._session is not None:
                     os.close(self._session[1])
                     self._session = None
-                with translate_os_errors(self.url):
-                    self._session = _open_session(self._root / TMP)
+                self._session = _open_session(self._root / TMP)
             return self._session[0] / uuid.uuid4().hex
 
     def __del__(self) -> None:
@@ -264,8 +265,9 @@ class _StagedFile:
         return True
 
     def discard(self) -> None:
-        """See `Staged`."""
-        self.path.unlink(missing_ok=True)
+        """See `Staged`. A file that a sick disk does not let go of is left to `clean`."""
+        with suppress(OSError):
+            self.path.unlink()
 
 
 def _write_file(path: Path, data: Chunks) -> None:

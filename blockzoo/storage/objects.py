@@ -136,7 +136,8 @@ class ObjectStorage:
         with _translate(prefix):
             for batch in obstore.list(self._store, prefix or None):
                 for entry in batch:
-                    yield ObjectInfo(entry["path"], int(entry["size"]))
+                    modified = entry["last_modified"].timestamp()
+                    yield ObjectInfo(entry["path"], int(entry["size"]), modified)
 
     def stamp(self, folder: str) -> Stamp | None:  # noqa: ARG002
         """See `Storage`: to ask is to wait."""

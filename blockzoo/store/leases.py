@@ -15,7 +15,11 @@ before it drops its lease.
 
 Both carry an expiry time, so a killed process blocks nobody for ever. Whoever
 depends on its own entry stops `SKEW_S` before the expiry, others respect it until
-the expiry; clocks may therefore differ by up to `SKEW_S`. No storage can fence a
+the expiry; clocks may therefore differ by up to `SKEW_S`. Each process compares its
+clock with the storage's, which stamps what it writes (`check_clock`), and refuses to
+go on when they differ by more than half of that. An owner also counts its time by a
+clock that nobody can set: its entry has run out for it when either clock says so. So
+a clock that is set meanwhile ends an operation early and never late. No storage can fence a
 deletion, so a collector that is suspended for longer than that inside a single
 delete call is the one thing this cannot prevent; it notices and says so.
 """
@@ -32,7 +36,14 @@ from dataclasses import dataclass
 from blockzoo.canonical import canonical_json, parse_json
 from blockzoo.clock import Clock
 from blockzoo.digest import is_digest
-from blockzoo.errors import BlockzooError, ConflictError, CorruptManifestError, NotFoundError, StorageError
+from blockzoo.errors import (
+    BlockzooError,
+    ClockSkewError,
+    ConflictError,
+    CorruptManifestError,
+    NotFoundError,
+    StorageError,
+)
 from blockzoo.layout import CONDEMNED, LEASES
 from blockzoo.storage.base import Storage
 
@@ -41,6 +52,9 @@ SKEW_S = 30.0
 
 LEASE_TTL_S = 3600.0
 """Seconds a lease holds unless renewed; what a killed registration leased stays this long."""
+
+STAMP_S = 1.0
+"""What storages round their times to, at most."""
 
 _POLL_S = 1.0
 """Seconds between two looks at a collection that a registration waits for."""
@@ -105,9 +119,37 @@ def active_leases(storage: Storage, clock: Clock) -> list[Entry]:
     return [entry for entry in read_entries(storage, LEASES) if entry.expires > clock.now()]
 
 
-def publish_sweep(storage: Storage, marker: Entry) -> None:
-    """Announce that a collection is about to read leases and refs for the last time."""
-    storage.put_if_absent(marker.key.removesuffix(".json") + _SWEEP, [b"{}"], durable=False)
+def publish_sweep(storage: Storage, clock: Clock, marker: Entry) -> None:
+    """Announce that a collection is about to read leases and refs for the last time (ClockSkewError)."""
+    key, began = marker.key.removesuffix(".json") + _SWEEP, clock.now()
+    storage.put_if_absent(key, [b"{}"], durable=False)
+    check_clock(storage, clock, key, began)
+
+
+def check_clock(storage: Storage, clock: Clock, key: str, began: float) -> None:
+    """Compare our clock with the storage's.
+
+    Args:
+        storage: has an object that this process wrote a moment ago.
+        clock: ours.
+        key: of that object.
+        began: when writing it began, by our clock.
+
+    Raises:
+        ClockSkewError: they differ by so much that two machines may differ by more than `SKEW_S`.
+    """
+    folder = key.rpartition("/")[0]
+    stamp = next((info.modified for info in storage.list(folder) if info.key == key), None)
+    if stamp is None:
+        return
+    ahead, behind = began - stamp, stamp - clock.now()
+    if max(ahead, behind) > SKEW_S / 2 + STAMP_S:
+        differs = f"{ahead:.0f} s ahead of" if ahead > behind else f"{behind:.0f} s behind"
+        raise ClockSkewError(
+            f"the clock of this machine is {differs} the clock of the storage of the zoo",
+            hint="Set the clocks (NTP); leases that protect blocks from gc are counted by them.",
+            seconds=round(max(ahead, behind)),
+        )
 
 
 def drop_marker(storage: Storage, marker: Entry) -> None:
@@ -117,7 +159,13 @@ def drop_marker(storage: Storage, marker: Entry) -> None:
 
 
 def drop_expired(storage: Storage, clock: Clock) -> None:
-    """Remove leases and markers that protect nothing any more."""
+    """Remove leases and markers that protect nothing any more (ClockSkewError)."""
+    began = clock.now()
+    probe = write_entry(storage, CONDEMNED, (), began, "comparing clocks")
+    try:
+        check_clock(storage, clock, probe.key, began)
+    finally:
+        storage.delete(probe.key)
     # Twice the skew: an owner whose clock is behind may still be about to find out.
     deadline = clock.now() - 2 * SKEW_S
     for folder in (LEASES, CONDEMNED):
@@ -190,6 +238,8 @@ class LeaseHolder:
         self._purpose = purpose
         self._ttl_s = ttl_s
         self._entries: list[Entry] = []
+        self._until = 0.0  # when the first of them ends, by the clock that nobody sets
+        self._offset = 0.0  # how far the clock was ahead of that one when the first was written
         self.held: set[str] = set()
 
     def hold(self, digests: Iterable[str], on_wait: Callable[[Entry], None] | None = None) -> None:
@@ -197,6 +247,7 @@ class LeaseHolder:
 
         Raises:
             ConflictError: an earlier lease of this holder ran out.
+            ClockSkewError: this machine's clock is wrong; see `check_clock`.
         """
         self.renew()
         new = frozenset(digests) - self.held
@@ -204,8 +255,11 @@ class LeaseHolder:
             new -= self._beside.held
         if not new:
             return
-        expires = self._clock.now() + self._ttl_s
-        self._entries.append(write_entry(self._storage, LEASES, new, expires, self._purpose))
+        if self._entries and abs(self._ahead() - self._offset) <= STAMP_S:
+            self._entries.append(self._write(new))
+        else:
+            # Others would count a further entry by the clock that was set meanwhile.
+            self._begin(self.held | new)
         wait_until_safe(self._storage, self._clock, new, on_wait)
         self.held |= new
         self.check()
@@ -217,11 +271,28 @@ class LeaseHolder:
         self.check()
         if not self._entries or self._remaining() > self._ttl_s / 2:
             return
-        old = self._entries
-        expires = self._clock.now() + self._ttl_s
-        self._entries = [write_entry(self._storage, LEASES, self.held, expires, self._purpose)]
-        for entry in old:
+        self._begin(self.held)
+
+    def _begin(self, digests: Iterable[str]) -> None:
+        """Put one entry in the place of all earlier ones, and see by its stamp whether our clock is right."""
+        began, until, offset = self._clock.now(), self._clock.elapsed() + self._ttl_s, self._ahead()
+        entry = self._write(digests)
+        try:
+            check_clock(self._storage, self._clock, entry.key, began)
+        except BlockzooError:
+            # Whoever tries again finds the earlier entries, and is checked again.
             self._storage.delete(entry.key)
+            raise
+        old, self._entries, self._until, self._offset = self._entries, [entry], until, offset
+        for one in old:
+            self._storage.delete(one.key)
+
+    def _ahead(self) -> float:
+        return self._clock.now() - self._clock.elapsed()
+
+    def _write(self, digests: Iterable[str]) -> Entry:
+        expires = self._clock.now() + self._ttl_s
+        return write_entry(self._storage, LEASES, digests, expires, self._purpose)
 
     def check(self) -> None:
         """Raise ConflictError when a lease ran out, so that what was found to exist may be gone."""
@@ -243,7 +314,8 @@ class LeaseHolder:
         self.held = set()
 
     def _remaining(self) -> float:
-        return min(entry.expires for entry in self._entries) - self._clock.now()
+        by_wall = min(entry.expires for entry in self._entries) - self._clock.now()
+        return min(by_wall, self._until - self._clock.elapsed())
 
 
 def _milliseconds(seconds: float) -> int:

@@ -11,20 +11,29 @@ import re
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
+
+import grpc
+import pytest
 
 from blockserve.common.api.cluster import WorkerView
 from blockserve.common.errors import StateStoreError
 from blockserve.common.process.redis_child import find_server_program
 from blockzoo.zoo import Zoo
+from support.cgroups import has_memory_limits, memory_limit, put
 from support.chaos_requests import Crowd
 from support.cluster import PATIENCE, Cluster, Process
 from support.cuttable import Cut, CuttableWire
+from support.faults import Broken, Faults, library
 from support.state_servers import ServerBackend
 
+LITTLE_BYTES = 64 << 10
+"""Less than any pass or message takes."""
+JUMPS = (-3600.0, -300.0, 300.0, 3600.0)
+"""How wrong clocks are, in seconds."""
 LEASE_SECONDS = 1.5
 """Shorter than the default, because harms last a lease."""
 HEADS, TAILS = ("a", "c"), ("b", "d")
@@ -54,6 +63,7 @@ class ChaosCluster(Cluster):
     models: tuple[str, ...] = ()
     is_placed: bool = False
     wires: dict[str, CuttableWire] = field(default_factory=dict)
+    faults: dict[str, Faults] = field(default_factory=dict)
 
     @property
     def kinds(self) -> Mapping[str, HarmFunction]:
@@ -75,7 +85,11 @@ class ChaosCluster(Cluster):
     def _process(self, service: str, name: str, settings: dict[str, str]) -> Process:
         url = urlsplit(self.state.server.url)
         wired = url._replace(netloc=f":{url.password}@127.0.0.1:{self.wires[name].port}")
-        return super()._process(service, name, {"BLOCKZOO_STATE_URL": urlunsplit(wired), **settings})
+        settings = {"BLOCKZOO_STATE_URL": urlunsplit(wired), **settings}
+        if library() is not None:
+            faults = self.faults[name] = Faults(self.folder / f"{name}.faults", self.folder / "zoo")
+            settings |= faults.environment
+        return super()._process(service, name, settings)
 
     async def hold(self, name: str) -> None:
         """Have a worker read its half of every variant."""
@@ -257,6 +271,64 @@ async def _cut_state(rig: ChaosCluster, harm: Harm) -> None:
     await until_announced(rig)
 
 
+async def _break_bus(rig: ChaosCluster, harm: Harm) -> None:
+    """A page of a mapped file cannot be read: the kernel ends the process that touched it by SIGBUS."""
+    process = rig.workers[await rig.busy(_names(rig, harm))]
+    process.send(signal.SIGBUS)
+    await _ended(process, signal.SIGBUS)
+    await _restart_worker(rig, process)
+
+
+async def _exceed_memory(rig: ChaosCluster, harm: Harm) -> None:
+    """The memory cgroup of a worker has no room for what it takes next."""
+    name = await rig.busy(_names(rig, harm))
+    process = rig.workers[name]
+    assert process.popen is not None
+    with memory_limit(LITTLE_BYTES) as group:
+        assert group is not None
+        put(process.popen.pid, group)
+        # Passes may do for long with the memory that the process has. Blocks that it lacks take more.
+        loading = asyncio.create_task(rig.load(name, rig.models[-1]))
+        await _ended(process, signal.SIGKILL)
+        with suppress(grpc.aio.AioRpcError):
+            await loading
+    await _restart_worker(rig, process)
+
+
+async def _break_disk(rig: ChaosCluster, harm: Harm) -> None:
+    """A worker's disk fails: it serves what it holds, says why it cannot read more, and does so later."""
+    name = await rig.busy(_names(rig, harm))
+    held, faults, model = HALVES[name], rig.faults[name], rig.models[-1]
+    other = (3, 0) if held[0] == 0 else (0, 3)
+    before = faults.num_failed
+    with faults.broken(Broken.READS | Broken.WRITES):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await rig.load(name, model, *other)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert faults.num_failed > before
+        chain = rig.zoo.resolve(model).chain
+        while (view := await worker_of(rig, name)) is None or chain not in view.load.unreadable:
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(harm.seconds / 4)
+    await rig.load(name, model, *other)
+    await rig.unload(name, model, *other)
+
+
+async def _jump_clocks(rig: ChaosCluster, harm: Harm) -> None:
+    """Every process gets another wrong time, twice, and then the right one again: nobody counts as lost."""
+    dice = random.Random(harm.seconds)
+    for _ in range(2):
+        for faults in rig.faults.values():
+            faults.set_clock(dice.choice(JUMPS))
+        until = time.monotonic() + LEASE_SECONDS / 2
+        while time.monotonic() < until:
+            for name in HALVES:
+                assert await worker_of(rig, name) is not None, name
+            await asyncio.sleep(0.05)
+    for faults in rig.faults.values():
+        faults.set_clock(0.0)
+
+
 HarmFunction = Callable[[ChaosCluster, Harm], Awaitable[None]]
 KINDS: Mapping[str, HarmFunction] = {
     "kill head": _kill_worker,
@@ -271,11 +343,32 @@ KINDS: Mapping[str, HarmFunction] = {
     "flush state": _flush_state,
     "pause state": _pause_state,
     "cut state": _cut_state,
+    "bus error head": _break_bus,
+    "memory tail": _exceed_memory,
+    "disk head": _break_disk,
+    "disk tail": _break_disk,
+    "clocks": _jump_clocks,
 }
 """What happens, by name."""
+DISKS = frozenset({"disk head", "disk tail"})
+"""Needs to know what workers hold."""
+
+
+def possible(kinds: Collection[str]) -> Collection[str]:
+    """Those that can be done here: some need a C compiler, some a memory cgroup that may be written."""
+    missing = set() if library() is not None else {*DISKS, "clocks"}
+    return set(kinds) - missing - (set() if has_memory_limits() else {"memory tail"})
+
+
 WITHOUT_CONTROLLERS = frozenset(KINDS) - {"kill controller"}
 FEW = frozenset({"kill head", "stop tail", "drain", "kill controller", "kill state"})
 """One of a sort, for short runs."""
+
+
+async def _ended(process: Process, number: signal.Signals) -> None:
+    """Wait until the kernel has ended a process by this signal."""
+    assert process.popen is not None
+    assert await asyncio.to_thread(process.popen.wait, PATIENCE) == -number
 
 
 async def _restart_worker(rig: ChaosCluster, process: Process) -> None:

@@ -165,6 +165,13 @@ class Cluster:
         async with grpc.aio.insecure_channel(self.reach(self.workers[name])) as channel:
             await worker_pb2_grpc.WorkerServiceStub(channel).LoadSpan(request, timeout=PATIENCE)
 
+    async def unload(self, name: str, model: str, first: int = 0, end: int = 0) -> None:
+        """Have a worker let go of a run that it was given by `load`."""
+        chain = self.zoo.resolve(model).chain
+        request = worker_pb2.UnloadSpanRequest(chain_digest=chain, first=first, end=end)
+        async with grpc.aio.insecure_channel(self.reach(self.workers[name])) as channel:
+            await worker_pb2_grpc.WorkerServiceStub(channel).UnloadSpan(request, timeout=PATIENCE)
+
     async def describe(self, name: str) -> worker_pb2.DescribeResponse:
         """What a worker says of itself."""
         async with grpc.aio.insecure_channel(self.reach(self.workers[name])) as channel:

@@ -10,10 +10,15 @@ from typing import Self
 
 
 class Cut(Enum):
-    """How a wire is cut: bytes vanish and nobody is told, or connections are reset and refused."""
+    """How a wire is cut: bytes vanish and nobody is told, or connections are reset and refused.
+
+    A wire that is cut one way loses what goes to the server, or what comes from it; the other way is whole.
+    """
 
     SILENT = "silent"
     REFUSED = "refused"
+    TO_SERVER = "to server"
+    FROM_SERVER = "from server"
 
 
 class CuttableWire:
@@ -49,7 +54,7 @@ class CuttableWire:
 
     @contextmanager
     def cut(self, how: Cut) -> Iterator[None]:
-        """Nothing comes through meanwhile; connections from before are gone afterwards."""
+        """Nothing comes through that way meanwhile; connections from before are gone afterwards."""
         self._cut = how
         if how is Cut.REFUSED:
             self.num_stopped += len(self._writers)
@@ -78,7 +83,9 @@ class CuttableWire:
             there, back = await self._connect()
             self._writers.add(back)
             try:
-                await asyncio.gather(self._copy(reader, back), self._copy(there, writer))
+                await asyncio.gather(
+                    self._copy(reader, back, Cut.TO_SERVER), self._copy(there, writer, Cut.FROM_SERVER)
+                )
             finally:
                 self._writers.discard(back)
                 back.close()
@@ -92,10 +99,10 @@ class CuttableWire:
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         return await asyncio.open_connection("127.0.0.1", self._target())
 
-    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: Cut) -> None:
         with suppress(OSError):
             while data := await reader.read(1 << 16):
-                if self._cut is not None:
+                if self._cut in (Cut.SILENT, Cut.REFUSED, way):
                     self.num_stopped += 1
                     continue
                 writer.write(data)

@@ -42,6 +42,8 @@ from typing import Any
 SERVICES = ("worker", "router", "controller", "embedded")
 LARGEST_REQUEST = 1 << 17
 PR_SET_PDEATHSIG = 1
+FOLLOW = "PYTEST_FAULTS"
+"""See `support.faults`, which cannot be imported here."""
 
 Children = dict[int, tuple[int, int]]
 """Process id and report pipe of running children, by the descriptors that say when they end."""
@@ -116,6 +118,8 @@ def _become(environment: dict[str, str], stdout: int, stderr: int) -> None:
         os.dup2(descriptor, place)
         os.close(descriptor)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if FOLLOW in environment:
+        assert ctypes.CDLL(None).faults_follow(os.fsencode(environment[FOLLOW])) == 0
 
 
 def _report_end(ended: int, pid: int, report: int) -> None:

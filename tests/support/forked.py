@@ -18,6 +18,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from support.faults import library
+
 PROGRAM = Path(__file__).with_name("fork_server.py")
 PATIENCE = 120.0
 """Seconds in which the server imports everything, on a machine that is busy with other work."""
@@ -87,11 +89,13 @@ class ForkServer:
     def __init__(self) -> None:
         """Start it and wait until it has imported everything."""
         self.environment = {**_foreign(os.environ), "OMP_NUM_THREADS": "1"}
+        faults = library()
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._popen = subprocess.Popen(
                 [*ending_with_us(), sys.executable, PROGRAM, str(theirs.fileno())],
-                env=self.environment,
+                # Not in `environment`: the server's children forget it, so their own children do without.
+                env={**self.environment, **({"LD_PRELOAD": str(faults)} if faults else {})},
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
             )

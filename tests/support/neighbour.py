@@ -1,9 +1,10 @@
 """One of our services as a neighbouring release would be; run as a program, never imported by it.
 
-    python neighbour.py MODULE [--wire N] [--unknown-after FRAMES]
+    python neighbour.py MODULE [--wire N] [--unknown-after FRAMES] [--engine-ends-after PASSES]
 
 `--wire` compiles the module that defines the wire version with another number, before anything reads it.
 `--unknown-after` has a worker say one thing that this version does not know, once, after so many frames.
+`--engine-ends-after` has what runs a worker's passes end by a fault that no request caused.
 """
 
 from __future__ import annotations
@@ -56,17 +57,34 @@ def say_something_unknown(after: int) -> None:
     streams.to_frame = newer
 
 
+def end_engine(after: int) -> None:
+    """Have the driver of a worker's engine fail between two passes."""
+    passes: Any = importlib.import_module("blockserve.worker.engine.passes").Passes
+    plan, numbers = passes.plan, itertools.count()
+
+    def failing(self: Any) -> Any:
+        work = plan(self)
+        if work is not None and next(numbers) == after:
+            raise MemoryError("between two passes")
+        return work
+
+    passes.plan = failing
+
+
 def main() -> None:
     """Run the service in this process."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--wire", type=int)
     parser.add_argument("--unknown-after", type=int)
+    parser.add_argument("--engine-ends-after", type=int)
     parser.add_argument("module")
     wanted = parser.parse_args()
     if wanted.wire is not None:
         speak(wanted.wire)
     if wanted.unknown_after is not None:
         say_something_unknown(wanted.unknown_after)
+    if wanted.engine_ends_after is not None:
+        end_engine(wanted.engine_ends_after)
     sys.argv[1:] = []
     runpy.run_module(wanted.module, run_name="__main__", alter_sys=True)
 

@@ -36,11 +36,20 @@ class FakeClock:
 
     def __init__(self, start: float = 1_700_000_000.0) -> None:
         self.time = start
+        self.jumped = 0.0
         self.slept: list[float] = []
         self.on_sleep: Callable[[], None] | None = None
 
     def now(self) -> float:
         return self.time
+
+    def elapsed(self) -> float:
+        return self.time - self.jumped
+
+    def jump(self, seconds: float) -> None:
+        """Be set to another time, forward or back; none passes."""
+        self.time += seconds
+        self.jumped += seconds
 
     def sleep(self, seconds: float) -> None:
         self.slept.append(seconds)

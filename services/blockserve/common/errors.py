@@ -49,11 +49,14 @@ from __future__ import annotations
 import asyncio
 from enum import StrEnum
 
-from blockzoo.errors import BlockzooError, InvalidInputError, NotFoundError
+from blockzoo.errors import BlockzooError, CorruptionError, InvalidInputError, NotFoundError, StorageError
 
 LEAVING = (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit)
 """What is no fault and goes on its way. Libraries in Rust raise panics beside `Exception`, and these are
 faults: where a caller waits for an answer, catch `LEAVING` and raise it again, then `BaseException`."""
+
+UNREADABLE = (StorageError, CorruptionError)
+"""A worker cannot read blocks. Another worker, whose disk or network is another one, may."""
 
 
 class PromptError(InvalidInputError):

@@ -90,6 +90,7 @@ class Announcer:
             block_bytes_used=report.block_bytes,
             kv_token_bytes=report.kv_token_bytes,
             hop_seconds=self._service.hop_seconds(),
+            unreadable=self._service.unreadable(),
         )
 
     async def _keep(self) -> None:

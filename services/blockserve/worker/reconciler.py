@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from blockserve.common.api.cluster import Assignment, ChainSpan, Placement
-from blockserve.common.errors import StateStoreError
+from blockserve.common.errors import UNREADABLE, StateStoreError
 from blockserve.common.process.tasks import end
 from blockserve.common.state.store import StateStore
 from blockserve.worker.service import WorkerService
@@ -73,8 +73,11 @@ class Reconciler:
         wanted = placement.workers.get(self._service.record().id)
         if wanted is None or self._service.is_draining:
             return
-        content = await asyncio.to_thread(self._content, wanted)
-        await self._let_go(content)
+        try:
+            await self._let_go(await asyncio.to_thread(self._content, wanted))
+        except UNREADABLE as error:
+            # One chain that cannot be read says nothing about the others, which are loaded below.
+            log.warning("nothing is let go: %s", error)
         held = {(chain.chain, chain.run): chain for chain in self._service.engine.report().chains}
         for one in wanted:
             span = ChainSpan(one.chain, one.run)

@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 from blockserve.common.api.cluster import ChainSpan, Run, WorkerId, WorkerRecord, WorkerState
 from blockserve.common.api.engine import EngineRequest
-from blockserve.common.errors import BreakCause, PathBrokenError, ServerStoppingError, SpanError, WireError
+from blockserve.common.errors import (
+    UNREADABLE,
+    BreakCause,
+    PathBrokenError,
+    ServerStoppingError,
+    SpanError,
+    WireError,
+)
 from blockserve.common.rpc.channel import Credentials
 from blockserve.worker.engine.engine import BlockEngine
 from blockserve.worker.peers.kv_client import Pulled, pull
@@ -36,6 +44,8 @@ MAX_LINGER_SECONDS = 10.0
 """The same while some are being sent."""
 DRAIN_POLL_SECONDS = 0.05
 """How often a drain looks whether the last request has ended."""
+UNREADABLE_SECONDS = 15.0
+"""How long a chain that could not be read is not placed here; the next load tries the disk again."""
 
 
 @dataclass(eq=False)
@@ -93,6 +103,7 @@ class WorkerService:
         self._streams = streams
         self._sessions: set[RouterSession] = set()
         self._inbound: dict[WorkerId, Inbound] = {}
+        self._unreadable: dict[ChainId, float] = {}  # until when nobody should count on these being read here
         self._opening: dict[str, asyncio.Task[None]] = {}  # loads for requests of others, by request id
         self.changed = asyncio.Event()
 
@@ -121,9 +132,23 @@ class WorkerService:
         return ChainSpan(chain, Run(first, end or links))
 
     async def load(self, span: ChainSpan, pinned: bool | None = None) -> None:
-        """Have a run of a chain in memory."""
-        await self.engine.load_span(span, pinned=pinned)
+        """Have a run of a chain in memory; an error of the zoo names this worker, where another may serve."""
+        try:
+            await self.engine.load_span(span, pinned=pinned)
+        except UNREADABLE as error:
+            error.metadata = {**error.metadata, "worker": self._record.id}
+            self._unreadable[span.chain] = time.monotonic() + UNREADABLE_SECONDS
+            log.warning("chain %s cannot be read: %s", span.chain[:12], error)
+            self.changed.set()
+            raise
+        self._unreadable.pop(span.chain, None)
         self.changed.set()
+
+    def unreadable(self) -> tuple[ChainId, ...]:
+        """Chains that the zoo's storage failed to give this worker a moment ago."""
+        now = time.monotonic()
+        self._unreadable = {chain: until for chain, until in self._unreadable.items() if until > now}
+        return tuple(sorted(self._unreadable))
 
     async def unload(self, span: ChainSpan) -> None:
         """Let go of a run of a chain once its requests have ended."""

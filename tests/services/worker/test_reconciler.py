@@ -3,6 +3,8 @@
 import asyncio
 from collections.abc import Sequence
 
+import pytest
+
 from blockserve.common.api.cluster import Assignment, ChainSpan, Placement, Run, WorkerId, WorkerRecord
 from blockserve.common.rpc.channel import Credentials
 from blockserve.common.state.memory import InProcessStore
@@ -10,6 +12,8 @@ from blockserve.worker.engine.engine import BlockEngine
 from blockserve.worker.peers.streams import PeerStreams
 from blockserve.worker.reconciler import Reconciler
 from blockserve.worker.service import WorkerService
+from blockzoo.errors import StorageError
+from blockzoo.manifest import ChainId, ChainManifest
 from support.tiny import SMALL, TinyZoo
 
 ME = WorkerId("me")
@@ -62,3 +66,49 @@ def test_runs_come_go_and_are_pinned_as_the_placement_says(tiny: TinyZoo) -> Non
     assert seen[2] == seen[1]
     assert seen[3] == {("base", Run(0, 3), False), ("base", whole, False)}
     assert seen[4] == seen[3] | {("top", Run(0, 2), False)}
+
+
+def test_one_chain_that_cannot_be_read_holds_up_no_other(
+    tiny: TinyZoo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is reported for a while, nothing is let go meanwhile, and the error names this worker."""
+    base, adapter, top = (tiny.chains[name] for name in ("base", "all", "top"))
+    whole = Run(0, len(tiny.zoo.chain(base).links))
+
+    async def work() -> None:
+        streams = PeerStreams(ME, Credentials(), 1 << 20)
+        engine = BlockEngine(tiny.zoo, SMALL, outlet=streams)
+        engine.start()
+        service = WorkerService(WorkerRecord(ME, "me", "unix:/me"), tiny.zoo, engine, streams, Credentials())
+        streams.attach(service)
+
+        def read(chain: ChainId) -> ChainManifest:
+            if chain == adapter:
+                raise StorageError("Input/output error")
+            return tiny.zoo.chain(chain)
+
+        async def load_span(span: ChainSpan, *, pinned: bool | None = None) -> None:
+            read(span.chain)
+            await original(span, pinned=pinned)
+
+        original = engine.load_span
+        reconciler = Reconciler(service, InProcessStore(), read)
+        try:
+            await service.load(ChainSpan(top, whole))
+            with monkeypatch.context() as patch:
+                patch.setattr(engine, "load_span", load_span)
+                await reconciler.reconcile(
+                    Placement(1, {ME: (Assignment(adapter, whole), Assignment(base, whole))})
+                )
+                assert {one.chain for one in engine.report().chains} == {base, top}
+                assert service.unreadable() == (adapter,)
+                with pytest.raises(StorageError) as caught:
+                    await service.load(ChainSpan(adapter, whole))
+                assert caught.value.metadata["worker"] == ME
+            await service.load(ChainSpan(adapter, whole))
+            assert service.unreadable() == ()
+        finally:
+            await service.close()
+            await asyncio.to_thread(engine.stop)
+
+    asyncio.run(work())

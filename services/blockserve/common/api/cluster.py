@@ -139,6 +139,7 @@ class LoadReport:
         block_bytes_used: bytes of blocks in memory.
         hop_seconds: to each peer it has links to, by worker id: one way, a moving mean.
         kv_token_bytes: bytes of the keys and values of one token at one layer, of the widest chain.
+        unreadable: chains that it could not read from the zoo a moment ago.
     """
 
     waiting_requests: int = 0
@@ -153,6 +154,7 @@ class LoadReport:
     kv_token_bytes: int = 0
     step_requests: float = 0.0
     step_crowding: float = 0.0
+    unreadable: tuple[ChainId, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -218,11 +218,13 @@ class EvictionFeed:
 
 
 def chain_of(zoo: Zoo, wish: PlacementWish) -> ChainId | None:
-    """The chain that a wish's variant runs now; None when it is not registered or cannot be read."""
+    """The chain that a wish's variant runs now; None when it is not registered or damaged (StorageError)."""
     try:
         return zoo.resolve(wish.variant).chain
     except NotFoundError:
         return None
+    except StorageError:
+        raise
     except BlockzooError as error:
         log.warning("a wished variant cannot be read variant=%s: %s", wish.variant, error)
         return None

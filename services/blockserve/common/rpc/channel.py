@@ -11,13 +11,21 @@ from blockserve.common.errors import ConfigurationError
 from blockserve.common.rpc.address import check_target, is_local
 from blockserve.common.rpc.files import read_file
 
-KEEPALIVE_MS = 30_000
+KEEPALIVE_MS = 10_000
+"""Interval of probes on a silent connection with calls; see `listen.LEAST_PROBE_MS`."""
 KEEPALIVE_TIMEOUT_MS = 10_000
+"""How long an answer to a probe may take. A connection of which one direction is dead ends after both
+times together, even where a proxy or the kernel of a frozen peer acknowledges every byte."""
 MAX_MESSAGE_BYTES = 64 << 20
 
 _OPTIONS = [
     ("grpc.keepalive_time_ms", KEEPALIVE_MS),
     ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+    # The keepalive timeout only says how long a kernel may wait for an acknowledgement (TCP_USER_TIMEOUT);
+    # for the answer to a probe, gRPC waits a minute unless this is set (grpc/grpc#39239).
+    ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+    # Without it, gRPC sends two probes between two messages of ours and then one a minute.
+    ("grpc.http2.max_pings_without_data", 0),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     # A connection of its own: otherwise clients of one process share a broken one.

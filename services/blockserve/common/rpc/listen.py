@@ -18,6 +18,8 @@ from blockserve.common.rpc.settings import ServerSettings
 
 SOCKET_MODE = 0o600
 OTHER = "Choose another address with --listen."
+LEAST_PROBE_MS = 5_000
+"""Clients that probe more often are sent away (`channel.KEEPALIVE_MS`)."""
 MAX_PENDING_CALLS = 50_000
 """Some kilobytes each; their messages are not read yet."""
 
@@ -33,8 +35,12 @@ def server_options(settings: ServerSettings) -> list[tuple[str, int]]:
         ("grpc.max_send_message_length", settings.max_message_bytes),
         ("grpc.keepalive_time_ms", keepalive),
         ("grpc.keepalive_timeout_ms", timeout),
-        # Clients probe too; the default would take more than one probe in five minutes for an attack.
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+        # Without it, an answer to a probe may take a minute; see `channel`.
+        ("grpc.http2.ping_timeout_ms", timeout),
+        # Clients probe too; the default would take more than one probe in five minutes for an attack, and end
+        # calls on which the server is silent. gRPC's documentation has another name for it (min_recv_ping),
+        # and gRPC ignores names that it does not know.
+        ("grpc.http2.min_ping_interval_without_data_ms", LEAST_PROBE_MS),
         ("grpc.keepalive_permit_without_calls", 1),
         # Two servers on one port would share its connections between them without a word.
         ("grpc.so_reuseport", 0),

@@ -150,6 +150,7 @@ def _load(values: dict[str, Any]) -> LoadReport:
         block_bytes_used=int(read("block_bytes_used", 0)),
         kv_token_bytes=int(read("kv_token_bytes", 0)),
         hop_seconds={WorkerId(peer): float(time) for peer, time in read("hop_seconds", {}).items()},
+        unreadable=tuple(ChainId(str(chain)) for chain in read("unreadable", ())),
     )
 
 

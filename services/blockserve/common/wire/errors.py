@@ -122,6 +122,7 @@ STATUS: Mapping[type[BlockzooError], grpc.StatusCode] = {
     serve_errors.DeadlineExceededError: _Code.DEADLINE_EXCEEDED,
     # The operator has to do something.
     zoo_errors.StorageFullError: _Code.RESOURCE_EXHAUSTED,
+    zoo_errors.ClockSkewError: _Code.FAILED_PRECONDITION,
     zoo_errors.UnsupportedStoreError: _Code.FAILED_PRECONDITION,
     zoo_errors.FormatVersionError: _Code.FAILED_PRECONDITION,
     zoo_errors.MissingPackageError: _Code.FAILED_PRECONDITION,

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from blockserve.common.api.cluster import (
@@ -30,11 +31,12 @@ from blockserve.controller.placement.words import (
     PlacementConfig,
     PlacementPlan,
     PlacementProblem,
+    Wishes,
     WorkerCapacity,
 )
 from blockserve.controller.planning.counts import PlanningCounts
 from blockserve.controller.planning.wished import WishedChain, make_room, to_wishes
-from blockzoo.errors import BlockzooError
+from blockzoo.errors import BlockzooError, StorageError
 from blockzoo.manifest import BlockId, ChainId, ChainManifest
 from blockzoo.store.wishes import WishBook
 from blockzoo.zoo import Zoo
@@ -130,9 +132,19 @@ class Planner:
                 failed = True
                 self._token = None
                 await asyncio.sleep(self._look_seconds)
+            except StorageError as error:
+                log.warning("the zoo cannot be read, so another controller may lead: %s", error)
+                await self._step_down()
             except BlockzooError:
                 log.exception("no placement was made")
                 await asyncio.sleep(self._look_seconds)
+
+    async def _step_down(self) -> None:
+        """Give up leadership for long enough that another controller, whose disk may be well, sees it."""
+        self._token = None
+        with suppress(StateStoreError, ConfigurationError):  # then it runs out by itself
+            await self._store.resign(self._name)
+        await asyncio.sleep(2 * self._look_seconds)
 
     async def _turn(self) -> None:
         token = await self._store.lead(self._name, lease_seconds=self._lease_seconds)
@@ -170,13 +182,16 @@ class Planner:
                 workers={worker: _capacity(one.record) for worker, one in workers.items()},
                 traffic={chain: demand.get(chain, 0.0) for chain in wanted},
                 present=view.placement.workers,
-                wishes=to_wishes(
-                    wished,
-                    {worker: one.record.name for worker, one in workers.items()},
-                    view.placement.workers,
-                    called=demand,
-                    least_replicas=self._config.least_replicas,
-                    evicted=evicted,
+                wishes=_barring_unreadable(
+                    to_wishes(
+                        wished,
+                        {worker: one.record.name for worker, one in workers.items()},
+                        view.placement.workers,
+                        called=demand,
+                        least_replicas=self._config.least_replicas,
+                        evicted=evicted,
+                    ),
+                    workers,
                 ),
             )
             plans.append(await asyncio.to_thread(self._place, self._placers[version], problem, pinned))
@@ -229,11 +244,17 @@ class Planner:
         return sum(self._sizes[block] for block in blocks)
 
     async def _know(self, chain: ChainId) -> bool:
-        """Read a chain and the sizes of its blocks once; False for one that cannot be read."""
+        """Read a chain and the sizes of its blocks once; False for one that is damaged or gone.
+
+        Raises:
+            StorageError: the storage fails; a placement without the chain would have workers let go of it.
+        """
         if chain in self._manifests:
             return True
         try:
             await asyncio.to_thread(self._read, chain)
+        except StorageError:
+            raise
         except BlockzooError as error:
             log.error("chain cannot be placed chain=%s: %s", chain[:12], error)
             return False
@@ -256,6 +277,12 @@ def _by_wire_version(view: ClusterView) -> dict[int, dict[WorkerId, WorkerView]]
         if one.record.state is WorkerState.READY:
             found.setdefault(one.record.wire_version, {})[worker] = one
     return found
+
+
+def _barring_unreadable(wishes: Wishes, workers: Mapping[WorkerId, WorkerView]) -> Wishes:
+    """The wishes, and that no worker is given a chain that it could not read a moment ago."""
+    unreadable = {(worker, chain) for worker, one in workers.items() for chain in one.load.unreadable}
+    return replace(wishes, barred=wishes.barred | unreadable)
 
 
 def _capacity(record: WorkerRecord) -> WorkerCapacity:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from blockserve.common.api.cluster import PathStep, WorkerId
 from blockserve.common.api.engine import EngineRequest, TokenEvent
 from blockserve.common.errors import (
+    UNREADABLE,
     BreakCause,
     ChainNotLoadedError,
     DeadlineExceededError,
@@ -21,12 +22,13 @@ from blockserve.common.errors import (
     ServerStoppingError,
 )
 from blockserve.common.settings import Section, setting
-from blockzoo.errors import BlockzooError
+from blockzoo.errors import BlockzooError, CorruptionError
 
-RETRYABLE = (PathBrokenError, ServerStoppingError, ChainNotLoadedError, EngineFailedError)
+RETRYABLE = (PathBrokenError, ServerStoppingError, ChainNotLoadedError, EngineFailedError, *UNREADABLE)
 """Errors that another path may cure."""
 MAX_FAULTS = 1
-"""Failed passes that a request survives: a second one, at another worker, is probably its own doing."""
+"""Failed passes that a request survives: a second one, at another worker, is probably its own doing. Damaged
+blocks count as well: what two workers find damaged is damaged in the zoo."""
 
 
 class FailoverConfig(Section):
@@ -88,7 +90,7 @@ class Failover:
         request: as the engine was given it.
         tokens: output tokens so far; those that the request came with are the first.
         failures: paths that have broken.
-        faults: how many of them by a failed pass.
+        faults: how many of them by a failed pass or by damaged blocks.
         excluded: workers that the next path should avoid; the driver removes those that turn out to live.
         previous: the path that broke last; empty before the first break.
         lost: the worker of `previous` that keys and values cannot be fetched from; None where all answer.
@@ -141,7 +143,8 @@ class Failover:
         """
         if self.failures == self._config.max_failures:
             return GiveUp(error)
-        if isinstance(error, EngineFailedError) and self.faults == MAX_FAULTS:
+        is_fault = isinstance(error, EngineFailedError | CorruptionError)
+        if is_fault and self.faults == MAX_FAULTS:
             return GiveUp(error)
         if (late := self.overdue(now)) is not None:
             return GiveUp(late)
@@ -150,8 +153,12 @@ class Failover:
         self.previous = self._path
         self.excluded.clear()
         self.lost = None
+        self.faults += is_fault
+        if isinstance(error, UNREADABLE):
+            # What it holds is sound, so keys and values can still be fetched from it.
+            self.excluded.add(self.faulty(error))
+            return Retry(pause)
         if isinstance(error, EngineFailedError):
-            self.faults += 1
             # What it has in its caches may be as wrong as what it computes.
             self.lost = self.faulty(error)
             self.excluded.add(self.lost)
@@ -164,8 +171,8 @@ class Failover:
             self.lost = worker
         return Retry(pause, (WorkerId(error.seen_by), worker) if error.seen_by else None)
 
-    def faulty(self, error: EngineFailedError) -> WorkerId:
-        """The worker of the current path whose pass failed; one that says nothing else is the head."""
+    def faulty(self, error: BlockzooError) -> WorkerId:
+        """The worker of the current path that failed; where the error names none, it is the head."""
         return WorkerId(error.metadata.get("worker") or self._path[0].worker)
 
     def overdue(self, now: float) -> DeadlineExceededError | None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+from grpc._cython import cygrpc
 
 from blockserve.client.aio import AsyncClient
 from blockserve.common.errors import ConfigurationError, UnavailableError
+from blockserve.common.rpc import channel
 from blockserve.common.rpc.channel import Credentials
-from support.edge import async_test, serving
+from blockserve.common.rpc.listen import LEAST_PROBE_MS, server_options
+from blockserve.common.rpc.settings import ServerSettings
+from support.cuttable import Cut, CuttableWire
+from support.edge import ScriptedEngine, async_test, serving
 
 
 @async_test
@@ -144,3 +150,65 @@ async def test_reflection_lists_the_services_only_where_it_is_on() -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await listed(rig)
         assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_grpc_knows_every_argument_that_we_set() -> None:
+    """It ignores others without a word."""
+    library = Path(cygrpc.__file__).read_bytes()
+    arguments = [*server_options(ServerSettings()), *channel._OPTIONS, *channel._RECONNECT]
+    assert [name for name, _ in arguments if name.encode() not in library] == []
+
+
+def test_servers_take_probes_twice_as_often_as_clients_send_them() -> None:
+    assert 2 * LEAST_PROBE_MS <= channel.KEEPALIVE_MS
+
+
+@pytest.mark.long
+@async_test
+async def test_a_call_on_which_nothing_is_said_outlives_many_probes() -> None:
+    """By its default, a server sends a client away with the third probe."""
+    engine = ScriptedEngine()
+    engine.hold_at = 0
+    async with serving(engine=engine) as rig:
+        answer = asyncio.create_task(rig.client.generate("tale", "x", max_tokens=1).result())
+        _, running = await asyncio.wait([answer], timeout=5.5 * channel.KEEPALIVE_MS / 1000)
+        assert running, answer.exception()
+        engine.release.set()
+        assert (await answer).token_ids
+
+
+@pytest.mark.parametrize("how", [Cut.SILENT, Cut.TO_SERVER, Cut.FROM_SERVER])
+@async_test
+async def test_a_request_ends_soon_after_the_connection_of_its_caller_died(how: Cut) -> None:
+    """The kernel of neither side sees it: something between them acknowledges every byte."""
+    engine = ScriptedEngine()
+    engine.hold_at = 1
+    async with serving(engine=engine, keepalive_seconds=1.0, keepalive_timeout_seconds=1.0) as rig:
+        wire = await CuttableWire(lambda: int(rig.server.address.rpartition(":")[2])).start()
+        async with AsyncClient(f"127.0.0.1:{wire.port}", resume_attempts=0) as client:
+            stream = client.generate("tale", "x", max_tokens=2)
+            await anext(aiter(stream))
+            with wire.cut(how):
+                async with asyncio.timeout(
+                    channel.KEEPALIVE_MS / 1000
+                ):  # less than its caller takes to see it
+                    while not engine.closed:
+                        await asyncio.sleep(0.02)
+        await wire.close()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("how", [Cut.TO_SERVER, Cut.FROM_SERVER])
+@async_test
+async def test_a_caller_sees_within_two_timeouts_that_one_direction_died(how: Cut) -> None:
+    engine = ScriptedEngine()
+    engine.hold_at = 1
+    async with serving(engine=engine) as rig:
+        wire = await CuttableWire(lambda: int(rig.server.address.rpartition(":")[2])).start()
+        async with AsyncClient(f"127.0.0.1:{wire.port}", resume_attempts=0) as client:
+            stream = client.generate("tale", "x", max_tokens=2)
+            await anext(aiter(stream))
+            with wire.cut(how), pytest.raises(UnavailableError):
+                async with asyncio.timeout((channel.KEEPALIVE_MS + channel.KEEPALIVE_TIMEOUT_MS) / 1000 + 3):
+                    await stream.result()
+        await wire.close()

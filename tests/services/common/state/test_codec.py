@@ -36,6 +36,7 @@ loads = st.builds(
     hop_seconds=st.dictionaries(names, times, max_size=3),
     step_requests=times,
     step_crowding=times,
+    unreadable=st.lists(names, max_size=3).map(tuple),
 )
 residencies = st.frozensets(st.builds(ResidentSegment, names, runs), max_size=5)
 assignments = st.lists(st.builds(Assignment, names, runs, st.booleans()), max_size=3).map(tuple)

@@ -6,11 +6,21 @@ import asyncio
 from collections.abc import Mapping
 from pathlib import Path
 
-from blockserve.common.api.cluster import ClusterView, LoadReport, Placement, WorkerId, WorkerRecord
+import pytest
+
+from blockserve.common.api.cluster import (
+    ClusterView,
+    LoadReport,
+    Placement,
+    WorkerId,
+    WorkerRecord,
+    WorkerView,
+)
 from blockserve.common.state.memory import InProcessStore
 from blockserve.common.state.store import Announcement, StateStore
 from blockserve.controller.planning.planner import Planner
-from blockzoo.manifest import ChainId
+from blockzoo.errors import StorageError
+from blockzoo.manifest import ChainId, ChainManifest
 from blockzoo.zoo import Zoo
 from support.edge import async_test
 from support.folders import config, tensors, write_checkpoint
@@ -85,3 +95,47 @@ async def test_a_leader_that_was_stopped_is_followed_and_overwrites_nothing(tmp_
         first.may_go_on.set()
         await first.stop()
         await second.stop()
+
+
+OTHER_WORKER = WorkerId("v.2")
+UNLOADED = LoadReport()
+
+
+def with_load(worker: WorkerId, load: LoadReport = UNLOADED) -> WorkerView:
+    return WorkerView(WorkerRecord(worker, worker[0], f"unix:/{worker}"), load)
+
+
+@async_test
+async def test_no_worker_is_given_what_it_could_not_read_a_moment_ago(tmp_path: Path) -> None:
+    zoo, one, two = make_zoo(tmp_path)
+    planner = Planner(zoo, InProcessStore(), "1", lease_seconds=LEASE_SECONDS, look_seconds=0.01, replicas=2)
+    demand = {one: 1.0, two: 1.0}
+    workers = {
+        WORKER: with_load(WORKER, LoadReport(unreadable=(one,))),
+        OTHER_WORKER: with_load(OTHER_WORKER),
+    }
+    held = await planner.plan(ClusterView(workers), demand)
+    assert {run.chain for run in held.workers[WORKER]} == {two}
+    assert {run.chain for run in held.workers[OTHER_WORKER]} == {one, two}
+    workers[WORKER] = with_load(WORKER)
+    well = await planner.plan(ClusterView(workers, held), demand)
+    assert {run.chain for run in well.workers[WORKER]} == {one, two}
+
+
+@async_test
+async def test_a_storage_that_fails_makes_no_placement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left out of a placement, the chain would be let go by those who hold it."""
+    zoo, one, _ = make_zoo(tmp_path)
+    planner = Planner(zoo, InProcessStore(), "1", lease_seconds=LEASE_SECONDS, look_seconds=0.01)
+
+    def fail(chain: ChainId) -> ChainManifest:
+        raise StorageError(f"{chain}: Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(zoo, "chain", fail)
+        with pytest.raises(StorageError):
+            await planner.plan(ClusterView({WORKER: with_load(WORKER)}), {one: 1.0})
+    plan = await planner.plan(ClusterView({WORKER: with_load(WORKER)}), {one: 1.0})
+    assert {run.chain for run in plan.workers[WORKER]} == {one}

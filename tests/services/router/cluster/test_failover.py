@@ -16,8 +16,8 @@ from blockserve.common.errors import (
     PathBrokenError,
     ServerStoppingError,
 )
-from blockserve.router.cluster.failover import Failover, FailoverConfig, GiveUp, Retry
-from blockzoo.errors import BlockzooError
+from blockserve.router.cluster.failover import RETRYABLE, Failover, FailoverConfig, GiveUp, Retry
+from blockzoo.errors import BlockzooError, CorruptBlobError, StorageError
 from blockzoo.manifest import ChainId
 
 A, B, C = map(WorkerId, "abc")
@@ -205,3 +205,23 @@ def test_a_failed_pass_blames_who_computed_it() -> None:
     assert isinstance(state.fail(lost(C), NOW), Retry)
     last = EngineFailedError("no memory")
     assert state.fail(last, NOW) == GiveUp(last)
+
+
+@pytest.mark.parametrize("worker", [A, B])
+def test_what_a_worker_cannot_read_is_asked_of_another(worker: WorkerId) -> None:
+    """What it has in its caches is sound, so its keys and values may follow."""
+    state = begin()
+    state.attempt(path(A, B))
+    error = StorageError("blobs/aa: Input/output error", worker=worker)
+    assert isinstance(error, RETRYABLE)
+    assert state.fail(error, NOW) == Retry()
+    assert (state.excluded, state.previous, state.lost, state.faults) == ({worker}, path(A, B), None, 0)
+
+
+def test_what_two_workers_find_damaged_is_damaged() -> None:
+    state = begin()
+    state.attempt(path(A))
+    assert state.fail(CorruptBlobError("bad", worker=A), NOW) == Retry()
+    state.attempt(path(B))
+    again = CorruptBlobError("bad", worker=B)
+    assert state.fail(again, NOW) == GiveUp(again)
