@@ -213,16 +213,21 @@ def noted(notes: Sequence[str]) -> dict[str, str]:
 
 def read_outline(store: WritableZoo, record: VariantRecord) -> Outline:
     """Return the chain of a variant; its lists of modules and tensors are made once for many adapters."""
-    known = _OUTLINES.setdefault(store.remembered, OrderedDict())
     ref = f"{record.name}@{record.version}"
-    if (ref, record.chain) not in known:
-        known[ref, record.chain] = Outline.read(store.remembered, ref, record.chain)
-    known.move_to_end((ref, record.chain))
-    while len(known) > _MAX_OUTLINES:
-        known.popitem(last=False)
-    return known[ref, record.chain]
+    with _OUTLINES_LOCK:
+        known = _OUTLINES.setdefault(store.remembered, OrderedDict())
+        found = known.get((ref, record.chain))
+    if found is None:
+        found = Outline.read(store.remembered, ref, record.chain)
+    with _OUTLINES_LOCK:
+        known[ref, record.chain] = found
+        known.move_to_end((ref, record.chain))
+        while len(known) > _MAX_OUTLINES:
+            known.popitem(last=False)
+    return found
 
 
+_OUTLINES_LOCK = threading.Lock()
 _OUTLINES: WeakKeyDictionary[Manifests, OrderedDict[tuple[str, ChainId], Outline]] = WeakKeyDictionary()
 _MAX_OUTLINES = 4
 
