@@ -27,6 +27,7 @@ MODULES = {
     "placement-gap": "placement_gap",
     "register": "register",
     "ls-300": "ls",
+    "register-300": "register_all",
     "start": "start",
     "client-import": "client_import",
     "hop": "hop",

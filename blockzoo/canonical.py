@@ -9,6 +9,7 @@ their spelling; manifests hold them as strings.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from json.encoder import encode_basestring
 
 from blake3 import blake3
@@ -30,6 +31,11 @@ def canonical_json(value: JsonValue) -> bytes:
         InvalidInputError: a float, an integer beyond 2**53 - 1, a string that is not
             valid Unicode, a member name that is not a string, or nesting beyond `MAX_DEPTH`.
     """
+    if _is_plain(value, MAX_DEPTH):
+        text = _PLAIN.encode(value)
+        # Of other characters, UTF-16 has another order than Python.
+        if text.isascii():
+            return text.encode("ascii")
     parts: list[str] = []
     _write(value, parts, 0)
     try:
@@ -88,6 +94,29 @@ def unseal_json(data: bytes | memoryview) -> JsonValue:
     if not isinstance(fields, dict) or digest_json(record) != fields.get("digest"):
         raise InvalidInputError("the record does not have the digest beside it")
     return record
+
+
+_PLAIN = json.JSONEncoder(
+    ensure_ascii=False, check_circular=False, allow_nan=False, sort_keys=True, separators=(",", ":")
+)
+"""Writes what `_is_plain`, in ASCII, as `_write` does; in C, in a quarter of the time."""
+
+
+def _is_plain(value: object, depth: int) -> bool:
+    """Tell whether nothing can go wrong: only exact types of JSON, integers within bounds, not too deep."""
+    kind = type(value)
+    if kind is dict or kind is list or kind is tuple:
+        if depth == 0:
+            return False
+        items: Iterable[object] = value  # type: ignore[assignment]
+        if kind is dict:
+            if not all(type(name) is str for name in items):
+                return False
+            items = value.values()  # type: ignore[attr-defined]
+        return all(type(item) is str or _is_plain(item, depth - 1) for item in items)
+    if kind is int:
+        return -MAX_SAFE_INTEGER <= value <= MAX_SAFE_INTEGER  # type: ignore[operator]
+    return kind is str or kind is bool or value is None
 
 
 def _write(value: object, parts: list[str], depth: int) -> None:

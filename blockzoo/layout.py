@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from blockzoo.digest import is_digest
 
 ZOO = "zoo.json"
@@ -14,6 +16,12 @@ DECISIONS = "refs/equivalence"
 WISHES = "refs/wishes"
 LEASES = "leases"
 CONDEMNED = "condemned"
+PACKS = "packs"
+
+_NAMED = re.compile(
+    rf"{BLOBS}/(?P<spread>[0-9a-f]{{2}})/(?P<blob>(?P=spread)[0-9a-f]{{62}})"
+    rf"|(?:{BLOCKS}|{CHAINS}|{EQUIVALENCE})/(?P<manifest>[0-9a-f]{{64}})\.json"
+)
 
 
 def blob_key(digest: str) -> str:
@@ -29,6 +37,11 @@ def block_key(digest: str) -> str:
 def chain_key(digest: str) -> str:
     """Key of a chain manifest."""
     return f"{CHAINS}/{digest}.json"
+
+
+def pack_key(digest: str) -> str:
+    """Key of a pack of small objects."""
+    return f"{PACKS}/{digest}"
 
 
 def ref_key(name: str, version: int) -> str:
@@ -53,10 +66,18 @@ def wish_key(name: str, number: int) -> str:
 
 def digest_of(key: str) -> str | None:
     """Return the digest that a blob's, manifest's or record's key names, or None for a stray object."""
-    last = key.rpartition("/")[2].removesuffix(".json")
-    if is_digest(last) and key in (blob_key(last), block_key(last), chain_key(last), equivalence_key(last)):
-        return last
-    return None
+    found = _NAMED.fullmatch(key)
+    return None if found is None else found["blob"] or found["manifest"]
+
+
+def is_content(key: str) -> bool:
+    """Tell whether a key is that of a blob or of the manifest of a block or chain."""
+    return digest_of(key) is not None and not key.startswith(EQUIVALENCE)
+
+
+def is_pack(key: str) -> bool:
+    """Tell whether a key is that of a pack."""
+    return is_digest(key.removeprefix(f"{PACKS}/")) and key.startswith(f"{PACKS}/")
 
 
 def decision_of(key: str) -> tuple[str, int] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -184,6 +184,10 @@ class Zoo:
             on_demand=on_demand,
             progress=progress,
         )
+
+    def batch(self) -> AbstractContextManager[None]:
+        """Register several adapters of a base in less time: see `blockzoo.store.zoo_store.ZooStore.batch`."""
+        return self.store.batch("register several")
 
     def export(self, ref: str, dest: str | Path, *, progress: Progress | None = None) -> ExportResult:
         """Write a variant back as a folder; see `blockzoo.folders.export.export_variant`."""

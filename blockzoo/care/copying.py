@@ -16,11 +16,13 @@ from blockzoo.storage.base import Chunks, Staged
 from blockzoo.store.blobs import TensorData
 from blockzoo.store.closure import Walker
 from blockzoo.store.leases import LeaseHolder
+from blockzoo.store.packed import as_small
+from blockzoo.store.packs import MAX_PACK_BYTES
 from blockzoo.store.zoo_store import ZooStore
 
 _WORKERS = 2
 _REMOTE_WORKERS = 8
-_GROUP_BYTES = 256 << 20
+_GROUP_BYTES = 4 * MAX_PACK_BYTES
 """Stored bytes copied between two renewals of the lease, and held in memory on the way to an object store."""
 
 
@@ -181,10 +183,15 @@ def _copy_group(
     """Copy objects that do not need each other, and make them durable."""
     storage = destination.storage
     staged: dict[str, Staged] = {}
+    small: dict[str, bytes] = {}
 
     def stage(key: str) -> int:
         chunks = _verified_chunks(source, destination, key)
-        staged[key] = storage.stage(chunks)
+        body = as_small(chunks)
+        if body is None:
+            staged[key] = storage.stage(chunks)
+        else:
+            small[key] = body
         size = sum(memoryview(chunk).nbytes for chunk in chunks)
         on_bytes(size)
         return size
@@ -195,6 +202,7 @@ def _copy_group(
             num_bytes = sum(pool.map(stage, keys))
             storage.flush(list(staged.values()))
             list(pool.map(lambda item: item[1].publish(item[0]), staged.items()))
+        storage.put_objects(small, workers)
     finally:
         for item in staged.values():
             item.discard()

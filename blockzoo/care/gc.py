@@ -1,19 +1,19 @@
 """Deleting what no variant needs, while registrations go on. `blockzoo.store.leases` explains why it is safe.
 
-Order of deletion: chains, blocks, differences, raw blobs; durable after each. A
-collection killed anywhere leaves objects that nothing needs, never one that needs
+Nothing is deleted before what needs it (`blockzoo.care.order`), durable after each step.
+A collection killed anywhere leaves objects that nothing needs, never one that needs
 what is gone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from blockzoo import layout
 from blockzoo.care.base import Holding
 from blockzoo.care.holdings import HOLDINGS
-from blockzoo.care.variants import is_difference
+from blockzoo.care.order import in_order
 from blockzoo.errors import ConflictError
 from blockzoo.manifest import BlobId, BlockId, ChainId
 from blockzoo.storage.base import ObjectInfo
@@ -108,6 +108,7 @@ def collect(
         on_stage("deleting", _bytes(condemned))
         doomed, deleted = _sweep(store, marker, until, condemned, on_object, kinds)
     finally:
+        store.storage.undelete()
         drop_marker(store.storage, marker)
     spared = [info for info in condemned if info not in set(doomed)]
     stayed = [*kept, *(info for info in condemned if info not in set(deleted))]
@@ -140,23 +141,30 @@ def _sweep(
     needed = _needed_keys(store, kinds)
     doomed = [info for info in condemned if info.key not in needed]
     deleted: list[ObjectInfo] = []
-    for stage in _in_order(store, doomed):
+    for stage in in_order(store, doomed):
+        gone: list[str] = []
         for info in stage:
             if left() <= SKEW_S:
-                return doomed, deleted
+                break
             store.storage.delete(info.key)
+            gone.append(info.key)
             deleted.append(info)
             if left() <= 0:
-                _own_up(store, info.key, kinds)
+                _own_up(store, gone, kinds)
             if on_object is not None:
                 on_object(info)
-        store.storage.sync(info.key for info in stage)
+        store.storage.sync(gone)
+        if left() <= 0:
+            _own_up(store, gone, kinds)
+        if len(gone) < len(stage):
+            break
     return doomed, deleted
 
 
-def _own_up(store: ZooStore, key: str, kinds: Sequence[Holding]) -> None:
+def _own_up(store: ZooStore, keys: Collection[str], kinds: Sequence[Holding]) -> None:
     """Raise ConflictError when a delete that came too late has hit something that is needed by now."""
-    if any(key in kind.needed(store, ignore_problem) for kind in kinds):
+    needed = {key for kind in kinds for key in kind.needed(store, ignore_problem)}
+    for key in needed.intersection(keys):
         raise ConflictError(
             f"this gc was suspended while it deleted {key}, which is needed again",
             hint="Register that checkpoint again, or run `blockzoo verify --repair FROM`.",
@@ -170,6 +178,8 @@ def _objects(store: ZooStore) -> Iterator[ObjectInfo]:
         # What is not spelled as ours is not ours to delete; `verify` lists it.
         yield from (info for info in store.storage.list(folder) if layout.digest_of(info.key))
     yield from store.dead_refs()
+    # What damaged packs held that is needed is stored elsewhere by now, or gc ends before it deletes.
+    yield from (info for info in store.storage.list(layout.PACKS) if layout.is_pack(info.key))
 
 
 def _needed_keys(store: ZooStore, kinds: Sequence[Holding]) -> set[str]:
@@ -195,20 +205,6 @@ def _add_leased(store: ZooStore, walker: Walker, digest: str) -> None:
         walker.add_block(BlockId(digest))
     # Also when it is no blob: a registration may be about to write it.
     walker.add_blobs([BlobId(digest)])
-
-
-def _in_order(store: ZooStore, doomed: Iterable[ObjectInfo]) -> Iterator[list[ObjectInfo]]:
-    """Yield what may be deleted together: never something before what needs it."""
-    folders: dict[str, list[ObjectInfo]] = {}
-    for info in doomed:
-        folders.setdefault(info.key.partition("/")[0], []).append(info)
-    for folder in ("refs", layout.CHAINS, layout.BLOCKS):
-        yield folders.get(folder, [])
-    blobs = folders.get(layout.BLOBS, [])
-    # A damaged leftover counts as raw: it needs nothing that can be known.
-    differences = [info for info in blobs if is_difference(store, info.key)]
-    yield differences
-    yield [info for info in blobs if info not in set(differences)]
 
 
 def _tidy(store: ZooStore) -> int:

@@ -17,6 +17,7 @@ from blockzoo.equivalence.records import RecordId
 from blockzoo.equivalence.spliced import missing_chains, needed_keys, restore_chains
 from blockzoo.storage.base import Chunks
 from blockzoo.store.closure import Problem
+from blockzoo.store.packs import read_index
 from blockzoo.store.wishes import WishBook
 from blockzoo.store.zoo_store import ZooStore
 
@@ -92,6 +93,10 @@ def _check_wish(store: ZooStore, key: str) -> None:
     WishBook(store).read(*wish)
 
 
+def _check_pack(store: ZooStore, key: str) -> None:
+    read_index(store.storage.inner, key)
+
+
 HOLDINGS = (
     Holding(
         "variants",
@@ -119,6 +124,8 @@ HOLDINGS = (
         faults=_lost_spliced,
         copy=_restore_spliced,
     ),
+    # Only damaged ones are listed. What the others hold is checked, repaired and copied as what it is.
+    Holding("packs", folders=(layout.PACKS,), owns=layout.is_pack, check=_check_pack),
     # Neither copied nor repaired from another zoo: wishes name the workers of one cluster.
     Holding("placement wishes", folders=(layout.WISHES,), owns=_is_wish, check=_check_wish),
 )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, TypeVar, cast
 
 from blockzoo.errors import AdapterError, UnknownTargetError, UnsupportedAdapterError
@@ -332,10 +333,11 @@ def _depends_on_order(patterns: Sequence[tuple[ModulePattern, _Number]], modules
     return any(_first_match(patterns, one, 0) != _first_match(ordered, one, 0) for one in modules)
 
 
-def _suffixes(module: str) -> set[str]:
+@lru_cache(4096)
+def _suffixes(module: str) -> frozenset[str]:
     """What a name in a list may be: the path, or its last parts."""
     parts = module.split(".")
-    return {".".join(parts[start:]) for start in range(len(parts))}
+    return frozenset(".".join(parts[start:]) for start in range(len(parts)))
 
 
 def _leaf_names(modules: Iterable[str]) -> str:

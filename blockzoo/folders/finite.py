@@ -7,9 +7,10 @@ at least the exponent mask.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -17,6 +18,8 @@ from blockzoo.errors import NonFiniteWeightsError
 from blockzoo.manifest import DType
 
 _EXPONENT = {DType.F64: 0x7FF << 52, DType.F32: 0xFF << 23, DType.F16: 0x1F << 10, DType.BF16: 0xFF << 7}
+_RUN_BYTES = 2 << 20
+"""Bytes that a thread looks at before it asks for more: to hand over a small tensor costs more than it."""
 _SLICE_BYTES = 256 << 10
 """Bytes looked at in one go; input and scratch stay in a core's cache."""
 
@@ -53,6 +56,18 @@ def is_finite(dtype: DType, data: memoryview) -> bool:
     return True
 
 
+def _runs(sizes: Sequence[int]) -> Iterator[range]:
+    """Cut a list into runs that are worth a thread's while."""
+    start = num_bytes = 0
+    for index, size in enumerate(sizes):
+        num_bytes += size
+        if num_bytes >= _RUN_BYTES:
+            yield range(start, index + 1)
+            start, num_bytes = index + 1, 0
+    if start < len(sizes):
+        yield range(start, len(sizes))
+
+
 def check_finite(
     weights: Iterable[Weights],
     on_bytes: Callable[[int], None],
@@ -74,14 +89,16 @@ def check_finite(
     """
     weights = list(weights)
 
-    def look(index: int) -> bool:
-        finite = is_finite(weights[index].dtype, weights[index].data)
-        if finite:
-            then(index)
-        return finite
+    def look(run: range) -> list[bool]:
+        found = []
+        for index in run:
+            found.append(is_finite(weights[index].dtype, weights[index].data))
+            if found[-1]:
+                then(index)
+        return found
 
     with ThreadPoolExecutor(workers, thread_name_prefix="blockzoo-check") as pool:
-        results = pool.map(look, range(len(weights)))
+        results = chain.from_iterable(pool.map(look, _runs([item.data.nbytes for item in weights])))
         try:
             for item, finite in zip(weights, results, strict=True):
                 if not finite:

@@ -240,9 +240,15 @@ def _check_cover(file: str, entries: Sequence[TensorEntry], data_bytes: int | No
 
 
 def _counts(value: object) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 1 << 62 for item in value
-    )
+    if not isinstance(value, list):
+        return False
+    for item in value:  # noqa: SIM110 - hundreds of tensors, and a generator takes longer than its items
+        if type(item) is not int or not 0 <= item < _TOO_MUCH:
+            return False
+    return True
+
+
+_TOO_MUCH = 1 << 62
 
 
 _DOWNLOAD_HINT = "The download or copy is probably incomplete; fetch the file again."

@@ -170,7 +170,12 @@ def put_adapter_chain(
 ) -> ChainId:
     """Write the manifests of a base's chain with an adapter on it."""
     blocks = _base_blocks(base, plan, refs)
-    adapters = {position: _adapter_block(base, position, plan, refs) for position in plan.adapted()}
+    adapters = {
+        position: _adapter_block(
+            base, position, plan, {name: refs[source] for name, source in sources.items()}
+        )
+        for position, sources in plan.adapted().items()
+    }
     ids = iter(
         registration.put_blocks([*(blocks[position] for position in plan.replaced), *adapters.values()])
     )
@@ -198,7 +203,7 @@ def _with_replaced(
 
 
 def _adapter_block(
-    base: Outline, position: int, plan: AdapterPlan, refs: Mapping[str, TensorRef]
+    base: Outline, position: int, plan: AdapterPlan, tensors: Mapping[str, TensorRef]
 ) -> BlockManifest:
     """Return what an adapter adds at one position.
 
@@ -212,7 +217,6 @@ def _adapter_block(
     modules: dict[str, JsonValue] = {**changes}
     key = "modules" if rows is None and all(pair.is_plain for pair in pairs) else "changes"
     target = {0: "embedding", base.head: "head"}.get(position, "layer")
-    tensors = {name: refs[source] for name, source in plan.adapted()[position].items()}
     return BlockManifest(BlockKind.ADAPTER, base.chain.family, {"target": target, key: modules}, tensors)
 
 

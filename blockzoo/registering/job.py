@@ -7,13 +7,16 @@ import importlib.metadata
 import os
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from blockzoo.errors import MissingPackageError, VariantNotFoundError
+from blockzoo.errors import MissingPackageError
 from blockzoo.folders.checkpoint import ModelFolder
 from blockzoo.folders.contents import FolderLayout, InBlock, InFile
 from blockzoo.folders.files import TOKENIZER, read_kept_file
@@ -165,7 +168,7 @@ class RegisterJob:
         facts = {
             "source": str(self.folder.path.resolve()),
             "registered_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "registered_by": f"blockzoo {importlib.metadata.version('blockzoo')}",
+            "registered_by": f"blockzoo {_version()}",
             "num_bytes": str(self.folder.num_bytes),
             **self._origin,
         }
@@ -181,7 +184,7 @@ class RegisterJob:
     ) -> RegisterResult:
         """Commit, unless the current version is the same already."""
         kind = self.folder.kind.value
-        current = current_version(self.store, self.name)
+        current = self.store.current(self.name)
         unchanged = current is not None and is_same(current, chain, kind, files)
         if current is None or not unchanged:
             current = registration.commit(self.name, chain, kind=kind, files=files, provenance=provenance)
@@ -198,14 +201,35 @@ class RegisterJob:
         )
 
 
+@cache
+def _version() -> str:
+    return importlib.metadata.version("blockzoo")
+
+
 def noted(notes: Sequence[str]) -> dict[str, str]:
     """Return the provenance's entry for surprises in a folder."""
     return {"notes": "; ".join(notes)} if notes else {}
 
 
-def read_outline(store: Manifests, record: VariantRecord) -> Outline:
-    """Return the chain of a variant."""
-    return Outline.read(store, f"{record.name}@{record.version}", record.chain)
+def read_outline(store: WritableZoo, record: VariantRecord) -> Outline:
+    """Return the chain of a variant; its lists of modules and tensors are made once for many adapters."""
+    ref = f"{record.name}@{record.version}"
+    with _OUTLINES_LOCK:
+        known = _OUTLINES.setdefault(store.remembered, OrderedDict())
+        found = known.get((ref, record.chain))
+    if found is None:
+        found = Outline.read(store.remembered, ref, record.chain)
+    with _OUTLINES_LOCK:
+        known[ref, record.chain] = found
+        known.move_to_end((ref, record.chain))
+        while len(known) > _MAX_OUTLINES:
+            known.popitem(last=False)
+    return found
+
+
+_OUTLINES_LOCK = threading.Lock()
+_OUTLINES: WeakKeyDictionary[Manifests, OrderedDict[tuple[str, ChainId], Outline]] = WeakKeyDictionary()
+_MAX_OUTLINES = 4
 
 
 def folder_layout(folder: ModelFolder, tensors: Mapping[str, InBlock | InFile]) -> FolderLayout:
@@ -226,11 +250,3 @@ def with_tied(head: BlockManifest, embedding: BlockManifest) -> BlockManifest:
 def is_same(record: VariantRecord, chain: ChainId, kind: str, files: Mapping[str, FileRef]) -> bool:
     """Tell whether a version is exactly what is being registered."""
     return (record.chain, record.kind, dict(record.files)) == (chain, kind, dict(files))
-
-
-def current_version(store: WritableZoo, name: str) -> VariantRecord | None:
-    """Return the current version of a variant, None when it is not registered."""
-    try:
-        return store.resolve(name)
-    except VariantNotFoundError:
-        return None

@@ -88,6 +88,9 @@ class Storage(Protocol):
     def get_range(self, key: str, start: int, length: int) -> bytes:
         """Return at most `length` bytes from `start`; fewer where the object ends."""
 
+    def get_part(self, key: str, start: int, length: int) -> memoryview:
+        """As `get`, for at most `length` bytes from `start`; fewer where the object ends."""
+
     def size(self, key: str) -> int | None:
         """Return the object's bytes, or None when it does not exist."""
 

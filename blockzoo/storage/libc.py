@@ -43,18 +43,24 @@ _LOCAL_TYPES = frozenset(
 """statfs(2) and linux/magic.h."""
 
 
-def map_file(path: Path) -> memoryview:
-    """Return the file's bytes, read-only, without holding a file descriptor.
+def map_file(path: Path, start: int = 0, length: int | None = None) -> memoryview:
+    """Return the file's bytes from `start`, read-only, without holding a file descriptor.
+
+    At most `length` bytes; all up to the end when None, fewer where the file ends.
 
     `mmap.mmap` keeps a duplicate of the descriptor before Python 3.13, and a server with a
     thousand tensors loaded would meet the usual limit of 1024 open files. Raises OSError.
     """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        size = os.fstat(fd).st_size
+        size = max(os.fstat(fd).st_size - start, 0)
+        if length is not None:
+            size = min(size, length)
         if size < _MAP_FROM:
-            return memoryview(_read_all(fd, size))
-        address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
+            return memoryview(_read_all(fd, start, size))
+        skipped = start % mmap.ALLOCATIONGRANULARITY
+        size += skipped
+        address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, fd, start - skipped)
         if address == _MAP_FAILED:
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code), str(path))
@@ -63,7 +69,7 @@ def map_file(path: Path) -> memoryview:
     array = (ctypes.c_ubyte * size).from_address(address)
     # Every memoryview keeps the array alive, so the pages stay as long as anybody can see them.
     weakref.finalize(array, _libc.munmap, address, size).atexit = False
-    return memoryview(array).cast("B").toreadonly()
+    return memoryview(array).cast("B")[skipped:].toreadonly()
 
 
 def sync_file_system(folder: Path) -> bool:
@@ -96,9 +102,10 @@ def is_on_this_machine(folder: Path) -> bool:
     return kind & 0xFFFFFFFF in _LOCAL_TYPES
 
 
-def _read_all(fd: int, size: int) -> bytes:
+def _read_all(fd: int, start: int, size: int) -> bytes:
     parts = []
-    while size > 0 and (part := os.read(fd, size)):
+    while size > 0 and (part := os.pread(fd, size, start)):
         parts.append(part)
+        start += len(part)
         size -= len(part)
     return b"".join(parts)

@@ -50,6 +50,10 @@ class MemoryStorage:
         """See `Storage`."""
         return bytes(self.get(key)[start : start + length])
 
+    def get_part(self, key: str, start: int, length: int) -> memoryview:
+        """See `Storage`."""
+        return self.get(key)[start : start + length]
+
     def size(self, key: str) -> int | None:
         """See `Storage`."""
         with self._lock:

@@ -100,6 +100,10 @@ class ObjectStorage:
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
         """See `Storage`."""
+        if length == 0:
+            if self.size(key) is None:
+                raise NotFoundError(f"{key} does not exist", key=key)
+            return b""
         try:
             with _translate(key):
                 # `get` cuts a range at the end of the object, where `get_range` fails.
@@ -114,6 +118,10 @@ class ObjectStorage:
             if size is not None and start >= size:
                 return b""
             raise
+
+    def get_part(self, key: str, start: int, length: int) -> memoryview:
+        """See `Storage`."""
+        return memoryview(self.get_range(key, start, length))
 
     def size(self, key: str) -> int | None:
         """See `Storage`."""

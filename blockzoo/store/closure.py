@@ -9,6 +9,7 @@ from blockzoo import layout
 from blockzoo.errors import BlockzooError
 from blockzoo.manifest import BlobId, BlockId, ChainId, VariantRecord
 from blockzoo.store.objects import Objects
+from blockzoo.store.writing import Manifests
 
 Problem = Callable[[str, BlockzooError], None]
 """Told a digest and why it could not be followed."""
@@ -48,13 +49,22 @@ class Walker:
 
     Args:
         store: where to read.
+        manifests: where to read chains and blocks instead.
         on_problem: called for what is missing or damaged; the walk goes on. Without it the error is raised.
         with_bases: also follow encoded blobs to their bases, which costs a read for each blob.
     """
 
-    def __init__(self, store: Objects, on_problem: Problem | None = None, *, with_bases: bool = True) -> None:
+    def __init__(
+        self,
+        store: Objects,
+        on_problem: Problem | None = None,
+        *,
+        with_bases: bool = True,
+        manifests: Manifests | None = None,
+    ) -> None:
         self.closure = Closure()
         self._store = store
+        self._manifests = manifests or store
         self._on_problem = on_problem
         self._with_bases = with_bases
 
@@ -70,7 +80,7 @@ class Walker:
             return
         self.closure.chains.add(chain)
         try:
-            links = self._store.get_chain(chain).links
+            links = self._manifests.get_chain(chain).links
         except BlockzooError as error:
             self._report(chain, error)
             return
@@ -84,7 +94,7 @@ class Walker:
             return
         self.closure.blocks.add(block)
         try:
-            tensors = self._store.get_block(block).tensors
+            tensors = self._manifests.get_block(block).tensors
         except BlockzooError as error:
             self._report(block, error)
             return

@@ -215,9 +215,24 @@ class LeaseHolder:
     """The leases of one registration: grows with what it relies on, and renews itself when it grows.
 
     Used by one thread.
+
+    Args:
+        storage: of the zoo.
+        clock: what the time is.
+        purpose: for people who look at leases.
+        ttl_s: seconds a lease lives without renewal.
+        beside: one that is released later. What it holds is held; it is renewed and checked with this one.
     """
 
-    def __init__(self, storage: Storage, clock: Clock, purpose: str, ttl_s: float = LEASE_TTL_S) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        clock: Clock,
+        purpose: str,
+        ttl_s: float = LEASE_TTL_S,
+        beside: LeaseHolder | None = None,
+    ) -> None:
+        self._beside = beside
         self._storage = storage
         self._clock = clock
         self._purpose = purpose
@@ -236,6 +251,8 @@ class LeaseHolder:
         """
         self.renew()
         new = frozenset(digests) - self.held
+        if self._beside is not None:
+            new -= self._beside.held
         if not new:
             return
         if self._entries and abs(self._ahead() - self._offset) <= STAMP_S:
@@ -249,6 +266,8 @@ class LeaseHolder:
 
     def renew(self) -> None:
         """Extend the leases when half of their time is over; raises ConflictError when all of it is."""
+        if self._beside is not None:
+            self._beside.renew()
         self.check()
         if not self._entries or self._remaining() > self._ttl_s / 2:
             return
@@ -277,6 +296,8 @@ class LeaseHolder:
 
     def check(self) -> None:
         """Raise ConflictError when a lease ran out, so that what was found to exist may be gone."""
+        if self._beside is not None:
+            self._beside.check()
         if self._entries and self._remaining() <= SKEW_S:
             raise ConflictError(
                 f"the lease of this operation ({self._purpose}) ran out before it was finished",

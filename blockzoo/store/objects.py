@@ -34,8 +34,10 @@ from blockzoo.manifest import (
 )
 from blockzoo.manifest_json import block_from_json, chain_from_json, variant_from_json, variant_to_json
 from blockzoo.names import MAX_VERSION, check_name, near_names
-from blockzoo.storage.base import ObjectInfo, Stamp, Storage
+from blockzoo.storage.base import ObjectInfo, Stamp
 from blockzoo.store.blobs import BlobStore
+from blockzoo.store.packed import PackedStorage
+from blockzoo.store.remembered import Remembered
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +73,11 @@ class Objects:
         clock: for leases, and for times that are stored.
     """
 
-    def __init__(self, storage: Storage, clock: Clock) -> None:
+    def __init__(self, storage: PackedStorage, clock: Clock) -> None:
         self.storage = storage
         self.clock = clock
         self.blobs = BlobStore(storage)
+        self.remembered = Remembered(self)
 
     def get_block(self, block: BlockId) -> BlockManifest:
         """Return a block manifest; raises ManifestNotFoundError or CorruptManifestError."""
@@ -168,8 +171,8 @@ class Objects:
         """
         check_name(name)
         if version is None:
-            record = self._newest(VariantName(name), self._numbers_of(name))
-            if record is not None and not record.deleted:
+            record = self.current(name)
+            if record is not None:
                 return record
         else:
             damaged: dict[int, BlockzooError] = {}
@@ -180,6 +183,11 @@ class Objects:
                 raise damaged[version]
         ref = name if version is None else f"{name}@{version}"
         raise VariantNotFoundError(ref, self._suggest(name, version))
+
+    def current(self, name: str) -> VariantRecord | None:
+        """Return the current version of a variant, None when it is not registered."""
+        record = self._newest(VariantName(check_name(name)), self._numbers_of(name))
+        return None if record is None or record.deleted else record
 
     def stamp(self, name: str) -> Stamp | None:
         """Return what changes with the versions of a variant; see `Storage.stamp`."""

@@ -3,7 +3,8 @@
 Any step may be the last one of a killed process. What it leaves behind is
 unreachable and goes with the next gc; refs only ever name what is complete:
 blobs are durable before block manifests are written, those before the chain, the
-chain before the ref.
+chain before the ref. Small objects wait in memory and become durable together, as one
+pack or in that order, before the ref or as soon as they are many.
 """
 
 from __future__ import annotations
@@ -11,12 +12,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 
 from blockzoo.canonical import canonical_json, digest_bytes
 from blockzoo.digest import blob_id
-from blockzoo.errors import BlobNotFoundError, ConflictError, ManifestNotFoundError
+from blockzoo.errors import (
+    BlobNotFoundError,
+    ConflictError,
+    ManifestNotFoundError,
+    NotFoundError,
+    StorageError,
+)
 from blockzoo.layout import blob_key, block_key, chain_key
 from blockzoo.manifest import BlobId, BlockId, BlockManifest, ChainId, ChainManifest, FileRef, VariantRecord
 from blockzoo.manifest_json import block_to_json, chain_to_json
@@ -26,6 +33,8 @@ from blockzoo.store.blobs import TensorData, file_data
 from blockzoo.store.closure import Walker
 from blockzoo.store.leases import LEASE_TTL_S, Entry, LeaseHolder
 from blockzoo.store.objects import Objects
+from blockzoo.store.packed import as_small
+from blockzoo.store.packs import MAX_OBJECT_BYTES, MAX_PACK_BYTES
 from blockzoo.store.writing import Stored
 
 _GROUP_BYTES = 512 << 20
@@ -48,6 +57,8 @@ class Registration:
         workers: threads to hash, compress and write with; chosen by the storage when None.
         on_bytes: called from any thread with the number of tensor bytes just dealt with.
         on_wait: called when a gc that condemned something needed here has to be waited for.
+        shared: another registration of the same thread, open longer than this one, which relies on
+            variants in its place.
     """
 
     def __init__(
@@ -59,15 +70,22 @@ class Registration:
         workers: int | None = None,
         on_bytes: Callable[[int], None] | None = None,
         on_wait: Callable[[Entry], None] | None = None,
+        shared: Registration | None = None,
     ) -> None:
         self._store = store
         self._storage = store.storage
-        self._lease = LeaseHolder(store.storage, store.clock, purpose, ttl_s)
+        self._shared = shared
+        self._lease: LeaseHolder = LeaseHolder(
+            store.storage, store.clock, purpose, ttl_s, None if shared is None else shared._lease
+        )
         remote = store.storage.is_remote
         self._workers = workers or (_REMOTE_WORKERS if remote else min(_LOCAL_WORKERS, os.cpu_count() or 1))
         self._on_bytes = on_bytes or (lambda _: None)
         self._on_wait = on_wait
-        self._sure: set[str] = set()
+        self._sure: set[str] = set() if shared is None else set(shared._sure)
+        self._relied: set[tuple[ChainId, frozenset[BlobId]]] = set()
+        self._waiting: dict[str, bytes] = {}
+        self._waiting_bytes = 0
 
     def __enter__(self) -> Registration:
         return self
@@ -75,21 +93,32 @@ class Registration:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is None:
+            # Nothing was committed since: what is stored all the same need not be sent or written again.
+            with suppress(StorageError):
+                self.flush()
         self._lease.release()
 
     def renew(self) -> None:
         """Extend the lease when half of its time is over; raises ConflictError when all of it is."""
         self._lease.renew()
 
+    def flush(self) -> None:
+        """Store the small objects that wait in memory; `commit` does so too."""
+        if self._waiting:
+            self._storage.put_objects(self._waiting, self._workers)
+        self._waiting, self._waiting_bytes = {}, 0
+
     def missing(self, blobs: Sequence[BlobId]) -> set[BlobId]:
         """Lease blobs, then say which of them are not stored; the others stay while this is open."""
         self._hold(blobs)
-        with _pool(self._workers) as pool:
-            present = pool.map(self._store.blobs.exists, blobs)
-            return {blob for blob, there in zip(blobs, present, strict=True) if not there}
+        there = self._present(map(blob_key, blobs))
+        return {blob for blob in blobs if blob_key(blob) not in there}
 
     def put_tensors(self, tensors: Sequence[TensorData]) -> list[Stored]:
         """Store tensors that are missing; one call with many is much faster than many calls.
+
+        Small ones are stored when `commit` is called, or when many have gathered.
 
         Raises:
             InvalidInputError: bytes, shape and type of a tensor disagree.
@@ -113,6 +142,8 @@ class Registration:
         self._put_manifests(
             [(block_key(digest), digest, body) for digest, body in zip(ids, bodies, strict=True)]
         )
+        for digest, block in zip(ids, blocks, strict=True):
+            self._store.remembered.add_block(digest, block)
         return ids
 
     def put_block(self, block: BlockManifest) -> BlockId:
@@ -124,6 +155,7 @@ class Registration:
         body = canonical_json(chain_to_json(chain))
         digest = ChainId(digest_bytes(body))
         self._put_manifests([(chain_key(digest), digest, body)])
+        self._store.remembered.add_chain(digest, chain)
         return digest
 
     def rely_on(self, chain: ChainId) -> None:
@@ -136,7 +168,14 @@ class Registration:
 
     def rely_on_variant(self, record: VariantRecord) -> None:
         """Lease the chain and the files of a version, for building on it; raises as `rely_on` does."""
-        self._require(record.chain, [file.blob for file in record.files.values()])
+        if self._shared is not None:
+            self._shared.rely_on_variant(record)
+            self._sure |= self._shared._sure
+            return
+        wanted = record.chain, frozenset(file.blob for file in record.files.values())
+        if wanted not in self._relied:
+            self._require(*wanted)
+            self._relied.add(wanted)
 
     def commit(
         self,
@@ -155,6 +194,7 @@ class Registration:
             ConflictError: the lease ran out, so nothing was committed.
         """
         files = dict(files or {})
+        self.flush()
         self._require(chain, [file.blob for file in files.values()])
         draft = VariantRecord(check_name(name), 1, chain, kind, files, dict(provenance or {}))
         self._lease.renew()
@@ -176,20 +216,38 @@ class Registration:
     def _require(self, chain: ChainId, blobs: Iterable[BlobId]) -> None:
         """Lease the closure, and make sure of whatever was not leased before."""
         self._hold([chain, *blobs])
-        walker = Walker(self._store, with_bases=False)
+        # What is missing by now is found missing below, whatever is remembered of it.
+        walker = Walker(self._store, with_bases=False, manifests=self._store.remembered)
         walker.add_chain(chain)
         walker.add_blobs(blobs)
         closure = walker.closure
         self._hold(closure.digests())
         # Looked up after the lease: the walk itself may have read what was being deleted.
-        for digest in {*closure.chains, *closure.blocks} - self._sure:
-            if not self._store.has_manifest(digest):
-                raise ManifestNotFoundError(f"manifest {digest} is not in the zoo any more", digest=digest)
-        missing = [blob for blob in closure.blobs - self._sure if not self._store.blobs.exists(blob)]
-        if missing:
-            raise BlobNotFoundError(f"blob {missing[0]} is not in the zoo any more", blob=missing[0])
-        self._storage.sync(key for key, digest in closure.objects().items() if digest not in self._sure)
+        doubtful = {key: digest for key, digest in closure.objects().items() if digest not in self._sure}
+        for key in doubtful.keys() - self._present(doubtful):
+            raise self._missing(key, doubtful[key])
+        if doubtful:
+            self._storage.sync(doubtful)
         self._sure |= closure.digests()
+
+    def _missing(self, key: str, digest: str) -> NotFoundError:
+        if key == blob_key(digest):
+            return BlobNotFoundError(f"blob {digest} is not in the zoo any more", blob=digest)
+        return ManifestNotFoundError(f"manifest {digest} is not in the zoo any more", digest=digest)
+
+    def _present(self, keys: Iterable[str]) -> set[str]:
+        """Of these keys, those whose objects are stored or about to be."""
+        keys = set(keys)
+        waiting = keys & self._waiting.keys()
+        return waiting | self._storage.present(keys - waiting, self._workers)
+
+    def _store_later(self, objects: Mapping[str, bytes]) -> None:
+        """Take small objects that are missing and leased."""
+        for key, body in objects.items():
+            self._waiting[key] = body
+            self._waiting_bytes += len(body)
+            if self._waiting_bytes >= MAX_PACK_BYTES:
+                self.flush()
 
     def _hold(self, digests: Iterable[str]) -> None:
         self._lease.hold(digests, self._on_wait)
@@ -199,13 +257,18 @@ class Registration:
         drafts = [_Draft(tensor, base) for tensor, base in zip(tensors, bases, strict=True)]
         try:
             with _pool(self._workers) as pool:
-                list(pool.map(self._prepare, drafts))
-                _drop_repeats(drafts)
+                _each(pool, self._prepare, drafts)
                 self._hold(draft.blob for draft in drafts)
-                self._storage.flush([draft.staged for draft in drafts if draft.staged is not None])
-                list(pool.map(self._publish, drafts))
+                missing = _first_of_each(drafts, self._present(draft.key for draft in drafts))
+                _each(pool, self._stage, [draft for draft in missing if not draft.is_staged])
+                large = [draft for draft in missing if draft.staged is not None]
+                self._storage.flush([draft.staged for draft in large if draft.staged is not None])
+                list(pool.map(_publish, large))
+            for draft in missing:
+                draft.created |= draft.small is not None
+            self._store_later({draft.key: draft.small for draft in missing if draft.small is not None})
             # Also what was there before: whoever wrote it may not have made it durable yet.
-            self._storage.sync(blob_key(draft.blob) for draft in drafts)
+            self._storage.sync({draft.key for draft in drafts} - self._waiting.keys())
             self._sure.update(draft.blob for draft in drafts)
         finally:
             for draft in drafts:
@@ -217,6 +280,8 @@ class Registration:
     def _resolve_bases(self, tensors: Sequence[TensorData]) -> list[BlobId | None]:
         """Lease the bases before looking at them: only a leased raw blob is sure to stay raw."""
         wanted = {tensor.base for tensor in tensors if tensor.base is not None}
+        if any(blob_key(base) in self._waiting for base in wanted):
+            self.flush()
         self._hold(wanted)
         bases = [self._store.blobs.delta_base(tensor.base, tensor.dtype, tensor.shape) for tensor in tensors]
         further = {base for base in bases if base is not None} - wanted
@@ -228,11 +293,11 @@ class Registration:
         return bases
 
     def _prepare(self, draft: _Draft) -> None:
-        """Hash, and bring the bytes to the storage when they seem to be missing."""
+        """Hash, and bring what is large to the storage when it seems to be missing."""
         tensor = draft.tensor
         draft.blob = tensor.blob or blob_id(tensor.dtype, tensor.shape, tensor.data, threads=1)
-        # Only a hint: nothing is leased yet. `_publish` looks again.
-        if not self._store.blobs.exists(draft.blob):
+        # Only a hint: nothing is leased yet. `_put_group` looks again.
+        if draft.is_large and not self._store.blobs.exists(draft.blob):
             self._stage(draft)
         self._on_bytes(memoryview(tensor.data).nbytes)
 
@@ -240,63 +305,75 @@ class Registration:
         base = draft.base if draft.base != draft.blob else None
         chunks = self._store.blobs.encode(draft.tensor, base)
         draft.stored_bytes = sum(memoryview(chunk).nbytes for chunk in chunks)
-        draft.staged = self._storage.stage(chunks)
-
-    def _publish(self, draft: _Draft) -> None:
-        if draft.repeated:
-            return
-        if draft.staged is None and not self._store.blobs.exists(draft.blob):
-            self._stage(draft)
-        if draft.staged is not None:
-            draft.created = draft.staged.publish(blob_key(draft.blob))
-            draft.staged = None
+        draft.small = as_small(chunks)
+        if draft.small is None:
+            draft.staged = self._storage.stage(chunks)
 
     def _put_manifests(self, manifests: Sequence[tuple[str, str, bytes]]) -> None:
         self._hold(digest for _, digest, _ in manifests)
         unique = {key: body for key, _, body in manifests}
-        staged: dict[str, Staged] = {}
-        try:
-            with _pool(self._workers) as pool:
-                present = pool.map(self._storage.size, unique)
-                for key in [key for key, size in zip(unique, present, strict=True) if size is None]:
-                    staged[key] = self._storage.stage([unique[key]])
-                self._storage.flush(list(staged.values()))
-                list(pool.map(lambda item: item[1].publish(item[0]), staged.items()))
-        finally:
-            for item in staged.values():
-                item.discard()
-        self._storage.sync(unique)
+        there = self._present(unique)
+        self._storage.sync(there - self._waiting.keys())
+        self._store_later({key: body for key, body in unique.items() if key not in there})
         self._sure.update(digest for _, digest, _ in manifests)
 
 
 class _Draft:
-    """A tensor on its way into the zoo."""
+    """A tensor on its way into the zoo; when its object is made, it is `small` or `staged`."""
 
-    __slots__ = ("base", "blob", "created", "repeated", "staged", "stored_bytes", "tensor")
+    __slots__ = ("base", "blob", "created", "small", "staged", "stored_bytes", "tensor")
 
     def __init__(self, tensor: TensorData, base: BlobId | None) -> None:
         self.tensor = tensor
         self.base = base
         self.blob = BlobId("")
+        self.small: bytes | None = None
         self.staged: Staged | None = None
         self.stored_bytes = 0
         self.created = False
-        self.repeated = False
+
+    @property
+    def key(self) -> str:
+        return blob_key(self.blob)
+
+    @property
+    def is_large(self) -> bool:
+        return memoryview(self.tensor.data).nbytes >= MAX_OBJECT_BYTES
+
+    @property
+    def is_staged(self) -> bool:
+        return self.small is not None or self.staged is not None
 
     def discard(self) -> None:
+        self.small = None
         if self.staged is not None:
             self.staged.discard()
             self.staged = None
 
 
-def _drop_repeats(drafts: Sequence[_Draft]) -> None:
-    """Of equal tensors in one group only the first is published."""
-    seen: set[BlobId] = set()
+def _each(pool: ThreadPoolExecutor, act: Callable[[_Draft], None], drafts: Sequence[_Draft]) -> None:
+    """Act on all: a small tensor takes less time than handing it to a thread."""
+    large = [draft for draft in drafts if draft.is_large]
+    results = pool.map(act, large)
     for draft in drafts:
-        if draft.blob in seen:
-            draft.repeated = True
+        if not draft.is_large:
+            act(draft)
+    list(results)
+
+
+def _publish(draft: _Draft) -> None:
+    assert draft.staged is not None
+    draft.created = draft.staged.publish(draft.key)
+    draft.staged = None
+
+
+def _first_of_each(drafts: Sequence[_Draft], there: set[str]) -> list[_Draft]:
+    """The drafts to store: of equal tensors the first, of those that are there none."""
+    found: dict[str, _Draft] = {}
+    for draft in drafts:
+        if draft.key in there or found.setdefault(draft.key, draft) is not draft:
             draft.discard()
-        seen.add(draft.blob)
+    return list(found.values())
 
 
 def _groups(tensors: Sequence[TensorData]) -> Iterator[list[TensorData]]:

@@ -80,11 +80,18 @@ class Writer(ManifestWriter, Protocol):
 class WritableZoo(Manifests, Protocol):
     """The part of `blockzoo.store.zoo_store.ZooStore` that registering uses."""
 
+    @property
+    def remembered(self) -> Manifests:
+        """Chains and blocks, read once: what a digest names, and not whether it is still there."""
+
     def check_writable(self) -> None:
         """Raise unless registering may begin."""
 
     def resolve(self, name: str, version: int | None = None) -> VariantRecord:
         """Return a version of a variant, the current one when None (VariantNotFoundError)."""
+
+    def current(self, name: str) -> VariantRecord | None:
+        """Return the current version of a variant, None when it is not registered."""
 
     def names(self) -> list[str]:
         """Return the names that are registered."""

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from blockzoo import layout
 from blockzoo.canonical import canonical_json, digest_json, parse_json
@@ -26,18 +27,28 @@ from blockzoo.names import check_name
 from blockzoo.storage.base import Storage
 from blockzoo.store.leases import LEASE_TTL_S, Entry
 from blockzoo.store.objects import Objects, damaged
+from blockzoo.store.packed import PackedStorage
 from blockzoo.store.registration import Registration
 
-FORMAT = 1
-"""The zoo format this version writes, and the newest it understands."""
+FORMAT = 2
+"""The zoo format this version begins new zoos with, and the newest it understands.
+
+2 keeps small objects in packs (`blockzoo.store.packs`). A zoo of format 1 stays one, so that programs of
+blockzoo 0.1 beside this one go on reading it; a backup of it into a new place is of format 2.
+"""
+
+_FIRST_FORMAT = 1
 
 
 class ZooStore(Objects):
     """A zoo. Reading is safe from several threads; writing goes through `registration()`."""
 
-    def __init__(self, storage: Storage, clock: Clock, min_writer: int) -> None:
-        super().__init__(storage, clock)
+    def __init__(
+        self, storage: Storage, clock: Clock, *, min_reader: int = FORMAT, min_writer: int = FORMAT
+    ) -> None:
+        super().__init__(PackedStorage(storage, writes_packs=min_reader > _FIRST_FORMAT), clock)
         self._min_writer = min_writer
+        self._batch: Registration | None = None
 
     @classmethod
     def open(cls, storage: Storage, *, create: bool = False, clock: Clock | None = None) -> ZooStore:
@@ -70,7 +81,7 @@ class ZooStore(Objects):
                 hint="Use a store with conditional writes (`If-None-Match: *`), or a local folder.",
                 url=storage.url,
             )
-        return cls(storage, clock or SystemClock(), min_writer)
+        return cls(storage, clock or SystemClock(), min_reader=min_reader, min_writer=min_writer)
 
     def header_problem(self) -> str | None:
         """What is wrong with zoo.json; None where nothing is.
@@ -103,7 +114,28 @@ class ZooStore(Objects):
             FormatVersionError: the zoo is newer than this version can write.
         """
         self.check_writable()
-        return Registration(self, purpose, ttl_s=ttl_s, workers=workers, on_bytes=on_bytes, on_wait=on_wait)
+        return Registration(
+            self,
+            purpose,
+            ttl_s=ttl_s,
+            workers=workers,
+            on_bytes=on_bytes,
+            on_wait=on_wait,
+            shared=self._batch,
+        )
+
+    @contextmanager
+    def batch(self, purpose: str) -> Iterator[None]:
+        """Lease, look up and make durable what several registrations rely on once.
+
+        The registrations are those begun meanwhile, one after the other, by this thread.
+        """
+        with self.registration(purpose) as shared:
+            self._batch = shared
+            try:
+                yield
+            finally:
+                self._batch = None
 
     def remove(self, name: str) -> VariantRecord:
         """Remove a variant with all its versions; returns the tombstone.
@@ -196,17 +228,21 @@ def _create(storage: Storage) -> bytes:
             hint="Choose an empty folder or one that does not exist yet.",
             url=storage.url,
         )
+    body = _header()
+    if storage.put_if_absent(layout.ZOO, [body]):
+        return body
+    # Somebody else began the same zoo a moment earlier.
+    return bytes(storage.get(layout.ZOO))
+
+
+def _header() -> bytes:
     fields: dict[str, JsonValue] = {
         "format": FORMAT,
         "min_reader": FORMAT,
         "min_writer": FORMAT,
         "created_by": f"blockzoo {importlib.metadata.version('blockzoo')}",
     }
-    body = canonical_json({**fields, "digest": digest_json(fields)})
-    if storage.put_if_absent(layout.ZOO, [body]):
-        return body
-    # Somebody else began the same zoo a moment earlier.
-    return bytes(storage.get(layout.ZOO))
+    return canonical_json({**fields, "digest": digest_json(fields)})
 
 
 def _read_format(stored: bytes, url: str) -> tuple[int, int]:
@@ -233,7 +269,7 @@ def _is_whole(stored: bytes) -> bool:
         return digest == digest_json(fields)
     made = fields.pop("created_by", None)
     return (
-        fields == dict.fromkeys(("format", "min_reader", "min_writer"), FORMAT)
+        fields == dict.fromkeys(("format", "min_reader", "min_writer"), _FIRST_FORMAT)
         and isinstance(made, str)
         and re.fullmatch(r"blockzoo [0-9]+\.[0-9]+[0-9a-z.+]*", made) is not None
     )

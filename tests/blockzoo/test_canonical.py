@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import enum
 import json
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from blockzoo import canonical
 from blockzoo.canonical import (
     MAX_DEPTH,
     MAX_SAFE_INTEGER,
@@ -122,3 +124,28 @@ def test_a_sealed_record_comes_back_and_a_changed_one_is_refused():
     for damaged in (changed, data[:-1], b"[]", canonical_json(record), without):
         with pytest.raises(InvalidInputError):
             unseal_json(damaged)
+
+
+@given(VALUES)
+def test_the_fast_way_writes_the_same(value):
+    with patch.object(canonical, "_is_plain", lambda value, depth: False):
+        slow = canonical_json(value)
+    assert canonical_json(value) == slow
+
+
+@pytest.mark.parametrize(
+    "value", [{1: "a"}, {True: 1}, [2**53], {"a": -(2**53)}, [1.0], {"a": {"b": [None, 0.5]}}, [{"a": {1}}]]
+)
+def test_the_fast_way_refuses_the_same(value):
+    with pytest.raises(InvalidInputError):
+        canonical_json(value)
+
+
+def test_enumerations_are_written_as_their_values():
+    class Size(enum.IntEnum):
+        SMALL = 3
+
+    class Kind(enum.StrEnum):
+        PLAIN = "plain"
+
+    assert canonical_json({"b": Size.SMALL, Kind.PLAIN: Kind.PLAIN}) == b'{"b":3,"plain":"plain"}'

@@ -18,6 +18,7 @@ from blockzoo.errors import (
 from blockzoo.layout import blob_key
 from blockzoo.zoo import Zoo
 from support.folders import config, tensors, write_adapter, write_checkpoint
+from support.zoo_faults import flip
 
 
 @pytest.fixture
@@ -102,19 +103,12 @@ def test_adapter_keeps_what_it_needs_when_its_base_is_removed(zoo, tmp_path):
                 assert sum(view.nbytes for view in zoo.read_tensor(ref)) == ref.num_bytes
 
 
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 4
-    path.unlink()
-    path.write_bytes(data)
-
-
 def test_verify_names_the_variants_and_repairs(zoo, tmp_path):
     zoo.register(write_adapter(tmp_path / "lora"), name="lora", base="base")
     zoo.backup(tmp_path / "backup")
     block = zoo.block(zoo.chain(zoo.resolve("base").chain).links[1].base)
     blob = block.tensors["mlp.up_proj.weight"].blobs[0]
-    flip(tmp_path / "zoo" / blob_key(blob))
+    flip(zoo.store, blob_key(blob), -1)
     report = Zoo.open(tmp_path / "zoo").verify()
     assert not report.ok
     assert [problem.variants for problem in report.problems] == [("base@1", "lora@1")]

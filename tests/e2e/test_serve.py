@@ -27,9 +27,11 @@ from blockserve.embedded.server import EmbeddedServer
 from blockserve.embedded.settings import EmbeddedSettings
 from blockserve.worker.limits import EngineConfig
 from blockzoo.errors import CorruptBlobError
+from blockzoo.layout import blob_key
 from blockzoo.zoo import Zoo
 from support.edge import async_test, until
 from support.variants import Variant, VariantFactory
+from support.zoo_faults import flip
 
 NUM_TOKENS = 24
 PROMPT = "Every tenant sends requests"
@@ -283,11 +285,7 @@ async def test_unloading_and_loading_again_changes_no_token(zoo: Zoo) -> None:
 async def test_a_damaged_block_is_refused_by_name_and_others_keep_serving(zoo: Zoo) -> None:
     shared = {blob for name in ("base", "adapter") for blob in blobs(zoo, name)}
     victim = sorted(blobs(zoo, "tuned") - shared)[0]
-    (path,) = (path for path in Path(zoo.url.removeprefix("file://")).rglob(f"*{victim}*") if path.is_file())
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.chmod(0o644)
-    path.write_bytes(data)
+    flip(zoo.store, blob_key(victim), -1)
     async with served(zoo, preload=("all",)) as rig:
         with pytest.raises(CorruptBlobError) as caught:
             await rig.client.generate("tuned", PROMPT, max_tokens=2).result()

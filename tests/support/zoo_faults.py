@@ -7,11 +7,14 @@ from typing import TypeVar
 
 import numpy as np
 
+from blockzoo import layout
+from blockzoo.canonical import canonical_json
 from blockzoo.manifest import (
     BlobId,
     BlockManifest,
     ChainManifest,
     DType,
+    JsonValue,
     Link,
     TensorRef,
     VariantRecord,
@@ -106,6 +109,9 @@ class HookedStorage:
     def get_range(self, key: str, start: int, length: int) -> bytes:
         return self.look("get", key, lambda: self.inner.get_range(key, start, length))
 
+    def get_part(self, key: str, start: int, length: int) -> memoryview:
+        return self.look("get", key, lambda: self.inner.get_part(key, start, length))
+
     def stamp(self, folder: str) -> Stamp | None:
         return self.inner.stamp(folder)
 
@@ -182,9 +188,38 @@ def kill() -> None:
     raise Killed
 
 
-def open_memory(clock: FakeClock | None = None) -> ZooStore:
-    """Return a new zoo in memory."""
-    return ZooStore.open(MemoryStorage(), create=True, clock=clock or FakeClock())
+def open_memory(clock: FakeClock | None = None, *, packs: bool = True) -> ZooStore:
+    """Return a new zoo in memory; without `packs` one as blockzoo 0.1 begins it."""
+    storage = MemoryStorage()
+    if not packs:
+        begin_first_format(storage)
+    return ZooStore.open(storage, create=True, clock=clock or FakeClock())
+
+
+def begin_first_format(storage: Storage) -> None:
+    """Begin a zoo of format 1, where every object has a file of its own."""
+    fields: dict[str, JsonValue] = {
+        "format": 1,
+        "min_reader": 1,
+        "min_writer": 1,
+        "created_by": "blockzoo 0.1.0",
+    }
+    storage.put_if_absent(layout.ZOO, [canonical_json(fields)])
+
+
+def flip(store: ZooStore, key: str, bit: int = 0) -> None:
+    """Change one bit of an object where it is stored."""
+    data = bytearray(store.storage.get(key))
+    data[bit // 8 % len(data)] ^= 1 << bit % 8
+    store.storage.replace(key, [bytes(data)])
+
+
+def lose(store: ZooStore, *keys: str) -> None:
+    """Let objects go missing, on disk too."""
+    store.storage.refresh()
+    for key in keys:
+        store.storage.delete(key)
+    store.storage.sync(keys)
 
 
 def through(store: ZooStore, storage: Storage) -> ZooStore:

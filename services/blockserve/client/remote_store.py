@@ -10,7 +10,12 @@ from blockserve.client.remote_writer import RemoteWriter
 from blockserve.client.zoo_calls import Calls
 from blockserve.common.wire import zoo as wire
 from blockzoo.canonical import digest_bytes, parse_json
-from blockzoo.errors import CorruptManifestError, InvalidInputError, ManifestNotFoundError
+from blockzoo.errors import (
+    CorruptManifestError,
+    InvalidInputError,
+    ManifestNotFoundError,
+    VariantNotFoundError,
+)
 from blockzoo.manifest import BlockId, BlockManifest, ChainId, ChainManifest, JsonValue, VariantRecord
 from blockzoo.manifest_json import block_from_json, chain_from_json
 from blockzoo.reports.values import VariantRow
@@ -40,6 +45,11 @@ class RemoteStore:
         described: zoo_pb2.DescribeZooResponse = self.calls.call("DescribeZoo", zoo_pb2.DescribeZooRequest())
         return described
 
+    @property
+    def remembered(self) -> RemoteStore:
+        """See `WritableZoo`: nothing is asked twice."""
+        return self
+
     def check_writable(self) -> None:
         """Reach the server before a hundred gigabytes are hashed for it; it checks the rest itself."""
         _ = self.description
@@ -51,6 +61,13 @@ class RemoteStore:
         record = wire.record_from_message(answer.record)
         self._refs[record.chain] = f"{record.name}@{record.version}"
         return record
+
+    def current(self, name: str) -> VariantRecord | None:
+        """See `WritableZoo`."""
+        try:
+            return self.resolve(name)
+        except VariantNotFoundError:
+            return None
 
     def names(self) -> list[str]:
         """See `WritableZoo`."""

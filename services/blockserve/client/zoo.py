@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -106,6 +107,10 @@ class RemoteZoo:
             BlockzooError: as `blockzoo.registering.folder.register_folder`.
         """
         return register_folder(self._store, path, name=name, base=base, revision=revision, progress=progress)
+
+    def batch(self) -> AbstractContextManager[None]:
+        """As `Zoo.batch`; a server takes each push by itself."""
+        return nullcontext()
 
     def rm(self, ref: str) -> RemoveReport:
         """As `Zoo.rm`."""

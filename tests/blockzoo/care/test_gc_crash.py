@@ -59,10 +59,12 @@ def give_up() -> None:
 class ZooLife(RuleBasedStateMachine):
     """A model of what must be readable, compared with the zoo after every step."""
 
+    packs = True
+
     def __init__(self) -> None:
         super().__init__()
         self.clock = FakeClock()
-        self.store = open_memory(self.clock)
+        self.store = open_memory(self.clock, packs=self.packs)
         self.expected: dict[tuple[str, int], list[bytes]] = {}
 
     # -- what actors do, each in a process of its own
@@ -112,7 +114,9 @@ class ZooLife(RuleBasedStateMachine):
 
             hooks.append(at_operation(inner_at or 0, overtake))
         storage = HookedStorage(
-            self.store.storage, lambda operation, key: [hook(operation, key) for hook in hooks], reads=True
+            self.store.storage.inner,
+            lambda operation, key: [hook(operation, key) for hook in hooks],
+            reads=True,
         )
         with suppress(Killed):
             return act(through(self.store, storage))
@@ -231,17 +235,25 @@ class ZooLife(RuleBasedStateMachine):
         assert not [*self.store.storage.list("leases"), *self.store.storage.list("condemned")]
 
 
+class FirstFormatLife(ZooLife):
+    """The same in a zoo that blockzoo 0.1 began: every object has a file of its own."""
+
+    packs = False
+
+
 LIFE = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 
-def test_lives():
-    run_state_machine_as_test(ZooLife, settings=settings(LIFE, max_examples=40, stateful_step_count=15))
+@pytest.mark.parametrize("life", [ZooLife, FirstFormatLife])
+def test_lives(life):
+    run_state_machine_as_test(life, settings=settings(LIFE, max_examples=25, stateful_step_count=15))
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-def test_many_long_lives():
-    run_state_machine_as_test(ZooLife, settings=settings(LIFE, max_examples=1000, stateful_step_count=50))
+@pytest.mark.parametrize("life", [ZooLife, FirstFormatLife])
+def test_many_long_lives(life):
+    run_state_machine_as_test(life, settings=settings(LIFE, max_examples=500, stateful_step_count=50))
 
 
 # -- a real process, killed by the kernel
@@ -384,7 +396,7 @@ def test_a_killed_writer_frees_the_disk_with_the_next_gc(killer, tmp_path):
     assert temporary_files(root)
     store = ZooStore.open(LocalStorage(root), create=True)
     clock = FakeClock(store.clock.now() + LONG_AFTER_S)
-    report = collect(ZooStore.open(LaterStorage(store.storage), clock=clock), grace_s=0)
+    report = collect(ZooStore.open(LaterStorage(store.storage.inner), clock=clock), grace_s=0)
     assert report.temp_bytes > 0
     del store
     assert temporary_files(root) == []

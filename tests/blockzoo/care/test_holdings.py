@@ -19,7 +19,7 @@ from blockzoo.storage.base import Chunks
 from blockzoo.store.closure import Problem, Walker
 from blockzoo.store.wishes import WishBook
 from blockzoo.store.zoo_store import ZooStore
-from support.zoo_faults import HookedStorage, open_memory, register, tensor, through
+from support.zoo_faults import HookedStorage, lose, open_memory, register, tensor, through
 
 D = "ab" * 32
 NOTE = "notes/keep-this"
@@ -121,7 +121,7 @@ def test_what_no_zoo_writes_has_no_owner(key):
 
 
 def test_no_folder_is_read_twice():
-    assert len(FOLDERS) == len(set(FOLDERS)) == 7
+    assert len(FOLDERS) == len(set(FOLDERS)) == 8
     assert len({kind.name for kind in KINDS}) == len(KINDS)
 
 
@@ -168,7 +168,7 @@ def test_gc_asks_every_kind_after_it_has_read_the_leases(store):
         if (operation, key) == ("list", layout.LEASES):
             order.append("leases")
 
-    hooked = through(store, HookedStorage(store.storage, look, reads=True))
+    hooked = through(store, HookedStorage(store.storage.inner, look, reads=True))
     collect(hooked, grace_s=0, kinds=[ask(kind) for kind in HOLDINGS])
     round_ = ["leases", *(kind.name for kind in HOLDINGS)]
     assert order[: 2 * len(round_)] == [*round_, *round_]
@@ -190,7 +190,7 @@ def test_verify_repairs_a_new_kind_and_what_it_lacks(store):
     copy_zoo(store, other, kinds=KINDS)
     register(other, "old", [tensor(1), tensor(3)])
     key = layout.chain_key(note(store))
-    store.storage.delete(key)
+    lose(store, key)
     (problem,) = verify(store, kinds=KINDS).problems
     assert (problem.key, problem.missing, problem.message) == (key, True, f"{key} is noted and missing")
     store.storage.replace(NOTE, [b"damaged"])

@@ -145,14 +145,14 @@ def test_killed_at_every_step_and_run_again(backup):
         return fresh
 
     whole = removed()
-    counting = HookedStorage(whole.storage)
+    counting = HookedStorage(whole.storage.inner)
     copy_zoo(backup, through(whole, counting), revive=True)
     for number in range(len(counting.operations)):
         target = removed()
         with pytest.raises(Killed):
             copy_zoo(
                 backup,
-                through(target, HookedStorage(target.storage, at_operation(number, kill))),
+                through(target, HookedStorage(target.storage.inner, at_operation(number, kill))),
                 revive=True,
             )
         current = [record for record in target.variants() if record.name == "bot"]

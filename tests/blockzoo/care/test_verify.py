@@ -11,7 +11,7 @@ from blockzoo.digest import blob_id
 from blockzoo.errors import FormatVersionError
 from blockzoo.manifest import DType
 from blockzoo.store.zoo_store import ZooStore
-from support.zoo_faults import contents, open_memory, register, tensor
+from support.zoo_faults import contents, flip, lose, open_memory, register, tensor
 
 
 def make() -> ZooStore:
@@ -28,12 +28,6 @@ def make() -> ZooStore:
 def blob_of(store: ZooStore, name: str, index: int):
     link = store.get_chain(store.resolve(name).chain).links[index]
     return store.get_block(link.base).tensors["weight"].blobs[0]
-
-
-def flip(store: ZooStore, key: str, bit: int = 0) -> None:
-    data = bytearray(store.storage.get(key))
-    data[bit // 8 % len(data)] ^= 1 << bit % 8
-    store.storage.replace(key, [bytes(data)])
 
 
 def hurt(store: ZooStore, **kwargs) -> dict[str, tuple[str, ...]]:
@@ -126,10 +120,7 @@ def test_any_single_flipped_bit_is_found_and_repaired(data):
 def test_repair_of_many_things_at_once(store):
     source = open_memory()
     copy_zoo(store, source)
-    for info in list(store.storage.list("chains")):
-        store.storage.delete(info.key)
-    for info in list(store.storage.list("blocks")):
-        store.storage.delete(info.key)
+    lose(store, *(info.key for folder in ("chains", "blocks") for info in store.storage.list(folder)))
     for number, info in enumerate(list(store.storage.list("blobs"))):
         flip(store, info.key, 31 * number)
     report = verify(store, repair_from=source)
@@ -168,8 +159,8 @@ def test_a_damaged_base_alone_is_enough_to_repair(store):
 
 
 def test_repair_respects_the_format(store):
-    store.storage.replace("zoo.json", [b'{"format":2,"min_reader":1,"min_writer":2,"created_by":"x"}'])
-    newer = ZooStore.open(store.storage)
+    store.storage.replace("zoo.json", [b'{"format":3,"min_reader":2,"min_writer":3,"created_by":"x"}'])
+    newer = ZooStore.open(store.storage.inner)
     flip(newer, layout.blob_key(blob_of(newer, "base", 1)), 9000)
     with pytest.raises(FormatVersionError):
         verify(newer, repair_from=make())

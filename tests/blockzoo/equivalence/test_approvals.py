@@ -90,7 +90,7 @@ def test_a_refresh_reads_only_what_is_new(store, ledger):
     records = [put(store, "a", name, at=1) for name in ("b", "c")]
     for record in records:
         approve(ledger, record.id, max_kl=1.0, **WHO)
-    watched = HookedStorage(store.storage, reads=True)
+    watched = HookedStorage(store.storage.inner, reads=True)
     approvals = Approvals(through(store, watched))
     watched.operations.clear()
     approvals.refresh()

@@ -142,7 +142,7 @@ def overtaken(store: ZooStore, act) -> Ledger:
             done.append(key)
             act()
 
-    return Ledger(through(store, HookedStorage(store.storage, before)))
+    return Ledger(through(store, HookedStorage(store.storage.inner, before)))
 
 
 def test_an_approval_never_undoes_a_revocation_at_the_same_moment(store, ledger):

@@ -65,7 +65,7 @@ def test_a_record_is_never_overwritten(store, ledger):
     made = draft(store, store.resolve("a"), store.resolve("b"))
     changes = []
     other = Ledger(
-        through(store, HookedStorage(store.storage, lambda what, key: changes.append((what, key))))
+        through(store, HookedStorage(store.storage.inner, lambda what, key: changes.append((what, key))))
     )
     assert ledger.put(made) == other.put(made)
     assert changes == [("put", layout.equivalence_key(ledger.ids()[0]))]
@@ -182,7 +182,7 @@ def test_finding_a_record_by_its_first_digits(store, ledger):
 
 def test_a_zoo_of_a_later_format_is_not_written(store):
     record = put(store, "a", "b")
-    later = Ledger(ZooStore(store.storage, store.clock, min_writer=99))
+    later = Ledger(ZooStore(store.storage.inner, store.clock, min_writer=99))
     assert later.get(record.id) == record
     for write in (
         lambda: later.put(replace(record, mean_kl=0.5)),

@@ -93,7 +93,7 @@ def test_an_approval_while_gc_runs(record: EquivalenceRecord, store: ZooStore) -
     revoke(Ledger(store), record.id, **WHO)
     clock = FakeClock()
     clock.on_sleep = lambda: approved(store, record)
-    report = collect(ZooStore(store.storage, clock, 1))
+    report = collect(ZooStore(store.storage.inner, clock))
     assert (report.deleted, report.spared) == (0, 1)
     assert is_stored(store, record)
 

@@ -17,6 +17,7 @@ from support.folders import (
     write_adapter,
     write_checkpoint,
 )
+from support.zoo_faults import flip
 
 
 @pytest.fixture
@@ -149,11 +150,7 @@ def test_a_destination_that_cannot_be_written(zoo, tmp_path):
 def test_damage_leaves_nothing_behind(zoo, tmp_path):
     zoo.register(write_checkpoint(tmp_path / "a"), name="a")
     blob = zoo.block(zoo.chain(zoo.resolve("a").chain).links[2].base).tensors["mlp.up_proj.weight"].blobs[0]
-    file = tmp_path / "zoo" / blob_key(blob)
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.unlink()
-    file.write_bytes(data)
+    flip(zoo.store, blob_key(blob), -1)
     before = sorted(os.listdir(tmp_path))
     with pytest.raises(CorruptBlobError) as caught:
         zoo.export("a", tmp_path / "out")

@@ -176,7 +176,7 @@ def check_refused(zoo, path, expected, **options):
     assert type(caught.value) is expected, caught.value
     assert 10 < len(str(caught.value)) < 500
     assert listing(zoo) == before
-    assert not list((zoo.store.storage._root / "tmp").glob("*/[!.]*"))
+    assert not list((zoo.store.storage.inner._root / "tmp").glob("*/[!.]*"))
     return caught.value
 
 
@@ -231,7 +231,7 @@ def test_unknown_variants_suggest_near_names(zoo):
     assert caught.value.suggestions == ("base@1",)
 
 
-@pytest.mark.parametrize("after", [0, 1, 5, 20])
+@pytest.mark.parametrize("after", [0, 1, 2, 3])
 def test_disk_full_during_register(zoo, tmp_path, monkeypatch, after):
     path = write_checkpoint(tmp_path / "a", items=tensors(config(), seed=1))
     zoo.register(tmp_path / "base", name="a")

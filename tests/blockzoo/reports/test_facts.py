@@ -8,6 +8,7 @@ from blockzoo import Zoo, layout
 from blockzoo.errors import CorruptManifestError
 from blockzoo.reports import facts
 from support.folders import adapter_config, adapter_tensors, config, tensors, write_adapter, write_checkpoint
+from support.zoo_faults import lose
 
 
 @pytest.fixture
@@ -64,7 +65,8 @@ def test_a_new_process_reads_no_manifest_again(filled, tmp_path, monkeypatch):
     expected = filled.ls()
     kept = tmp_path / "kept"
     assert Zoo.open(tmp_path / "zoo", facts_folder=kept).ls() == expected
-    shutil.rmtree(tmp_path / "zoo" / "blocks")
+    manifests = ("chains", "blocks")
+    lose(filled.store, *(info.key for folder in manifests for info in filled.store.storage.list(folder)))
     zoo = Zoo.open(tmp_path / "zoo", facts_folder=kept)
     assert zoo.ls() == expected
     assert {row.kind for row in Zoo.open(tmp_path / "zoo").ls()} == {"damaged"}

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from blockzoo import layout
 from blockzoo.errors import CorruptManifestError, VariantNotFoundError
 from blockzoo.json_report import JsonReport
 from blockzoo.zoo import Zoo
@@ -241,7 +242,7 @@ def test_a_damaged_ref_hides_no_other_variant(zoo, tmp_path):
 
 
 def test_a_damaged_manifest_hides_no_other_variant(zoo, tmp_path):
-    (tmp_path / "zoo" / "chains" / f"{zoo.resolve('tuned').chain}.json").write_bytes(b"{}")
+    zoo.store.storage.replace(layout.chain_key(zoo.resolve("tuned").chain), [b"{}"])
     fresh = Zoo.open(tmp_path / "zoo")
     assert {row.name: row.kind for row in fresh.ls()} == {
         "base": "checkpoint",

@@ -56,6 +56,18 @@ def test_empty_and_many_chunks(storage):
     assert storage.get("many") == b"".join(chunks)
 
 
+@pytest.mark.parametrize("size", [10, 200_000])
+def test_parts(storage, size):
+    data = bytes(range(256)) * (size // 256 + 1)
+    storage.put_if_absent("k", [data])
+    for start, length in ((0, size), (3, 5), (4097, size), (0, 0), (len(data), 1), (len(data) - 2, 99)):
+        part = storage.get_part("k", start, length)
+        assert part == data[start : start + length]
+        assert part.readonly
+    with pytest.raises(NotFoundError):
+        storage.get_part("none", 0, 1)
+
+
 def test_ranges(storage):
     storage.put_if_absent("k", [b"0123456789"])
     assert storage.get_range("k", 2, 3) == b"234"

@@ -51,15 +51,16 @@ def register_all(zoo: Zoo | RemoteZoo, path: Path, base: str | None, *, as_json:
 
     entries = read_batch(path, base)
     outcome = Outcome()
-    for number, entry in enumerate(entries, 1):
-        try:
-            outcome.done[entry.name] = _register(zoo, entry)
-        except BlockzooError as error:
-            if error.reason == "UNAVAILABLE":
-                raise
-            outcome.failed[entry.name] = error
-        if not as_json:
-            _tell(number, len(entries), entry.name, outcome)
+    with zoo.batch():
+        for number, entry in enumerate(entries, 1):
+            try:
+                outcome.done[entry.name] = _register(zoo, entry)
+            except BlockzooError as error:
+                if error.reason == "UNAVAILABLE":
+                    raise
+                outcome.failed[entry.name] = error
+            if not as_json:
+                _tell(number, len(entries), entry.name, outcome)
     if as_json:
         print_json(outcome.to_json())
     else:

@@ -22,7 +22,7 @@ from blockzoo.manifest import (
 )
 from blockzoo.manifest_json import block_from_json, chain_from_json
 from blockzoo.names import check_unreserved
-from blockzoo.registering.job import current_version, is_same
+from blockzoo.registering.job import is_same
 from blockzoo.registering.recheck import Pushed, recheck
 from blockzoo.store.registration import Registration
 from blockzoo.store.writing import blobs_of
@@ -88,7 +88,7 @@ def commit_wish(
     known = {block: store.get_block(block) for block in used - pushed.keys()}
     base = bases.get(wish.provenance.get("base", ""))
     facts = recheck(store, Pushed(wish.kind, chain, {**known, **pushed}, wish.files, base))
-    current = current_version(store, wish.name)
+    current = store.current(wish.name)
     digest = ChainId(digest_bytes(wish.chain))
     if current is not None and is_same(current, digest, wish.kind, wish.files):
         return current

@@ -252,7 +252,9 @@ class Push:
         whole, self._whole = self._whole, {}
         waiting, self._whole_bytes = self._whole_bytes, 0
         try:
-            self._held.update(zip(whole, registration.put_tensors(list(whole.values())), strict=True))
+            stored = registration.put_tensors(list(whole.values()))
+            registration.flush()
+            self._held.update(zip(whole, stored, strict=True))
         finally:
             # Also when it failed: nobody knows whether there will be room, and the pusher has the bytes.
             self._budget.give(waiting)

@@ -7,18 +7,14 @@ from blockserve.cli.options import questions
 from blockserve.cli.verbs import care as care_verbs
 from blockzoo import Zoo
 from blockzoo.layout import blob_key
+from support.zoo_faults import flip
 
 
-def flip_a_byte(zoo, tmp_path, name, tensor="self_attn.q_proj.weight"):
-    """Damage a tensor of the variant's last layer; returns the file."""
+def flip_a_byte(zoo, name, tensor="self_attn.q_proj.weight"):
+    """Damage a tensor of the variant's last layer."""
     chain = zoo.chain(zoo.resolve(name).chain)
     blob = zoo.block(chain.links[-2].base).tensors[tensor].blobs[0]
-    path = tmp_path / "zoo" / blob_key(blob)
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.chmod(0o644)
-    path.write_bytes(data)
-    return path
+    flip(zoo.store, blob_key(blob), -1)
 
 
 def test_register_says_what_was_new(run, folders, tmp_path):
@@ -217,7 +213,7 @@ def test_gc(run, zoo):
 def test_verify_finds_damage_names_who_is_hurt_and_repairs(run, zoo, tmp_path):
     assert run("backup", tmp_path / "backup").code == 0
     assert "Everything is as it should be." in run("verify").out
-    flip_a_byte(zoo, tmp_path, "tuned")
+    flip_a_byte(zoo, "tuned")
     report = run("verify", "--json")
     assert report.code == 5
     assert report.json["ok"] is False
@@ -232,7 +228,7 @@ def test_verify_finds_damage_names_who_is_hurt_and_repairs(run, zoo, tmp_path):
 
 def test_verify_that_cannot_repair_says_so(run, zoo, tmp_path):
     Zoo.open(tmp_path / "other", create=True)
-    flip_a_byte(zoo, tmp_path, "tuned")
+    flip_a_byte(zoo, "tuned")
     outcome = run("verify", "--repair", tmp_path / "other")
     assert outcome.code == 5
     assert "no good copy" in outcome.out

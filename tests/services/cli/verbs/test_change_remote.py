@@ -7,6 +7,7 @@ import pytest
 from blockzoo import Zoo
 from blockzoo.layout import blob_key
 from support.network import zoo_server
+from support.zoo_faults import flip
 
 
 @pytest.fixture
@@ -66,9 +67,7 @@ def test_damage_at_a_server_ends_with_its_exit_code(run, zoo, tmp_path):
     blob = (
         zoo.block(zoo.chain(zoo.resolve("tuned").chain).links[-2].base).tensors["mlp.up_proj.weight"].blobs[0]
     )
-    path = tmp_path / "zoo" / blob_key(blob)
-    path.chmod(0o644)
-    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    flip(zoo.store, blob_key(blob), -1)
     with zoo_server(zoo) as server:
         outcome = run("verify", "--server", server.address)
         assert outcome.code == 5

@@ -13,6 +13,7 @@ from blockzoo.layout import blob_key
 from blockzoo.zoo import Zoo
 from support.edge import async_test
 from support.network import zoo_server
+from support.zoo_faults import flip
 
 
 @pytest.fixture
@@ -64,13 +65,11 @@ def test_removing_rolling_back_and_collecting(pair, folders):
         remote.gc(grace_s=-1)
 
 
-def test_damage_is_found_from_afar(pair, tmp_path):
+def test_damage_is_found_from_afar(pair):
     local, remote = pair
     blob = local.block(local.chain(local.resolve("large").chain).links[1].base)
     key = blob_key(blob.tensors["mlp.up_proj.weight"].blobs[0])
-    path = tmp_path / "local" / key
-    path.chmod(0o644)
-    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    flip(local.store, key, -1)
     (problem,) = remote.verify().problems
     assert (problem.key, problem.variants) == (key, ("large@1",))
 

@@ -13,6 +13,7 @@ from blockzoo.errors import (
     UnsupportedArchitectureError,
     VariantNotFoundError,
 )
+from blockzoo.store.packs import read_index
 from support.edge import variant_files
 from support.folders import (
     Raw,
@@ -172,8 +173,11 @@ def test_two_clients_push_the_same_checkpoint_at_once(server, far, local, folder
         thread.join(60)
     chain = local.resolve("large").chain
     assert [results[number].record.chain for number in range(2)] == [chain, chain]
-    # Each blob was new to one of them only.
-    assert sum(result.num_new_blobs for result in results.values()) == results[0].num_blobs
+    # Each object is stored once.
+    storage = far.store.storage.inner
+    packed = [key for info in storage.list("packs") for key, _ in read_index(storage, info.key).objects()]
+    alone = [info.key for folder in ("blobs", "blocks", "chains") for info in storage.list(folder)]
+    assert len({*packed, *alone}) == len(packed) + len(alone)
     assert far.verify().ok
 
 

@@ -29,8 +29,10 @@ from blockserve.worker.compute.sampler import Sampler
 from blockserve.worker.engine.debug import prompt_logits
 from blockserve.worker.engine.engine import BlockEngine
 from blockzoo.errors import CorruptBlobError
+from blockzoo.layout import blob_key
 from blockzoo.manifest import ChainId
 from support.tiny import SMALL, TinyZoo
+from support.zoo_faults import flip
 
 GREEDY = SamplingParams(temperature=0.0)
 _ids = itertools.count()
@@ -291,11 +293,7 @@ def test_a_corrupt_blob_is_refused_and_others_go_on(engine: BlockEngine, tiny: T
     base = {link.base for link in tiny.zoo.chain(tiny.chains["base"]).links}
     private = [link.base for link in tiny.zoo.chain(tiny.chains["top"]).links if link.base not in base]
     blob = tiny.zoo.block(private[0]).tensors["mlp.down_proj.weight"].blobs[0]
-    path = tiny.folder / "blobs" / blob[:2] / blob
-    path.chmod(0o644)
-    data = bytearray(path.read_bytes())
-    data[-100] ^= 4
-    path.write_bytes(data)
+    flip(tiny.zoo.store, blob_key(blob), -1)
 
     async def work() -> None:
         await engine.load(tiny.chains["base"])

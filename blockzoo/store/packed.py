@@ -1,0 +1,426 @@
+"""A storage whose small objects may lie in packs; everybody above sees one object for each key.
+
+Objects move only in two directions: from a place of their own into a pack, and from a pack into another.
+The new place is durable before the old one goes. So whoever finds nothing on its own looks at the list of
+packs afterwards, and whoever finds that a pack has gone looks at the list again.
+"""
+
+from __future__ import annotations
+
+import threading
+from array import array
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+
+from blockzoo import layout
+from blockzoo.digest import Buffer
+from blockzoo.errors import CorruptManifestError, NotFoundError, StorageError
+from blockzoo.storage.base import Chunks, ObjectInfo, Staged, Stamp, Storage
+from blockzoo.store.packs import (
+    FOLDERS,
+    MAX_OBJECT_BYTES,
+    Entry,
+    Pack,
+    build,
+    can_hold,
+    prefix_of,
+    read_index,
+)
+
+_T = TypeVar("_T")
+
+_TRIES = 10
+"""Looks at an object that others keep moving; each move is a whole collection or repair."""
+_READERS = 16
+"""Threads for requests over a network, which mostly wait."""
+_SLOT_BITS = 20
+
+
+class _Index:
+    """Which pack holds what: sorted runs, merged as they grow, so that thousands of packs are a dozen runs.
+
+    Sixteen bytes an object: a zoo of a thousand adapters has half a million.
+    """
+
+    def __init__(self, packs: Iterable[Pack] = ()) -> None:
+        self._packs: list[Pack] = []
+        self._runs: list[tuple[array[int], array[int]]] = []
+        for pack in packs:
+            self.add(pack)
+
+    def add(self, pack: Pack) -> None:
+        """Know the objects of one more pack."""
+        places = np.arange(len(pack), dtype=np.uint64) | np.uint64(len(self._packs) << _SLOT_BITS)
+        self._packs.append(pack)
+        self._runs.append((_array(pack.prefixes()), _array(places)))
+        while len(self._runs) > 1 and len(self._runs[-2][0]) < 2 * len(self._runs[-1][0]):
+            self._runs[-2:] = [_merged(self._runs[-2], self._runs[-1])]
+
+    def find(self, key: str) -> Iterator[Entry]:
+        """Yield every place of an object."""
+        prefix = prefix_of(key)
+        for prefixes, places in self._runs:
+            at = bisect_left(prefixes, prefix)
+            while at < len(prefixes) and prefixes[at] == prefix:
+                number, slot = places[at] >> _SLOT_BITS, places[at] & ((1 << _SLOT_BITS) - 1)
+                named, entry = self._packs[number].at(slot)
+                if named == key:
+                    yield entry
+                at += 1
+
+
+class PackedStorage:
+    """See the module docstring. All methods may be called from several threads at once.
+
+    Args:
+        inner: the storage that holds objects and packs.
+        writes_packs: whether small objects are written as packs; read they are in any case.
+    """
+
+    def __init__(self, inner: Storage, *, writes_packs: bool) -> None:
+        self.inner = inner
+        self.writes_packs = writes_packs
+        self._lock = threading.RLock()
+        self._writing = threading.Lock()
+        self._packs: dict[str, Pack] = {}
+        self._index = _Index()
+        self._damaged: set[str] = set()
+        self._doomed: set[tuple[str, str]] = set()
+        self._stamp: Stamp | None = None
+
+    @property
+    def url(self) -> str:
+        """See `Storage`."""
+        return self.inner.url
+
+    @property
+    def is_remote(self) -> bool:
+        """See `Storage`."""
+        return self.inner.is_remote
+
+    # Reading.
+
+    def get(self, key: str) -> memoryview:
+        """See `Storage`."""
+        return self._look(
+            key,
+            lambda entry: self.inner.get_part(entry.pack, entry.offset, entry.size),
+            lambda: self.inner.get(key),
+        )
+
+    def get_part(self, key: str, start: int, length: int) -> memoryview:
+        """See `Storage`."""
+        return self._look(
+            key,
+            lambda entry: self.inner.get_part(entry.pack, entry.offset + start, _cut(entry, start, length)),
+            lambda: self.inner.get_part(key, start, length),
+        )
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        """See `Storage`."""
+        return self._look(
+            key,
+            lambda entry: self.inner.get_range(entry.pack, entry.offset + start, _cut(entry, start, length)),
+            lambda: self.inner.get_range(key, start, length),
+        )
+
+    def size(self, key: str) -> int | None:
+        """See `Storage`."""
+        try:
+            return self._look(key, self._packed_size, lambda: self._loose_size(key))
+        except NotFoundError:
+            return None
+
+    def present(self, keys: Collection[str], workers: int = 1) -> set[str]:
+        """Return the keys that have objects: `size` for many at once, with one look at the list of packs."""
+        if not keys:
+            return set()
+        self.refresh()
+        found = {key for key in keys if can_hold(key) and self._find(key) is not None}
+        rest = [key for key in keys if key not in found]
+        if self.is_remote:
+            with ThreadPoolExecutor(workers, thread_name_prefix="blockzoo-look") as pool:
+                sizes = list(pool.map(self.inner.size, rest))
+        else:
+            sizes = [self.inner.size(key) for key in rest]
+        found.update(key for key, size in zip(rest, sizes, strict=True) if size is not None)
+        missing = [key for key in rest if key not in found]
+        # One may have moved into a pack since the look above.
+        if missing and self.refresh():
+            found.update(key for key in missing if can_hold(key) and self._find(key) is not None)
+        return found
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """See `Storage`. Of packs themselves, only the damaged ones are listed, below `layout.PACKS`."""
+        if prefix == layout.PACKS:
+            self.refresh()
+            # One that is neither known nor damaged has come since.
+            damaged = frozenset(self._damaged)
+            for info in self.inner.list(prefix):
+                if info.key in damaged or not layout.is_pack(info.key):
+                    yield info
+            return
+        seen: set[str] = set()
+        for info in self.inner.list(prefix):
+            if not info.key.startswith(f"{layout.PACKS}/"):
+                seen.add(info.key)
+                yield info
+        if prefix and prefix.partition("/")[0] not in FOLDERS:
+            return
+        self.refresh()
+        folder = f"{prefix}/" if prefix else ""
+        with self._lock:
+            packs = list(self._packs.values())
+        for pack in packs:
+            for key, entry in pack.objects():
+                if key.startswith(folder) and key not in seen and (pack.key, key) not in self._doomed:
+                    seen.add(key)
+                    yield ObjectInfo(key, entry.size)
+
+    def stamp(self, folder: str) -> Stamp | None:
+        """See `Storage`: only of folders whose objects never lie in packs."""
+        return self.inner.stamp(folder)
+
+    def packs_of(self, key: str) -> frozenset[str]:
+        """Return the packs that hold an object, as far as is known without looking."""
+        if not can_hold(key):
+            return frozenset()
+        with self._lock:
+            found = {entry.pack for entry in self._index.find(key)}
+            return frozenset(pack for pack in found if (pack, key) not in self._doomed)
+
+    # Writing.
+
+    def put_objects(self, objects: Mapping[str, Buffer], workers: int = 1) -> None:
+        """Create small objects that were missing a moment ago, durably, together where packs are written.
+
+        Where they are not, blobs are durable before manifests of blocks, those before chains. Packs do not
+        tell who was first, so of two processes that store the same at once, both may.
+        """
+        if self.writes_packs and len(objects) > 1:
+            with self._writing:
+                self.refresh()
+                there = {key: entry for key in objects if (entry := self._find(key)) is not None}
+                missing = {key: data for key, data in objects.items() if key not in there}
+                if missing:
+                    key, chunks = build(missing)
+                    self.inner.put_if_absent(key, chunks)
+            self.inner.sync({entry.pack for entry in there.values()})
+            return
+        for folder in FOLDERS:
+            stage = {key: data for key, data in objects.items() if key.startswith(f"{folder}/")}
+            if stage:
+                self._put_loose(stage, workers)
+
+    def put_if_absent(self, key: str, data: Chunks, *, durable: bool = True) -> bool:
+        """See `Storage`."""
+        if can_hold(key) and self.size(key) is not None:
+            return False
+        return self.inner.put_if_absent(key, data, durable=durable)
+
+    def stage(self, data: Chunks) -> Staged:
+        """See `Storage`: for objects that are too large for packs."""
+        return self.inner.stage(data)
+
+    def flush(self, staged: Sequence[Staged]) -> None:
+        """See `Storage`."""
+        self.inner.flush(staged)
+
+    def replace(self, key: str, data: Chunks) -> None:
+        """See `Storage`: in every pack that holds it."""
+        if can_hold(key):
+            self.refresh()
+            packs = self.packs_of(key)
+            if packs:
+                for pack in packs:
+                    self._rewrite(pack, (), {key: b"".join(data)})
+                self.refresh(changed=True)
+                return
+        self.inner.replace(key, data)
+
+    def delete(self, key: str) -> bool:
+        """See `Storage`: what lies in packs is gone for this process now, and for others after `sync`.
+
+        Packs count that were there at the last `list` or `refresh`, so look before.
+        """
+        packs = self.packs_of(key)
+        with self._lock:
+            self._doomed |= {(pack, key) for pack in packs}
+        # Over a network it cannot be told whether there was one, and to ask for nothing costs as much.
+        if packs and self.is_remote:
+            return True
+        return self.inner.delete(key) or bool(packs)
+
+    def undelete(self) -> None:
+        """Forget deletes that no `sync` has made true."""
+        with self._lock:
+            self._doomed.clear()
+
+    def sync(self, keys: Iterable[str]) -> None:
+        """See `Storage`; packs without what was deleted take the place of those with it."""
+        wanted = set(keys)
+        entries = {key: self._find(key) for key in wanted if can_hold(key)}
+        self.inner.sync({key if (entry := entries.get(key)) is None else entry.pack for key in wanted})
+        with self._lock:
+            doomed: dict[str, set[str]] = defaultdict(set)
+            for pack, key in self._doomed:
+                doomed[pack].add(key)
+        if doomed:
+            for pack, gone in doomed.items():
+                self._rewrite(pack, gone, {})
+            self.refresh(changed=True)
+
+    def clean(self) -> int:
+        """See `Storage`."""
+        return self.inner.clean()
+
+    def refresh(self, *, changed: bool = False) -> bool:
+        """Learn which packs came and went; tell whether some did.
+
+        Args:
+            changed: something did for sure, so a stamp is not to be believed.
+        """
+        with self._lock:
+            stamp = None if changed else self.inner.stamp(layout.PACKS)
+            if stamp is not None and stamp == self._stamp:
+                return False
+            listed = self._listed()
+            before = known = self._packs.keys() | self._damaged
+            while listed != known:
+                self._learn(listed)
+                known = self._packs.keys() | self._damaged
+                # A listing may miss both of two packs of which one takes the other's place meanwhile.
+                listed = self._listed()
+            self._stamp = stamp
+            return known != before
+
+    def _listed(self) -> set[str]:
+        return {info.key for info in self.inner.list(layout.PACKS) if layout.is_pack(info.key)}
+
+    def _learn(self, listed: set[str]) -> None:
+        gone = self._packs.keys() - listed
+        self._damaged &= listed
+        if gone:
+            self._packs = {key: pack for key, pack in self._packs.items() if key not in gone}
+            self._index = _Index(self._packs.values())
+            self._doomed = {item for item in self._doomed if item[0] not in gone}
+        new = sorted(listed - self._packs.keys() - self._damaged)
+        if self.is_remote and len(new) > 1:
+            with ThreadPoolExecutor(_READERS, thread_name_prefix="blockzoo-packs") as pool:
+                packs = list(pool.map(self._read_index, new))
+        else:
+            packs = [self._read_index(key) for key in new]
+        for pack in packs:
+            if pack is not None:
+                self._packs[pack.key] = pack
+                self._index.add(pack)
+
+    def _read_index(self, key: str) -> Pack | None:
+        try:
+            return read_index(self.inner, key)
+        except NotFoundError:
+            return None
+        except CorruptManifestError:
+            # One bad pack must not hide the others; `verify` names it, and what it held is missing.
+            self._damaged.add(key)
+            return None
+
+    def _find(self, key: str) -> Entry | None:
+        with self._lock:
+            return next(
+                (entry for entry in self._index.find(key) if (entry.pack, key) not in self._doomed), None
+            )
+
+    def _look(self, key: str, packed: Callable[[Entry], _T], loose: Callable[[], _T]) -> _T:
+        if not can_hold(key):
+            return loose()
+        entry = self._find(key)
+        for _ in range(_TRIES):
+            try:
+                return loose() if entry is None else packed(entry)
+            except NotFoundError:
+                tried = entry
+                self.refresh(changed=tried is not None)
+                entry = self._find(key)
+                if entry is None and tried is None:
+                    raise
+        raise StorageError(
+            f"{key} moved {_TRIES} times while it was being read", hint="Run the command again.", key=key
+        )
+
+    def _packed_size(self, entry: Entry) -> int:
+        if self.inner.size(entry.pack) is None:
+            raise NotFoundError(f"{entry.pack} does not exist", key=entry.pack)
+        return entry.size
+
+    def _loose_size(self, key: str) -> int:
+        size = self.inner.size(key)
+        if size is None:
+            raise NotFoundError(f"{key} does not exist", key=key)
+        return size
+
+    def _put_loose(self, objects: Mapping[str, Buffer], workers: int) -> None:
+        staged: dict[str, Staged] = {}
+
+        def stage(item: tuple[str, Buffer]) -> None:
+            staged[item[0]] = self.inner.stage([item[1]])
+
+        try:
+            with ThreadPoolExecutor(workers, thread_name_prefix="blockzoo-write") as pool:
+                list(pool.map(stage, objects.items()))
+                self.inner.flush(list(staged.values()))
+                list(pool.map(lambda item: item[1].publish(item[0]), staged.items()))
+        finally:
+            for body in staged.values():
+                body.discard()
+        self.inner.sync(objects)
+
+    def _rewrite(self, key: str, without: Collection[str], changed: Mapping[str, Buffer]) -> None:
+        """Put a pack without some objects, or with other bytes of some, in the place of a pack."""
+        try:
+            kept: dict[str, Buffer] = {
+                name: changed[name] if name in changed else self.inner.get_part(key, entry.offset, entry.size)
+                for name, entry in read_index(self.inner, key).objects()
+                if name not in without
+            }
+        except NotFoundError:
+            return  # another collection was faster; what is still too much is found by the next one
+        if kept:
+            new, chunks = build(kept)
+            if new == key:
+                self.inner.replace(key, chunks)
+                return
+            self.inner.put_if_absent(new, chunks)
+        self.inner.delete(key)
+        self.inner.sync([key])
+
+
+def as_small(chunks: Chunks) -> bytes | None:
+    """Return the bytes of an object that belongs into a pack, None for a larger one."""
+    if sum(memoryview(chunk).nbytes for chunk in chunks) >= MAX_OBJECT_BYTES:
+        return None
+    return b"".join(chunks)
+
+
+def _cut(entry: Entry, start: int, length: int) -> int:
+    return max(min(length, entry.size - start), 0)
+
+
+def _array(values: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> array[int]:
+    made = array("Q")
+    made.frombytes(values.tobytes())
+    return made
+
+
+def _merged(
+    one: tuple[array[int], array[int]], other: tuple[array[int], array[int]]
+) -> tuple[array[int], array[int]]:
+    prefixes = np.concatenate([np.frombuffer(run[0], np.uint64) for run in (one, other)])
+    places = np.concatenate([np.frombuffer(run[1], np.uint64) for run in (one, other)])
+    order = np.argsort(prefixes, kind="stable")
+    return _array(prefixes[order]), _array(places[order])

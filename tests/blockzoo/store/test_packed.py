@@ -1,0 +1,304 @@
+"""Zoos whose small objects lie in packs, on a folder, in memory and in an object store."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from blockzoo import layout
+from blockzoo.care.backup import copy_zoo
+from blockzoo.care.gc import collect
+from blockzoo.care.order import in_order
+from blockzoo.care.verify import verify
+from blockzoo.digest import blob_id
+from blockzoo.errors import BlockzooError, CorruptBlobError, NotFoundError
+from blockzoo.manifest import DType
+from blockzoo.storage import LocalStorage, MemoryStorage, Storage
+from blockzoo.storage.objects import ObjectStorage
+from blockzoo.store.packed import PackedStorage
+from blockzoo.store.packs import MAX_OBJECT_BYTES, build
+from blockzoo.store.zoo_store import ZooStore
+from support.zoo_faults import (
+    FakeClock,
+    HookedStorage,
+    begin_first_format,
+    contents,
+    lose,
+    open_memory,
+    register,
+    tensor,
+    through,
+)
+
+LARGE = MAX_OBJECT_BYTES // 2
+"""Elements of a tensor that is stored on its own."""
+
+
+@pytest.fixture(params=["local", "memory", "objects"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> ZooStore:
+    made: dict[str, Storage] = {"memory": MemoryStorage(), "objects": ObjectStorage.in_memory()}
+    storage = made[request.param] if request.param in made else LocalStorage(tmp_path)
+    return ZooStore.open(storage, create=True, clock=FakeClock(time.time()))
+
+
+def packs(store: ZooStore) -> list[str]:
+    return [info.key for info in store.storage.inner.list(layout.PACKS)]
+
+
+def loose(store: ZooStore) -> set[str]:
+    folders = (layout.BLOBS, layout.BLOCKS, layout.CHAINS)
+    return {info.key for folder in folders for info in store.storage.inner.list(folder)}
+
+
+def blob(seed: int) -> str:
+    return layout.blob_key(blob_id(DType.BF16, (512,), tensor(seed).data))
+
+
+def test_a_variant_is_one_pack_and_what_is_large(store):
+    big = tensor(9, rows=LARGE)
+    record = register(store, "bot", [tensor(1), tensor(2), big])
+    assert len(packs(store)) == 1
+    assert loose(store) == {layout.blob_key(blob_id(DType.BF16, (LARGE,), big.data))}
+    again = through(store, store.storage.inner)
+    assert contents(again, again.resolve("bot")) == [tensor(1).data, tensor(2).data, big.data]
+    assert again.resolve("bot") == record
+    register(store, "twin", [tensor(1), tensor(2), big])
+    assert len(packs(store)) == 1
+
+
+def test_listing_and_sizes_are_those_of_the_objects(store):
+    register(store, "bot", [tensor(1), tensor(2)])
+    first = open_memory(packs=False)
+    register(first, "bot", [tensor(1), tensor(2)])
+    seen = {(info.key, info.size) for info in store.storage.list("") if not info.key.startswith("zoo.json")}
+    assert seen == {(i.key, i.size) for i in first.storage.list("") if not i.key.startswith("zoo.json")}
+    assert all(store.storage.size(key) == size for key, size in seen)
+    assert store.storage.size(blob(7)) is None
+    assert {i.key for i in store.storage.list("blobs")} == {k for k, _ in seen if k.startswith("blobs/")}
+    keys = [key for key, _ in seen]
+    assert store.storage.present([*keys, blob(7)]) == set(keys)
+
+
+def test_reading_parts_of_a_packed_object(store):
+    register(store, "bot", [tensor(1), tensor(2)])
+    whole = bytes(store.storage.get(blob(1)))
+    assert store.storage.get_range(blob(1), 10, 20) == whole[10:30]
+    assert store.storage.get_part(blob(1), len(whole) - 5, 99) == whole[-5:]
+    assert store.storage.get_range(blob(1), len(whole) + 5, 9) == b""
+
+
+def test_another_process_sees_what_came_after_it_looked(store):
+    other = through(store, store.storage.inner)
+    assert list(other.storage.list("blobs")) == []
+    register(store, "bot", [tensor(1)])
+    assert contents(other, other.resolve("bot")) == [tensor(1).data]
+
+
+def test_removing_one_of_two_variants_rewrites_what_they_share(store):
+    with store.registration("both") as registration:
+        registration.put_tensors([tensor(1), tensor(2)])
+        register(store, "bot", [tensor(1)])
+        register(store, "dog", [tensor(2)])
+    before = packs(store)
+    store.remove("dog")
+    reader = through(store, store.storage.inner)
+    reader.storage.refresh()
+    report = collect(store, grace_s=0)
+    assert (report.deleted, report.kept) == (3, 4)
+    assert packs(store) != before
+    # Whoever knew the old pack finds its way.
+    assert contents(reader, reader.resolve("bot")) == [tensor(1).data]
+    with pytest.raises(NotFoundError):
+        reader.storage.get(blob(2))
+    assert verify(store).problems == ()
+    store.remove("bot")
+    collect(store, grace_s=0)
+    assert packs(store) == []
+
+
+def test_a_damaged_object_is_named_and_repaired_in_its_pack(store):
+    register(store, "bot", [tensor(1), tensor(2)])
+    backup = open_memory()
+    copy_zoo(store, backup)
+    (pack,) = packs(store)
+    body = bytearray(store.storage.inner.get(pack))
+    at = bytes(body).index(tensor(1).data[:64])
+    body[at + 3] ^= 255
+    store.storage.inner.replace(pack, [bytes(body)])
+    with pytest.raises(CorruptBlobError):
+        contents(store, store.resolve("bot"))
+    assert [problem.key for problem in verify(store).problems] == [blob(1)]
+    assert [problem.repaired for problem in verify(store, repair_from=backup).problems] == [True]
+    assert packs(store) == [pack]
+    assert contents(through(store, store.storage.inner), store.resolve("bot")) == [
+        tensor(1).data,
+        tensor(2).data,
+    ]
+
+
+def test_a_pack_with_a_damaged_index_is_named_repaired_and_collected(store):
+    register(store, "bot", [tensor(1), tensor(2)])
+    register(store, "dog", [tensor(3)], file=b"[]")
+    backup = open_memory()
+    copy_zoo(store, backup)
+    damaged = min(store.storage.packs_of(blob(1)))
+    body = bytearray(store.storage.inner.get(damaged))
+    body[70] ^= 255
+    store.storage.inner.replace(damaged, [bytes(body)])
+    again = through(store, store.storage.inner)
+    assert contents(again, again.resolve("dog")) == [tensor(3).data]  # others do not suffer
+    report = verify(again)
+    assert damaged in {problem.key for problem in report.problems}
+    assert {ref for problem in report.problems for ref in problem.variants} == {"bot@1"}
+    with pytest.raises(BlockzooError):
+        collect(again, grace_s=0)
+    verify(again, repair_from=backup)
+    assert contents(again, again.resolve("bot")) == [tensor(1).data, tensor(2).data]
+    collect(again, grace_s=0)
+    assert damaged not in packs(again)
+    assert verify(again).problems == ()
+
+
+def test_what_is_lost_is_stored_again_by_the_next_registration(store):
+    register(store, "bot", [tensor(1), tensor(2)])
+    lose(store, blob(1))
+    assert [problem.key for problem in verify(store).problems] == [blob(1)]
+    register(through(store, store.storage.inner), "dog", [tensor(1)])
+    assert verify(store).problems == ()
+    assert contents(store, store.resolve("bot")) == [tensor(1).data, tensor(2).data]
+
+
+def test_a_difference_whose_base_waits_in_the_same_registration(store):
+    near = tensor(1, rows=4096, nudge=3)
+    with store.registration("both") as registration:
+        (first,) = registration.put_tensors([tensor(1, rows=4096)])
+        assert packs(store) == []
+        registration.put_tensors([tensor(1, rows=4096, nudge=3, base=first.blob)])
+    register(store, "near", [near])
+    assert store.blobs.info(blob_id(DType.BF16, (4096,), near.data)).base == first.blob
+    assert contents(store, store.resolve("near")) == [near.data]
+
+
+def test_a_pack_is_not_read_twice(store):
+    register(store, "bot", [tensor(1), tensor(2)])
+    hooked = HookedStorage(store.storage.inner, reads=True)
+    other = through(store, hooked)
+    contents(other, other.resolve("bot"))
+    hooked.operations.clear()
+    contents(other, other.resolve("bot"))
+    looks = [key for operation, key in hooked.operations if operation != "get" and key.startswith("packs")]
+    assert looks == []
+
+
+def test_a_zoo_of_the_first_format_keeps_a_file_for_each(tmp_path):
+    begin_first_format(LocalStorage(tmp_path))
+    store = ZooStore.open(LocalStorage(tmp_path), clock=FakeClock(time.time()))
+    register(store, "bot", [tensor(1), tensor(2)])
+    assert packs(store) == []
+    assert len(loose(store)) == 6
+    copy = open_memory()
+    copy_zoo(store, copy)
+    assert len(packs(copy)) > 0
+    assert loose(copy) == {layout.chain_key(store.resolve("bot").chain)}  # a single object gains nothing
+    assert contents(copy, copy.resolve("bot")) == contents(store, store.resolve("bot"))
+
+
+def test_readers_and_collections_in_many_threads(store):
+    """Packs come and go beneath the readers, who never miss what stays."""
+    register(store, "stays", [tensor(1), tensor(2)])
+    stop, faults = threading.Event(), []
+
+    def read() -> None:
+        reader = through(store, store.storage.inner)
+        while not stop.is_set():
+            try:
+                found = contents(reader, reader.resolve("stays"))
+            except BlockzooError as error:
+                faults.append(error)
+                return
+            if found != [tensor(1).data, tensor(2).data]:
+                faults.append(found)
+
+    threads = [threading.Thread(target=read) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for turn in range(12):
+            register(store, "goes", [tensor(100 + turn), tensor(1)])
+            store.remove("goes")
+            # Its pack and that of what stays are written into one, and the other way round.
+            merged = {key: bytes(store.storage.get(key)) for key in (blob(1), blob(100 + turn))}
+            key, chunks = build(merged)
+            store.storage.inner.put_if_absent(key, chunks)
+            collect(store, grace_s=0)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert faults == []
+    assert verify(store).problems == ()
+
+
+def test_packs_that_need_each_other_lose_one_kind_after_the_other():
+    store = open_memory()
+    register(store, "base", [tensor(1, rows=4096)])
+    base = blob_id(DType.BF16, (4096,), tensor(1, rows=4096).data)
+    register(store, "near", [tensor(1, rows=4096, nudge=3, base=base)])
+    everything = {
+        info.key: info for folder in ("chains", "blocks", "blobs") for info in store.storage.list(folder)
+    }
+    one, other = packs(store)
+    plain = [[info.key for info in stage] for stage in in_order(store, everything.values()) if stage]
+    # The pack with the difference before that of its base.
+    assert len(plain) == 2
+    assert layout.blob_key(base) in plain[1]
+    # A third pack that holds the base's blob and the chain of what is near: each needs the other now.
+    chain = layout.chain_key(store.resolve("near").chain)
+    tangled = {key: bytes(store.storage.get(key)) for key in (layout.blob_key(base), chain)}
+    key, chunks = build(tangled)
+    store.storage.inner.put_if_absent(key, chunks)
+    store.storage.refresh(changed=True)
+    stages = [
+        {info.key.partition("/")[0] for info in stage}
+        for stage in in_order(store, everything.values())
+        if stage
+    ]
+    assert stages[:2] == [{"chains"}, {"blocks"}]
+    assert {one, other} < set(packs(store))
+
+
+def test_two_collections_at_once(store):
+    register(store, "bot", [tensor(1), tensor(2)])
+    register(store, "dog", [tensor(3)], file=b"[]")
+    store.remove("bot")
+    other = through(store, store.storage.inner)
+    storage = HookedStorage(store.storage.inner)
+
+    def both(operation: str, key: str) -> None:
+        if operation == "delete" and key.startswith("packs/"):
+            storage.before = lambda operation, key: None
+            collect(other, grace_s=0)
+
+    storage.before = both
+    with suppress(BlockzooError):
+        collect(through(store, storage), grace_s=0)
+    assert verify(store).problems == ()
+    assert contents(store, store.resolve("dog")) == [tensor(3).data]
+    collect(store, grace_s=0)
+    assert len(packs(store)) == 1
+
+
+def test_an_index_of_many_packs():
+    """Lookups stay right while sorted runs are merged."""
+    inner = MemoryStorage()
+    storage = PackedStorage(inner, writes_packs=True)
+    bodies = {blob(seed): tensor(seed).data for seed in range(60)}
+    for seed in range(0, 60, 2):
+        storage.put_objects({blob(seed): bodies[blob(seed)], blob(seed + 1): bodies[blob(seed + 1)]})
+        assert storage.get(blob(seed + 1)) == bodies[blob(seed + 1)]
+    assert all(storage.get(key) == body for key, body in bodies.items())
+    assert {info.key for info in storage.list("blobs")} == set(bodies)
