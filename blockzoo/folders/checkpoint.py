@@ -11,6 +11,7 @@ import enum
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from blockzoo.errors import (
@@ -46,7 +47,7 @@ class FolderKind(enum.StrEnum):
     ADAPTER = "adapter"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ModelFolder:
     """An opened folder. Valid inside `open_folder`'s context.
 
@@ -64,12 +65,12 @@ class ModelFolder:
     shards: tuple[SafetensorsFile, ...]
     files: Mapping[str, Path]
 
-    @property
-    def tensors(self) -> dict[str, TensorEntry]:
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorEntry]:
         """All tensors by name."""
         return {name: entry for shard in self.shards for name, entry in shard.tensors.items()}
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(entry.num_bytes for entry in self.tensors.values())

@@ -51,7 +51,7 @@ def is_finite(dtype: DType, data: memoryview) -> bool:
         part = bits[start : start + step]
         out = scratch[: part.size]
         np.bitwise_and(part, magnitude, out=out)
-        if int(out.max()) >= _EXPONENT[dtype]:
+        if int(np.maximum.reduce(out)) >= _EXPONENT[dtype]:
             return False
     return True
 

@@ -1,8 +1,7 @@
 """A storage whose small objects may lie in packs; everybody above sees one object for each key.
 
-Objects move only in two directions: from a place of their own into a pack, and from a pack into another.
-The new place is durable before the old one goes. So whoever finds nothing on its own looks at the list of
-packs afterwards, and whoever finds that a pack has gone looks at the list again.
+Objects move only from a pack into another, and the new one is durable before the old one goes. So whoever
+finds nothing looks whether packs have come, and whoever finds that a pack has gone looks at the list again.
 """
 
 from __future__ import annotations
@@ -57,9 +56,21 @@ class _Index:
         """Know the objects of one more pack."""
         places = np.arange(len(pack), dtype=np.uint64) | np.uint64(len(self._packs) << _SLOT_BITS)
         self._packs.append(pack)
+        if not len(pack):
+            return
         self._runs.append((_array(pack.prefixes()), _array(places)))
         while len(self._runs) > 1 and len(self._runs[-2][0]) < 2 * len(self._runs[-1][0]):
             self._runs[-2:] = [_merged(self._runs[-2], self._runs[-1])]
+
+    def candidates(self, keys: Sequence[str]) -> list[str]:
+        """Return those of many keys that `find` may find: what is new is rejected all at once."""
+        wanted = np.fromiter(map(prefix_of, keys), np.uint64, len(keys))
+        found = np.zeros(len(keys), np.bool_)
+        for run, _ in self._runs:
+            prefixes = np.frombuffer(run, np.uint64)
+            at = np.minimum(np.searchsorted(prefixes, wanted), len(prefixes) - 1)
+            found |= prefixes[at] == wanted
+        return [key for key, is_candidate in zip(keys, found.tolist(), strict=True) if is_candidate]
 
     def find(self, key: str) -> Iterator[Entry]:
         """Yield every place of an object."""
@@ -141,7 +152,7 @@ class PackedStorage:
         if not keys:
             return set()
         self.refresh()
-        found = {key for key in keys if can_hold(key) and self._find(key) is not None}
+        found = set(self._packed(keys))
         rest = [key for key in keys if key not in found]
         if self.is_remote:
             with ThreadPoolExecutor(workers, thread_name_prefix="blockzoo-look") as pool:
@@ -149,10 +160,6 @@ class PackedStorage:
         else:
             sizes = [self.inner.size(key) for key in rest]
         found.update(key for key, size in zip(rest, sizes, strict=True) if size is not None)
-        missing = [key for key in rest if key not in found]
-        # One may have moved into a pack since the look above.
-        if missing and self.refresh():
-            found.update(key for key in missing if can_hold(key) and self._find(key) is not None)
         return found
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
@@ -205,7 +212,7 @@ class PackedStorage:
         if self.writes_packs and len(objects) > 1:
             with self._writing:
                 self.refresh()
-                there = {key: entry for key in objects if (entry := self._find(key)) is not None}
+                there = self._packed(objects)
                 missing = {key: data for key, data in objects.items() if key not in there}
                 if missing:
                     key, chunks = build(missing)
@@ -279,8 +286,8 @@ class PackedStorage:
         """See `Storage`."""
         return self.inner.clean()
 
-    def refresh(self, *, changed: bool = False) -> bool:
-        """Learn which packs came and went; tell whether some did.
+    def refresh(self, *, changed: bool = False) -> None:
+        """Learn which packs came and went.
 
         Args:
             changed: something did for sure, so a stamp is not to be believed.
@@ -288,16 +295,15 @@ class PackedStorage:
         with self._lock:
             stamp = None if changed else self.inner.stamp(layout.PACKS)
             if stamp is not None and stamp == self._stamp:
-                return False
+                return
             listed = self._listed()
-            before = known = self._packs.keys() | self._damaged
+            known = self._packs.keys() | self._damaged
             while listed != known:
                 self._learn(listed)
                 known = self._packs.keys() | self._damaged
                 # A listing may miss both of two packs of which one takes the other's place meanwhile.
                 listed = self._listed()
             self._stamp = stamp
-            return known != before
 
     def _listed(self) -> set[str]:
         return {info.key for info in self.inner.list(layout.PACKS) if layout.is_pack(info.key)}
@@ -329,6 +335,13 @@ class PackedStorage:
             # One bad pack must not hide the others; `verify` names it, and what it held is missing.
             self._damaged.add(key)
             return None
+
+    def _packed(self, keys: Iterable[str]) -> dict[str, Entry]:
+        """Return where in packs objects are, as far as is known without looking; of many at once."""
+        possible = [key for key in keys if can_hold(key)]
+        with self._lock:
+            possible = self._index.candidates(possible)
+        return {key: entry for key in possible if (entry := self._find(key)) is not None}
 
     def _find(self, key: str) -> Entry | None:
         with self._lock:
