@@ -20,8 +20,9 @@ from blockzoo.manifest import DType
 _EXPONENT = {DType.F64: 0x7FF << 52, DType.F32: 0xFF << 23, DType.F16: 0x1F << 10, DType.BF16: 0xFF << 7}
 _RUN_BYTES = 2 << 20
 """Bytes that a thread looks at before it asks for more: to hand over a small tensor costs more than it."""
+_THREADED_FROM = 1 << 20
 _SLICE_BYTES = 256 << 10
-"""Bytes looked at in one go; input and scratch stay in a core's cache."""
+"""Bytes looked at in one go; they stay in a core's cache for the second look."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,17 +44,16 @@ def is_finite(dtype: DType, data: memoryview) -> bool:
     """Tell whether no element is NaN or infinite; types that are not floating point are finite."""
     if dtype not in _EXPONENT:
         return True
-    bits = np.frombuffer(data, f"<u{dtype.itemsize}")
+    exponent, sign = _EXPONENT[dtype], 1 << (8 * dtype.itemsize - 1)
+    # As signed integers all negative values are below the positive ones, as unsigned ones above.
+    signed = np.frombuffer(data, f"<i{dtype.itemsize}")
+    unsigned = signed.view(f"<u{dtype.itemsize}")
     step = _SLICE_BYTES // dtype.itemsize
-    magnitude = bits.dtype.type((1 << (8 * dtype.itemsize - 1)) - 1)
-    scratch = np.empty(min(step, bits.size), bits.dtype)
-    for start in range(0, bits.size, step):
-        part = bits[start : start + step]
-        out = scratch[: part.size]
-        np.bitwise_and(part, magnitude, out=out)
-        if int(np.maximum.reduce(out)) >= _EXPONENT[dtype]:
-            return False
-    return True
+    return all(
+        int(np.maximum.reduce(signed[start : start + step])) < exponent
+        and int(np.maximum.reduce(unsigned[start : start + step])) < sign | exponent
+        for start in range(0, signed.size, step)
+    )
 
 
 def _runs(sizes: Sequence[int]) -> Iterator[range]:
@@ -97,8 +97,11 @@ def check_finite(
                 then(index)
         return found
 
+    sizes = [item.data.nbytes for item in weights]
     with ThreadPoolExecutor(workers, thread_name_prefix="blockzoo-check") as pool:
-        results = chain.from_iterable(pool.map(look, _runs([item.data.nbytes for item in weights])))
+        # Of small tensors alone two threads take longer than one, as each step of numpy lets the other go on.
+        look_at = map if max(sizes, default=0) < _THREADED_FROM else pool.map
+        results = chain.from_iterable(look_at(look, _runs(sizes)))
         try:
             for item, finite in zip(weights, results, strict=True):
                 if not finite:

@@ -57,7 +57,7 @@ class LocalStorage:
         """See `Storage`."""
         created = False
         if self.size(key) is None:
-            staged = self.stage(data)
+            staged = self._stage(data, durable=durable)
             staged.flushed = not durable
             created = staged.publish(key)
         if durable:
@@ -66,10 +66,13 @@ class LocalStorage:
 
     def stage(self, data: Chunks) -> _StagedFile:
         """See `Storage`."""
+        return self._stage(data, durable=True)
+
+    def _stage(self, data: Chunks, *, durable: bool) -> _StagedFile:
         path = self._temp_path()
         with translate_os_errors(self.url):
             try:
-                _write_file(path, data)
+                _write_file(path, data, durable=durable)
             except BaseException:
                 path.unlink(missing_ok=True)
                 raise
@@ -270,7 +273,7 @@ class _StagedFile:
             self.path.unlink()
 
 
-def _write_file(path: Path, data: Chunks) -> None:
+def _write_file(path: Path, data: Chunks, *, durable: bool) -> None:
     views = [view for view in map(as_bytes, data) if view.nbytes]
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
@@ -280,8 +283,10 @@ def _write_file(path: Path, data: Chunks) -> None:
                 written -= views.pop(0).nbytes
             if written:
                 views[0] = views[0][written:]
-        # Starts the write-back now, so that the flush before the link has little left to wait for.
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        # Starts the write-back now, so that the flush before the link has little left to wait for. A lease is
+        # deleted soon, which would have to wait for the write-back.
+        if durable:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(fd)
 
