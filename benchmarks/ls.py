@@ -1,6 +1,7 @@
 """ls-300: `blockzoo ls` of a zoo with a base and 300 LoRA adapters, over that of an earlier commit.
 
-Both builds are asked in turns, each sample the wall time of one process, the zoo in the page cache. The row
+Both builds are asked in turns, each sample the wall time of one process, the zoo in the page cache. Each has
+a zoo of its own with the same contents, as the earlier build cannot read what this one packs. The row
 ls-300 finds what the command before it has kept of the chains, as every command but the first does;
 ls-300-first is the first command on a machine, or after the cache folder was emptied. What is listed is the
 same.
@@ -27,6 +28,7 @@ from harness import CACHE, Row, check, interleave
 from program import Bar, Program, Say, Scale
 from safetensors.numpy import save_file
 
+from blockzoo.canonical import canonical_json
 from blockzoo.zoo import Zoo
 
 BASE = "125b15b"
@@ -61,11 +63,13 @@ CONFIG = {
 async def measure(scale: Scale, say: Say) -> list[Row]:
     """List in turns with the earlier build."""
     count = 12 if scale.quick else VARIANTS
-    folder = CACHE / "bench" / f"ls-zoo-{count}"
+    # The earlier build knows the first format only.
+    folder, former = (CACHE / "bench" / f"ls-zoo-{count}-{number}" for number in ("new", "first"))
     _fill(folder, count, say)
+    _fill(former, count, say, is_first_format=True)
     kept = CACHE / "bench" / "ls-cache"
     with open_builds(BASE) as (ours, base):
-        check(_listed(ours, folder, kept) == _listed(base, folder, kept), "the builds list other variants")
+        check(_listed(ours, folder, kept) == _listed(base, former, kept), "the builds list other variants")
 
         def first() -> float:
             shutil.rmtree(kept, ignore_errors=True)
@@ -74,7 +78,7 @@ async def measure(scale: Scale, say: Say) -> list[Row]:
         samples = interleave(
             first,
             lambda: _seconds(ours, folder, kept),
-            lambda: _seconds(base, folder, kept),
+            lambda: _seconds(base, former, kept),
             runs=scale.runs,
             say=say,
         )
@@ -116,16 +120,21 @@ def _listed(build: Build, folder: Path, kept: Path) -> list[dict[str, Any]]:
     command, environment = _command(build, folder, "--json"), _environment(build, kept)
     done = subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
     rows: list[dict[str, Any]] = json.loads(done.stdout)["variants"]
-    return [{key: value for key, value in row.items() if key != "private_stored_bytes"} for row in rows]
+    others = ("private_stored_bytes", "registered_at")
+    return [{key: value for key, value in row.items() if key not in others} for row in rows]
 
 
-def _fill(folder: Path, count: int, say: Say) -> None:
+def _fill(folder: Path, count: int, say: Say, *, is_first_format: bool = False) -> None:
     """Register once; a zoo that was begun and not filled is made again."""
     whole = folder / "whole"
     if whole.exists():
         return
     shutil.rmtree(folder, ignore_errors=True)
     say(f"registering {count} adapters, once")
+    if is_first_format:
+        formats = dict.fromkeys(("format", "min_reader", "min_writer"), 1)
+        folder.mkdir(parents=True)
+        (folder / "zoo.json").write_bytes(canonical_json({**formats, "created_by": "blockzoo 0.1.0"}))
     zoo = Zoo.open(folder, create=True)
     source = folder.with_name("ls-source")
     generator = np.random.default_rng(0)
