@@ -75,10 +75,13 @@ def copy_zoo(
     Raises:
         CorruptBlobError, CorruptManifestError, NotFoundError: the source is damaged; what was copied
             before stays and is valid.
+        VariantNotFoundError: a name in `names` is not registered at the source.
         StorageError: the destination failed; StorageFullError when it has no room.
     """
     destination.check_writable()
     wanted = None if names is None else frozenset(names)
+    for name in wanted or ():
+        source.resolve(name)
     report = Copied()
     with _lease(source, "backup (reading)") as reading, _lease(destination, "backup") as writing:
         task = CopyTask(

@@ -7,7 +7,7 @@ what is gone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from blockzoo import layout
@@ -25,7 +25,8 @@ from blockzoo.store.leases import (
     check_clock,
     drop_expired,
     drop_marker,
-    publish_sweep,
+    publish_sweep_alone,
+    wait_for_sweeps,
     write_entry,
 )
 from blockzoo.store.zoo_store import ZooStore
@@ -88,6 +89,14 @@ def collect(
         ClockSkewError: this machine's clock is wrong, so it cannot tell which leases still hold.
     """
     store.check_writable()
+    if not dry_run:
+        wait_for_sweeps(
+            store.storage,
+            store.clock,
+            on_wait=lambda other: on_stage(
+                f"waiting for another gc, {other.expires - store.clock.now():.0f} s at most", 0
+            ),
+        )
     on_stage("looking for what no variant needs", 0)
     objects = {info.key: info for info in _objects(store)}
     needed = _needed_keys(store, kinds)
@@ -108,10 +117,10 @@ def collect(
         on_stage("deleting", _bytes(condemned))
         doomed, deleted = _sweep(store, marker, until, condemned, on_object, kinds)
     finally:
-        store.storage.undelete()
         drop_marker(store.storage, marker)
-    spared = [info for info in condemned if info not in set(doomed)]
-    stayed = [*kept, *(info for info in condemned if info not in set(deleted))]
+    swept, went = set(doomed), set(deleted)
+    spared = [info for info in condemned if info not in swept]
+    stayed = [*kept, *(info for info in condemned if info not in went)]
     return GcReport(
         deleted=len(deleted),
         freed_bytes=_bytes(deleted),
@@ -137,25 +146,22 @@ def _sweep(
         """Seconds until others take the marker for a dead one; by the clock that says fewer."""
         return min(marker.expires - store.clock.now(), until - store.clock.elapsed())
 
-    publish_sweep(store.storage, store.clock, marker)
+    if not publish_sweep_alone(store.storage, store.clock, marker):
+        return condemned, []
     needed = _needed_keys(store, kinds)
     doomed = [info for info in condemned if info.key not in needed]
     deleted: list[ObjectInfo] = []
     for stage in in_order(store, doomed):
-        gone: list[str] = []
-        for info in stage:
-            if left() <= SKEW_S:
-                break
-            store.storage.delete(info.key)
-            gone.append(info.key)
-            deleted.append(info)
+        infos = {info.key: info for info in stage}
+
+        def tell(key: str, infos: Mapping[str, ObjectInfo] = infos) -> None:
+            deleted.append(infos[key])
             if left() <= 0:
-                _own_up(store, gone, kinds)
+                _own_up(store, [key], kinds)
             if on_object is not None:
-                on_object(info)
-        store.storage.sync(gone)
-        if left() <= 0:
-            _own_up(store, gone, kinds)
+                on_object(infos[key])
+
+        gone = store.storage.delete_all(infos, lambda: left() > SKEW_S, tell)
         if len(gone) < len(stage):
             break
     return doomed, deleted

@@ -111,6 +111,8 @@ def _read_all(
         kind, info = item
         try:
             kind.check(store, info.key)
+            if store.storage.copies_differ(info.key):
+                return Problem(info.key, missing=False, message=f"a second copy of {info.key} is damaged")
         except CorruptionError as error:
             return Problem(info.key, missing=False, message=_blame(info.key, error) or str(error))
         except NotFoundError as error:
@@ -167,13 +169,23 @@ def _repair(
             todo = [problem for key, problem in found.items() if key not in done]
     finally:
         lease.release()
+    _drop_packs(store, done)
     return list(done.values())
 
 
+def _drop_packs(store: ZooStore, done: dict[str, Problem]) -> None:
+    """Delete packs whose list of contents is damaged, once all that was missing for it is there again."""
+    packs = [key for key in done if layout.is_pack(key)]
+    if all(problem.repaired for key, problem in done.items() if key not in packs):
+        for key in packs:
+            store.storage.delete(key)
+            done[key] = replace(done[key], repaired=True)
+
+
 def _repair_header(store: ZooStore, source: ZooStore | None, problem: str) -> Problem:
-    """The header of another zoo of the same format says the same."""
+    """The header of another zoo of the same format says the same; one of another format would be wrong."""
     repaired = False
-    if source is not None and source.header_problem() is None:
+    if source is not None and source.header_problem() is None and source.formats == store.formats:
         store.storage.replace(layout.ZOO, [source.storage.get(layout.ZOO)])
         repaired = store.header_problem() is None
     return Problem(layout.ZOO, missing=False, message=problem, repaired=repaired)
@@ -184,7 +196,7 @@ def _is_good(store: ZooStore, kind: Holding, key: str) -> bool:
         kind.check(store, key)
     except (CorruptionError, NotFoundError):
         return False
-    return True
+    return not store.storage.copies_differ(key)
 
 
 def _replace(store: ZooStore, source: ZooStore, kind: Holding, key: str) -> bool:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import PurePath
 
+from blockzoo.errors import VariantNotFoundError
 from blockzoo.folders.checkpoint import FolderKind, ModelFolder
 from blockzoo.folders.files import TOKENIZER
 from blockzoo.folders.tokenizer_conversion import CONVERTED
@@ -54,7 +55,10 @@ def doubt_about_base(store: WritableZoo, folder: ModelFolder, record: VariantRec
     recorded, ref = _recorded(folder.config), record.provenance.get("base")
     if folder.kind is not FolderKind.ADAPTER or not recorded or ref is None:
         return ""
-    base = store.resolve(*parse_ref(ref))
+    try:
+        base = store.resolve(*parse_ref(ref))
+    except VariantNotFoundError:
+        return ""  # nothing was changed, and that version of the base was removed since
     known = _names_of(base)
     if _tail(recorded) in known:
         return _other_commit(folder.config, base, recorded, ref)

@@ -43,10 +43,11 @@ _LOCAL_TYPES = frozenset(
 """statfs(2) and linux/magic.h."""
 
 
-def map_file(path: Path, start: int = 0, length: int | None = None) -> memoryview:
+def map_file(path: Path, start: int = 0, length: int | None = None, *, is_mapped: bool = True) -> memoryview:
     """Return the file's bytes from `start`, read-only, without holding a file descriptor.
 
-    At most `length` bytes; all up to the end when None, fewer where the file ends.
+    At most `length` bytes; all up to the end when None, fewer where the file ends. With `is_mapped` large
+    files are mapped.
 
     `mmap.mmap` keeps a duplicate of the descriptor before Python 3.13, and a server with a
     thousand tensors loaded would meet the usual limit of 1024 open files. Raises OSError.
@@ -56,7 +57,7 @@ def map_file(path: Path, start: int = 0, length: int | None = None) -> memoryvie
         size = max(os.fstat(fd).st_size - start, 0)
         if length is not None:
             size = min(size, length)
-        if size < _MAP_FROM:
+        if size < _MAP_FROM or not is_mapped:
             return memoryview(_read_all(fd, start, size))
         skipped = start % mmap.ALLOCATIONGRANULARITY
         size += skipped

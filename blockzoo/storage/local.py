@@ -15,8 +15,10 @@ import stat
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from blockzoo.digest import as_bytes
@@ -111,7 +113,9 @@ class LocalStorage:
     def get_part(self, key: str, start: int, length: int) -> memoryview:
         """See `Storage`."""
         with translate_os_errors(key):
-            return map_file(self._path(key), start, length)
+            # A collection may delete the file of a part that is needed. On a network file system what is
+            # mapped of it could then be gone for other machines, so it is read.
+            return map_file(self._path(key), start, length, is_mapped=self._has_stamps)
 
     def size(self, key: str) -> int | None:
         """See `Storage`."""
@@ -274,13 +278,13 @@ class _StagedFile:
 
 
 def _write_file(path: Path, data: Chunks, *, durable: bool) -> None:
-    views = [view for view in map(as_bytes, data) if view.nbytes]
+    views = deque(view for view in map(as_bytes, data) if view.nbytes)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
         while views:
-            written = os.writev(fd, views[:_MAX_WRITEV])
+            written = os.writev(fd, list(islice(views, _MAX_WRITEV)))
             while views and written >= views[0].nbytes:
-                written -= views.pop(0).nbytes
+                written -= views.popleft().nbytes
             if written:
                 views[0] = views[0][written:]
         # Starts the write-back now, so that the flush before the link has little left to wait for. A lease is

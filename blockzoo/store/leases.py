@@ -27,6 +27,7 @@ delete call is the one thing this cannot prevent; it notices and says so.
 from __future__ import annotations
 
 import os
+import random
 import socket
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -124,6 +125,43 @@ def publish_sweep(storage: Storage, clock: Clock, marker: Entry) -> None:
     key, began = marker.key.removesuffix(".json") + _SWEEP, clock.now()
     storage.put_if_absent(key, [b"{}"], durable=False)
     check_clock(storage, clock, key, began)
+
+
+def wait_for_sweeps(
+    storage: Storage,
+    clock: Clock,
+    marker: Entry | None = None,
+    on_wait: Callable[[Entry], None] = lambda _: None,
+) -> None:
+    """Wait until no other collection sweeps.
+
+    Two that write one pack again without different objects would each bring back what the other deleted.
+    """
+    for other in read_entries(storage, CONDEMNED):
+        if marker is not None and other.key == marker.key:
+            continue
+        announced = False
+        while _is_sweeping(storage, clock, other):
+            if not announced:
+                on_wait(other)
+                announced = True
+            clock.sleep(_POLL_S)
+
+
+def publish_sweep_alone(storage: Storage, clock: Clock, marker: Entry) -> bool:
+    """Wait until no other collection sweeps, then `publish_sweep`; False where the marker ended before.
+
+    Two that begin at once both step back, each for another time.
+    """
+    while marker.expires > clock.now():
+        publish_sweep(storage, clock, marker)
+        others = [entry for entry in read_entries(storage, CONDEMNED) if entry.key != marker.key]
+        if not any(_is_sweeping(storage, clock, other) for other in others):
+            return True
+        storage.delete(marker.key.removesuffix(".json") + _SWEEP)
+        clock.sleep(_POLL_S * (1 + random.random()))  # noqa: S311
+        wait_for_sweeps(storage, clock, marker)
+    return False
 
 
 def check_clock(storage: Storage, clock: Clock, key: str, began: float) -> None:

@@ -23,6 +23,7 @@ from blockzoo.storage.base import Chunks, ObjectInfo, Staged, Stamp, Storage
 from blockzoo.store.packs import (
     FOLDERS,
     MAX_OBJECT_BYTES,
+    MAX_PACK_BYTES,
     Entry,
     Pack,
     build,
@@ -101,7 +102,8 @@ class PackedStorage:
         self._packs: dict[str, Pack] = {}
         self._index = _Index()
         self._damaged: set[str] = set()
-        self._doomed: set[tuple[str, str]] = set()
+        self._unreadable: dict[str, StorageError] = {}
+        self._twins: set[str] = set()
         self._stamp: Stamp | None = None
 
     @property
@@ -162,12 +164,18 @@ class PackedStorage:
         found.update(key for key, size in zip(rest, sizes, strict=True) if size is not None)
         return found
 
+    def may_hold(self, key: str) -> bool:
+        """Tell whether there is an object, as far as is known without looking for packs."""
+        return bool(self.packs_of(key)) or self.inner.size(key) is not None
+
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """See `Storage`. Of packs themselves, only the damaged ones are listed, below `layout.PACKS`."""
         if prefix == layout.PACKS:
-            self.refresh()
+            with self._lock:
+                self._damaged.clear()  # one may have been repaired
+                self.refresh(changed=True)
+                damaged = frozenset(self._damaged)
             # One that is neither known nor damaged has come since.
-            damaged = frozenset(self._damaged)
             for info in self.inner.list(prefix):
                 if info.key in damaged or not layout.is_pack(info.key):
                     yield info
@@ -185,7 +193,9 @@ class PackedStorage:
             packs = list(self._packs.values())
         for pack in packs:
             for key, entry in pack.objects():
-                if key.startswith(folder) and key not in seen and (pack.key, key) not in self._doomed:
+                if key in seen:
+                    self._twins.add(key)
+                elif key.startswith(folder):
                     seen.add(key)
                     yield ObjectInfo(key, entry.size)
 
@@ -198,8 +208,7 @@ class PackedStorage:
         if not can_hold(key):
             return frozenset()
         with self._lock:
-            found = {entry.pack for entry in self._index.find(key)}
-            return frozenset(pack for pack in found if (pack, key) not in self._doomed)
+            return frozenset(entry.pack for entry in self._index.find(key))
 
     # Writing.
 
@@ -214,9 +223,8 @@ class PackedStorage:
                 self.refresh()
                 there = self._packed(objects)
                 missing = {key: data for key, data in objects.items() if key not in there}
-                if missing:
-                    key, chunks = build(missing)
-                    self.inner.put_if_absent(key, chunks)
+                for part in _parts(missing):
+                    self._put_pack(*build(part))
             self.inner.sync({entry.pack for entry in there.values()})
             return
         for folder in FOLDERS:
@@ -239,7 +247,7 @@ class PackedStorage:
         self.inner.flush(staged)
 
     def replace(self, key: str, data: Chunks) -> None:
-        """See `Storage`: in every pack that holds it."""
+        """See `Storage`: in every pack that holds it. A gc that rewrites such a pack may undo it."""
         if can_hold(key):
             self.refresh()
             packs = self.packs_of(key)
@@ -251,36 +259,75 @@ class PackedStorage:
         self.inner.replace(key, data)
 
     def delete(self, key: str) -> bool:
-        """See `Storage`: what lies in packs is gone for this process now, and for others after `sync`.
+        """See `Storage`; packs that held it are written again. Many are deleted faster by `delete_all`."""
+        if not can_hold(key):
+            return self.inner.delete(key)
+        self.refresh()
+        was_packed = bool(self.packs_of(key))
+        self.delete_all([key])
+        return self.inner.delete(key) or was_packed
 
-        Packs count that were there at the last `list` or `refresh`, so look before.
+    def delete_all(
+        self,
+        keys: Iterable[str],
+        may_go_on: Callable[[], bool] = lambda: True,
+        on_gone: Callable[[str], None] = lambda _: None,
+    ) -> Sequence[str]:
+        """Delete objects that do not need each other, durably. What shares a pack goes in one step.
+
+        Args:
+            keys: of objects in packs that were there at the last `list`, or on their own.
+            may_go_on: asked right before each step that deletes; where it says no, the rest stays.
+            on_gone: told each key that is gone.
+
+        Returns:
+            The keys that are gone.
         """
-        packs = self.packs_of(key)
-        with self._lock:
-            self._doomed |= {(pack, key) for pack in packs}
-        # Over a network it cannot be told whether there was one, and to ask for nothing costs as much.
-        if packs and self.is_remote:
-            return True
-        return self.inner.delete(key) or bool(packs)
-
-    def undelete(self) -> None:
-        """Forget deletes that no `sync` has made true."""
-        with self._lock:
-            self._doomed.clear()
+        places = {key: self.packs_of(key) for key in keys}
+        leaving: dict[str, set[str]] = defaultdict(set)
+        for key, packs in places.items():
+            for pack in packs:
+                leaving[pack].add(key)
+        gone: list[str] = []
+        left = {key: len(packs) for key, packs in places.items()}
+        try:
+            for key in [key for key, packs in places.items() if not packs]:
+                if not may_go_on():
+                    return gone
+                self.inner.delete(key)
+                gone.append(key)
+                on_gone(key)
+            for pack, without in leaving.items():
+                if not self._rewrite(pack, without, {}, may_go_on):
+                    return gone
+                for key in without:
+                    # Two registrations at once may have put one on its own and one into a pack.
+                    if key in self._twins or not self.is_remote:
+                        self.inner.delete(key)
+                    left[key] -= 1
+                    if not left[key]:
+                        gone.append(key)
+                        on_gone(key)
+            return gone
+        finally:
+            self.inner.sync(gone)
+            if leaving:
+                self.refresh(changed=True)
 
     def sync(self, keys: Iterable[str]) -> None:
-        """See `Storage`; packs without what was deleted take the place of those with it."""
-        wanted = set(keys)
-        entries = {key: self._find(key) for key in wanted if can_hold(key)}
-        self.inner.sync({key if (entry := entries.get(key)) is None else entry.pack for key in wanted})
+        """See `Storage`."""
+        entries = {key: self._find(key) if can_hold(key) else None for key in keys}
+        self.inner.sync({key if entry is None else entry.pack for key, entry in entries.items()})
+
+    def copies_differ(self, key: str) -> bool:
+        """Tell whether packs hold different bytes of one object, so that some are damaged."""
+        packs = self.packs_of(key)
+        if len(packs) < 2:
+            return False
         with self._lock:
-            doomed: dict[str, set[str]] = defaultdict(set)
-            for pack, key in self._doomed:
-                doomed[pack].add(key)
-        if doomed:
-            for pack, gone in doomed.items():
-                self._rewrite(pack, gone, {})
-            self.refresh(changed=True)
+            entries = [entry for entry in self._index.find(key) if entry.pack in packs]
+        first, *others = (self.inner.get_part(entry.pack, entry.offset, entry.size) for entry in entries)
+        return any(other != first for other in others)
 
     def clean(self) -> int:
         """See `Storage`."""
@@ -296,14 +343,15 @@ class PackedStorage:
             stamp = None if changed else self.inner.stamp(layout.PACKS)
             if stamp is not None and stamp == self._stamp:
                 return
-            listed = self._listed()
-            known = self._packs.keys() | self._damaged
-            while listed != known:
-                self._learn(listed)
-                known = self._packs.keys() | self._damaged
-                # A listing may miss both of two packs of which one takes the other's place meanwhile.
+            self._unreadable.clear()
+            for _ in range(_TRIES):
                 listed = self._listed()
-            self._stamp = stamp
+                if listed == self._packs.keys() | self._damaged | self._unreadable.keys():
+                    break
+                # A listing may miss both of two packs of which one takes the other's place meanwhile, so
+                # there is another.
+                self._learn(listed)
+            self._stamp = None if self._unreadable else stamp
 
     def _listed(self) -> set[str]:
         return {info.key for info in self.inner.list(layout.PACKS) if layout.is_pack(info.key)}
@@ -314,8 +362,7 @@ class PackedStorage:
         if gone:
             self._packs = {key: pack for key, pack in self._packs.items() if key not in gone}
             self._index = _Index(self._packs.values())
-            self._doomed = {item for item in self._doomed if item[0] not in gone}
-        new = sorted(listed - self._packs.keys() - self._damaged)
+        new = sorted(listed - self._packs.keys() - self._damaged - self._unreadable.keys())
         if self.is_remote and len(new) > 1:
             with ThreadPoolExecutor(_READERS, thread_name_prefix="blockzoo-packs") as pool:
                 packs = list(pool.map(self._read_index, new))
@@ -335,6 +382,10 @@ class PackedStorage:
             # One bad pack must not hide the others; `verify` names it, and what it held is missing.
             self._damaged.add(key)
             return None
+        except StorageError as error:
+            # As it would be with the file of one object: only who needs it fails, see `_look`.
+            self._unreadable[key] = error
+            return None
 
     def _packed(self, keys: Iterable[str]) -> dict[str, Entry]:
         """Return where in packs objects are, as far as is known without looking; of many at once."""
@@ -345,9 +396,7 @@ class PackedStorage:
 
     def _find(self, key: str) -> Entry | None:
         with self._lock:
-            return next(
-                (entry for entry in self._index.find(key) if (entry.pack, key) not in self._doomed), None
-            )
+            return next(self._index.find(key), None)
 
     def _look(self, key: str, packed: Callable[[Entry], _T], loose: Callable[[], _T]) -> _T:
         if not can_hold(key):
@@ -361,6 +410,8 @@ class PackedStorage:
                 self.refresh(changed=tried is not None)
                 entry = self._find(key)
                 if entry is None and tried is None:
+                    if self._unreadable:
+                        raise next(iter(self._unreadable.values())) from None
                     raise
         raise StorageError(
             f"{key} moved {_TRIES} times while it was being read", hint="Run the command again.", key=key
@@ -393,24 +444,61 @@ class PackedStorage:
                 body.discard()
         self.inner.sync(objects)
 
-    def _rewrite(self, key: str, without: Collection[str], changed: Mapping[str, Buffer]) -> None:
-        """Put a pack without some objects, or with other bytes of some, in the place of a pack."""
+    def _put_pack(self, key: str, chunks: Chunks) -> None:
+        if not self.inner.put_if_absent(key, chunks):
+            # Another process wrote the same a moment ago, or it is damaged: so its objects were missing.
+            self.inner.replace(key, chunks)
+        with self._lock:
+            self._damaged.discard(key)
+
+    def _rewrite(
+        self,
+        key: str,
+        without: Collection[str],
+        changed: Mapping[str, Buffer],
+        may_go_on: Callable[[], bool] = lambda: True,
+    ) -> bool:
+        """Put a pack without some objects, or with other bytes of some, in its place; tell whether it is.
+
+        Where it is not, all stays as it was, but what is kept may be stored twice.
+        """
+        if not may_go_on():
+            return False
         try:
-            kept: dict[str, Buffer] = {
-                name: changed[name] if name in changed else self.inner.get_part(key, entry.offset, entry.size)
-                for name, entry in read_index(self.inner, key).objects()
-                if name not in without
-            }
+            pack, body = read_index(self.inner, key), self.inner.get(key)
         except NotFoundError:
-            return  # another collection was faster; what is still too much is found by the next one
+            return False
+        kept: dict[str, Buffer] = {
+            name: changed[name] if name in changed else body[entry.offset : entry.offset + entry.size]
+            for name, entry in pack.objects()
+            if name not in without
+        }
         if kept:
             new, chunks = build(kept)
             if new == key:
                 self.inner.replace(key, chunks)
-                return
-            self.inner.put_if_absent(new, chunks)
+                return True
+            self._put_pack(new, chunks)
+            if not may_go_on():
+                return False
         self.inner.delete(key)
         self.inner.sync([key])
+        return True
+
+
+def _parts(objects: Mapping[str, Buffer]) -> Iterator[dict[str, Buffer]]:
+    """Cut objects into packs of at most `MAX_PACK_BYTES`, or one object."""
+    part: dict[str, Buffer] = {}
+    num_bytes = 0
+    for key, data in objects.items():
+        size = memoryview(data).nbytes
+        if part and num_bytes + size > MAX_PACK_BYTES:
+            yield part
+            part, num_bytes = {}, 0
+        part[key] = data
+        num_bytes += size
+    if part:
+        yield part
 
 
 def as_small(chunks: Chunks) -> bytes | None:

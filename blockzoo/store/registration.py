@@ -75,6 +75,7 @@ class Registration:
         self._store = store
         self._storage = store.storage
         self._shared = shared
+        self.purpose = purpose
         self._lease: LeaseHolder = LeaseHolder(
             store.storage, store.clock, purpose, ttl_s, None if shared is None else shared._lease
         )
@@ -95,17 +96,30 @@ class Registration:
     ) -> None:
         if error is None:
             # Nothing was committed since: what is stored all the same need not be sent or written again.
-            with suppress(StorageError):
+            with suppress(StorageError, ConflictError):
                 self.flush()
         self._lease.release()
+
+    def is_over(self) -> bool:
+        """Tell whether the lease ran out."""
+        try:
+            self._lease.check()
+        except ConflictError:
+            return True
+        return False
 
     def renew(self) -> None:
         """Extend the lease when half of its time is over; raises ConflictError when all of it is."""
         self._lease.renew()
 
     def flush(self) -> None:
-        """Store the small objects that wait in memory; `commit` does so too."""
+        """Store the small objects that wait in memory; `commit` does so too.
+
+        Raises:
+            ConflictError: the lease ran out, so what they need may be gone.
+        """
         if self._waiting:
+            self._lease.check()
             self._storage.put_objects(self._waiting, self._workers)
         self._waiting, self._waiting_bytes = {}, 0
 
@@ -296,8 +310,8 @@ class Registration:
         """Hash, and bring what is large to the storage when it seems to be missing."""
         tensor = draft.tensor
         draft.blob = tensor.blob or blob_id(tensor.dtype, tensor.shape, tensor.data, threads=1)
-        # Only a hint: nothing is leased yet. `_put_group` looks again.
-        if draft.is_large and not self._store.blobs.exists(draft.blob):
+        # Only a hint: nothing is leased yet, and packs may have come. `_put_group` looks again.
+        if draft.is_large and not self._storage.may_hold(draft.key):
             self._stage(draft)
         self._on_bytes(memoryview(tensor.data).nbytes)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -47,8 +48,9 @@ class ZooStore(Objects):
         self, storage: Storage, clock: Clock, *, min_reader: int = FORMAT, min_writer: int = FORMAT
     ) -> None:
         super().__init__(PackedStorage(storage, writes_packs=min_reader > _FIRST_FORMAT), clock)
+        self.formats = min_reader, min_writer
         self._min_writer = min_writer
-        self._batch: Registration | None = None
+        self._batch: tuple[int, Registration] | None = None
 
     @classmethod
     def open(cls, storage: Storage, *, create: bool = False, clock: Clock | None = None) -> ZooStore:
@@ -121,7 +123,7 @@ class ZooStore(Objects):
             workers=workers,
             on_bytes=on_bytes,
             on_wait=on_wait,
-            shared=self._batch,
+            shared=self._shared(),
         )
 
     @contextmanager
@@ -130,12 +132,23 @@ class ZooStore(Objects):
 
         The registrations are those begun meanwhile, one after the other, by this thread.
         """
-        with self.registration(purpose) as shared:
-            self._batch = shared
-            try:
-                yield
-            finally:
-                self._batch = None
+        self._batch = threading.get_ident(), self.registration(purpose)
+        try:
+            yield
+        finally:
+            (_, shared), self._batch = self._batch, None
+            shared.__exit__(None, None, None)
+
+    def _shared(self) -> Registration | None:
+        """The registration of this thread's batch; another one once its lease ran out."""
+        if self._batch is None or self._batch[0] != threading.get_ident():
+            return None
+        thread, shared = self._batch
+        if shared.is_over():
+            self._batch = None
+            shared.__exit__(None, None, None)
+            self._batch = thread, self.registration(shared.purpose)
+        return self._batch[1]
 
     def remove(self, name: str) -> VariantRecord:
         """Remove a variant with all its versions; returns the tombstone.

@@ -195,3 +195,18 @@ def test_memory_zoo(tmp_path):
     zoo.export("a", tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (path / "model.safetensors").read_bytes()
     assert zoo.verify().ok
+
+
+def test_a_backup_of_a_name_that_nobody_has_is_refused(zoo, tmp_path):
+    with pytest.raises(VariantNotFoundError):
+        zoo.backup(tmp_path / "copy", names=["base", "nope"])
+
+
+def test_an_adapter_is_unchanged_after_its_base_was_registered_anew(zoo, tmp_path):
+    folder = write_adapter(tmp_path / "lora")
+    zoo.register(folder, name="lora", base="base")
+    zoo.rm("base")
+    zoo.register(write_checkpoint(tmp_path / "again"), name="base")
+    again = zoo.register(folder, name="lora", base="base")
+    assert again.unchanged
+    assert again.record.provenance["base"] == "base@1"

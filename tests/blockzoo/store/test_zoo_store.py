@@ -9,6 +9,7 @@ from blockzoo import layout
 from blockzoo.canonical import canonical_json
 from blockzoo.care.gc import collect
 from blockzoo.care.verify import verify
+from blockzoo.digest import blob_id
 from blockzoo.errors import (
     BlobNotFoundError,
     ConflictError,
@@ -494,15 +495,45 @@ def test_a_batch_protects_its_base_between_registrations(store):
     assert verify(store).problems == ()
 
 
-def test_a_batch_whose_lease_ran_out_commits_nothing_more(store):
+def test_a_batch_whose_lease_ran_out_takes_another(store):
     register(store, "base", [tensor(1)])
     with store.batch("several"):
         rely(store, "one", 101)
         store.clock.time += 4000
-        with pytest.raises(ConflictError, match="ran out"):
-            rely(store, "two", 102)
-    assert [record.name for record in store.variants()] == ["base", "one"]
-    assert rely(store, "two", 102).version == 1
+        rely(store, "two", 102)
+        with store.registration("three") as registration:
+            registration.rely_on_variant(store.resolve("base"))
+            store.clock.time += 4000
+            with pytest.raises(ConflictError, match="ran out"):
+                registration.commit("three", store.resolve("base").chain, kind="checkpoint")
+    assert [record.name for record in store.variants()] == ["base", "one", "two"]
+    store.clock.time += 4000
+    collect(store)
+    assert list(store.storage.list("leases")) == []
+
+
+def test_a_batch_is_of_one_thread(store):
+    register(store, "base", [tensor(1)])
+    with store.batch("several"):
+        rely(store, "one", 101)
+        other = threading.Thread(target=rely, args=(store, "two", 102))
+        other.start()
+        other.join()
+        rely(store, "three", 103)
+    assert [record.name for record in store.variants()] == ["base", "one", "three", "two"]
+
+
+def test_nothing_is_stored_once_the_lease_ran_out(store):
+    """The base of a difference may be gone by then."""
+    base = blob_id(DType.BF16, (4096,), tensor(1, rows=4096).data)
+    register(store, "base", [tensor(1, rows=4096)])
+    with store.registration("slow") as registration:
+        near = registration.put_tensors([tensor(1, rows=4096, nudge=3, base=base)])[0].blob
+        store.remove("base")
+        store.clock.time += 10_000
+        collect(store)
+    assert not store.blobs.exists(near)
+    assert verify(store).problems == ()
 
 
 def test_what_is_remembered_is_not_taken_for_stored(store):

@@ -79,7 +79,7 @@ def _tell(number: int, total: int, name: str, outcome: Outcome) -> None:
     place = f"{number:>{len(str(total))}}/{total}"
     if name in outcome.failed:
         error = outcome.failed[name]
-        note(f"{place}  {name}: Error: {error} {error.hint}".rstrip())
+        note(f"{place}  {name}: Error: {error}. {error.hint}".rstrip())
         return
     result = outcome.done[name]
     ref = f"{result.record.name}@{result.record.version}"
