@@ -1,7 +1,7 @@
 """register-300: 300 LoRA adapters, by one `register --all` over 300 single commands of an earlier commit.
 
 The adapters are of rank 16 on all linear modules of SmolLM2, bfloat16, 9.8 MB each, in the page cache. Each
-sample is the wall time for an adapter: of one command for all of them, and of a third of the single commands.
+sample is the wall time for an adapter: of one command for all of them, and of a fifth of the single commands.
 Both zoos hold the base before. The row files-300 is how many files the two zoos have in the end.
 """
 
@@ -27,7 +27,7 @@ from blockzoo.zoo import Zoo
 
 BASE = "125b15b"
 """The commit before this step."""
-VARIANTS, RANK, PARTS = 300, 16, 3
+VARIANTS, RANK, PARTS = 300, 16, 5
 FILES = 3000
 
 
@@ -61,7 +61,15 @@ async def measure(scale: Scale, say: Say) -> list[Row]:
     peer = f"single commands of {BASE}"
     return [
         Row("register-300", f"register --all of {case}", "s/adapter", command, together, single, peer),
-        Row("files-300", f"files of a zoo of {case}", "files", command, [files[0]], [files[1]], peer),
+        Row(
+            "files-300",
+            f"files of a zoo of {case}",
+            "files",
+            command,
+            [files[0]] * PARTS,
+            [files[1]] * PARTS,
+            peer,
+        ),
     ]
 
 

@@ -65,6 +65,7 @@ def test_rows_hold_raw_samples_and_no_conclusions(path):
         assert re.match(
             r"python benchmarks/((run|run_peers)\.py --only "
             r"|(hop|split|shared_trunk|failover_gap|router_rps|kv_choice|adapt_p95|many_variants)\.py$"
+            r"|(text_flood|logprobs_tax|busy_threads|sick_worker)\.py$"
             r"|no_slower\.py --base [0-9a-f]{40}$)",
             entry["command"],
         )
