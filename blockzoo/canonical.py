@@ -105,18 +105,22 @@ _PLAIN = json.JSONEncoder(
 def _is_plain(value: object, depth: int) -> bool:
     """Tell whether nothing can go wrong: only exact types of JSON, integers within bounds, not too deep."""
     kind = type(value)
-    if kind is dict or kind is list or kind is tuple:
-        if depth == 0:
-            return False
-        items: Iterable[object] = value  # type: ignore[assignment]
-        if kind is dict:
-            if not all(type(name) is str for name in items):
-                return False
-            items = value.values()  # type: ignore[attr-defined]
-        return all(type(item) is str or _is_plain(item, depth - 1) for item in items)
     if kind is int:
         return -MAX_SAFE_INTEGER <= value <= MAX_SAFE_INTEGER  # type: ignore[operator]
-    return kind is str or kind is bool or value is None
+    if kind is not dict and kind is not list and kind is not tuple:
+        return kind is str or kind is bool or value is None
+    if depth == 0:
+        return False
+    items: Iterable[object] = value  # type: ignore[assignment]
+    if kind is dict:
+        if not set(map(type, items)) <= {str}:
+            return False
+        items = value.values()  # type: ignore[attr-defined]
+    # Asked for each member of thousands of manifests, where a generator takes longer than its items.
+    for item in items:  # noqa: SIM110
+        if type(item) is not str and not _is_plain(item, depth - 1):
+            return False
+    return True
 
 
 def _write(value: object, parts: list[str], depth: int) -> None:

@@ -52,7 +52,7 @@ def blob_id(dtype: DType, shape: Sequence[int], data: Buffer, *, threads: int | 
         InvalidInputError: `data` has not the length that dtype and shape ask for.
     """
     view = as_bytes(data)
-    expected = num_bytes(dtype, shape)
+    header, expected = _header(dtype, tuple(shape))
     if view.nbytes != expected:
         raise InvalidInputError(
             f"tensor of {dtype} {list(shape)} needs {expected} bytes, got {view.nbytes}",
@@ -61,15 +61,16 @@ def blob_id(dtype: DType, shape: Sequence[int], data: Buffer, *, threads: int | 
         )
     if threads is None:
         threads = blake3.AUTO if expected >= _THREADED_FROM else 1
-    hasher = blake3(_header(dtype, tuple(shape)), max_threads=threads)
+    hasher = blake3(header, max_threads=threads)
     return BlobId(hasher.update(view).hexdigest())
 
 
 @functools.lru_cache(_CACHED_HEADERS)
-def _header(dtype: DType, shape: tuple[int, ...]) -> bytes:
-    """Return the length and the header; the layers of a model have few shapes between them."""
+def _header(dtype: DType, shape: tuple[int, ...]) -> tuple[bytes, int]:
+    """Return the header with its length, and the tensor's bytes; a model's layers have few shapes."""
+    expected = num_bytes(dtype, shape)
     header = canonical_json({"dtype": dtype.value, "shape": list(shape)})
-    return len(header).to_bytes(4, "little") + header
+    return len(header).to_bytes(4, "little") + header, expected
 
 
 def num_bytes(dtype: DType, shape: Sequence[int]) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from blockzoo.errors import (
     AdapterBaseMismatchError,
@@ -68,7 +69,7 @@ class LoraPair:
         return {f"{self.module}.{part}": source for part, source in found.items() if source is not None}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class AdapterPlan:
     """What an adapter changes.
 
@@ -86,6 +87,7 @@ class AdapterPlan:
     notes: tuple[str, ...] = ()
     rows: Mapping[int, TrainedRows] = field(default_factory=dict)
 
+    @cached_property
     def adapted(self) -> Mapping[int, Mapping[str, str]]:
         """Chain position -> tensor name inside the adapter's block there -> name in the adapter's file."""
         found: dict[int, dict[str, str]] = {}
@@ -306,7 +308,7 @@ def _check_whole(
 
 
 def _is_saved(config: AdapterConfig, name: str) -> bool:
-    return any(config.saves(path) for path in _ancestors(name))
+    return bool(config.saved) and any(config.saves(path) for path in _ancestors(name))
 
 
 def _ancestors(name: str) -> list[str]:

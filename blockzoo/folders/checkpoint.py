@@ -68,6 +68,8 @@ class ModelFolder:
     @cached_property
     def tensors(self) -> Mapping[str, TensorEntry]:
         """All tensors by name."""
+        if len(self.shards) == 1:
+            return self.shards[0].tensors
         return {name: entry for shard in self.shards for name, entry in shard.tensors.items()}
 
     @cached_property

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 
@@ -49,11 +48,12 @@ def is_finite(dtype: DType, data: memoryview) -> bool:
     signed = np.frombuffer(data, f"<i{dtype.itemsize}")
     unsigned = signed.view(f"<u{dtype.itemsize}")
     step = _SLICE_BYTES // dtype.itemsize
-    return all(
-        int(np.maximum.reduce(signed[start : start + step])) < exponent
-        and int(np.maximum.reduce(unsigned[start : start + step])) < sign | exponent
-        for start in range(0, signed.size, step)
-    )
+    for start in range(0, signed.size, step):
+        if np.maximum.reduce(signed[start : start + step]) >= exponent:
+            return False
+        if np.maximum.reduce(unsigned[start : start + step]) >= sign | exponent:
+            return False
+    return True
 
 
 def _runs(sizes: Sequence[int]) -> Iterator[range]:
@@ -79,7 +79,7 @@ def check_finite(
 
     Args:
         weights: what to check.
-        on_bytes: called after each tensor with its bytes, from the calling thread.
+        on_bytes: called with the bytes of a few tensors after them, from the calling thread.
         workers: threads to use.
         then: called with a tensor's index once it was found finite, from the thread that looked, while
             its bytes are still in the processor's cache.
@@ -89,28 +89,28 @@ def check_finite(
     """
     weights = list(weights)
 
-    def look(run: range) -> list[bool]:
-        found = []
+    def look(run: range) -> int | None:
         for index in run:
-            found.append(is_finite(weights[index].dtype, weights[index].data))
-            if found[-1]:
-                then(index)
-        return found
+            if not is_finite(weights[index].dtype, weights[index].data):
+                return index
+            then(index)
+        return None
 
     sizes = [item.data.nbytes for item in weights]
+    runs = list(_runs(sizes))
     with ThreadPoolExecutor(workers, thread_name_prefix="blockzoo-check") as pool:
         # Of small tensors alone two threads take longer than one, as each step of numpy lets the other go on.
         look_at = map if max(sizes, default=0) < _THREADED_FROM else pool.map
-        results = chain.from_iterable(look_at(look, _runs(sizes)))
         try:
-            for item, finite in zip(weights, results, strict=True):
-                if not finite:
+            for run, found in zip(runs, look_at(look, runs), strict=True):
+                if found is not None:
+                    name = weights[found].name
                     raise NonFiniteWeightsError(
-                        f"tensor {item.name!r} holds NaN or infinity",
+                        f"tensor {name!r} holds NaN or infinity",
                         hint="The training probably diverged; register an earlier checkpoint.",
-                        tensor=item.name,
+                        tensor=name,
                     )
-                on_bytes(item.data.nbytes)
+                on_bytes(sum(sizes[run.start : run.stop]))
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise

@@ -17,7 +17,9 @@ import json
 import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import cast
 
 from blockzoo.errors import CheckpointError, TensorMismatchError, TruncatedFileError
@@ -28,6 +30,10 @@ MAX_HEADER_BYTES = 100_000_000
 
 MAX_DIMS = 8
 """Most dimensions of a tensor; weights of language models have 1 or 2."""
+
+_KEPT_HEADERS = 4
+_MAX_KEPT_HEADER = 1 << 20
+"""Bytes of a header whose entries are kept; an adapter of a large model has some 0.3 MB."""
 
 _PREFIX_BYTES = 8
 _METADATA = "__metadata__"
@@ -94,7 +100,8 @@ class SafetensorsFile:
             raise CheckpointError(f"{path.name} cannot be read: {error.strerror}", file=path.name) from error
         try:
             header = _read_header(path.name, mapping)
-            tensors = parse_header(path.name, header, len(mapping) - _PREFIX_BYTES - len(header))
+            parse = _parse_again if len(header) <= _MAX_KEPT_HEADER else parse_header
+            tensors = parse(path.name, header, len(mapping) - _PREFIX_BYTES - len(header))
         except BaseException:
             mapping.close()
             raise
@@ -137,6 +144,12 @@ def parse_header(file: str, header: bytes, data_bytes: int | None) -> dict[str, 
     entries.sort(key=lambda entry: (entry.begin, entry.end))
     _check_cover(file, entries, data_bytes)
     return {entry.name: entry for entry in entries}
+
+
+@lru_cache(_KEPT_HEADERS)
+def _parse_again(file: str, header: bytes, data_bytes: int) -> Mapping[str, TensorEntry]:
+    """Return what `parse_header` does; adapters of one recipe have equal headers, and so one mapping."""
+    return MappingProxyType(parse_header(file, header, data_bytes))
 
 
 def _read_header(file: str, mapping: mmap.mmap) -> bytes:

@@ -13,10 +13,10 @@ import numpy as np
 from blockzoo import families
 from blockzoo.errors import AdapterError, UnsupportedAdapterError
 from blockzoo.folders.adapter import AdapterConfig, parse_adapter_config
-from blockzoo.folders.adapter_plan import AdapterPlan, LoraPair, plan_adapter
+from blockzoo.folders.adapter_plan import AdapterPlan, LoraPair
 from blockzoo.folders.chat_templates import has_templates, is_template_file
 from blockzoo.folders.checkpoint import FolderKind, ModelFolder
-from blockzoo.folders.contents import LAYOUT_FILE, OWN_PREFIX, InBlock, InFile
+from blockzoo.folders.contents import LAYOUT_FILE, OWN_PREFIX
 from blockzoo.folders.files import TOKENIZER, TOKENIZER_CONFIG, parse_json_object
 from blockzoo.folders.outline import Outline
 from blockzoo.folders.safetensors_io import TensorEntry
@@ -37,11 +37,11 @@ from blockzoo.registering.beside import check_files_beside
 from blockzoo.registering.job import (
     RegisterJob,
     RegisterResult,
-    folder_layout,
     noted,
     read_outline,
     with_tied,
 )
+from blockzoo.registering.recipe import find_recipe
 from blockzoo.registering.upload import Upload, put_files, put_uploads
 from blockzoo.store.writing import ManifestWriter, WritableZoo
 
@@ -70,7 +70,8 @@ def register_adapter(job: RegisterJob, base_ref: str | None) -> RegisterResult:
     record = job.store.resolve(*parse_ref(base_ref or _recorded_base(job.store, config)))
     base = read_outline(job.store, record)
     check_adaptable(record, base)
-    plan = plan_adapter(config, folder.tensors, base, lambda a, b: _same_bytes(folder, a, b))
+    recipe = find_recipe(config, folder, base, lambda a, b: _same_bytes(folder, a, b))
+    plan = recipe.plan
     files = job.read_files()
     converted, notes = job.convert_tokenizer(files)
     files |= converted
@@ -81,9 +82,8 @@ def register_adapter(job: RegisterJob, base_ref: str | None) -> RegisterResult:
         registration.rely_on_variant(record)
         refs = put_uploads(registration, uploads, pieces, job.totals)
         chain = put_adapter_chain(registration, base, plan, refs)
-        layout = folder_layout(folder, adapter_layout(plan))
         extra = {place.filename: bytes(folder.read(name)) for name, place in plan.ignored.items()}
-        own = put_files(registration, {**files, **extra, LAYOUT_FILE: layout.to_bytes()}, job.totals)
+        own = put_files(registration, {**files, **extra, LAYOUT_FILE: recipe.layout(folder)}, job.totals)
         return job.finish(
             registration,
             chain,
@@ -142,7 +142,7 @@ def check_adaptable(record: VariantRecord, base: Outline) -> None:
 def _adapter_uploads(folder: ModelFolder, plan: AdapterPlan, base: Outline) -> dict[str, Upload]:
     entries = folder.tensors
     uploads = {}
-    for sources in plan.adapted().values():
+    for sources in plan.adapted.values():
         for source in sources.values():
             uploads[source] = Upload(entries[source].dtype, entries[source].shape, folder.read(source))
     for position, replaced in plan.replaced.items():
@@ -174,7 +174,7 @@ def put_adapter_chain(
         position: _adapter_block(
             base, position, plan, {name: refs[source] for name, source in sources.items()}
         )
-        for position, sources in plan.adapted().items()
+        for position, sources in plan.adapted.items()
     }
     ids = iter(
         registration.put_blocks([*(blocks[position] for position in plan.replaced), *adapters.values()])
@@ -227,18 +227,6 @@ def _change(pair: LoraPair) -> dict[str, JsonValue]:
     if pair.source_magnitude is not None:
         change["magnitude"] = True
     return change
-
-
-def adapter_layout(plan: AdapterPlan) -> dict[str, InBlock | InFile]:
-    """Return where each tensor of the adapter's folder is kept."""
-    tensors: dict[str, InBlock | InFile] = dict(plan.ignored)
-    for position, sources in plan.adapted().items():
-        for name, source in sources.items():
-            tensors.setdefault(source, InBlock(position, 0, name))
-    for position, replaced in plan.replaced.items():
-        for name, source in replaced.items():
-            tensors.setdefault(source, InBlock(position, None, name))
-    return tensors
 
 
 def _same_bytes(folder: ModelFolder, a: str, b: str) -> bool:

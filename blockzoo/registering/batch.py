@@ -38,6 +38,11 @@ class BatchEntry:
     base: str | None = None
     revision: str | None = None
 
+    @property
+    def folder(self) -> Path:
+        """The folder; there is none of that name where `source` is a model of the hub."""
+        return Path(self.source)
+
 
 def read_batch(path: Path, base: str | None = None) -> list[BatchEntry]:
     """Read what is to be registered, in the order in which it is to be done.

@@ -33,7 +33,6 @@ from blockzoo.folders.tokenizer_bounds import check_tokenizer
 from blockzoo.folders.tokenizer_conversion import CONVERTED, converted_note, source_of
 from blockzoo.manifest import BlockId, BlockManifest, ChainManifest, DType, FileRef, TensorRef, VariantRecord
 from blockzoo.registering.adapter import (
-    adapter_layout,
     check_adaptable,
     inherited_files,
     put_adapter_chain,
@@ -43,6 +42,7 @@ from blockzoo.registering.beside import check_files_beside
 from blockzoo.registering.checkpoint import architecture_of, checkpoint_layout, put_checkpoint_chain
 from blockzoo.registering.checkpoint import checkpoint_blocks as make_blocks
 from blockzoo.registering.job import noted, read_outline
+from blockzoo.registering.recipe import adapter_layout
 from blockzoo.store.writing import ManifestRecorder
 from blockzoo.store.zoo_store import ZooStore
 
@@ -146,7 +146,7 @@ def _remake_adapter(
     _check_ignored(pushed, plan.ignored, entries)
     for name, ref in inherited.items():
         _require_equal(f"file {name}", pushed.files[name], ref)
-    for sources in plan.adapted().values():
+    for sources in plan.adapted.values():
         for source in sources.values():
             _check_ref(store, source, entries[source], refs, 0)
     for replaced in plan.replaced.values():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from blockzoo.digest import as_bytes, blob_id
 from blockzoo.folders.finite import Weights, check_finite
@@ -75,7 +75,8 @@ def inspect_uploads(
 
     def identify(index: int) -> None:
         piece = pieces[index]
-        pieces[index] = replace(piece, blob=blob_id(piece.dtype, piece.shape, piece.data, threads=1))
+        blob = blob_id(piece.dtype, piece.shape, piece.data, threads=1)
+        pieces[index] = TensorData(piece.dtype, piece.shape, piece.data, piece.base, blob)
 
     weights = [Weights(name, piece.dtype, as_bytes(piece.data)) for name, piece in named]
     check_finite(weights, on_bytes, workers=workers, then=identify)

@@ -119,12 +119,14 @@ class LocalStorage:
 
     def size(self, key: str) -> int | None:
         """See `Storage`."""
-        with translate_os_errors(key):
-            try:
-                # Asked for each tensor of a checkpoint, and a Path takes longer than the question.
-                status = os.stat(f"{self._root}/{_checked(key)}")  # noqa: PTH116
-            except (FileNotFoundError, NotADirectoryError):
-                return None
+        try:
+            # Asked for each tensor of a checkpoint, and a Path takes longer than the question.
+            status = os.stat(f"{self._root}/{_checked(key)}")  # noqa: PTH116
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError:
+            with translate_os_errors(key):
+                raise
         return status.st_size if stat.S_ISREG(status.st_mode) else None
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:

@@ -272,6 +272,7 @@ class Registration:
         try:
             with _pool(self._workers) as pool:
                 _each(pool, self._prepare, drafts)
+                self._on_bytes(sum(draft.num_bytes for draft in drafts if not draft.is_large))
                 self._hold(draft.blob for draft in drafts)
                 missing = _first_of_each(drafts, self._present(draft.key for draft in drafts))
                 _each(pool, self._stage, [draft for draft in missing if not draft.is_staged])
@@ -310,10 +311,12 @@ class Registration:
         """Hash, and bring what is large to the storage when it seems to be missing."""
         tensor = draft.tensor
         draft.blob = tensor.blob or blob_id(tensor.dtype, tensor.shape, tensor.data, threads=1)
+        draft.key = blob_key(draft.blob)
         # Only a hint: nothing is leased yet, and packs may have come. `_put_group` looks again.
         if draft.is_large and not self._storage.may_hold(draft.key):
             self._stage(draft)
-        self._on_bytes(memoryview(tensor.data).nbytes)
+        if draft.is_large:
+            self._on_bytes(draft.num_bytes)
 
     def _stage(self, draft: _Draft) -> None:
         base = draft.base if draft.base != draft.blob else None
@@ -335,24 +338,30 @@ class Registration:
 class _Draft:
     """A tensor on its way into the zoo; when its object is made, it is `small` or `staged`."""
 
-    __slots__ = ("base", "blob", "created", "small", "staged", "stored_bytes", "tensor")
+    __slots__ = (
+        "base",
+        "blob",
+        "created",
+        "is_large",
+        "key",
+        "num_bytes",
+        "small",
+        "staged",
+        "stored_bytes",
+        "tensor",
+    )
 
     def __init__(self, tensor: TensorData, base: BlobId | None) -> None:
         self.tensor = tensor
         self.base = base
+        self.num_bytes = memoryview(tensor.data).nbytes
+        self.is_large = self.num_bytes >= MAX_OBJECT_BYTES
         self.blob = BlobId("")
+        self.key = ""
         self.small: bytes | None = None
         self.staged: Staged | None = None
         self.stored_bytes = 0
         self.created = False
-
-    @property
-    def key(self) -> str:
-        return blob_key(self.blob)
-
-    @property
-    def is_large(self) -> bool:
-        return memoryview(self.tensor.data).nbytes >= MAX_OBJECT_BYTES
 
     @property
     def is_staged(self) -> bool:

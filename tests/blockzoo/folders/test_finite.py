@@ -54,4 +54,5 @@ def test_check_names_the_first_bad_tensor_and_reports_bytes():
             workers=2,
         )
     assert caught.value.metadata == {"tensor": "second"}
-    assert seen == [20]
+    check_finite([Weights(str(index), DType.BF16, good) for index in range(3)], seen.append, workers=2)
+    assert sum(seen) == 60

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +32,15 @@ class Outcome:
     done: dict[str, RegisterResult] = field(default_factory=dict)
     failed: dict[str, BlockzooError] = field(default_factory=dict)
 
+    def add(self, name: str, result: RegisterResult | BlockzooError) -> None:
+        """Take down what became of one."""
+        from blockzoo.errors import BlockzooError
+
+        if isinstance(result, BlockzooError):
+            self.failed[name] = result
+        else:
+            self.done[name] = result
+
     def to_json(self) -> dict[str, Any]:
         """For `--json`."""
         return {
@@ -41,26 +52,22 @@ class Outcome:
         }
 
 
-def register_all(zoo: Zoo | RemoteZoo, path: Path, base: str | None, *, as_json: bool) -> int:
+def register_all(
+    zoo: Zoo | RemoteZoo, path: Path, base: str | None, *, jobs: int | None, as_json: bool
+) -> int:
     """Register what a folder or a list names; returns the exit code.
 
-    A failure is reported and the others go on. Ctrl-C ends after the registration at hand is undone.
+    A failure is reported and the others go on. Ctrl-C ends after the registration at hand is undone, or
+    finished by the process that began it.
     """
-    from blockzoo.errors import BlockzooError
     from blockzoo.registering.batch import read_batch
 
     entries = read_batch(path, base)
     outcome = Outcome()
-    with zoo.batch():
-        for number, entry in enumerate(entries, 1):
-            try:
-                outcome.done[entry.name] = _register(zoo, entry)
-            except BlockzooError as error:
-                if error.reason == "UNAVAILABLE":
-                    raise
-                outcome.failed[entry.name] = error
-            if not as_json:
-                _tell(number, len(entries), entry.name, outcome)
+    for number, (entry, result) in enumerate(_registered(zoo, entries, jobs), 1):
+        outcome.add(entry.name, result)
+        if not as_json:
+            _tell(number, len(entries), entry.name, outcome)
     if as_json:
         print_json(outcome.to_json())
     else:
@@ -68,11 +75,36 @@ def register_all(zoo: Zoo | RemoteZoo, path: Path, base: str | None, *, as_json:
     return max(map(exit_code, outcome.failed.values()), default=0)
 
 
-def _register(zoo: Zoo | RemoteZoo, entry: BatchEntry) -> RegisterResult:
-    with progress() as reporter:
-        return zoo.register(
-            entry.source, name=entry.name, base=entry.base, revision=entry.revision, progress=reporter
-        )
+def _registered(
+    zoo: Zoo | RemoteZoo, entries: Sequence[BatchEntry], jobs: int | None
+) -> Iterator[tuple[BatchEntry, RegisterResult | BlockzooError]]:
+    """Register one after the other, but runs of adapters with several processes where the zoo is at hand."""
+    from blockzoo.registering.parallel import is_adapter, register_in_parallel, useful_jobs
+    from blockzoo.zoo import Zoo
+
+    for are_adapters, group in groupby(entries, is_adapter):
+        run = list(group)
+        number = useful_jobs(len(run), zoo.url, jobs) if are_adapters and isinstance(zoo, Zoo) else 1
+        if number > 1:
+            yield from register_in_parallel(zoo.url, run, number)
+            continue
+        with zoo.batch():
+            for entry in run:
+                yield entry, _register(zoo, entry)
+
+
+def _register(zoo: Zoo | RemoteZoo, entry: BatchEntry) -> RegisterResult | BlockzooError:
+    from blockzoo.errors import BlockzooError
+
+    try:
+        with progress() as reporter:
+            return zoo.register(
+                entry.source, name=entry.name, base=entry.base, revision=entry.revision, progress=reporter
+            )
+    except BlockzooError as error:
+        if error.reason == "UNAVAILABLE":
+            raise
+        return error
 
 
 def _tell(number: int, total: int, name: str, outcome: Outcome) -> None:

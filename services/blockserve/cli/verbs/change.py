@@ -77,6 +77,17 @@ def register(
         ),
     ] = None,
     revision: RevisionOption = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            "--jobs",
+            metavar="N",
+            min=1,
+            max=64,
+            help="With --all: processes that register adapters; by default as many as there are cores, at "
+            "most 8.",
+        ),
+    ] = None,
     force_base: ForceBaseOption = False,
     as_json: JsonOption = False,
     *,
@@ -106,7 +117,7 @@ def register(
         if folder is not None or name is not None or revision is not None:
             raise typer.BadParameter("--all has names and folders of its own: leave out those here.")
         with place.open(create=True) as zoo:
-            raise typer.Exit(register_all(zoo, every, base, as_json=as_json))
+            raise typer.Exit(register_all(zoo, every, base, jobs=jobs, as_json=as_json))
     if folder is None or name is None:
         raise typer.BadParameter("Give a FOLDER and a --name, or --all with a folder of folders.")
     with progress() as reporter, place.open(create=True) as zoo:
