@@ -57,7 +57,7 @@ async def measure(scale: Scale, say: Say) -> list[Row]:
         errors.append(float(sum(count for reason, count in outcomes.items() if reason)))
         say(f"run {number + 1}: {dict(outcomes)}, {failed} passes failed")
     case = f"errors of {CALLS} calls, every other with {LONG} tokens, two workers, one short of memory"
-    return [row("sick_worker", "sick-worker", case, "calls", errors)]
+    return [row("sick_worker", "sick-worker", case, "errors", errors)]
 
 
 def _limit(pid: int) -> None:

@@ -59,7 +59,9 @@ def test_rows_hold_raw_samples_and_no_conclusions(path):
     for entry in json.loads(path.read_text(encoding="utf-8"))["rows"]:
         assert set(entry) == ROW_KEYS
         assert len(entry["ours"]) >= 5
-        assert all(isinstance(sample, (int, float)) and sample > 0 for sample in entry["ours"])
+        assert all(isinstance(sample, (int, float)) for sample in entry["ours"])
+        # Of errors, none is what is hoped for; a time or a rate of zero was not measured.
+        assert entry["unit"] == "errors" or min(entry["ours"]) > 0
         assert (entry["peer"] is None) == (entry["peer_name"] is None)
         assert entry["peer"] is None or all(sample > 0 for sample in entry["peer"])
         assert re.match(
