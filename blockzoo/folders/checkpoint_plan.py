@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from blockzoo import families
 from blockzoo.errors import InvalidConfigError, TensorMismatchError
-from blockzoo.families import ChainPlan
+from blockzoo.families import ChainPlan, Family
 from blockzoo.folders.contents import OWN_PREFIX, InFile
+from blockzoo.folders.fields import check_config
 from blockzoo.folders.renaming import without_marks
 from blockzoo.folders.safetensors_io import TensorEntry
 from blockzoo.manifest import DType
@@ -37,12 +38,19 @@ def plan_checkpoint(config: Mapping[str, object]) -> ChainPlan:
 
     Raises:
         UnsupportedArchitectureError: no family reads this architecture.
-        UnsupportedFeatureError, InvalidConfigError: see `Family.plan`.
+        UnsupportedFeatureError: see `Family.plan`; or a field asks for what no family computes.
+        InvalidConfigError: see `Family.plan`.
     """
+    plan = _family_of(config).plan(config)
+    check_config(config, plan.unread)
+    return plan
+
+
+def _family_of(config: Mapping[str, object]) -> Family:
     names = config.get("architectures")
     if not names and isinstance(model_type := config.get("model_type"), str):
         # transformers goes by the model type alone.
-        return families.for_model_type(model_type).plan(config)
+        return families.for_model_type(model_type)
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise InvalidConfigError(
             "config.json: architectures does not name exactly one architecture",
@@ -59,7 +67,7 @@ def plan_checkpoint(config: Mapping[str, object]) -> ChainPlan:
                 hint="transformers goes by model_type: correct the one that is wrong.",
                 field="model_type",
             )
-    return family.plan(config)
+    return family
 
 
 def match_tensors(plan: ChainPlan, entries: Mapping[str, TensorEntry]) -> Matched:

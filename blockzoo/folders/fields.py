@@ -7,13 +7,13 @@ tables; tests hold them against the fields that the installed transformers reads
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from blockzoo.errors import UnsupportedFeatureError
-from blockzoo.folders.files import TOKENIZER_CONFIG
+from blockzoo.folders.files import CONFIG, TOKENIZER_CONFIG
 from blockzoo.folders.generation import GENERATION_CONFIG
 from blockzoo.folders.tokenizer_facts import ROLES, SPECIAL_TOKENS_MAP
 
@@ -183,6 +183,17 @@ CONFIG_FIELDS: Mapping[str, Field] = {
         "where another field turns it off or stands above it",
     ),
     **_set_aside("use_cache output_attentions output_hidden_states return_dict", "how transformers computes"),
+    **_set_aside("fusion_config distributed_config gradient_checkpointing", "how transformers computes"),
+    **_set_aside(
+        "num_mtp_layers mtp_layer_types mtp_mlp_layer_types mtp_per_layer_config mtp_hidden_states_first "
+        "chain_hidden_post_norm",
+        "layers that predict several tokens, for drafts",
+    ),
+    **_refused("is_causal", "attention to later tokens", True),
+    **_refused("per_layer_config", "layers that differ in what other fields say", {}),
+    **_refused("attention_chunk_size", "attention within chunks"),
+    **_refused("kv_sharing_modes", "layers that use the keys and values of others"),
+    **_refused("transformers_weights", "weights in a file of another name"),
     **_notes(
         "_name_or_path transformers_version dtype torch_dtype id2label label2id problem_type auto_map "
         "chunk_size_feed_forward is_encoder_decoder"
@@ -245,6 +256,20 @@ def config_field(name: str) -> Field:
     return CONFIG_FIELDS.get(name, UNKNOWN)
 
 
+def check_config(values: Mapping[str, Any], unread: Iterable[str]) -> None:
+    """Check what config.json asks for beside what the family reads.
+
+    Args:
+        values: its contents.
+        unread: the fields that the family does not read.
+
+    Raises:
+        UnsupportedFeatureError: a field asks for what blocks do not compute.
+    """
+    for name in unread:
+        _check_field(CONFIG, name, values.get(name), config_field(name))
+
+
 UNKNOWN = Field(Treatment.SET_ASIDE, "transformers does not read it")
 
 
@@ -268,19 +293,22 @@ def check_fields(file: str, values: Mapping[str, Any], *, shown_as: str = "") ->
         field = field_of(file, name, value)
         if field.treatment is Treatment.SET_ASIDE:
             aside.append(name)
-        if field.treatment is not Treatment.REFUSED or is_without_effect(field, value):
-            continue
-        if field.sampled and not samples:
+        if field.sampled and not samples and not is_without_effect(field, value):
             aside.append(name)
             continue
-        file = shown_as or file
-        raise UnsupportedFeatureError(
-            f"{file}: {name} is {str(value)[:80]!r} ({field.meaning}), which blocks do not compute",
-            hint=f"Remove {name} from {file} to register the model without it.",
-            file=file,
-            field=name,
-        )
+        _check_field(shown_as or file, name, value, field)
     return aside
+
+
+def _check_field(file: str, name: str, value: Any, field: Field) -> None:
+    if field.treatment is not Treatment.REFUSED or is_without_effect(field, value):
+        return
+    raise UnsupportedFeatureError(
+        f"{file}: {name} is {str(value)[:80]!r} ({field.meaning}), which blocks do not compute",
+        hint=f"Remove {name} from {file} to register the model without it.",
+        file=file,
+        field=name,
+    )
 
 
 def field_of(file: str, name: str, value: Any = None) -> Field:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib
 import inspect
 import runpy
 import sys
 import textwrap
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,15 +20,18 @@ from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedTokenizerBa
 from blockzoo.errors import UnsupportedAdapterError, UnsupportedFeatureError
 from blockzoo.families import for_architecture, supported
 from blockzoo.folders.adapter import parse_adapter_config
+from blockzoo.folders.checkpoint_plan import plan_checkpoint
 from blockzoo.folders.fields import (
     ADAPTER_FIELDS,
     CONFIG_FIELDS,
     FIELDS,
     GENERATION_FIELDS,
+    SPECIAL_TOKENS_FIELDS,
     TOKENIZER_FIELDS,
     Treatment,
     check_fields,
 )
+from support.folders import config
 from support.paths import ROOT
 
 GENERATION, TOKENIZER = "generation_config.json", "tokenizer_config.json"
@@ -47,6 +52,78 @@ def test_every_field_of_config_is_known(architecture: str) -> None:
     assert "hidden_size" not in unread
     assert unread - set(CONFIG_FIELDS) == set()
     assert set(vars(config)) - set(config.to_dict()) - INTERNAL_CONFIG == set()
+
+
+SHARED = (
+    *("activations", "cache_utils", "configuration_utils", "generation.utils", "masking_utils"),
+    *("modeling_attn_mask_utils", "modeling_flash_attention_utils", "modeling_layers", "modeling_rope_utils"),
+    *("modeling_utils", "integrations.eager_paged", "integrations.flash_attention"),
+    *("integrations.flex_attention", "integrations.sdpa_attention"),
+)
+"""Modules of transformers that ask a configuration for fields which its class need not declare."""
+ELSEWHERE = {
+    *("encoder", "image_token_id", "text_config", "vision_config", "mm_tokens_per_image"),
+    *("classifier_dropout", "sep_token_id", "token_classification_bias"),
+    *("init_std", "initializer_factor", "first_k_dense_replace", "mlp_layer_types"),
+    *("logits_mup_width_multiplier", "unpadded_vocab_size"),
+    *("qk_head_dim", "number_of_conv_states", "_is_quantized", "_original_object_hash"),
+}
+"""Fields of encoders, images, classifiers, experts, other attention, fresh weights, drafts, and of no file."""
+
+
+def test_every_field_that_shared_code_asks_for_is_known() -> None:
+    """Declared or not: `is_causal` is in no configuration class and turns masks off."""
+    names = {for_architecture(one).model_type or for_architecture(one).name for one in supported()}
+    classes = [CONFIG_MAPPING[name] for name in names]
+    models = {one.__module__.replace("configuration_", "modeling_") for one in classes}
+    asked = set()
+    for module in (*(f"transformers.{name}" for name in SHARED), *models):
+        asked |= set(asked_of_config(importlib.import_module(module)))
+    assert {"is_causal", "sliding_window", "attention_chunk_size", "hidden_size"} < asked
+    declared = {name for one in classes for name in (*vars(one()), *dir(one))}
+    assert asked - declared - set(CONFIG_FIELDS) - ELSEWHERE == set()
+
+
+def asked_of_config(module: ModuleType) -> Iterator[str]:
+    """Names of attributes that a module asks anything called a configuration for."""
+    for node in ast.walk(ast.parse(inspect.getsource(module))):
+        match node:
+            case ast.Call(
+                func=ast.Name(id="getattr" | "hasattr"), args=[value, ast.Constant(value=str(name)), *_]
+            ):
+                pass
+            case ast.Attribute(value=value, attr=name):
+                pass
+            case _:
+                continue
+        owner = ast.unparse(value).rpartition(".")[2]
+        if owner in ("config", "effective_config", "layer_config", "decoder_config", "text_config") or (
+            owner.startswith("get_text_config(")
+        ):
+            yield name
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("is_causal", False),
+        ("per_layer_config", {"1": {"sliding_window": 8}}),
+        ("attention_chunk_size", 16),
+        ("kv_sharing_modes", ["reuse"]),
+        ("transformers_weights", "other.safetensors"),
+    ],
+)
+def test_what_no_family_computes_is_refused_by_name(field: str, value: object) -> None:
+    values = config()
+    plan_checkpoint({**values, field: None, "is_causal": True})
+    with pytest.raises(UnsupportedFeatureError, match=field) as caught:
+        plan_checkpoint({**values, field: value})
+    assert caught.value.metadata == {"file": "config.json", "field": field}
+
+
+def test_every_field_of_special_tokens_map_is_known() -> None:
+    found = set(PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES) | {"additional_special_tokens"}
+    assert found - set(SPECIAL_TOKENS_FIELDS) == set()
 
 
 def test_every_field_of_generation_config_is_known() -> None:
