@@ -68,7 +68,7 @@ ELSEWHERE = {
     *("logits_mup_width_multiplier", "unpadded_vocab_size"),
     *("qk_head_dim", "number_of_conv_states", "_is_quantized", "_original_object_hash"),
 }
-"""Fields of encoders, images, classifiers, experts, other attention, fresh weights, drafts, and of no file."""
+"""Fields of encoders, images, classifiers, experts, fresh weights, drafts; and of no file."""
 
 
 def test_every_field_that_shared_code_asks_for_is_known() -> None:
