@@ -9,13 +9,12 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 from blockserve.common.api.calls import Conversation
 from blockserve.common.errors import PromptError, PromptTooLongError
 from blockserve.router.intake.chat import ChatTemplates
-from blockserve.router.intake.texts import TextThreads, check_text, size_of
+from blockserve.router.intake.texts import TextThreads, check_beginning, check_text, size_of
 from blockserve.router.intake.tokenizer import TokenizerCache, VariantTokenizer, refuse_size
 from blockserve.router.intake.unregistered import SIGN, UnregisteredAdapters, refuse
 from blockserve.router.intake.variant_files import TokenizerSource, VariantFiles
@@ -190,13 +189,22 @@ class VariantCatalog:
 
         Raises:
             PromptError: it has none, or its tokenizer.json cannot be used.
-            PromptTooLongError: the text is longer than the context, whatever its tokens.
+            PromptTooLongError: the text is longer than the context, whatever its tokens; or its beginning is.
         """
         tokenizer = await self._needed_tokenizer(variant)
         size = size_of(text)
         await self._check_size(size, variant, tokenizer)
-        encode = partial(tokenizer.encode, add_special_tokens=add_special_tokens)
-        return await self._texts.run(size, encode, text)
+        context = variant.chain.context_length
+
+        def encode() -> tuple[int, ...]:
+            check_beginning(text, size, variant.ref, context, tokenizer.count)
+            return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+        try:
+            return await self._texts.run(size, encode)
+        except PromptTooLongError:
+            await self._texts.pause(size)
+            raise
 
     async def check_conversation(self, variant: ServedVariant, conversation: Conversation) -> None:
         """Refuse a conversation whose text is too long for any template, before one is rendered.

@@ -14,6 +14,10 @@ T = TypeVar("T")
 
 NORMALISED = 4
 """UTF-8 bytes that a normaliser may make one byte of: mathematical letters become plain ones."""
+BEGINNING = 16
+"""UTF-8 bytes for each token of context that `check_beginning` looks at. Text has two to five in a token."""
+CERTAINLY = 2
+"""Times the context that the beginning of a text must have to be refused without the rest."""
 REFUSED_BYTES_PER_SECOND = 32 << 20
 """What all callers together can have read and refused. Receiving, parsing and decoding a megabyte takes some
 milliseconds in which nothing else of the server goes on."""
@@ -51,6 +55,37 @@ def check_text(size: int, ref: str, context: int, longest_token: int) -> None:
             hint="Shorten the text; most texts have three to four bytes in a token.",
             text_bytes=size,
             max_text_bytes=most,
+            context_length=context,
+        )
+
+
+def check_beginning(text: str, size: int, ref: str, context: int, count: Callable[[str], int]) -> None:
+    """Refuse a text whose beginning alone has several times the tokens of the context.
+
+    Where a text is cut, only the tokens around the cut are others than in the whole text, so that its
+    beginning has nearly as many tokens as it has there. Texts that are not much longer than the beginning
+    are passed, to be tokenised whole.
+
+    Args:
+        text: the text.
+        size: UTF-8 bytes of it.
+        ref: the variant.
+        context: tokens that prompt and answer can have together.
+        count: tells how many tokens a text has.
+
+    Raises:
+        PromptTooLongError: naming the size and the tokens that were counted.
+    """
+    looked_at = context * BEGINNING
+    if size < 2 * looked_at:
+        return
+    tokens = count(text[: len(text) * looked_at // size])
+    if tokens > context * CERTAINLY:
+        raise PromptTooLongError(
+            f"the first {looked_at} of the text's {size} bytes have {tokens} tokens already; {ref} has "
+            f"{context} tokens of context for prompt and answer together",
+            hint="Shorten the text.",
+            text_bytes=size,
             context_length=context,
         )
 

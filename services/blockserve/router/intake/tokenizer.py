@@ -70,6 +70,11 @@ class VariantTokenizer:
         (encoding,) = self.raw.encode_batch([text], add_special_tokens=add_special_tokens)
         return tuple(encoding.ids)
 
+    def count(self, text: str) -> int:
+        """How many tokens a text has, special ones not added; other threads go on meanwhile."""
+        (encoding,) = self.raw.encode_batch([text], add_special_tokens=False)
+        return len(encoding)
+
     def token_id(self, token: str) -> int | None:
         """The id of one token's exact spelling."""
         return self.raw.token_to_id(token)

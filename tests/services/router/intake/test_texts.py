@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from blockserve.common.api.calls import Conversation
 from blockserve.common.errors import PromptTooLongError
@@ -15,12 +19,23 @@ from blockserve.router.intake.texts import (
     NORMALISED,
     REFUSED_BYTES_PER_SECOND,
     TextThreads,
+    check_beginning,
     check_text,
     size_of,
 )
 from blockserve.router.intake.tokenizer import VariantTokenizer
-from support.edge import FakeZoo, async_test, byte_level_tokenizer, serving, tokenizer_json
+from support.edge import (
+    FakeZoo,
+    async_test,
+    byte_fallback_tokenizer,
+    byte_level_tokenizer,
+    metaspace_tokenizer,
+    serving,
+    tokenizer_json,
+    word_piece_tokenizer,
+)
 
+WORDS = ("two", " words", "\n", "  ", "1234567890", ", ", "aaaaaaaaaaaa", " ", "x", "é", "東", "<s>")
 PLAIN = "two words and a full stop. "
 
 
@@ -86,6 +101,55 @@ async def test_a_text_that_no_context_holds_is_never_tokenised(monkeypatch: pyte
         ):
             with pytest.raises(PromptTooLongError, match="bytes"):
                 await call
+
+
+@pytest.mark.parametrize(
+    "make", [byte_level_tokenizer, byte_fallback_tokenizer, metaspace_tokenizer, word_piece_tokenizer]
+)
+@given(
+    text=st.lists(
+        st.sampled_from([*WORDS, " ", "x", "é", "東", "<|im_start|>"]), min_size=1, max_size=400
+    ).map("".join),
+    context=st.integers(1, 12),
+)
+def test_no_text_that_fits_is_refused_by_its_beginning(
+    make: Callable[[], Tokenizer], text: str, context: int
+) -> None:
+    tokenizer = VariantTokenizer(make())
+    try:
+        check_beginning(text, size_of(text), "tale@1", context, tokenizer.count)
+    except PromptTooLongError:
+        assert len(tokenizer.encode(text, add_special_tokens=True)) > context
+
+
+def test_of_a_text_far_beyond_the_context_the_beginning_is_tokenised_only() -> None:
+    counted = []
+
+    def count(text: str) -> int:
+        counted.append(len(text))
+        return len(text) // 2
+
+    check_beginning("word " * 6, 30, "tale@1", 1, count)
+    assert counted == []
+    with pytest.raises(PromptTooLongError, match="first 160 of the text's 4000 bytes have 40 tok") as caught:
+        check_beginning("é" * 2000, 4000, "tale@1", 10, count)
+    assert counted == [80]
+    assert caught.value.metadata["text_bytes"] == "4000"
+    check_beginning(" " * 4000, 4000, "tale@1", 10, lambda _: 20)
+
+
+@async_test
+async def test_a_text_that_long_tokens_could_make_fit_is_refused_by_its_beginning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(VariantTokenizer, "encode", lambda *_, **__: pytest.fail("tokenised as a whole"))
+    zoo = FakeZoo()
+    zoo.add("tale")
+    catalog = VariantCatalog(zoo)
+    variant = await catalog.get("tale")
+    text = PLAIN * (variant.chain.context_length * 40 // len(PLAIN))
+    with pytest.raises(PromptTooLongError, match=r"have \d+ tokens already"):
+        await catalog.encode(variant, text, add_special_tokens=True)
 
 
 @async_test
