@@ -50,6 +50,10 @@ class AdapterZoo(Protocol):
         """A version (VariantNotFoundError)."""
         ...
 
+    def versions(self, name: str) -> Sequence[VariantRecord]:
+        """All versions of a name, the current one last."""
+        ...
+
     def register(
         self, path: str | Path, *, name: str, base: str | None, revision: str | None, on_demand: bool
     ) -> RegisterResult:
@@ -57,7 +61,7 @@ class AdapterZoo(Protocol):
         ...
 
     def rm(self, ref: str) -> object:
-        """Remove a variant."""
+        """Remove a variant, or an old version of it."""
         ...
 
 
@@ -215,6 +219,7 @@ class UnregisteredAdapters:
         self._touch(look.name)
         log.info("adapter registered on demand variant=%s@%d base=%s source=%s",
                  record.name, record.version, look.base, look.place.source)  # fmt: skip
+        await asyncio.to_thread(self._remove_old_versions, record)
         await self._evict()
         return f"{record.name}@{record.version}"
 
@@ -234,6 +239,16 @@ class UnregisteredAdapters:
             place.source, name=look.name, base=look.base, revision=revision, on_demand=True
         )
         return result.record
+
+    def _remove_old_versions(self, current: VariantRecord) -> None:
+        """Leave one version before the current one, for requests that looked a moment ago."""
+        try:
+            for record in self._zoo.versions(current.name):
+                if record.version < current.version - 1:
+                    self._zoo.rm(f"{record.name}@{record.version}")
+        except BlockzooError as error:
+            log.warning("old version not removed variant=%s reason=%s: %s",
+                        current.name, error.reason, error)  # fmt: skip
 
     async def _evict(self) -> None:
         for name in [*self._used]:

@@ -109,6 +109,16 @@ async def test_files_that_change_make_the_next_version(zoo: CountingZoo, folder:
 
 
 @async_test
+async def test_of_files_that_change_again_and_again_two_versions_stay(zoo: CountingZoo, folder: Path) -> None:
+    catalog = serving(zoo, folder, most=1)
+    for alpha in range(4, 9):
+        write_adapter(folder / "one", adapter_config(lora_alpha=alpha))
+        served = await catalog.get(f"base+path:{folder}/one")
+    assert [record.version for record in zoo.versions(served.record.name)] == [4, 5]
+    assert served.record.version == 5
+
+
+@async_test
 async def test_the_least_recently_named_is_removed(zoo: CountingZoo, folder: Path) -> None:
     catalog = serving(zoo, folder, most=2)
     one = await catalog.get(f"base+path:{folder}/one")
