@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -113,6 +113,7 @@ def _check(data: bytes) -> None:
         raise _unsupported(f"a model of type {str(file.model.type)[:80]!r}, which is not known")
     _check_added([str(token.content) for token in file.added_tokens or ()])
     steps = [(kind, step) for kind in _STEPS for step in _flatten(kind, getattr(file, kind), 0)]
+    _check_decoder([step for kind, step in steps if kind == "decoder"])
     if len(steps) > MAX_COMPONENTS:
         raise _unsupported(f"{len(steps)} components, more than {MAX_COMPONENTS}")
     for kind in _STEPS:
@@ -123,6 +124,15 @@ def _check(data: bytes) -> None:
             _check_pattern(step)
         if growth > MAX_GROWTH:
             raise _unsupported(f"a {kind} that can make a text {growth:.0f} times as long")
+
+
+def _check_decoder(steps: Sequence[Step]) -> None:
+    """Refuse what makes text of an answer's beginning depend on its end, which a stream cannot know."""
+    types = [step["type"] for step in steps if step["type"] != "Sequence"]
+    if "Fuse" in types and "ByteLevel" in types[types.index("Fuse") :]:
+        raise _unsupported("a decoder that joins tokens before it reads them as bytes")
+    if any(step["type"] == "Strip" and step.get("stop") for step in steps):
+        raise _unsupported("a decoder that strips the end of the text")
 
 
 @cache

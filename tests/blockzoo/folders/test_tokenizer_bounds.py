@@ -114,7 +114,13 @@ THREE_TIMES = {
     "pair": [],
 }
 WHITESPACE = {"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}] * 200}
+JOINED = {"type": "Sequence", "decoders": [{"type": "Fuse"}, {"type": "ByteLevel"}]}
+STRIPPED = {"type": "Strip", "content": " ", "start": 0, "stop": 1}
 BEYOND = {
+    "a decoder that joins before it reads bytes": {"decoder": JOINED},
+    "a decoder that strips the end": {
+        "decoder": {"type": "Sequence", "decoders": [{"type": "Fuse"}, STRIPPED]}
+    },
     "a text that doubles ten times": {"normalizer": double(10)},
     "a pattern that matches everywhere": {"normalizer": EVERYWHERE},
     "a map of long texts": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": CHARSMAP}},

@@ -10,7 +10,6 @@ from blockproto.v1 import inference_pb2
 from blockserve.common.api.calls import Conversation
 from blockserve.common.errors import PromptError
 
-_TYPED = ("role", "content", "tool_calls", "tool_call_id", "name")
 _RESERVED = frozenset(("messages", "tools", "documents", "add_generation_prompt"))
 
 
@@ -55,12 +54,16 @@ def chat_from_message(chat: inference_pb2.ChatPrompt) -> Conversation:
 def _turn_to_message(turn: Mapping[str, Any]) -> inference_pb2.ChatMessage:
     # Templates see a key without a value as no key, so none is sent.
     turn = {key: value for key, value in turn.items() if value is not None}
-    message = inference_pb2.ChatMessage(role=turn["role"])
-    places = [_TYPED.index(key) for key in turn if key in _TYPED]
-    if places != sorted(places):
-        # In another order than the fields give: a template may print the turn.
-        message.extra_json = json.dumps({key: value for key, value in turn.items() if key != "role"})
+    message = _typed_message(turn)
+    if list(_turn("turn", message)) == list(turn):
         return message
+    # The keys have another order than the fields give, and a template may print the turn.
+    rest = {key: value for key, value in turn.items() if key != "role"}
+    return inference_pb2.ChatMessage(role=turn["role"], extra_json=json.dumps(rest))
+
+
+def _typed_message(turn: Mapping[str, Any]) -> inference_pb2.ChatMessage:
+    message = inference_pb2.ChatMessage(role=turn["role"])
     typed = {"role"}
     content, calls = turn.get("content"), turn.get("tool_calls")
     if isinstance(content, str) and content:
