@@ -148,6 +148,8 @@ def _sweep(
 
     if not publish_sweep_alone(store.storage, store.clock, marker):
         return condemned, []
+    # Another collection may have moved things into other packs while this one waited for it.
+    store.storage.refresh(changed=True)
     needed = _needed_keys(store, kinds)
     doomed = [info for info in condemned if info.key not in needed]
     deleted: list[ObjectInfo] = []
@@ -180,9 +182,8 @@ def _own_up(store: ZooStore, keys: Collection[str], kinds: Sequence[Holding]) ->
 
 def _objects(store: ZooStore) -> Iterator[ObjectInfo]:
     """Yield everything that gc may delete, refs below a tombstone included."""
-    for folder in (layout.BLOBS, layout.BLOCKS, layout.CHAINS):
-        # What is not spelled as ours is not ours to delete; `verify` lists it.
-        yield from (info for info in store.storage.list(folder) if layout.digest_of(info.key))
+    # What is not spelled as ours is not ours to delete; `verify` lists it.
+    yield from (info for info in store.storage.list_content() if layout.digest_of(info.key))
     yield from store.dead_refs()
     # What damaged packs held that is needed is stored elsewhere by now, or gc ends before it deletes.
     yield from (info for info in store.storage.list(layout.PACKS) if layout.is_pack(info.key))
