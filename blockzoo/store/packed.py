@@ -10,11 +10,12 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TypeVar
 
 from blockzoo import layout
 from blockzoo.digest import Buffer
-from blockzoo.errors import NotFoundError, StorageError
+from blockzoo.errors import CorruptManifestError, NotFoundError, StorageError
 from blockzoo.storage.base import Chunks, ObjectInfo, Staged, Stamp, Storage
 from blockzoo.store.known_packs import KnownPacks, is_own
 from blockzoo.store.packs import (
@@ -201,15 +202,43 @@ class PackedStorage:
 
     def replace(self, key: str, data: Chunks) -> None:
         """See `Storage`: in every pack that holds it. A gc that rewrites such a pack may undo it."""
-        if can_hold(key):
+        self.replace_all([key], lambda _: data)
+
+    def replace_all(self, keys: Iterable[str], bring: Callable[[str], Chunks | None]) -> set[str]:
+        """Do as `replace` for many objects: each pack is written again once, for all of them that it holds.
+
+        Args:
+            keys: of the objects.
+            bring: returns the bytes to store, or None to leave an object as it is. It is called once for each
+                pack that holds the object, so that only the bytes for one pack are in memory.
+
+        Returns:
+            The keys whose objects are replaced everywhere.
+        """
+        keys = list(keys)
+        if any(map(can_hold, keys)):
             self.refresh(changed=self.is_remote)
+        held: dict[str, list[str]] = defaultdict(list)
+        done: set[str] = set()
+        failed: set[str] = set()
+        for key in keys:
             packs = self.packs_of(key)
-            if packs:
-                for pack in packs:
-                    self._rewrite(pack, (), {key: b"".join(data)})
-                self.refresh(changed=True)
-                return
-        self.inner.replace(key, data)
+            for pack in packs:
+                held[pack].append(key)
+            data = None if packs else bring(key)
+            if data is not None:
+                self.inner.replace(key, data)
+                done.add(key)
+        for pack, members in held.items():
+            found = ((key, bring(key)) for key in members)
+            changed = {key: b"".join(data) for key, data in found if data is not None}
+            with suppress(CorruptManifestError):
+                if changed and self._rewrite(pack, (), changed):
+                    done |= changed.keys()
+            failed.update(key for key in members if key not in done)
+        if held:
+            self.refresh(changed=True)
+        return done - failed
 
     def delete(self, key: str) -> bool:
         """See `Storage`; packs that held it are written again. Many are deleted faster by `delete_all`."""
