@@ -77,6 +77,11 @@ class KnownPacks:
         with self._lock:
             return next(iter(self._unreadable.values()), None)
 
+    def packs(self) -> frozenset[str]:
+        """Return the packs that are known."""
+        with self._lock:
+            return frozenset(self._index.packs)
+
     # Looking.
 
     def refresh(self, *, changed: bool = False) -> None:

@@ -18,15 +18,14 @@ from blockzoo.digest import Buffer
 from blockzoo.errors import CorruptManifestError, NotFoundError, StorageError
 from blockzoo.storage.base import Chunks, ObjectInfo, Staged, Stamp, Storage
 from blockzoo.store.known_packs import KnownPacks, is_own
+from blockzoo.store.pack_writing import PackWriter
 from blockzoo.store.packs import (
     FOLDERS,
     MAX_OBJECT_BYTES,
     MAX_PACK_BYTES,
     Entry,
-    Pack,
     build,
     can_hold,
-    read_index,
 )
 
 _T = TypeVar("_T")
@@ -48,6 +47,7 @@ class PackedStorage:
         self.writes_packs = writes_packs
         self._writing = threading.Lock()
         self._known = KnownPacks(inner)
+        self._packs = PackWriter(inner, self._known)
         self._twins: set[str] = set()
 
     @property
@@ -175,7 +175,7 @@ class PackedStorage:
                 there = self._certain(objects)
                 missing = {key: data for key, data in objects.items() if key not in there}
                 for part in _parts(missing):
-                    self._put_pack(*build(part))
+                    self._packs.put(*build(part))
                 if missing:
                     self._known.announce()
                     self._known.summarise()
@@ -233,7 +233,7 @@ class PackedStorage:
             found = ((key, bring(key)) for key in members)
             changed = {key: b"".join(data) for key, data in found if data is not None}
             with suppress(CorruptManifestError):
-                if changed and self._rewrite(pack, (), changed):
+                if changed and self._packs.rewrite(pack, (), changed):
                     done |= changed.keys()
             failed.update(key for key in members if key not in done)
         if held:
@@ -280,7 +280,7 @@ class PackedStorage:
                 gone.append(key)
                 on_gone(key)
             for pack, without in leaving.items():
-                if not self._rewrite(pack, without, {}, may_go_on):
+                if not self._packs.rewrite(pack, without, {}, may_go_on):
                     return gone
                 for key in without:
                     # Two registrations at once may have put one on its own and one into a pack.
@@ -295,6 +295,17 @@ class PackedStorage:
             self.inner.sync(gone)
             if leaving:
                 self.refresh(changed=True)
+
+    def mergeable(self) -> bool:
+        """Tell whether `merge` would do anything; reads what packs hold of the same objects."""
+        return self.writes_packs and bool(self._packs.mergeable())
+
+    def merge(self, may_go_on: Callable[[], bool]) -> None:
+        """Write small packs together and drop second copies; see `PackWriter.merge`."""
+        try:
+            self._packs.merge(may_go_on)
+        finally:
+            self.refresh(changed=True)
 
     def sync(self, keys: Iterable[str]) -> None:
         """See `Storage`."""
@@ -389,48 +400,6 @@ class PackedStorage:
             for body in staged.values():
                 body.discard()
         self.inner.sync(objects)
-
-    def _put_pack(self, key: str, chunks: Chunks) -> None:
-        if not self.inner.put_if_absent(key, chunks):
-            # Another process wrote the same a moment ago, or it is damaged: so its objects were missing.
-            self.inner.replace(key, chunks)
-        self._known.add(Pack(key, bytes(chunks[1])))
-
-    def _rewrite(
-        self,
-        key: str,
-        without: Collection[str],
-        changed: Mapping[str, Buffer],
-        may_go_on: Callable[[], bool] = lambda: True,
-    ) -> bool:
-        """Put a pack without some objects, or with other bytes of some, in its place; tell whether it is.
-
-        Where it is not, all stays as it was, but what is kept may be stored twice.
-        """
-        if not may_go_on():
-            return False
-        try:
-            pack, body = read_index(self.inner, key), self.inner.get(key)
-        except NotFoundError:
-            return False
-        kept: dict[str, Buffer] = {
-            name: changed[name] if name in changed else body[entry.offset : entry.offset + entry.size]
-            for name, entry in pack.objects()
-            if name not in without
-        }
-        if kept:
-            new, chunks = build(kept)
-            if new == key:
-                self.inner.replace(key, chunks)
-                return True
-            self._put_pack(new, chunks)
-            self._known.announce()
-            if not may_go_on():
-                return False
-        self.inner.delete(key)
-        self._known.forget(key)
-        self.inner.sync([key])
-        return True
 
 
 def _parts(objects: Mapping[str, Buffer]) -> Iterator[dict[str, Buffer]]:
