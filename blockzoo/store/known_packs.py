@@ -53,10 +53,12 @@ class KnownPacks:
 
     Args:
         inner: the storage with the packs.
+        has_news: whether writers announce new packs there.
     """
 
-    def __init__(self, inner: Storage) -> None:
+    def __init__(self, inner: Storage, *, has_news: bool) -> None:
         self._inner = inner
+        self._has_news = has_news and inner.is_remote
         self._lock = threading.RLock()
         self._index = PackIndex()
         self._read: OrderedDict[str, Pack] = OrderedDict()
@@ -99,7 +101,7 @@ class KnownPacks:
             if is_sure and news is not None and news == self._news and now - self._listed_at < BELIEVED_S:
                 return
             self._unreadable.clear()
-            self._is_old = False
+            self._is_old = True  # until this has gone well
             for attempt in range(_TRIES):
                 listed, summaries = self._list()
                 if listed == self._index.packs | self._damaged | self._unreadable.keys():
@@ -109,6 +111,7 @@ class KnownPacks:
                 self._learn(listed, summaries, is_patient=attempt < _TRIES // 2)
             self._stamp = None if self._unreadable else stamp
             self._news, self._listed_at = news, now
+            self._is_old = False
 
     def are_there(self, packs: Collection[str]) -> bool:
         """Tell whether all of these still exist; where not, look which came in their place.
@@ -246,7 +249,7 @@ class KnownPacks:
 
     def announce(self) -> None:
         """Let other processes know that there is a new pack, before anybody relies on it."""
-        if self._inner.is_remote:
+        if self._has_news:
             self._inner.replace(layout.PACK_CHANGES, [os.urandom(16)])
 
     def summarise(self) -> None:
@@ -378,7 +381,7 @@ class KnownPacks:
             self._read_bytes -= len(old.index)
 
     def _read_news(self) -> bytes | None:
-        if not self._inner.is_remote:
+        if not self._has_news:
             return None
         try:
             return bytes(self._inner.get(layout.PACK_CHANGES))

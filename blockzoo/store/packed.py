@@ -46,7 +46,7 @@ class PackedStorage:
         self.inner = inner
         self.writes_packs = writes_packs
         self._writing = threading.Lock()
-        self._known = KnownPacks(inner)
+        self._known = KnownPacks(inner, has_news=writes_packs)
         self._packs = PackWriter(inner, self._known)
         self._twins: set[str] = set()
 

@@ -372,6 +372,27 @@ def test_a_writer_that_cannot_announce_does_not_go_on(remote):
         storage.put_objects({layout.blob_key("ab" * 32): b"a", layout.blob_key("cd" * 32): b"b"})
 
 
+def test_a_look_that_fails_is_not_believed(remote):
+    fill(remote)
+    broken = True
+
+    def fail(operation: str, key: str) -> None:
+        if broken and operation == "list":
+            raise StorageError("no")
+
+    other = through(remote, HookedStorage(remote.storage.inner, fail, reads=True))
+    with pytest.raises(StorageError):
+        other.storage.refresh()
+    broken = False
+    check(other)
+    register(remote, "new", [tensor(50), tensor(51)])
+    broken = True
+    with pytest.raises(StorageError):
+        contents(other, remote.resolve("new"))
+    broken = False
+    assert contents(other, other.resolve("new")) == [tensor(50).data, tensor(51).data]
+
+
 def test_gc_within_every_step_of_a_registration_in_an_object_store(monkeypatch):
     """News are believed all the time, and each look of the registration counts as a step."""
     monkeypatch.setattr(known_packs, "BELIEVED_S", float("inf"))
