@@ -17,6 +17,9 @@ WISHES = "refs/wishes"
 LEASES = "leases"
 CONDEMNED = "condemned"
 PACKS = "packs"
+PACK_CHANGES = "pack-changes"
+"""Other bytes after each new pack, on storages where a listing is slow."""
+_SUMMARY = ".summary"
 
 _NAMED = re.compile(
     rf"{BLOBS}/(?P<spread>[0-9a-f]{{2}})/(?P<blob>(?P=spread)[0-9a-f]{{62}})"
@@ -42,6 +45,11 @@ def chain_key(digest: str) -> str:
 def pack_key(digest: str) -> str:
     """Key of a pack of small objects."""
     return f"{PACKS}/{digest}"
+
+
+def summary_key(digest: str) -> str:
+    """Key of a summary of what packs hold."""
+    return f"{PACKS}/{digest}{_SUMMARY}"
 
 
 def ref_key(name: str, version: int) -> str:
@@ -78,6 +86,11 @@ def is_content(key: str) -> bool:
 def is_pack(key: str) -> bool:
     """Tell whether a key is that of a pack."""
     return is_digest(key.removeprefix(f"{PACKS}/")) and key.startswith(f"{PACKS}/")
+
+
+def is_summary(key: str) -> bool:
+    """Tell whether a key is that of a summary of packs."""
+    return key.endswith(_SUMMARY) and is_pack(key.removesuffix(_SUMMARY))
 
 
 def decision_of(key: str) -> tuple[str, int] | None:

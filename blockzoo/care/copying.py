@@ -162,9 +162,8 @@ def _copy_objects(task: CopyTask, plan: _Plan) -> tuple[int, int, int]:
     ]
     # Leased before looking, as every writer does.
     lease.hold(closure.digests())
-    folders = (layout.BLOBS, layout.BLOCKS, layout.CHAINS)
-    present = {info.key for folder in folders for info in destination.storage.list(folder)}
-    sizes = {info.key: info.size for folder in folders for info in source.storage.list(folder)}
+    present = {info.key for info in destination.storage.list_content()}
+    sizes = {info.key: info.size for info in source.storage.list_content()}
     missing = [[key for key in stage if key not in present] for stage in stages]
     task.on_plan(sum(sizes.get(key, 0) for stage in missing for key in stage))
     num_bytes = 0

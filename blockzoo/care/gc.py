@@ -2,7 +2,8 @@
 
 Nothing is deleted before what needs it (`blockzoo.care.order`), durable after each step.
 A collection killed anywhere leaves objects that nothing needs, never one that needs
-what is gone.
+what is gone. At the end small packs are written together (`blockzoo.store.pack_writing`), which deletes no
+object.
 """
 
 from __future__ import annotations
@@ -118,6 +119,8 @@ def collect(
         doomed, deleted = _sweep(store, marker, until, condemned, on_object, kinds)
     finally:
         drop_marker(store.storage, marker)
+    if deleted and len(deleted) == len(doomed):
+        _merge_packs(store, sweep_s, on_stage)
     swept, went = set(doomed), set(deleted)
     spared = [info for info in condemned if info not in swept]
     stayed = [*kept, *(info for info in condemned if info not in went)]
@@ -143,11 +146,12 @@ def _sweep(
     """Look a last time, then delete. Returns what was doomed and what of it is deleted."""
 
     def left() -> float:
-        """Seconds until others take the marker for a dead one; by the clock that says fewer."""
-        return min(marker.expires - store.clock.now(), until - store.clock.elapsed())
+        return _left(store, marker, until)
 
     if not publish_sweep_alone(store.storage, store.clock, marker):
         return condemned, []
+    # Another collection may have moved things into other packs while this one waited for it.
+    store.storage.refresh(changed=True)
     needed = _needed_keys(store, kinds)
     doomed = [info for info in condemned if info.key not in needed]
     deleted: list[ObjectInfo] = []
@@ -167,6 +171,26 @@ def _sweep(
     return doomed, deleted
 
 
+def _left(store: ZooStore, marker: Entry, until: float) -> float:
+    """Return the seconds until others take the marker for a dead one; by the clock that says fewer."""
+    return min(marker.expires - store.clock.now(), until - store.clock.elapsed())
+
+
+def _merge_packs(store: ZooStore, sweep_s: float, on_stage: Callable[[str, int], None]) -> None:
+    """Write small packs together. The marker condemns nothing, so no registration waits for it."""
+    if not store.storage.mergeable():
+        return
+    on_stage("writing small packs together", 0)
+    began, whole = store.clock.now(), sweep_s + SKEW_S
+    until = store.clock.elapsed() + whole
+    marker = write_entry(store.storage, layout.CONDEMNED, (), began + whole, "gc")
+    try:
+        if publish_sweep_alone(store.storage, store.clock, marker):
+            store.storage.merge(lambda: _left(store, marker, until) > SKEW_S)
+    finally:
+        drop_marker(store.storage, marker)
+
+
 def _own_up(store: ZooStore, keys: Collection[str], kinds: Sequence[Holding]) -> None:
     """Raise ConflictError when a delete that came too late has hit something that is needed by now."""
     needed = {key for kind in kinds for key in kind.needed(store, ignore_problem)}
@@ -180,9 +204,8 @@ def _own_up(store: ZooStore, keys: Collection[str], kinds: Sequence[Holding]) ->
 
 def _objects(store: ZooStore) -> Iterator[ObjectInfo]:
     """Yield everything that gc may delete, refs below a tombstone included."""
-    for folder in (layout.BLOBS, layout.BLOCKS, layout.CHAINS):
-        # What is not spelled as ours is not ours to delete; `verify` lists it.
-        yield from (info for info in store.storage.list(folder) if layout.digest_of(info.key))
+    # What is not spelled as ours is not ours to delete; `verify` lists it.
+    yield from (info for info in store.storage.list_content() if layout.digest_of(info.key))
     yield from store.dead_refs()
     # What damaged packs held that is needed is stored elsewhere by now, or gc ends before it deletes.
     yield from (info for info in store.storage.list(layout.PACKS) if layout.is_pack(info.key))

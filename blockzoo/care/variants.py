@@ -94,13 +94,19 @@ def faults(store: Objects, known: Collection[str]) -> Iterator[Fault]:
 
 def is_difference(store: Objects, key: str) -> bool:
     """Tell whether a key is that of a blob stored as a difference; False when it cannot be read."""
+    return base_of(store, key) is not None
+
+
+def base_of(store: Objects, key: str) -> str | None:
+    """Return the key of what a difference is to; None for what is none or cannot be read."""
     digest = layout.digest_of(key)
     if digest is None or key != layout.blob_key(digest):
-        return False
+        return None
     try:
-        return store.blobs.info(BlobId(digest)).base is not None
+        base = store.blobs.info(BlobId(digest)).base
     except (CorruptionError, NotFoundError):
-        return False
+        return None
+    return None if base is None else layout.blob_key(base)
 
 
 def _faults_of(store: Objects, record: VariantRecord, known: Collection[str]) -> Iterator[Fault]:

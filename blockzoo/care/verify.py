@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from blockzoo import layout
 from blockzoo.care.base import Holding
 from blockzoo.care.holdings import HOLDINGS
-from blockzoo.care.variants import is_difference
+from blockzoo.care.variants import base_of
 from blockzoo.errors import BlockzooError, CorruptionError, NotFoundError
-from blockzoo.storage.base import ObjectInfo
+from blockzoo.storage.base import Chunks, ObjectInfo
 from blockzoo.store.leases import LeaseHolder
 from blockzoo.store.zoo_store import ZooStore
 
@@ -158,11 +158,8 @@ def _repair(
     try:
         while todo:
             lease.hold(digest for problem in todo if (digest := layout.digest_of(problem.key)))
-            # Raw blobs first: a difference may be damaged only in its base.
-            for problem in sorted(todo, key=lambda problem: is_difference(store, problem.key)):
-                kind = next(kind for kind in kinds if kind.owns(problem.key))
-                repaired = _is_good(store, kind, problem.key) or _replace(store, source, kind, problem.key)
-                done[problem.key] = replace(problem, repaired=repaired)
+            for stage in _stages(store, todo):
+                done |= _repair_stage(store, source, kinds, stage)
             # A restored manifest may name blobs that are missing as well, unseen so far.
             found: dict[str, Problem] = {}
             _add_faults(store, kinds, found)
@@ -171,6 +168,40 @@ def _repair(
         lease.release()
     _drop_packs(store, done)
     return list(done.values())
+
+
+def _stages(store: ZooStore, problems: Sequence[Problem]) -> Iterator[list[Problem]]:
+    """Yield what can be repaired at once: a difference may be damaged only in its base, which goes before.
+
+    What shares a pack with such a difference waits for it, so that the pack is written again once.
+    """
+    keys = {problem.key for problem in problems}
+    bases = {key: base for key in keys if (base := base_of(store, key)) in keys}
+    packs = {pack for key in bases for pack in store.storage.packs_of(key)}
+    needed = set(bases.values())
+    first = {
+        key
+        for key in keys
+        if key in needed or (key not in bases and packs.isdisjoint(store.storage.packs_of(key)))
+    }
+    yield [problem for problem in problems if problem.key in first]
+    yield [problem for problem in problems if problem.key not in first]
+
+
+def _repair_stage(
+    store: ZooStore, source: ZooStore, kinds: Sequence[Holding], problems: Sequence[Problem]
+) -> dict[str, Problem]:
+    owners = {problem.key: next(kind for kind in kinds if kind.owns(problem.key)) for problem in problems}
+    bad = [key for key, kind in owners.items() if not _is_good(store, kind, key)]
+
+    def bring(key: str) -> Chunks | None:
+        try:
+            return owners[key].good_bytes(source, key)
+        except (NotFoundError, CorruptionError):
+            return None
+
+    left = set(bad) - store.storage.replace_all(bad, bring)
+    return {problem.key: replace(problem, repaired=problem.key not in left) for problem in problems}
 
 
 def _drop_packs(store: ZooStore, done: dict[str, Problem]) -> None:
@@ -197,11 +228,3 @@ def _is_good(store: ZooStore, kind: Holding, key: str) -> bool:
     except (CorruptionError, NotFoundError):
         return False
     return not store.storage.copies_differ(key)
-
-
-def _replace(store: ZooStore, source: ZooStore, kind: Holding, key: str) -> bool:
-    try:
-        store.storage.replace(key, kind.good_bytes(source, key))
-    except (NotFoundError, CorruptionError):
-        return False
-    return True

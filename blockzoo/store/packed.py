@@ -10,30 +10,28 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TypeVar
 
 from blockzoo import layout
 from blockzoo.digest import Buffer
 from blockzoo.errors import CorruptManifestError, NotFoundError, StorageError
 from blockzoo.storage.base import Chunks, ObjectInfo, Staged, Stamp, Storage
-from blockzoo.store.pack_index import PackIndex
+from blockzoo.store.known_packs import KnownPacks, is_own
+from blockzoo.store.pack_writing import PackWriter
 from blockzoo.store.packs import (
     FOLDERS,
     MAX_OBJECT_BYTES,
     MAX_PACK_BYTES,
     Entry,
-    Pack,
     build,
     can_hold,
-    read_index,
 )
 
 _T = TypeVar("_T")
 
 _TRIES = 10
 """Looks at an object that others keep moving; each move is a whole collection or repair."""
-_READERS = 16
-"""Threads for requests over a network, which mostly wait."""
 
 
 class PackedStorage:
@@ -47,14 +45,10 @@ class PackedStorage:
     def __init__(self, inner: Storage, *, writes_packs: bool) -> None:
         self.inner = inner
         self.writes_packs = writes_packs
-        self._lock = threading.RLock()
         self._writing = threading.Lock()
-        self._packs: dict[str, Pack] = {}
-        self._index = PackIndex()
-        self._damaged: set[str] = set()
-        self._unreadable: dict[str, StorageError] = {}
+        self._known = KnownPacks(inner, has_news=writes_packs)
+        self._packs = PackWriter(inner, self._known)
         self._twins: set[str] = set()
-        self._stamp: Stamp | None = None
 
     @property
     def url(self) -> str:
@@ -103,8 +97,7 @@ class PackedStorage:
         """Return the keys that have objects: `size` for many at once, with one look at the list of packs."""
         if not keys:
             return set()
-        self.refresh()
-        found = set(self._packed(keys))
+        found = set(self._certain(keys))
         rest = [key for key in keys if key not in found]
         if self.is_remote:
             with ThreadPoolExecutor(workers, thread_name_prefix="blockzoo-look") as pool:
@@ -121,31 +114,37 @@ class PackedStorage:
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """See `Storage`. Of packs themselves, only the damaged ones are listed, below `layout.PACKS`."""
         if prefix == layout.PACKS:
-            with self._lock:
-                self._damaged.clear()  # one may have been repaired
-                self.refresh(changed=True)
-                damaged = frozenset(self._damaged)
+            damaged = self._known.damaged()
             # One that is neither known nor damaged has come since.
             for info in self.inner.list(prefix):
-                if info.key in damaged or not layout.is_pack(info.key):
+                if info.key in damaged or not (layout.is_pack(info.key) or is_own(info.key)):
                     yield info
             return
         seen: set[str] = set()
         for info in self.inner.list(prefix):
-            if not info.key.startswith(f"{layout.PACKS}/"):
+            if not (info.key.startswith(f"{layout.PACKS}/") or is_own(info.key)):
                 seen.add(info.key)
                 yield info
-        if prefix and prefix.partition("/")[0] not in FOLDERS:
-            return
-        self.refresh()
-        folder = f"{prefix}/" if prefix else ""
-        with self._lock:
-            packs = list(self._packs.values())
-        for pack in packs:
+        if not prefix or prefix.partition("/")[0] in FOLDERS:
+            yield from self._in_packs(f"{prefix}/" if prefix else "", seen)
+
+    def list_content(self) -> Iterator[ObjectInfo]:
+        """Yield all that may be in packs, from all folders: `list` reads every pack for each folder."""
+        seen: set[str] = set()
+        for folder in FOLDERS:
+            for info in self.inner.list(folder):
+                seen.add(info.key)
+                yield info
+        yield from self._in_packs("", seen)
+
+    def _in_packs(self, prefix: str, seen: set[str]) -> Iterator[ObjectInfo]:
+        # What is listed is what is collected and copied, so news are not enough.
+        self.refresh(changed=self.is_remote)
+        for pack in self._known.all():
             for key, entry in pack.objects():
                 if key in seen:
                     self._twins.add(key)
-                elif key.startswith(folder):
+                elif key.startswith(prefix):
                     seen.add(key)
                     yield ObjectInfo(key, entry.size)
 
@@ -154,11 +153,14 @@ class PackedStorage:
         return self.inner.stamp(folder)
 
     def packs_of(self, key: str) -> frozenset[str]:
-        """Return the packs that hold an object, as far as is known without looking."""
+        """Return the packs that hold an object, as far as is known without looking for new ones.
+
+        Raises:
+            StorageError: a pack that may hold it cannot be read.
+        """
         if not can_hold(key):
             return frozenset()
-        with self._lock:
-            return frozenset(entry.pack for entry in self._index.find(key))
+        return frozenset(entry.pack for entry in self._known.all_places(key))
 
     # Writing.
 
@@ -170,11 +172,13 @@ class PackedStorage:
         """
         if self.writes_packs and len(objects) > 1:
             with self._writing:
-                self.refresh()
-                there = self._packed(objects)
+                there = self._certain(objects)
                 missing = {key: data for key, data in objects.items() if key not in there}
                 for part in _parts(missing):
-                    self._put_pack(*build(part))
+                    self._packs.put(*build(part))
+                if missing:
+                    self._known.announce()
+                    self._known.summarise()
             self.inner.sync({entry.pack for entry in there.values()})
             return
         for folder in FOLDERS:
@@ -198,21 +202,49 @@ class PackedStorage:
 
     def replace(self, key: str, data: Chunks) -> None:
         """See `Storage`: in every pack that holds it. A gc that rewrites such a pack may undo it."""
-        if can_hold(key):
-            self.refresh()
+        self.replace_all([key], lambda _: data)
+
+    def replace_all(self, keys: Iterable[str], bring: Callable[[str], Chunks | None]) -> set[str]:
+        """Do as `replace` for many objects: each pack is written again once, for all of them that it holds.
+
+        Args:
+            keys: of the objects.
+            bring: returns the bytes to store, or None to leave an object as it is. It is called once for each
+                pack that holds the object, so that only the bytes for one pack are in memory.
+
+        Returns:
+            The keys whose objects are replaced everywhere.
+        """
+        keys = list(keys)
+        if any(map(can_hold, keys)):
+            self.refresh(changed=self.is_remote)
+        held: dict[str, list[str]] = defaultdict(list)
+        done: set[str] = set()
+        failed: set[str] = set()
+        for key in keys:
             packs = self.packs_of(key)
-            if packs:
-                for pack in packs:
-                    self._rewrite(pack, (), {key: b"".join(data)})
-                self.refresh(changed=True)
-                return
-        self.inner.replace(key, data)
+            for pack in packs:
+                held[pack].append(key)
+            data = None if packs else bring(key)
+            if data is not None:
+                self.inner.replace(key, data)
+                done.add(key)
+        for pack, members in held.items():
+            found = ((key, bring(key)) for key in members)
+            changed = {key: b"".join(data) for key, data in found if data is not None}
+            with suppress(CorruptManifestError):
+                if changed and self._packs.rewrite(pack, (), changed):
+                    done |= changed.keys()
+            failed.update(key for key in members if key not in done)
+        if held:
+            self.refresh(changed=True)
+        return done - failed
 
     def delete(self, key: str) -> bool:
         """See `Storage`; packs that held it are written again. Many are deleted faster by `delete_all`."""
         if not can_hold(key):
             return self.inner.delete(key)
-        self.refresh()
+        self.refresh(changed=self.is_remote)
         was_packed = bool(self.packs_of(key))
         self.delete_all([key])
         return self.inner.delete(key) or was_packed
@@ -248,7 +280,7 @@ class PackedStorage:
                 gone.append(key)
                 on_gone(key)
             for pack, without in leaving.items():
-                if not self._rewrite(pack, without, {}, may_go_on):
+                if not self._packs.rewrite(pack, without, {}, may_go_on):
                     return gone
                 for key in without:
                     # Two registrations at once may have put one on its own and one into a pack.
@@ -264,6 +296,17 @@ class PackedStorage:
             if leaving:
                 self.refresh(changed=True)
 
+    def mergeable(self) -> bool:
+        """Tell whether `merge` would do anything; reads what packs hold of the same objects."""
+        return self.writes_packs and bool(self._packs.mergeable())
+
+    def merge(self, may_go_on: Callable[[], bool]) -> None:
+        """Write small packs together and drop second copies; see `PackWriter.merge`."""
+        try:
+            self._packs.merge(may_go_on)
+        finally:
+            self.refresh(changed=True)
+
     def sync(self, keys: Iterable[str]) -> None:
         """See `Storage`."""
         entries = {key: self._find(key) if can_hold(key) else None for key in keys}
@@ -271,82 +314,48 @@ class PackedStorage:
 
     def copies_differ(self, key: str) -> bool:
         """Tell whether packs hold different bytes of one object, so that some are damaged."""
-        packs = self.packs_of(key)
-        if len(packs) < 2:
+        if not can_hold(key):
             return False
-        with self._lock:
-            entries = [entry for entry in self._index.find(key) if entry.pack in packs]
+        entries = self._known.all_places(key)
+        if len(entries) < 2:
+            return False
         first, *others = (self.inner.get_part(entry.pack, entry.offset, entry.size) for entry in entries)
         return any(other != first for other in others)
 
     def clean(self) -> int:
         """See `Storage`."""
+        if self.writes_packs:
+            self._known.summarise()
         return self.inner.clean()
 
     def refresh(self, *, changed: bool = False) -> None:
         """Learn which packs came and went.
 
         Args:
-            changed: something did for sure, so a stamp is not to be believed.
+            changed: something did for sure, so neither stamps nor news are believed.
         """
-        with self._lock:
-            stamp = None if changed else self.inner.stamp(layout.PACKS)
-            if stamp is not None and stamp == self._stamp:
-                return
-            self._unreadable.clear()
-            for _ in range(_TRIES):
-                listed = self._listed()
-                if listed == self._packs.keys() | self._damaged | self._unreadable.keys():
-                    break
-                # A listing may miss both of two packs of which one takes the other's place meanwhile, so
-                # there is another.
-                self._learn(listed)
-            self._stamp = None if self._unreadable else stamp
+        self._known.refresh(changed=changed)
 
-    def _listed(self) -> set[str]:
-        return {info.key for info in self.inner.list(layout.PACKS) if layout.is_pack(info.key)}
+    def _certain(self, keys: Iterable[str]) -> dict[str, Entry]:
+        """Return where in packs objects are now; of many at once, with one look at the packs.
 
-    def _learn(self, listed: set[str]) -> None:
-        gone = self._packs.keys() - listed
-        self._damaged &= listed
-        if gone:
-            self._packs = {key: pack for key, pack in self._packs.items() if key not in gone}
-            self._index = PackIndex(self._packs.values())
-        new = sorted(listed - self._packs.keys() - self._damaged - self._unreadable.keys())
-        if self.is_remote and len(new) > 1:
-            with ThreadPoolExecutor(_READERS, thread_name_prefix="blockzoo-packs") as pool:
-                packs = list(pool.map(self._read_index, new))
-        else:
-            packs = [self._read_index(key) for key in new]
-        for pack in packs:
-            if pack is not None:
-                self._packs[pack.key] = pack
-                self._index.add(pack)
+        A registration asks this after it has leased them, so what is here stays.
+        """
+        keys = [key for key in keys if can_hold(key)]
+        self.refresh()
+        for _ in range(_TRIES):
+            found = self._packed(keys)
+            if self._known.are_there({entry.pack for entry in found.values()}):
+                return found
+        raise _keeps_moving(f"{len(keys)} objects")
 
-    def _read_index(self, key: str) -> Pack | None:
-        try:
-            return read_index(self.inner, key)
-        except NotFoundError:
-            return None
-        except CorruptManifestError:
-            # One bad pack must not hide the others; `verify` names it, and what it held is missing.
-            self._damaged.add(key)
-            return None
-        except StorageError as error:
-            # As it would be with the file of one object: only who needs it fails, see `_look`.
-            self._unreadable[key] = error
-            return None
-
-    def _packed(self, keys: Iterable[str]) -> dict[str, Entry]:
+    def _packed(self, keys: Sequence[str]) -> dict[str, Entry]:
         """Return where in packs objects are, as far as is known without looking; of many at once."""
-        possible = [key for key in keys if can_hold(key)]
-        with self._lock:
-            possible = self._index.candidates(possible)
-        return {key: entry for key in possible if (entry := self._find(key)) is not None}
+        candidates = self._known.candidates(keys)
+        return {key: entry for key in candidates if (entry := self._find(key)) is not None}
 
     def _find(self, key: str) -> Entry | None:
-        with self._lock:
-            return next(self._index.find(key), None)
+        return next(self._known.places(key), None)
 
     def _look(self, key: str, packed: Callable[[Entry], _T], loose: Callable[[], _T]) -> _T:
         if not can_hold(key):
@@ -360,12 +369,10 @@ class PackedStorage:
                 self.refresh(changed=tried is not None)
                 entry = self._find(key)
                 if entry is None and tried is None:
-                    if self._unreadable:
-                        raise next(iter(self._unreadable.values())) from None
+                    if self._known.failure is not None:
+                        raise self._known.failure from None
                     raise
-        raise StorageError(
-            f"{key} moved {_TRIES} times while it was being read", hint="Run the command again.", key=key
-        )
+        raise _keeps_moving(key)
 
     def _packed_size(self, entry: Entry) -> int:
         if self.inner.size(entry.pack) is None:
@@ -394,47 +401,6 @@ class PackedStorage:
                 body.discard()
         self.inner.sync(objects)
 
-    def _put_pack(self, key: str, chunks: Chunks) -> None:
-        if not self.inner.put_if_absent(key, chunks):
-            # Another process wrote the same a moment ago, or it is damaged: so its objects were missing.
-            self.inner.replace(key, chunks)
-        with self._lock:
-            self._damaged.discard(key)
-
-    def _rewrite(
-        self,
-        key: str,
-        without: Collection[str],
-        changed: Mapping[str, Buffer],
-        may_go_on: Callable[[], bool] = lambda: True,
-    ) -> bool:
-        """Put a pack without some objects, or with other bytes of some, in its place; tell whether it is.
-
-        Where it is not, all stays as it was, but what is kept may be stored twice.
-        """
-        if not may_go_on():
-            return False
-        try:
-            pack, body = read_index(self.inner, key), self.inner.get(key)
-        except NotFoundError:
-            return False
-        kept: dict[str, Buffer] = {
-            name: changed[name] if name in changed else body[entry.offset : entry.offset + entry.size]
-            for name, entry in pack.objects()
-            if name not in without
-        }
-        if kept:
-            new, chunks = build(kept)
-            if new == key:
-                self.inner.replace(key, chunks)
-                return True
-            self._put_pack(new, chunks)
-            if not may_go_on():
-                return False
-        self.inner.delete(key)
-        self.inner.sync([key])
-        return True
-
 
 def _parts(objects: Mapping[str, Buffer]) -> Iterator[dict[str, Buffer]]:
     """Cut objects into packs of at most `MAX_PACK_BYTES`, or one object."""
@@ -456,6 +422,12 @@ def as_small(chunks: Chunks) -> bytes | None:
     if sum(memoryview(chunk).nbytes for chunk in chunks) >= MAX_OBJECT_BYTES:
         return None
     return b"".join(chunks)
+
+
+def _keeps_moving(what: str) -> StorageError:
+    return StorageError(
+        f"{what} moved {_TRIES} times while being looked for", hint="Run the command again.", key=what
+    )
 
 
 def _cut(entry: Entry, start: int, length: int) -> int:

@@ -16,6 +16,7 @@ its digest.
 from __future__ import annotations
 
 import struct
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -78,6 +79,20 @@ class Pack:
         digest, kind, size, offset = _ENTRY.unpack_from(self.index, slot * _ENTRY.size)
         return _KEYS[kind](digest.hex()), Entry(self.key, offset, size)
 
+    def find(self, key: str) -> Entry | None:
+        """Return the place of an object, None where the pack does not hold it."""
+        digest, kind = bytes.fromhex(key.rpartition("/")[2][:64]), FOLDERS.index(key.partition("/")[0])
+        slot = bisect_left(range(len(self)), digest, key=self._digest)
+        while slot < len(self) and self._digest(slot) == digest:
+            _, found, size, offset = _ENTRY.unpack_from(self.index, slot * _ENTRY.size)
+            if found == kind:
+                return Entry(self.key, offset, size)
+            slot += 1
+        return None
+
+    def _digest(self, slot: int) -> bytes:
+        return self.index[slot * _ENTRY.size : slot * _ENTRY.size + 32]
+
     def objects(self) -> Iterator[tuple[str, Entry]]:
         """Yield each object's key and place."""
         for digest, kind, size, offset in _ENTRY.iter_unpack(self.index):
@@ -85,8 +100,16 @@ class Pack:
 
     def prefixes(self) -> npt.NDArray[np.uint64]:
         """Return what `prefix_of` says of each slot; ascending."""
-        rows = np.frombuffer(self.index, np.uint8).reshape(len(self), _ENTRY.size)
+        rows = self._rows()
         return np.ascontiguousarray(rows[:, :8]).view(">u8").reshape(len(self)).astype(np.uint64)
+
+    def has_known_kinds(self) -> bool:
+        """Tell whether all objects are of kinds that packs may hold."""
+        kinds = np.ascontiguousarray(self._rows()[:, 32:36]).view("<u4")
+        return bool((kinds < len(FOLDERS)).all())
+
+    def _rows(self) -> npt.NDArray[np.uint8]:
+        return np.frombuffer(self.index, np.uint8).reshape(len(self), _ENTRY.size)
 
 
 def can_hold(key: str) -> bool:
@@ -137,9 +160,10 @@ def read_index(storage: Storage, key: str) -> Pack:
     index = head[_HEADER_BYTES:end]
     if layout.pack_key(blake3(index).hexdigest()) != key:
         raise damaged(key)
-    if any(kind >= len(FOLDERS) for _, kind, _, _ in _ENTRY.iter_unpack(index)):
+    pack = Pack(key, index)
+    if not pack.has_known_kinds():
         raise damaged(key)
-    return Pack(key, index)
+    return pack
 
 
 def damaged(key: str) -> CorruptManifestError:

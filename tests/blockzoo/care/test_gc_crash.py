@@ -27,6 +27,7 @@ from blockzoo.errors import BlobNotFoundError, CurrentVersionError, NotFoundErro
 from blockzoo.manifest import BlobId, VariantRecord
 from blockzoo.storage import LocalStorage
 from blockzoo.storage.base import ObjectInfo
+from blockzoo.store import pack_merging
 from blockzoo.store.zoo_store import ZooStore
 from support.paths import SUPPORT
 from support.zoo_faults import (
@@ -241,17 +242,29 @@ class FirstFormatLife(ZooLife):
     packs = False
 
 
+class MergingLife(ZooLife):
+    """The same where a collection writes any two packs together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.usual, pack_merging.MIN_MERGED = pack_merging.MIN_MERGED, 2
+
+    def teardown(self):
+        super().teardown()
+        pack_merging.MIN_MERGED = self.usual
+
+
 LIFE = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 
-@pytest.mark.parametrize("life", [ZooLife, FirstFormatLife])
+@pytest.mark.parametrize("life", [ZooLife, FirstFormatLife, MergingLife])
 def test_lives(life):
     run_state_machine_as_test(life, settings=settings(LIFE, max_examples=25, stateful_step_count=15))
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("life", [ZooLife, FirstFormatLife])
+@pytest.mark.parametrize("life", [ZooLife, FirstFormatLife, MergingLife])
 def test_many_long_lives(life):
     run_state_machine_as_test(life, settings=settings(LIFE, max_examples=500, stateful_step_count=50))
 
@@ -265,6 +278,7 @@ sys.path.insert(0, sys.argv[2])
 from zoo_faults import register, tensor
 from blockzoo.care.gc import collect
 from blockzoo.storage import LocalStorage
+from blockzoo.store import pack_merging
 from blockzoo.store.zoo_store import ZooStore
 
 os.fsync = lambda fd: None  # a killed process loses nothing that the kernel has
@@ -292,6 +306,8 @@ def job(root, what):
     elif what == "remove":
         store.remove("bot")
     else:
+        if what == "merge":
+            pack_merging.MIN_MERGED = 2
         collect(store, grace_s=0)
 
 
@@ -354,7 +370,7 @@ def test_a_registration_killed_at_every_system_call(killer, tmp_path):
 
 
 def test_a_removal_and_a_collection_killed_at_every_system_call(killer, tmp_path):
-    for what in ("remove", "collect"):
+    for what in ("remove", "collect", "merge"):
         number = 0
         killed = True
         while killed:
@@ -362,7 +378,9 @@ def test_a_removal_and_a_collection_killed_at_every_system_call(killer, tmp_path
             store = ZooStore.open(LocalStorage(root), create=True)
             register(store, "keep", [tensor(2), tensor(5)])
             register(store, "bot", [tensor(1), tensor(2)])
-            if what == "collect":
+            if what == "merge":
+                register(store, "also", [tensor(6), tensor(5)])
+            if what != "remove":
                 store.remove("bot")
             killed = killer(root, what, number)
             assert verify(store).problems == (), (what, number)
@@ -372,6 +390,9 @@ def test_a_removal_and_a_collection_killed_at_every_system_call(killer, tmp_path
             )
             for record in store.versions("bot"):
                 assert contents(store, record) == [tensor(1).data, tensor(2).data]
+            if what == "merge":
+                assert contents(store, store.resolve("also")) == [tensor(6).data, tensor(5).data]
+                assert killed or len(list((root / "packs").iterdir())) == 1
             number += 1
         assert number > 5
 

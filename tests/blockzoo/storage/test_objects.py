@@ -16,6 +16,7 @@ from blockzoo.errors import NotFoundError, StorageError, ZooNotFoundError
 from blockzoo.manifest import DType
 from blockzoo.storage import LocalStorage, Storage, objects, open_storage
 from blockzoo.storage.objects import ObjectStorage
+from blockzoo.store import known_packs, pack_merging
 from blockzoo.store.blobs import TensorData
 from blockzoo.store.zoo_store import ZooStore
 from support.s3_server import BUCKET, environment, s3_server, weed_program
@@ -96,6 +97,26 @@ def test_a_zoo_lives_there(storage):
     assert collect(store, grace_s=0).deleted == 4
     assert verify(again).problems == ()
     assert contents(again, again.resolve("tuned")) == [tensor(1, nudge=3).data]
+
+
+def test_many_packs_there(storage, monkeypatch):
+    """Summaries, news, and packs that are written together."""
+    monkeypatch.setattr(known_packs, "_SUMMARISE_FROM", 3)
+    monkeypatch.setattr(known_packs, "_MANY_NEW", 2)
+    monkeypatch.setattr(pack_merging, "MIN_MERGED", 2)
+    store = ZooStore.open(storage, create=True)
+    reader = ZooStore.open(open_storage(storage.url))
+    for seed in range(8):
+        register(store, f"v{seed}", [tensor(seed), tensor(100)], file=b"%d" % seed)
+        assert contents(reader, reader.resolve(f"v{seed}")) == [tensor(seed).data, tensor(100).data]
+    assert any(layout.is_summary(info.key) for info in storage.list(layout.PACKS))
+    store.remove("v0")
+    assert collect(store, grace_s=0).finished
+    assert sum(layout.is_pack(info.key) for info in storage.list(layout.PACKS)) == 1
+    for one in (store, reader, ZooStore.open(open_storage(storage.url))):
+        for seed in range(1, 8):
+            assert contents(one, one.resolve(f"v{seed}")) == [tensor(seed).data, tensor(100).data]
+        assert verify(one).problems == ()
 
 
 def test_writers_of_one_name(storage):

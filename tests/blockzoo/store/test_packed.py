@@ -13,6 +13,7 @@ from blockzoo import layout
 from blockzoo.care.backup import copy_zoo
 from blockzoo.care.gc import collect
 from blockzoo.care.order import in_order
+from blockzoo.care.variants import is_difference
 from blockzoo.care.verify import verify
 from blockzoo.digest import blob_id
 from blockzoo.errors import BlockzooError, ConflictError, CorruptBlobError, NotFoundError, StorageError
@@ -20,14 +21,16 @@ from blockzoo.manifest import BlobId, DType
 from blockzoo.storage import LocalStorage, MemoryStorage, Storage
 from blockzoo.storage.objects import ObjectStorage
 from blockzoo.store.packed import PackedStorage
-from blockzoo.store.packs import MAX_OBJECT_BYTES, build
+from blockzoo.store.packs import MAX_OBJECT_BYTES, build, read_index
 from blockzoo.store.zoo_store import ZooStore
 from support.zoo_faults import (
     FakeClock,
     HookedStorage,
+    Killed,
     at_operation,
     begin_first_format,
     contents,
+    kill,
     lose,
     open_memory,
     register,
@@ -442,3 +445,97 @@ def test_many_small_objects_make_packs_of_a_bounded_size(monkeypatch):
     storage.put_objects(bodies)
     assert all(info.size < 3000 + 600 for info in storage.inner.list(layout.PACKS))
     assert all(storage.get(key) == body for key, body in bodies.items())
+
+
+# Repairing.
+
+
+def damaged_zoo(count: int = 12) -> tuple[ZooStore, ZooStore, list[str]]:
+    """A zoo with two packs in which many objects are damaged, its backup, and the keys of what is damaged."""
+    store, backup = open_memory(), open_memory()
+    bases = [blob_id(DType.BF16, (4096,), tensor(seed, rows=4096).data) for seed in range(count)]
+    register(store, "base", [tensor(seed, rows=4096) for seed in range(count)])
+    near = [tensor(seed, rows=4096, nudge=3, base=bases[seed]) for seed in range(count)]
+    register(store, "near", near, file=b"near")
+    copy_zoo(store, backup)
+    damaged = []
+    for pack in packs(store):
+        body = bytearray(store.storage.inner.get(pack))
+        for key, entry in read_index(store.storage.inner, pack).objects():
+            if key.startswith("blobs/"):
+                body[entry.offset + entry.size - 1] ^= 255
+                damaged.append(key)
+        store.storage.inner.replace(pack, [bytes(body)])
+    return store, backup, damaged
+
+
+def test_a_pack_is_repaired_once_for_all_that_is_damaged_in_it():
+    store, backup, damaged = damaged_zoo()
+    assert len(damaged) > 20
+    storage = HookedStorage(store.storage.inner)
+    report = verify(through(store, storage), repair_from=backup)
+    assert {problem.key for problem in report.problems} == set(damaged)
+    assert report.ok
+    written = [key for operation, key in storage.operations if operation != "delete" and "packs/" in key]
+    assert len(written) == 2
+    assert verify(through(store, store.storage.inner)).problems == ()
+
+
+def test_differences_and_their_bases_in_one_pack_are_repaired_in_two_steps():
+    store, backup, _ = damaged_zoo(4)
+    one, other = packs(store)
+    everything = {
+        key: bytes(store.storage.inner.get_part(pack, entry.offset, entry.size))
+        for pack in (one, other)
+        for key, entry in read_index(store.storage.inner, pack).objects()
+    }
+    key, chunks = build(everything)
+    store.storage.inner.put_if_absent(key, chunks)
+    store.storage.inner.delete(one)
+    store.storage.inner.delete(other)
+    storage = HookedStorage(store.storage.inner)
+    assert verify(through(store, storage), repair_from=backup).ok
+    written = [key for operation, key in storage.operations if operation != "delete" and "packs/" in key]
+    assert len(written) <= 2
+    assert verify(through(store, store.storage.inner)).problems == ()
+
+
+def test_repair_killed_at_every_step():
+    number, killed = 0, True
+    while killed:
+        store, backup, damaged = damaged_zoo(2)
+        storage = HookedStorage(store.storage.inner, at_operation(number, kill))
+        try:
+            verify(through(store, storage), repair_from=backup)
+            killed = False
+        except Killed:
+            pass
+        found = {problem.key for problem in verify(through(store, store.storage.inner)).problems}
+        assert found <= set(damaged), number
+        assert verify(through(store, store.storage.inner), repair_from=backup).ok
+        assert verify(through(store, store.storage.inner)).problems == ()
+        for name in ("base", "near"):
+            assert contents(store, store.resolve(name)) == contents(backup, backup.resolve(name))
+        number += 1
+    assert number > 3
+
+
+def test_what_no_backup_holds_is_left_and_the_rest_of_its_pack_repaired():
+    store, backup, damaged = damaged_zoo(3)
+    lost = next(key for key in damaged if is_difference(backup, key))
+    lose(backup, lost)
+    report = verify(store, repair_from=backup)
+    assert [problem.key for problem in report.problems if not problem.repaired] == [lost]
+    again = {problem.key for problem in verify(through(store, store.storage.inner)).problems}
+    assert again == {lost}
+
+
+def test_replacing_many_says_what_it_did(store):
+    register(store, "bot", [tensor(1), tensor(2)])
+    held = layout.chain_key(store.resolve("bot").chain)
+    bytes_of = {held: b"1", blob(1): b"22", blob(9): b"333", "zoo.json": None}
+    done = store.storage.replace_all(bytes_of, lambda key: None if key == "zoo.json" else [bytes_of[key]])
+    assert done == {held, blob(1), blob(9)}
+    other = through(store, store.storage.inner)
+    assert [bytes(other.storage.get(key)) for key in (held, blob(1), blob(9))] == [b"1", b"22", b"333"]
+    assert store.storage.replace_all([], lambda key: [b""]) == set()
