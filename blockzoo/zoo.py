@@ -196,13 +196,17 @@ class Zoo:
     def rm(self, ref: str) -> RemoveReport:
         """Remove a variant (NAME) or one of its old versions (NAME@VERSION); `gc` frees the bytes later.
 
+        It may be damaged: a ref is removed without reading what it needs.
+
         Raises:
             VariantNotFoundError: it is not registered.
             CurrentVersionError: the version is the current one.
         """
         name, version = parse_ref(ref)
-        self.store.resolve(name)
-        numbers = tuple(record.version for record in self.store.versions(name, ignore_damage))
+        self.store.check_registered(name)
+        damaged: list[int] = []
+        records = self.store.versions(name, lambda ref: damaged.append(ref.version))
+        numbers = tuple(sorted([*damaged, *(record.version for record in records)]))
         if version is None:
             self.store.remove(name)
             return RemoveReport(name, numbers, ())
@@ -215,7 +219,11 @@ class Zoo:
 
     def dependants(self, name: str) -> list[str]:
         """Return the variants that were registered on a version of this one, or to differences from it."""
-        return [record.name for record in self.variants() if is_based_on(record.provenance.get("base"), name)]
+        return [
+            record.name
+            for record in self.variants(ignore_damage)
+            if is_based_on(record.provenance.get("base"), name)
+        ]
 
     def gc(
         self,

@@ -14,6 +14,7 @@ from blockzoo import layout
 from blockzoo.care.base import Holding
 from blockzoo.care.holdings import HOLDINGS
 from blockzoo.care.order import in_order
+from blockzoo.care.variants import naming_the_damaged
 from blockzoo.errors import ConflictError
 from blockzoo.manifest import BlobId, BlockId, ChainId
 from blockzoo.storage.base import ObjectInfo
@@ -84,7 +85,7 @@ def collect(
 
     Raises:
         CorruptManifestError, CorruptBlobError, NotFoundError: something reachable is damaged or missing,
-            so what it needs is unknown. Nothing is deleted; repair first.
+            so what it needs is unknown. Nothing is deleted; the message names the variants that are damaged.
         FormatVersionError: the zoo is newer than this version can write.
         ClockSkewError: this machine's clock is wrong, so it cannot tell which leases still hold.
     """
@@ -98,8 +99,9 @@ def collect(
             ),
         )
     on_stage("looking for what no variant needs", 0)
-    objects = {info.key: info for info in _objects(store)}
-    needed = _needed_keys(store, kinds)
+    with naming_the_damaged(store):
+        objects = {info.key: info for info in _objects(store)}
+        needed = _needed_keys(store, kinds)
     condemned = [info for key, info in objects.items() if key not in needed]
     kept = [info for key, info in objects.items() if key in needed]
     if dry_run or not condemned:
@@ -148,7 +150,8 @@ def _sweep(
 
     if not publish_sweep_alone(store.storage, store.clock, marker):
         return condemned, []
-    needed = _needed_keys(store, kinds)
+    with naming_the_damaged(store):
+        needed = _needed_keys(store, kinds)
     doomed = [info for info in condemned if info.key not in needed]
     deleted: list[ObjectInfo] = []
     for stage in in_order(store, doomed):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from blockzoo import layout
@@ -183,6 +184,11 @@ class Objects:
                 raise damaged[version]
         ref = name if version is None else f"{name}@{version}"
         raise VariantNotFoundError(ref, self._suggest(name, version))
+
+    def check_registered(self, name: str, version: int | None = None) -> None:
+        """Raise VariantNotFoundError as `resolve` does; a version whose ref is damaged is registered."""
+        with suppress(CorruptManifestError):
+            self.resolve(name, version)
 
     def current(self, name: str) -> VariantRecord | None:
         """Return the current version of a variant, None when it is not registered."""

@@ -151,12 +151,12 @@ class ZooStore(Objects):
         return self._batch[1]
 
     def remove(self, name: str) -> VariantRecord:
-        """Remove a variant with all its versions; returns the tombstone.
+        """Remove a variant with all its versions, damaged or not; returns the tombstone.
 
         Raises:
             VariantNotFoundError: it is not registered.
         """
-        self.resolve(name)
+        self.check_registered(name)
         self.check_writable()
         tombstone = self.add_version(
             VariantRecord(check_name(name), 1, ChainId(""), kind="tombstone", deleted=True)
@@ -164,20 +164,19 @@ class ZooStore(Objects):
         self._delete_refs(tombstone.name, [n for n in self._numbers_of(name) if n < tombstone.version])
         return tombstone
 
-    def remove_version(self, name: str, version: int) -> VariantRecord:
-        """Remove one old version; returns what it was.
+    def remove_version(self, name: str, version: int) -> None:
+        """Remove one old version, damaged or not.
 
         Raises:
             VariantNotFoundError: there is no such version.
             CurrentVersionError: it is the current one.
         """
-        record = self.resolve(name, version)
+        self.check_registered(name, version)
         self.check_writable()
-        if self.resolve(name).version == version:
+        if self._numbers_of(name)[-1] == version:
             hint = f"Name an older version, or remove all with `blockzoo rm {name}`."
             raise CurrentVersionError(name, version, hint=hint)
-        self._delete_refs(record.name, [version])
-        return record
+        self._delete_refs(name, [version])
 
     def rollback(self, name: str, to: int | None = None) -> VariantRecord:
         """Make an older version current again by a new version that equals it.

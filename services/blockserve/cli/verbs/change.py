@@ -25,8 +25,10 @@ from blockserve.cli.views.tables import format_bytes, format_seconds, note, prin
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from blockserve.client.zoo import RemoteZoo
     from blockzoo.manifest import VariantRecord
     from blockzoo.registering.folder import RegisterResult
+    from blockzoo.zoo import Zoo
 
 RevisionOption = Annotated[
     str | None,
@@ -189,23 +191,20 @@ def rm(ref: RefArgument, yes: YesOption = False, as_json: JsonOption = False, *,
     """Remove a variant with all its versions, or one old version of it.
 
     `blockzoo gc` frees the bytes afterwards. Blocks that other variants use stay: variants that were
-    registered on this one keep working.
+    registered on this one keep working. A damaged variant can be removed as well.
 
     \b
     Examples:
       blockzoo rm support-bot
       blockzoo rm support-bot@1 --yes
     """
+    from blockzoo.names import parse_ref
+
+    name, version = parse_ref(ref)
     with place.open() as zoo:
-        record = zoo.resolve(ref)
-        dependants = zoo.dependants(record.name)
-        if "@" in ref:
-            question = f"Remove version {record.version} of {record.name}?"
-        else:
-            count = len(zoo.show(record.name).versions)
-            question = (
-                f"Remove {record.name} with {'its one version' if count == 1 else f'all {count} versions'}?"
-            )
+        versions = _versions_to_remove(zoo, ref)
+        dependants = zoo.dependants(name)
+        question = f"Remove version {version} of {name}?" if version else f"Remove {name} with {versions}?"
         confirm(f"{_dependence(dependants)}{question}", yes=yes)
         report = zoo.rm(ref)
     if as_json:
@@ -215,6 +214,18 @@ def rm(ref: RefArgument, yes: YesOption = False, as_json: JsonOption = False, *,
     say(f"Removed {removed}. `blockzoo gc` frees the bytes that no other variant uses.")
     if dependants:
         say(f"{_some(dependants)} still {'uses' if len(dependants) == 1 else 'use'} its blocks, which stay.")
+
+
+def _versions_to_remove(zoo: Zoo | RemoteZoo, ref: str) -> str:
+    """The versions in words; raises VariantNotFoundError. Of a damaged variant the number is not known."""
+    from blockzoo.errors import BlobNotFoundError, CorruptionError, ManifestNotFoundError
+
+    try:
+        zoo.resolve(ref)
+        count = len(zoo.show(ref).versions)
+    except (CorruptionError, BlobNotFoundError, ManifestNotFoundError):
+        return "all its versions (it is damaged)"
+    return "its one version" if count == 1 else f"all {count} versions"
 
 
 def _dependence(dependants: Sequence[str]) -> str:

@@ -6,8 +6,8 @@ import pytest
 from blockserve.cli.options import questions
 from blockserve.cli.verbs import care as care_verbs
 from blockzoo import Zoo
-from blockzoo.layout import blob_key
-from support.zoo_faults import flip
+from blockzoo.layout import blob_key, block_key, chain_key, ref_key
+from support.zoo_faults import flip, lose
 
 
 def flip_a_byte(zoo, name, tensor="self_attn.q_proj.weight"):
@@ -174,6 +174,50 @@ def test_rm_of_a_base_names_what_was_registered_on_it(run, zoo, folders):
     assert run("gc", "--grace", 0).code == 0
     assert run("verify").code == 0
     assert run("show", "bot").code == 0
+
+
+def lose_a_part(zoo, name, part):
+    """Let one object of a variant go missing; `ref` is damaged in place of that."""
+    record = zoo.resolve(name)
+    chain = zoo.chain(record.chain)
+    block = chain.links[-2].applied[0]
+    if part == "ref":
+        flip(zoo.store, ref_key(name, record.version))
+        return
+    lose(
+        zoo.store,
+        {
+            "chain": chain_key(record.chain),
+            "block": block_key(block),
+            "blob": blob_key(next(iter(zoo.block(block).tensors.values())).blobs[0]),
+        }[part],
+    )
+
+
+@pytest.mark.parametrize("part", ["ref", "chain", "block", "blob"])
+def test_a_lost_variant_can_be_removed_and_gc_names_it(run, zoo, part):
+    lose_a_part(zoo, "bot", part)
+    stopped = run("gc", "--grace", 0)
+    assert stopped.code == 5
+    assert stopped.err.startswith("Error: bot@1 is damaged, so it is not known which objects it needs, and")
+    assert "`blockzoo verify --repair BACKUP`" in stopped.err
+    assert "gives up what is lost (bot)" in stopped.err
+    assert run("rm", "bot").code == 2  # asks, and nobody can answer
+    removed = run("rm", "bot", "--yes")
+    assert (removed.code, removed.err) == (0, "")
+    assert "Removed bot@1" in removed.out
+    assert run("gc", "--grace", 0).code == 0
+    assert run("verify").code == 0
+    assert {record.name for record in zoo.variants()} == {"base", "tuned"}
+
+
+def test_a_lost_old_version_can_be_removed_alone(run, zoo, folders):
+    zoo.register(folders / "base", name="bot")
+    flip(zoo.store, ref_key("bot", 1))
+    assert "gives up what is lost (bot@1)" in run("gc", "--grace", 0).err
+    assert "Removed bot@1" in run("rm", "bot@1", "--yes").out
+    assert run("gc", "--grace", 0).code == 0
+    assert run("show", "bot@2").code == 0
 
 
 def test_rm_of_a_version_and_rollback(run, zoo, folders):
