@@ -16,7 +16,7 @@ from blockzoo.errors import (
     ManifestNotFoundError,
     NotFoundError,
 )
-from blockzoo.manifest import BlobId, BlockId, ChainId, VariantRecord
+from blockzoo.manifest import BlobId, BlockId, ChainId, VariantName, VariantRecord
 from blockzoo.storage.base import Chunks
 from blockzoo.store.blobs import TensorData
 from blockzoo.store.closure import Problem, Walker, ignore_problem
@@ -25,7 +25,7 @@ from blockzoo.store.objects import Objects, ref_body
 FOLDERS = (layout.REFS, layout.CHAINS, layout.BLOCKS, layout.BLOBS)
 """Where they are."""
 
-VersionRef = tuple[str, int]
+VersionRef = tuple[VariantName, int]
 """Name and number of a version."""
 
 _NAMED = 10

@@ -1405,16 +1405,24 @@ class CommitPushResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     RECORD_FIELD_NUMBER: _builtins.int
+    UNCHANGED_FIELD_NUMBER: _builtins.int
+    RESTORED_FIELD_NUMBER: _builtins.int
+    unchanged: _builtins.bool
+    """The current version had this content already, so no version was made."""
+    restored: _builtins.int
+    """Objects of an unchanged version that the zoo lacked and that are stored again."""
     @_builtins.property
     def record(self) -> Global___VariantRecord: ...
     def __init__(
         self,
         *,
         record: Global___VariantRecord | None = ...,
+        unchanged: _builtins.bool = ...,
+        restored: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["record", b"record"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["record", b"record"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["record", b"record", "restored", b"restored", "unchanged", b"unchanged"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

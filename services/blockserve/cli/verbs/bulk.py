@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from blockserve.cli.options.failures import exit_code
 from blockserve.cli.views.progress import progress
-from blockserve.cli.views.tables import format_bytes, format_seconds, note, print_json, say
+from blockserve.cli.views.tables import counted, format_bytes, format_seconds, note, print_json, say
 
 if TYPE_CHECKING:
     from blockserve.client.zoo import RemoteZoo
@@ -84,7 +84,8 @@ def _tell(number: int, total: int, name: str, outcome: Outcome) -> None:
     result = outcome.done[name]
     ref = f"{result.record.name}@{result.record.version}"
     if result.unchanged:
-        say(f"{place}  {ref} has this content already")
+        restored = f"; {counted(result.restored, 'missing object')} stored again" if result.restored else ""
+        say(f"{place}  {ref} has this content already{restored}")
         return
     say(f"{place}  {ref}  {format_bytes(result.new_bytes)} new, {format_seconds(result.seconds)}")
     if result.base_doubt:

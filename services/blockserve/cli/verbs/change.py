@@ -20,7 +20,7 @@ from blockserve.cli.options.shared import (
 )
 from blockserve.cli.verbs.bulk import register_all
 from blockserve.cli.views.progress import progress
-from blockserve.cli.views.tables import format_bytes, format_seconds, note, print_json, say
+from blockserve.cli.views.tables import counted, format_bytes, format_seconds, note, print_json, say
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -296,11 +296,19 @@ def _tell_registered(result: RegisterResult, as_json: bool, force_base: bool) ->
         )
 
 
+def _written(result: RegisterResult) -> str:
+    """What an unchanged registration wrote: only what the zoo had lost."""
+    if not result.restored:
+        return "nothing was written"
+    lost = counted(result.restored, "object")
+    return f"{lost} of it {'was' if result.restored == 1 else 'were'} missing in the zoo and stored again"
+
+
 def _print_registered(result: RegisterResult) -> None:
     record = result.record
     ref = f"{record.name}@{record.version}"
     if result.unchanged:
-        say(f"{ref} has exactly this content already; nothing was written.")
+        say(f"{ref} has exactly this content already; {_written(result)}.")
         return
     known = max(0.0, 1 - result.new_bytes / result.num_bytes) if result.num_bytes else 0.0
     say(f"Registered {ref} ({record.kind}) in {format_seconds(result.seconds)}")

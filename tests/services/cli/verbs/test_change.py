@@ -211,6 +211,25 @@ def test_a_lost_variant_can_be_removed_and_gc_names_it(run, zoo, part):
     assert {record.name for record in zoo.variants()} == {"base", "tuned"}
 
 
+@pytest.mark.parametrize(("part", "lost"), [("chain", 1), ("block", 1), ("blob", 1)])
+def test_register_says_what_it_restored(run, zoo, folders, part, lost):
+    again = ("register", folders / "adapter", "--name", "bot", "--base", "base")
+    assert "bot@1 has exactly this content already; nothing was written." in run(*again).out
+    lose_a_part(zoo, "bot", part)
+    healed = run(*again)
+    assert healed.code == 0, healed.err
+    assert f"{lost} object of it was missing in the zoo and stored again." in healed.out
+    assert run("verify").code == 0
+    assert run(*again, "--json").json["restored"] == 0
+
+
+def test_register_over_a_damaged_ref_makes_the_next_version(run, zoo, folders):
+    lose_a_part(zoo, "bot", "ref")
+    assert (
+        run("register", folders / "adapter", "--name", "bot", "--base", "base", "--json").json["version"] == 2
+    )
+
+
 def test_a_lost_old_version_can_be_removed_alone(run, zoo, folders):
     zoo.register(folders / "base", name="bot")
     flip(zoo.store, ref_key("bot", 1))
