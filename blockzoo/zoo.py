@@ -47,20 +47,30 @@ class Zoo:
         self._chains = ChainReader(store, facts_folder)
 
     @classmethod
-    def open(cls, url: str | Path, *, create: bool = False, facts_folder: Path | None = None) -> Zoo:
+    def open(
+        cls,
+        url: str | Path,
+        *,
+        create: bool = False,
+        without_header: bool = False,
+        facts_folder: Path | None = None,
+    ) -> Zoo:
         """Open the zoo in a folder or at an object store URL.
 
         Args:
             url: folder path, `s3://bucket/prefix`, `gs://`, `az://` or `memory://`.
             create: begin a zoo there when there is none.
+            without_header: open it also where zoo.json is damaged, for `verify`.
             facts_folder: see the class.
 
         Raises:
             ZooNotFoundError: there is none and `create` is false.
             FormatVersionError: the zoo is newer than this version can read.
+            CorruptManifestError: zoo.json is damaged.
             StorageError: the storage refuses, or lacks conditional writes.
         """
-        return cls(ZooStore.open(open_storage(url), create=create), facts_folder=facts_folder)
+        store = ZooStore.open(open_storage(url), create=create, without_header=without_header)
+        return cls(store, facts_folder=facts_folder)
 
     @property
     def url(self) -> str:

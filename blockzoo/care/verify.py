@@ -16,6 +16,7 @@ from blockzoo.care.holdings import HOLDINGS
 from blockzoo.care.variants import is_difference
 from blockzoo.errors import BlockzooError, CorruptionError, NotFoundError
 from blockzoo.storage.base import ObjectInfo
+from blockzoo.store import header
 from blockzoo.store.leases import LeaseHolder
 from blockzoo.store.zoo_store import ZooStore
 
@@ -183,11 +184,18 @@ def _drop_packs(store: ZooStore, done: dict[str, Problem]) -> None:
 
 
 def _repair_header(store: ZooStore, source: ZooStore | None, problem: str) -> Problem:
-    """The header of another zoo of the same format says the same; one of another format would be wrong."""
+    """Write zoo.json again: as another zoo of the same format has it, or else as the contents show it."""
     repaired = False
-    if source is not None and source.header_problem() is None and source.formats == store.formats:
-        store.storage.replace(layout.ZOO, [source.storage.get(layout.ZOO)])
-        repaired = store.header_problem() is None
+    if source is not None:
+        if source.header_problem() is None and source.formats == store.formats:
+            body = bytes(source.storage.get(layout.ZOO))
+        else:
+            # One that says that it is of a newer format is left alone, whether or not it is damaged.
+            told = header.told_by(store.storage.inner) if max(store.formats) <= header.FORMAT else None
+            body = b"" if told is None else header.body(told)
+        if body:
+            store.storage.replace(layout.ZOO, [body])
+            repaired = store.header_problem() is None
     return Problem(layout.ZOO, missing=False, message=problem, repaired=repaired)
 
 

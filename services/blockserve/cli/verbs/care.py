@@ -89,7 +89,7 @@ def verify(
             "The zoo of a server can only be repaired on its own machine, without --server.",
             param_hint="--repair",
         )
-    with progress() as reporter, place.open() as zoo:
+    with progress() as reporter, place.open(without_header=True) as zoo:
         repair = {} if repair_from is None else {"repair_from": repair_from}
         report = zoo.verify(progress=reporter, **repair)
     if as_json:

@@ -289,6 +289,17 @@ def test_verify_finds_damage_names_who_is_hurt_and_repairs(run, zoo, tmp_path):
     assert run("verify").code == 0
 
 
+def test_the_hint_about_a_damaged_zoo_json_works(run, zoo, tmp_path):
+    (tmp_path / "zoo" / "zoo.json").write_bytes(b"")
+    stopped = run("ls")
+    assert stopped.code == 5
+    assert "zoo.json is damaged\n`blockzoo verify --repair BACKUP` writes it again" in stopped.err
+    assert "zoo.json is damaged" in run("verify").out
+    Zoo.open(tmp_path / "any", create=True)
+    assert run("verify", "--repair", tmp_path / "any").code == 0
+    assert names(run("ls")) == ["base", "bot", "tuned"]
+
+
 def test_verify_that_cannot_repair_says_so(run, zoo, tmp_path):
     Zoo.open(tmp_path / "other", create=True)
     flip_a_byte(zoo, "tuned")
