@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -92,6 +93,23 @@ def test_ls_of_some(run, zoo, folders):
     nothing = run("ls", "x*")
     assert (nothing.code, nothing.out) == (0, "")
     assert "None of the 4 variants" in nothing.err
+
+
+def test_ls_sorts_equal_ones_by_name(run, zoo, folders, monkeypatch):
+    rows = [replace(row, registered_at="2026-01-02", private_stored_bytes=7) for row in zoo.ls()]
+    damaged = replace(rows[0], name="a-damaged-one", registered_at="", private_stored_bytes=0)
+    monkeypatch.setattr(Zoo, "ls", lambda _: [damaged, *reversed(rows)])
+    for order in ("age", "stored"):
+        assert names(run("ls", "--sort", order)) == ["base", "bot", "tuned", "a-damaged-one"]
+
+
+def test_ls_of_an_unknown_base(run, zoo, folders):
+    outcome = run("ls", "--base", "bas")
+    assert outcome.code == 3
+    assert outcome.err == "Error: variant 'bas' is not registered\nDid you mean base?\n"
+    assert run("ls", "--base", "tuned").code == 0
+    run("rm", "base", "--yes")
+    assert names(run("ls", "--base", "base")) == ["bot"]
 
 
 def test_show(run, zoo):
