@@ -12,7 +12,7 @@ from blockzoo import layout
 from blockzoo.care import gc
 from blockzoo.care.backup import CopyReport, copy_zoo
 from blockzoo.care.gc import GcReport
-from blockzoo.care.verify import FOLDERS, VerifyReport, verify
+from blockzoo.care.verify import VerifyReport, verify
 from blockzoo.errors import InvalidInputError, NotFoundError
 from blockzoo.folders.export import ExportResult, export_variant
 from blockzoo.manifest import BlockId, BlockManifest, ChainId, ChainManifest, TensorRef, VariantRecord
@@ -253,11 +253,16 @@ class Zoo:
         self, repair_from: str | Path | None = None, *, progress: Progress | None = None
     ) -> VerifyReport:
         """Read everything back; take good bytes from another zoo for what is damaged."""
-        total = sum(info.size for folder in FOLDERS for info in self.store.storage.list(folder))
         source = None if repair_from is None else Zoo.open(repair_from).store
         meter = _Meter(progress)
-        with meter.task("verifying", total):
-            return verify(self.store, repair_from=source, on_object=meter.count)
+        with meter.ending():
+            return verify(
+                self.store,
+                repair_from=source,
+                on_object=meter.count,
+                on_stage=meter.start,
+                on_bytes=meter.advance,
+            )
 
     def backup(
         self, dest: str | Path, *, names: list[str] | None = None, progress: Progress | None = None

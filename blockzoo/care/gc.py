@@ -114,7 +114,11 @@ def collect(
     try:
         check_clock(store.storage, store.clock, marker.key, began)
         if grace_s:
-            on_stage(f"waiting {grace_s:g} s, while servers may still load what is to be deleted", 0)
+            on_stage(
+                f"waiting {grace_s:g} s, so that servers finish loading what is to be deleted; "
+                "`--grace 0` does not wait, which is safe when no server uses the zoo",
+                0,
+            )
         store.clock.sleep(grace_s)
         on_stage("deleting", _bytes(condemned))
         doomed, deleted = _sweep(store, marker, until, condemned, on_object, kinds)

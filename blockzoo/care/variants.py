@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from blockzoo import layout
 from blockzoo.canonical import digest_bytes
@@ -149,6 +149,24 @@ def faults(store: Objects, known: Collection[str]) -> Iterator[Fault]:
                 continue
             if not record.deleted:
                 yield from _faults_of(store, record, known)
+
+
+def faults_behind(store: Objects, key: str) -> Iterator[Fault]:
+    """Walk from one ref, chain, block or blob, and say what is missing behind it."""
+    walker = Walker(store, ignore_problem)
+    digest = layout.digest_of(key)
+    if digest is None:
+        with suppress(NotFoundError, CorruptionError):
+            walker.add_record(store.read_ref(*_version(key)))
+    elif key == layout.chain_key(digest):
+        walker.add_chain(ChainId(digest))
+    elif key == layout.block_key(digest):
+        walker.add_block(BlockId(digest))
+    elif key == layout.blob_key(digest):
+        walker.add_blobs([BlobId(digest)])
+    for needed in walker.closure.objects():
+        if store.storage.size(needed) is None:
+            yield Fault(needed, missing=True, message=f"{needed} is missing")
 
 
 def is_difference(store: Objects, key: str) -> bool:

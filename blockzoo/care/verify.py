@@ -74,6 +74,8 @@ def verify(
     *,
     repair_from: ZooStore | None = None,
     on_object: Callable[[ObjectInfo], None] | None = None,
+    on_stage: Callable[[str, int], None] = lambda *_: None,
+    on_bytes: Callable[[int], None] = lambda _: None,
     kinds: Sequence[Holding] = HOLDINGS,
 ) -> VerifyReport:
     """Check every object of every kind: blobs, manifests, refs, equivalence records, decisions, wishes.
@@ -82,6 +84,8 @@ def verify(
         store: the zoo.
         repair_from: another zoo to take good bytes from.
         on_object: called from any thread after each object was read.
+        on_stage: called when another kind of work begins, with the bytes it is about, 0 for unknown.
+        on_bytes: called with the stored bytes of each object that repair has dealt with.
         kinds: what a zoo keeps.
     """
     objects: list[tuple[Holding, ObjectInfo]] = []
@@ -89,18 +93,19 @@ def verify(
     for kind in kinds:
         for info in (info for folder in kind.folders for info in store.storage.list(folder)):
             objects.append((kind, info)) if kind.owns(info.key) else strays.append(info.key)
+    num_bytes = sum(info.size for _, info in objects)
+    on_stage("verifying", num_bytes)
     found = {problem.key: problem for problem in _read_all(store, objects, on_object)}
+    on_stage("looking for what is missing", 0)
     _add_faults(store, kinds, found)
     problems = list(found.values())
     if repair_from is not None and problems:
         store.check_writable()
-        problems = _repair(store, repair_from, kinds, problems)
+        problems = _Repair(store, repair_from, kinds, on_stage, on_bytes).run(problems)
     if (problem := store.header_problem()) is not None:
         problems.append(_repair_header(store, repair_from, problem))
     problems.sort(key=lambda problem: (-len(problem.variants), problem.key))
-    return VerifyReport(
-        len(objects), sum(info.size for _, info in objects), tuple(problems), tuple(sorted(strays))
-    )
+    return VerifyReport(len(objects), num_bytes, tuple(problems), tuple(sorted(strays)))
 
 
 def _read_all(
@@ -149,29 +154,60 @@ def _add_faults(store: ZooStore, kinds: Sequence[Holding], found: dict[str, Prob
             found[fault.key] = replace(problem, variants=(*problem.variants, *hurt))
 
 
-def _repair(
-    store: ZooStore, source: ZooStore, kinds: Sequence[Holding], problems: Sequence[Problem]
-) -> list[Problem]:
-    """Replace what the source holds in good state, and then what turns out to be missing behind it."""
-    lease = LeaseHolder(store.storage, store.clock, "verify --repair")
-    done: dict[str, Problem] = {}
-    todo = list(problems)
-    try:
-        while todo:
-            lease.hold(digest for problem in todo if (digest := layout.digest_of(problem.key)))
-            # Raw blobs first: a difference may be damaged only in its base.
-            for problem in sorted(todo, key=lambda problem: is_difference(store, problem.key)):
-                kind = next(kind for kind in kinds if kind.owns(problem.key))
-                repaired = _is_good(store, kind, problem.key) or _replace(store, source, kind, problem.key)
-                done[problem.key] = replace(problem, repaired=repaired)
-            # A restored manifest may name blobs that are missing as well, unseen so far.
-            found: dict[str, Problem] = {}
-            _add_faults(store, kinds, found)
-            todo = [problem for key, problem in found.items() if key not in done]
-    finally:
-        lease.release()
-    _drop_packs(store, done)
-    return list(done.values())
+@dataclass(frozen=True, slots=True)
+class _Repair:
+    """Replaces what the source holds in good state, and then what turns out to be missing behind it."""
+
+    store: ZooStore
+    source: ZooStore
+    kinds: Sequence[Holding]
+    on_stage: Callable[[str, int], None]
+    on_bytes: Callable[[int], None]
+
+    def run(self, problems: Sequence[Problem]) -> list[Problem]:
+        lease = LeaseHolder(self.store.storage, self.store.clock, "verify --repair")
+        done: dict[str, Problem] = {}
+        todo = list(problems)
+        try:
+            while todo:
+                lease.hold(digest for problem in todo if (digest := layout.digest_of(problem.key)))
+                fixed = self._round(todo)
+                done |= fixed
+                # A restored manifest may name blobs that are missing as well, unseen so far.
+                found = self._behind([problem for problem in fixed.values() if problem.repaired])
+                todo = [problem for key, problem in found.items() if key not in done]
+        finally:
+            lease.release()
+        _drop_packs(self.store, done)
+        return list(done.values())
+
+    def _round(self, todo: Sequence[Problem]) -> dict[str, Problem]:
+        sizes = {problem.key: self.source.storage.size(problem.key) or 0 for problem in todo}
+        self.on_stage("repairing", sum(sizes.values()))
+        done: dict[str, Problem] = {}
+        # Raw blobs first: a difference may be damaged only in its base.
+        for problem in sorted(todo, key=lambda problem: is_difference(self.store, problem.key)):
+            kind = next(kind for kind in self.kinds if kind.owns(problem.key))
+            good = _is_good(self.store, kind, problem.key)
+            repaired = good or _replace(self.store, self.source, kind, problem.key)
+            done[problem.key] = replace(problem, repaired=repaired)
+            self.on_bytes(sizes[problem.key])
+        return done
+
+    def _behind(self, repaired: Sequence[Problem]) -> dict[str, Problem]:
+        """What the repaired objects need and lack; nothing else is read again."""
+        found: dict[str, Problem] = {}
+        for kind in self.kinds:
+            if kind.faults_behind is None:
+                _add_faults(self.store, [kind], found)
+                continue
+            for problem in repaired:
+                if kind.owns(problem.key):
+                    for fault in kind.faults_behind(self.store, problem.key):
+                        known = found.get(fault.key) or Problem(fault.key, fault.missing, fault.message)
+                        hurt = dict.fromkeys((*known.variants, *problem.variants))
+                        found[fault.key] = replace(known, variants=tuple(hurt))
+        return found
 
 
 def _drop_packs(store: ZooStore, done: dict[str, Problem]) -> None:

@@ -11,7 +11,7 @@ from blockzoo.digest import blob_id
 from blockzoo.errors import CorruptManifestError, FormatVersionError
 from blockzoo.manifest import DType
 from blockzoo.store.zoo_store import ZooStore
-from support.zoo_faults import contents, flip, lose, open_memory, register, tensor
+from support.zoo_faults import HookedStorage, contents, flip, lose, open_memory, register, tensor, through
 
 
 def make() -> ZooStore:
@@ -156,6 +156,36 @@ def test_a_damaged_base_alone_is_enough_to_repair(store):
     flip(store, layout.blob_key(base), 9000)
     assert verify(store, repair_from=make()).ok
     assert store.blobs.info(difference).base == base
+
+
+def test_repair_reads_again_only_what_it_repaired():
+    """A lost chain hides its lost blocks, and those hide their lost blobs: three rounds."""
+    store, backup = make(), make()
+    register(store, "other", [tensor(11)])
+    record = store.resolve("tuned")
+    block = store.get_chain(record.chain).links[0].base
+    blob = blob_of(store, "tuned", 0)
+    lose(store, layout.chain_key(record.chain), layout.block_key(block), layout.blob_key(blob))
+    other, read = store.resolve("other").chain, []
+    hooked = through(
+        store,
+        HookedStorage(store.storage.inner, lambda operation, key: read.append((operation, key)), reads=True),
+    )
+    original, walks = hooked.get_chain, []
+    hooked.get_chain = lambda chain: walks.append(chain) or original(chain)
+    stages = []
+    report = verify(hooked, repair_from=backup, on_stage=lambda *stage: stages.append(stage))
+    assert report.ok
+    assert {problem.key for problem in report.problems} == {
+        layout.chain_key(record.chain),
+        layout.block_key(block),
+        layout.blob_key(blob),
+    }
+    assert {problem.variants for problem in report.problems} == {("tuned@1",)}
+    assert walks.count(other) == 2  # checked, and walked once to see whom damage hurts
+    assert [title for title, _ in stages] == ["verifying", "looking for what is missing", *["repairing"] * 3]
+    assert all(total > 0 for title, total in stages if title == "repairing")
+    assert verify(store).ok
 
 
 def test_repair_respects_the_format(store):

@@ -60,8 +60,8 @@ def ls(
     CHECKPOINT is what a variant would take as a checkpoint of its own, PRIVATE the part of it that no other
     variant has, and STORED what that part takes in the zoo. `blockzoo du` says what removing a variant would
     free. A narrow terminal shows fewer columns; --json has all. What was read of chains, which never change,
-    is kept in the cache folder (~/.cache/blockzoo), which may be deleted. So `ls` does not notice objects that
-    are missing or damaged: `blockzoo verify` finds them.
+    is kept in the cache folder (~/.cache/blockzoo), which may be deleted. So `ls` does not notice damage:
+    `show` and `du` name missing objects, and `blockzoo verify` finds what is missing or damaged.
 
     \b
     Examples:
@@ -147,8 +147,10 @@ def show(ref: RefArgument, as_json: JsonOption = False, *, place: Place) -> None
 def du(as_json: JsonOption = False, *, place: Place) -> None:
     """Show the sizes of variants, as checkpoints and in the zoo.
 
-    PRIVATE is what no other variant has, STORED what that takes in the zoo. RM FREES is what `blockzoo rm`
-    and `blockzoo gc` would free: not what other variants are stored as differences to.
+    CHECKPOINTS is what the variants would take as checkpoints of their own: an adapter counts as a copy of
+    its base with the adapter merged into it. PRIVATE is what no other variant has, STORED what that takes
+    in the zoo. RM FREES is what `blockzoo rm` and `blockzoo gc` would free: not what other variants are
+    stored as differences to.
 
     \b
     Examples:

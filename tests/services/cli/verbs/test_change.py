@@ -8,7 +8,8 @@ from blockserve.cli.options import questions
 from blockserve.cli.verbs import care as care_verbs
 from blockzoo import Zoo
 from blockzoo.layout import blob_key, block_key, chain_key, ref_key
-from support.zoo_faults import flip, lose
+from blockzoo.storage import LocalStorage
+from support.zoo_faults import begin_first_format, flip, lose
 
 
 def flip_a_byte(zoo, name, tensor="self_attn.q_proj.weight"):
@@ -227,6 +228,49 @@ def test_a_lost_variant_can_be_removed_and_gc_names_it(run, zoo, part):
     assert run("gc", "--grace", 0).code == 0
     assert run("verify").code == 0
     assert {record.name for record in zoo.variants()} == {"base", "tuned"}
+
+
+@pytest.mark.parametrize("part", ["chain", "block", "blob"])
+def test_du_and_show_name_what_is_lost(run, zoo, part):
+    assert "damaged" not in run("du").out + run("show", "bot").out
+    zoo.show("bot")
+    lose_a_part(zoo, "bot", part)
+    assert "\nbot@1 is damaged, so sizes may be too low: `blockzoo verify` says" in run("du").out
+    assert run("du", "--json").json["damaged"] == ["bot@1"]
+    shown = run("show", "bot")
+    if part == "blob":
+        assert "1 missing object, for example blobs/" in shown.out
+    else:
+        assert shown.code == 5
+    # A server keeps manifests in memory; they are missing all the same.
+    assert len(zoo.show("bot").missing) == 1
+    assert zoo.du().damaged == ("bot@1",)
+    assert zoo.show("base").missing == ()
+
+
+def test_du_tells_that_a_zoo_is_of_format_1(run, tmp_path, folders):
+    begin_first_format(LocalStorage(tmp_path / "old"))
+    run("register", folders / "base", "--name", "base", "--zoo", tmp_path / "old")
+    assert (
+        "The zoo is of format 1, one file for each object. `blockzoo backup"
+        in run("du", "--zoo", tmp_path / "old").out
+    )
+    run("backup", tmp_path / "new", "--zoo", tmp_path / "old")
+    assert "format" not in run("du", "--zoo", tmp_path / "new").out
+
+
+def test_verify_of_much_damage_is_bounded(run, zoo, tmp_path):
+    run("backup", tmp_path / "backup")
+    lost = [info.key for info in zoo.store.storage.list("blobs")]
+    lose(zoo.store, *lost)
+    text = run("verify").out.splitlines()
+    assert len(text) == 1 + 1 + 20 + 3
+    assert f"and {len(lost) - 20} more; --json has all of them." in text
+    assert f"{len(lost)} problems, 0 repaired; 3 versions of variants are damaged." in text
+    assert len(run("verify", "--json").json["problems"]) == len(lost)
+    repaired = run("verify", "--repair", tmp_path / "backup")
+    assert repaired.code == 0
+    assert f"{len(lost)} problems, {len(lost)} repaired; 0 versions" in repaired.out
 
 
 @pytest.mark.parametrize(("part", "lost"), [("chain", 1), ("block", 1), ("blob", 1)])
