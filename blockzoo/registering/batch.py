@@ -20,6 +20,8 @@ MAX_ENTRIES = 100_000
 MAX_LIST_BYTES = 64 << 20
 
 _KEYS = ("folder", "name", "base", "revision")
+_EXAMPLE = "Write it as: - {folder: ./my-lora, name: support-bot, base: smollm2}"
+_MAX_FAULTS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,16 +113,17 @@ def _listed(path: Path, base: str | None) -> list[BatchEntry]:
 
 
 def _entry(path: Path, number: int, value: object, base: str | None) -> BatchEntry:
-    texts = isinstance(value, Mapping) and all(isinstance(item, str | None) for item in value.values())
-    if not isinstance(value, Mapping) or not texts or not value.get("folder") or not value.get("name"):
+    if not isinstance(value, Mapping):
         raise InvalidInputError(
-            f"{path}: entry {number} has no folder and name, as texts",
-            hint="Write it as: - {folder: ./my-lora, name: support-bot, base: smollm2}",
+            f"{path}: entry {number} is no object with a folder and a name", hint=_EXAMPLE
         )
-    if unknown := sorted(str(key) for key in value if key not in _KEYS):
+    faults = [f"has the unknown key {str(key)[:80]!r}" for key in value if key not in _KEYS][:_MAX_FAULTS]
+    faults += [f"has no {key}" for key in ("folder", "name") if not value.get(key)]
+    faults += [f"has a {key} that is no text" for key in _KEYS if not isinstance(value.get(key), str | None)]
+    if faults:
         raise InvalidInputError(
-            f"{path}: entry {number} has the unknown key {unknown[0][:80]!r}",
-            hint=f"Known keys: {', '.join(_KEYS)}.",
+            f"{path}: entry {number} {' and '.join(faults)}",
+            hint=f"Known keys: {', '.join(_KEYS)}. {_EXAMPLE}",
         )
     source = str(value["folder"])
     # Paths are meant from where the list is, so that list and folders can move together.

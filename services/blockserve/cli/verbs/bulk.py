@@ -45,27 +45,44 @@ def register_all(zoo: Zoo | RemoteZoo, path: Path, base: str | None, *, as_json:
     """Register what a folder or a list names; returns the exit code.
 
     A failure is reported and the others go on. Ctrl-C ends after the registration at hand is undone.
+
+    Raises:
+        VariantNotFoundError: neither the zoo nor the list has a variant `base`; nothing was registered.
     """
-    from blockzoo.errors import BlockzooError
     from blockzoo.registering.batch import read_batch
 
     entries = read_batch(path, base)
+    if base is not None and base.partition("@")[0] not in {entry.name for entry in entries}:
+        zoo.resolve(base)
     outcome = Outcome()
-    with zoo.batch():
-        for number, entry in enumerate(entries, 1):
-            try:
-                outcome.done[entry.name] = _register(zoo, entry)
-            except BlockzooError as error:
-                if error.reason == "UNAVAILABLE":
-                    raise
-                outcome.failed[entry.name] = error
-            if not as_json:
-                _tell(number, len(entries), entry.name, outcome)
+    try:
+        with zoo.batch():
+            for number, entry in enumerate(entries, 1):
+                _add(zoo, entry, outcome)
+                if not as_json:
+                    _tell(number, len(entries), entry.name, outcome)
+    except KeyboardInterrupt:
+        note(
+            f"{len(outcome.done)} of {len(entries)} are in the zoo. "
+            "The same command goes on from there: it finds them unchanged."
+        )
+        raise
     if as_json:
         print_json(outcome.to_json())
     else:
         _summarise(outcome)
     return max(map(exit_code, outcome.failed.values()), default=0)
+
+
+def _add(zoo: Zoo | RemoteZoo, entry: BatchEntry, outcome: Outcome) -> None:
+    from blockzoo.errors import BlockzooError
+
+    try:
+        outcome.done[entry.name] = _register(zoo, entry)
+    except BlockzooError as error:
+        if error.reason == "UNAVAILABLE":
+            raise
+        outcome.failed[entry.name] = error
 
 
 def _register(zoo: Zoo | RemoteZoo, entry: BatchEntry) -> RegisterResult:

@@ -156,6 +156,18 @@ def restore(
         opened = open_zoo(zoo, create=True)
         report = opened.restore(source, names=names, revive=revive, progress=reporter)
     _print_copy(report, "Restored", as_json)
+    if not as_json:
+        _say_how_to_restore_the_rest(report, revive)
+
+
+def _say_how_to_restore_the_rest(report: CopyReport, revive: bool) -> None:
+    from blockzoo.care.copying import CONFLICT, OLDER, REMOVED
+
+    reasons = report.skipped.values()
+    if not revive and any(reason.startswith((REMOVED, OLDER)) for reason in reasons):
+        say("`blockzoo restore SOURCE --revive` also brings back what was removed here or is older.")
+    if any(reason.startswith(CONFLICT) for reason in reasons):
+        say("Where both hold something else under one number, `--zoo NEW_PLACE` restores into another zoo.")
 
 
 def _as_json(report: GcReport | VerifyReport | CopyReport) -> dict[str, Any]:

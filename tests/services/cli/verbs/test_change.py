@@ -370,18 +370,23 @@ def test_verify_that_cannot_repair_says_so(run, zoo, tmp_path):
     assert "no good copy" in outcome.out
 
 
-def test_backup_and_restore(run, zoo, tmp_path):
+def test_backup_and_restore(run, zoo, folders, tmp_path):
     report = run("backup", tmp_path / "backup", "--name", "bot", "--json").json
     assert report["added"] == ["bot@1"]
     run("rm", "bot", "--yes")
     skipped = run("restore", tmp_path / "backup")
     assert "bot@1 skipped" in skipped.out
+    assert "`blockzoo restore SOURCE --revive` also brings back" in skipped.out
     revived = run("restore", tmp_path / "backup", "--revive")
     assert revived.code == 0
     assert "bot@3, which was bot@1 before it was removed" in revived.out
+    assert "--revive" not in revived.out
     run("rm", "bot", "--yes")
     assert run("restore", tmp_path / "backup", "--revive", "--json").json["revived"] == {"bot@1": "bot@5"}
     assert zoo.resolve("bot").kind == "adapter"
+    run("register", folders / "tuned", "--name", "bot", "--zoo", tmp_path / "another")
+    conflict = run("restore", tmp_path / "backup", "--zoo", tmp_path / "another").out
+    assert "`--zoo NEW_PLACE` restores into another zoo" in conflict
     fresh = run("restore", tmp_path / "backup", "--zoo", tmp_path / "fresh")
     assert "Restored 1 versions" in fresh.out
 
