@@ -174,6 +174,7 @@ def test_rm_where_nobody_can_answer_needs_yes(run, zoo):
     outcome = run("rm", "bot")
     assert outcome.code == 2
     assert "--yes" in outcome.err
+    assert run("rm", "bot", "--json").error["reason"] == "USAGE"
     assert run("rm", "bot", "--yes", "--json").json == {
         "name": "bot",
         "removed": [1],
@@ -185,7 +186,9 @@ def test_rm_where_nobody_can_answer_needs_yes(run, zoo):
 
 def test_rm_of_a_base_names_what_was_registered_on_it(run, zoo, folders):
     told = run("rm", "base").err
-    assert told.startswith("bot was registered on it and keeps working. Remove base with its one version?")
+    assert told.startswith(
+        "Error: bot was registered on it and keeps working. Remove base with its one version? There"
+    )
     for number in range(6):
         run("register", folders / "adapter", "--name", f"more-{number}", "--base", "base")
     removed = run("rm", "base", "--yes").out
