@@ -6,7 +6,7 @@ is found unchanged, so an interrupted list is simply gone through again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from blockzoo.extras import named_extras
 from blockzoo.folders.checkpoint import FolderKind, folder_kind
 from blockzoo.folders.files import ADAPTER_CONFIG, CONFIG
 from blockzoo.folders.hub import is_hub_id
+from blockzoo.manifest import VariantRecord
+from blockzoo.registering.adapter import not_adaptable
 
 MAX_ENTRIES = 100_000
 MAX_LIST_BYTES = 64 << 20
@@ -68,6 +70,18 @@ def read_batch(path: Path, base: str | None = None) -> list[BatchEntry]:
             )
         seen.add(entry.name)
     return entries
+
+
+def check_base(entries: Iterable[BatchEntry], base: str, record: VariantRecord) -> None:
+    """Find out once whether adapters of a list can be registered on `base`, the variant of this record.
+
+    Raises:
+        UnsupportedAdapterError: it is an adapter itself.
+    """
+    if record.kind == FolderKind.ADAPTER and any(
+        entry.base == base and not _is_checkpoint(Path(entry.source)) for entry in entries
+    ):
+        raise not_adaptable(f"{record.name}@{record.version}")
 
 
 def _subfolders(path: Path, base: str | None) -> list[BatchEntry]:

@@ -48,12 +48,13 @@ def register_all(zoo: Zoo | RemoteZoo, path: Path, base: str | None, *, as_json:
 
     Raises:
         VariantNotFoundError: neither the zoo nor the list has a variant `base`; nothing was registered.
+        UnsupportedAdapterError: `base` is an adapter, and so is one of the list; nothing was registered.
     """
-    from blockzoo.registering.batch import read_batch
+    from blockzoo.registering.batch import check_base, read_batch
 
     entries = read_batch(path, base)
     if base is not None and base.partition("@")[0] not in {entry.name for entry in entries}:
-        zoo.resolve(base)
+        check_base(entries, base, zoo.resolve(base))
     outcome = Outcome()
     try:
         with zoo.batch():

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from blockserve.cli.views.tables import Column, Table, cells_of, counted, fold, format_bytes, printable, some
+from blockserve.cli.views.tables import (
+    Column,
+    Table,
+    cells_of,
+    counted,
+    fold,
+    format_bytes,
+    printable,
+    short,
+    some,
+)
 from blockserve.cli.views.words import describe_run
 
 if TYPE_CHECKING:
@@ -20,6 +31,8 @@ if TYPE_CHECKING:
         UsageReport,
         VariantRow,
     )
+
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 PROBLEMS = 20
 """Problems that `verify` shows as rows."""
@@ -230,5 +243,7 @@ def problems_table(problems: Sequence[Problem]) -> Table:
     )
     for problem in problems[:PROBLEMS]:
         hurts = some(problem.variants, NAMED) or "nobody"
-        table.add(problem.message, hurts, "yes" if problem.repaired else "no", problem.key)
+        # The last column has the whole digest.
+        message = _DIGEST.sub(lambda found: short(found[0]), problem.message)
+        table.add(message, hurts, "yes" if problem.repaired else "no", problem.key)
     return table

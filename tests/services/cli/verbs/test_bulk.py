@@ -47,6 +47,9 @@ def test_a_wrong_base_is_said_once_and_first(run: Any, zoo: Zoo, tmp_path: Path)
     outcome = run("register", "--all", tmp_path / "many", "--base", "bas")
     assert (outcome.code, outcome.out) == (3, "")
     assert outcome.err == "Error: variant 'bas' is not registered\nDid you mean base?\n"
+    outcome = run("register", "--all", tmp_path / "many", "--base", "bot")
+    assert (outcome.code, outcome.out) == (1, "")
+    assert outcome.err.startswith("Error: bot@1 has an adapter itself")
     assert run("register", "--all", tmp_path / "many", "--base", "base@1").code == 0
 
 
