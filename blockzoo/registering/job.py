@@ -10,13 +10,13 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from blockzoo.errors import MissingPackageError
+from blockzoo.errors import CorruptManifestError, MissingPackageError
 from blockzoo.folders.checkpoint import ModelFolder
 from blockzoo.folders.contents import FolderLayout, InBlock, InFile
 from blockzoo.folders.files import TOKENIZER, read_kept_file
@@ -98,6 +98,7 @@ class RegisterJob:
         self._started = time.monotonic()
         self._lock = threading.Lock()
         self._tokenizer: bytes | None = None
+        self._before: VariantRecord | None = None
 
     def inspect(self, uploads: Mapping[str, Upload]) -> Pieces:
         """Refuse NaN and infinity in the tensors that are to be stored, and a tokenizer beyond its bounds.
@@ -159,6 +160,8 @@ class RegisterJob:
     @contextmanager
     def registration(self) -> Iterator[Writer]:
         """Begin to write."""
+        with suppress(CorruptManifestError):
+            self._before = self.store.current(self.name)
         with (
             self.task("storing", sum(path.stat().st_size for path in self.folder.files.values())) as on_bytes,
             self.store.registration(f"register {self.name}", on_bytes=on_bytes) as registration,
@@ -199,7 +202,8 @@ class RegisterJob:
             num_new_blobs=self.totals.new_blobs,
             ignored=tuple(ignored),
             seconds=time.monotonic() - self._started,
-            restored=done.restored,
+            # Of a version that another writer made meanwhile nothing was lost: both stored it.
+            restored=done.restored if done.record == self._before else 0,
         )
 
 

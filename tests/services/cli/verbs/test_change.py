@@ -9,6 +9,7 @@ from blockserve.cli.verbs import care as care_verbs
 from blockzoo import Zoo
 from blockzoo.layout import blob_key, block_key, chain_key, ref_key
 from blockzoo.storage import LocalStorage
+from blockzoo.store.zoo_store import ZooStore
 from support.zoo_faults import begin_first_format, flip, lose
 
 
@@ -286,6 +287,21 @@ def test_register_says_what_it_restored(run, zoo, folders, part, lost):
     assert f"{lost} object of it was missing in the zoo and stored again." in healed.out
     assert run("verify").code == 0
     assert run(*again, "--json").json["restored"] == 0
+
+
+def test_of_two_equal_registrations_at_once_the_second_is_unchanged(run, zoo, folders, monkeypatch):
+    register = ("register", folders / "adapter", "--base", "tuned", "--force-base", "--name", "new", "--json")
+    add, others = ZooStore.add_unless_same, []
+
+    def overtaken(store, draft):
+        monkeypatch.setattr(ZooStore, "add_unless_same", add)
+        others.append(Zoo.open(zoo.url).register(folders / "adapter", name="new", base="tuned"))
+        return add(store, draft)
+
+    monkeypatch.setattr(ZooStore, "add_unless_same", overtaken)
+    second = run(*register).json
+    assert not others[0].unchanged
+    assert (second["version"], second["unchanged"], second["restored"]) == (1, True, 0)
 
 
 def test_register_over_a_damaged_ref_makes_the_next_version(run, zoo, folders):
