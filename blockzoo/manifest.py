@@ -174,3 +174,11 @@ class VariantRecord:
     files: Mapping[str, FileRef] = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict)
     deleted: bool = False
+
+    def has_content_of(self, other: VariantRecord) -> bool:
+        """Tell whether both are the same but for number, name and provenance."""
+
+        def content(record: VariantRecord) -> tuple[object, ...]:
+            return record.chain, record.kind, dict(record.files), record.deleted
+
+        return content(self) == content(other)

@@ -12,7 +12,7 @@ from blockzoo import layout
 from blockzoo.care import gc
 from blockzoo.care.backup import CopyReport, copy_zoo
 from blockzoo.care.gc import GcReport
-from blockzoo.care.verify import FOLDERS, VerifyReport, verify
+from blockzoo.care.verify import VerifyReport, verify
 from blockzoo.errors import InvalidInputError, NotFoundError
 from blockzoo.folders.export import ExportResult, export_variant
 from blockzoo.manifest import BlockId, BlockManifest, ChainId, ChainManifest, TensorRef, VariantRecord
@@ -47,20 +47,30 @@ class Zoo:
         self._chains = ChainReader(store, facts_folder)
 
     @classmethod
-    def open(cls, url: str | Path, *, create: bool = False, facts_folder: Path | None = None) -> Zoo:
+    def open(
+        cls,
+        url: str | Path,
+        *,
+        create: bool = False,
+        without_header: bool = False,
+        facts_folder: Path | None = None,
+    ) -> Zoo:
         """Open the zoo in a folder or at an object store URL.
 
         Args:
             url: folder path, `s3://bucket/prefix`, `gs://`, `az://` or `memory://`.
             create: begin a zoo there when there is none.
+            without_header: open it also where zoo.json is damaged, for `verify`.
             facts_folder: see the class.
 
         Raises:
             ZooNotFoundError: there is none and `create` is false.
             FormatVersionError: the zoo is newer than this version can read.
+            CorruptManifestError: zoo.json is damaged.
             StorageError: the storage refuses, or lacks conditional writes.
         """
-        return cls(ZooStore.open(open_storage(url), create=create), facts_folder=facts_folder)
+        store = ZooStore.open(open_storage(url), create=create, without_header=without_header)
+        return cls(store, facts_folder=facts_folder)
 
     @property
     def url(self) -> str:
@@ -196,13 +206,17 @@ class Zoo:
     def rm(self, ref: str) -> RemoveReport:
         """Remove a variant (NAME) or one of its old versions (NAME@VERSION); `gc` frees the bytes later.
 
+        It may be damaged: a ref is removed without reading what it needs.
+
         Raises:
             VariantNotFoundError: it is not registered.
             CurrentVersionError: the version is the current one.
         """
         name, version = parse_ref(ref)
-        self.store.resolve(name)
-        numbers = tuple(record.version for record in self.store.versions(name, ignore_damage))
+        self.store.check_registered(name)
+        damaged: list[int] = []
+        records = self.store.versions(name, lambda ref: damaged.append(ref.version))
+        numbers = tuple(sorted([*damaged, *(record.version for record in records)]))
         if version is None:
             self.store.remove(name)
             return RemoveReport(name, numbers, ())
@@ -215,7 +229,11 @@ class Zoo:
 
     def dependants(self, name: str) -> list[str]:
         """Return the variants that were registered on a version of this one, or to differences from it."""
-        return [record.name for record in self.variants() if is_based_on(record.provenance.get("base"), name)]
+        return [
+            record.name
+            for record in self.variants(ignore_damage)
+            if is_based_on(record.provenance.get("base"), name)
+        ]
 
     def gc(
         self,
@@ -235,11 +253,16 @@ class Zoo:
         self, repair_from: str | Path | None = None, *, progress: Progress | None = None
     ) -> VerifyReport:
         """Read everything back; take good bytes from another zoo for what is damaged."""
-        total = sum(info.size for folder in FOLDERS for info in self.store.storage.list(folder))
         source = None if repair_from is None else Zoo.open(repair_from).store
         meter = _Meter(progress)
-        with meter.task("verifying", total):
-            return verify(self.store, repair_from=source, on_object=meter.count)
+        with meter.ending():
+            return verify(
+                self.store,
+                repair_from=source,
+                on_object=meter.count,
+                on_stage=meter.start,
+                on_bytes=meter.advance,
+            )
 
     def backup(
         self, dest: str | Path, *, names: list[str] | None = None, progress: Progress | None = None

@@ -118,6 +118,8 @@ class Holding:
         faults: what the kind relies on and lacks, and the objects of known faults that hurt a variant, once
             for each variant. The second argument has the keys of the known faults; verify adds to it what
             this yields.
+        faults_behind: what an object at a key that was just repaired needs and lacks, where that takes less
+            than `faults`, which repair asks otherwise.
         copy: bring this kind to another zoo. Called in the order of the list, with leases on both sides. By
             default the kind is not copied.
     """
@@ -129,4 +131,5 @@ class Holding:
     good_bytes: Callable[[ZooStore, str], Chunks] = _no_good_bytes
     needed: Callable[[ZooStore, Problem | None], Collection[str]] = _needs_nothing
     faults: Callable[[ZooStore, Collection[str]], Iterator[Fault]] = _no_faults
+    faults_behind: Callable[[ZooStore, str], Iterator[Fault]] | None = None
     copy: Callable[[CopyTask], Copied] = _stays_behind

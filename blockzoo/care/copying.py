@@ -20,6 +20,13 @@ from blockzoo.store.packed import as_small
 from blockzoo.store.packs import MAX_PACK_BYTES
 from blockzoo.store.zoo_store import ZooStore
 
+REMOVED = "removed at the destination"
+"""Begins the reason why a version is not copied that `revive` may bring back."""
+OLDER = "older than what the destination holds"
+"""The reason for a version below the newest one there, where it was removed or never was."""
+CONFLICT = "conflict"
+"""Begins the reason why a version is not copied where another one has its number."""
+
 _WORKERS = 2
 _REMOTE_WORKERS = 8
 _GROUP_BYTES = 4 * MAX_PACK_BYTES
@@ -71,7 +78,7 @@ def _plan_name(plan: _Plan, task: CopyTask, name: VariantName, numbers: list[int
         _plan_revival(plan, destination, live, tombstone_there, theirs)
         return
     if is_removed and live and live[-1].version < newest:
-        plan.skipped.update(dict.fromkeys(map(_ref, live), "removed at the destination"))
+        plan.skipped.update(dict.fromkeys(map(_ref, live), REMOVED))
         return
     # A tombstone only matters where there is something to hide.
     tombstone = numbers[-1] if not live else max((n for n in numbers if n < live[0].version), default=0)
@@ -105,11 +112,13 @@ def _plan_revival(
     for record in reversed(live):
         written = revived(record, tombstone)
         if written is None:
-            plan.skipped[_ref(record)] = "removed at the destination, where no version numbers are left"
+            plan.skipped[_ref(record)] = f"{REMOVED}, where no version numbers are left"
         elif written.version not in theirs:
             plan.copies.append(_Version(record, written))
         elif destination.read_ref(written.name, written.version) != written:
-            plan.skipped[_ref(record)] = f"conflict: the destination holds something else as {_ref(written)}"
+            plan.skipped[_ref(record)] = (
+                f"{CONFLICT}: the destination holds something else as {_ref(written)}"
+            )
 
 
 def _reason_to_skip(
@@ -122,11 +131,11 @@ def _reason_to_skip(
     if not theirs or record.version > theirs[-1]:
         return None
     if tombstone is not None and record.version < tombstone:
-        return "removed at the destination, where newer versions are registered"
+        return f"{REMOVED}, where newer versions are registered"
     if record.version not in theirs:
-        return "older than what the destination holds" if tombstone is None else None
+        return OLDER if tombstone is None else None
     if destination.read_ref(record.name, record.version) != record:
-        return "conflict: the destination holds something else under this number"
+        return f"{CONFLICT}: the destination holds something else under this number"
     return ""
 
 
@@ -248,7 +257,7 @@ def _copy_refs(destination: ZooStore, plan: _Plan, lease: LeaseHolder) -> list[s
     for copy in plan.copies:
         lease.check()
         if not destination.put_ref(copy.written):
-            plan.skipped[_ref(copy.record)] = "conflict: registered there meanwhile"
+            plan.skipped[_ref(copy.record)] = f"{CONFLICT}: registered there meanwhile"
             continue
         added.append(_ref(copy.written))
         if copy.written.version != copy.record.version:

@@ -15,6 +15,7 @@ from blockzoo import layout
 from blockzoo.care.base import Holding
 from blockzoo.care.holdings import HOLDINGS
 from blockzoo.care.order import in_order
+from blockzoo.care.variants import naming_the_damaged
 from blockzoo.errors import ConflictError
 from blockzoo.manifest import BlobId, BlockId, ChainId
 from blockzoo.storage.base import ObjectInfo
@@ -85,7 +86,7 @@ def collect(
 
     Raises:
         CorruptManifestError, CorruptBlobError, NotFoundError: something reachable is damaged or missing,
-            so what it needs is unknown. Nothing is deleted; repair first.
+            so what it needs is unknown. Nothing is deleted; the message names the variants that are damaged.
         FormatVersionError: the zoo is newer than this version can write.
         ClockSkewError: this machine's clock is wrong, so it cannot tell which leases still hold.
     """
@@ -99,8 +100,9 @@ def collect(
             ),
         )
     on_stage("looking for what no variant needs", 0)
-    objects = {info.key: info for info in _objects(store)}
-    needed = _needed_keys(store, kinds)
+    with naming_the_damaged(store):
+        objects = {info.key: info for info in _objects(store)}
+        needed = _needed_keys(store, kinds)
     condemned = [info for key, info in objects.items() if key not in needed]
     kept = [info for key, info in objects.items() if key in needed]
     if dry_run or not condemned:
@@ -113,7 +115,11 @@ def collect(
     try:
         check_clock(store.storage, store.clock, marker.key, began)
         if grace_s:
-            on_stage(f"waiting {grace_s:g} s, while servers may still load what is to be deleted", 0)
+            on_stage(
+                f"waiting {grace_s:g} s, so that servers finish loading what is to be deleted; "
+                "`--grace 0` does not wait, which is safe when no server uses the zoo",
+                0,
+            )
         store.clock.sleep(grace_s)
         on_stage("deleting", _bytes(condemned))
         doomed, deleted = _sweep(store, marker, until, condemned, on_object, kinds)
@@ -152,7 +158,8 @@ def _sweep(
         return condemned, []
     # Another collection may have moved things into other packs while this one waited for it.
     store.storage.refresh(changed=True)
-    needed = _needed_keys(store, kinds)
+    with naming_the_damaged(store):
+        needed = _needed_keys(store, kinds)
     doomed = [info for info in condemned if info.key not in needed]
     deleted: list[ObjectInfo] = []
     for stage in in_order(store, doomed):

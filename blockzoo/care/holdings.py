@@ -106,6 +106,7 @@ HOLDINGS = (
         good_bytes=variants.good_bytes,
         needed=variants.needed_keys,
         faults=variants.faults,
+        faults_behind=variants.faults_behind,
         copy=copy_variants,
     ),
     Holding(

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 
 from blockzoo import layout
 from blockzoo.canonical import digest_bytes
 from blockzoo.care.base import Fault
-from blockzoo.errors import BlockzooError, CorruptionError, CorruptManifestError, NotFoundError
-from blockzoo.manifest import BlobId, BlockId, ChainId, VariantRecord
+from blockzoo.errors import (
+    BlobNotFoundError,
+    BlockzooError,
+    CorruptionError,
+    CorruptManifestError,
+    ManifestNotFoundError,
+    NotFoundError,
+)
+from blockzoo.manifest import BlobId, BlockId, ChainId, VariantName, VariantRecord
 from blockzoo.storage.base import Chunks
 from blockzoo.store.blobs import TensorData
 from blockzoo.store.closure import Problem, Walker, ignore_problem
@@ -16,6 +24,12 @@ from blockzoo.store.objects import Objects, ref_body
 
 FOLDERS = (layout.REFS, layout.CHAINS, layout.BLOCKS, layout.BLOBS)
 """Where they are."""
+
+VersionRef = tuple[VariantName, int]
+"""Name and number of a version."""
+
+_NAMED = 10
+"""Versions that an error names where many are damaged."""
 
 
 def owns(key: str) -> bool:
@@ -76,6 +90,51 @@ def needed_keys(store: Objects, on_problem: Problem | None = None) -> Collection
             return walker.closure.objects()
 
 
+def damaged_versions(store: Objects) -> list[VersionRef]:
+    """Return the versions (NAME, N) whose ref, manifests or headers of blobs are damaged or missing."""
+    found: list[VersionRef] = []
+    for record in store.records(lambda ref: found.append((ref.name, ref.version))):
+        problems: list[str] = []
+        Walker(store, lambda digest, _, into=problems: into.append(digest)).add_record(record)  # type: ignore[misc]
+        if problems:
+            found.append((record.name, record.version))
+    return sorted(found)
+
+
+@contextmanager
+def naming_the_damaged(store: Objects) -> Iterator[None]:
+    """Make an error about an object one that also names the damaged variants, and the ways out."""
+    try:
+        yield
+    except (CorruptionError, BlobNotFoundError, ManifestNotFoundError) as error:
+        raise _with_names(store, error) from error
+
+
+def _with_names(store: Objects, error: BlockzooError) -> BlockzooError:
+    damaged = damaged_versions(store)
+    if not damaged:
+        return error
+    newest = {name: numbers[-1] for name, numbers in store.numbers().items()}
+    refs = [f"{name}@{version}" for name, version in damaged]
+    # An old version can go alone; where the current one is lost, the whole variant goes.
+    goes = dict.fromkeys(
+        name if (name, newest.get(name, version)) in damaged else f"{name}@{version}"
+        for name, version in damaged
+    )
+    return type(error)(
+        f"{_listed(refs)} {'is' if len(refs) == 1 else 'are'} damaged, so it is not known which objects "
+        f"{'it needs' if len(refs) == 1 else 'they need'}, and nothing was deleted: {error}",
+        hint="`blockzoo verify --repair BACKUP` takes the damaged objects from a backup. Without one, "
+        f"`blockzoo rm NAME` gives up what is lost ({_listed(list(goes))}); then gc works again.",
+        **{**error.metadata, "variants": _listed(refs)},
+    )
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
 def faults(store: Objects, known: Collection[str]) -> Iterator[Fault]:
     """Walk every version on its own: what it lacks, and which of the known faults hurt it."""
     for name, numbers in store.numbers().items():
@@ -90,6 +149,24 @@ def faults(store: Objects, known: Collection[str]) -> Iterator[Fault]:
                 continue
             if not record.deleted:
                 yield from _faults_of(store, record, known)
+
+
+def faults_behind(store: Objects, key: str) -> Iterator[Fault]:
+    """Walk from one ref, chain, block or blob, and say what is missing behind it."""
+    walker = Walker(store, ignore_problem)
+    digest = layout.digest_of(key)
+    if digest is None:
+        with suppress(NotFoundError, CorruptionError):
+            walker.add_record(store.read_ref(*_version(key)))
+    elif key == layout.chain_key(digest):
+        walker.add_chain(ChainId(digest))
+    elif key == layout.block_key(digest):
+        walker.add_block(BlockId(digest))
+    elif key == layout.blob_key(digest):
+        walker.add_blobs([BlobId(digest)])
+    for needed in walker.closure.objects():
+        if store.storage.size(needed) is None:
+            yield Fault(needed, missing=True, message=f"{needed} is missing")
 
 
 def is_difference(store: Objects, key: str) -> bool:

@@ -16,6 +16,7 @@ from blockzoo.care.holdings import HOLDINGS
 from blockzoo.care.variants import base_of
 from blockzoo.errors import BlockzooError, CorruptionError, NotFoundError
 from blockzoo.storage.base import Chunks, ObjectInfo
+from blockzoo.store import header
 from blockzoo.store.leases import LeaseHolder
 from blockzoo.store.zoo_store import ZooStore
 
@@ -73,6 +74,8 @@ def verify(
     *,
     repair_from: ZooStore | None = None,
     on_object: Callable[[ObjectInfo], None] | None = None,
+    on_stage: Callable[[str, int], None] = lambda *_: None,
+    on_bytes: Callable[[int], None] = lambda _: None,
     kinds: Sequence[Holding] = HOLDINGS,
 ) -> VerifyReport:
     """Check every object of every kind: blobs, manifests, refs, equivalence records, decisions, wishes.
@@ -81,6 +84,8 @@ def verify(
         store: the zoo.
         repair_from: another zoo to take good bytes from.
         on_object: called from any thread after each object was read.
+        on_stage: called when another kind of work begins, with the bytes it is about, 0 for unknown.
+        on_bytes: called with the stored bytes of each object that repair has dealt with.
         kinds: what a zoo keeps.
     """
     objects: list[tuple[Holding, ObjectInfo]] = []
@@ -88,18 +93,19 @@ def verify(
     for kind in kinds:
         for info in (info for folder in kind.folders for info in store.storage.list(folder)):
             objects.append((kind, info)) if kind.owns(info.key) else strays.append(info.key)
+    num_bytes = sum(info.size for _, info in objects)
+    on_stage("verifying", num_bytes)
     found = {problem.key: problem for problem in _read_all(store, objects, on_object)}
+    on_stage("looking for what is missing", 0)
     _add_faults(store, kinds, found)
     problems = list(found.values())
     if repair_from is not None and problems:
         store.check_writable()
-        problems = _repair(store, repair_from, kinds, problems)
+        problems = _Repair(store, repair_from, kinds, on_stage, on_bytes).run(problems)
     if (problem := store.header_problem()) is not None:
         problems.append(_repair_header(store, repair_from, problem))
     problems.sort(key=lambda problem: (-len(problem.variants), problem.key))
-    return VerifyReport(
-        len(objects), sum(info.size for _, info in objects), tuple(problems), tuple(sorted(strays))
-    )
+    return VerifyReport(len(objects), num_bytes, tuple(problems), tuple(sorted(strays)))
 
 
 def _read_all(
@@ -148,26 +154,71 @@ def _add_faults(store: ZooStore, kinds: Sequence[Holding], found: dict[str, Prob
             found[fault.key] = replace(problem, variants=(*problem.variants, *hurt))
 
 
-def _repair(
-    store: ZooStore, source: ZooStore, kinds: Sequence[Holding], problems: Sequence[Problem]
-) -> list[Problem]:
-    """Replace what the source holds in good state, and then what turns out to be missing behind it."""
-    lease = LeaseHolder(store.storage, store.clock, "verify --repair")
-    done: dict[str, Problem] = {}
-    todo = list(problems)
-    try:
-        while todo:
-            lease.hold(digest for problem in todo if (digest := layout.digest_of(problem.key)))
-            for stage in _stages(store, todo):
-                done |= _repair_stage(store, source, kinds, stage)
-            # A restored manifest may name blobs that are missing as well, unseen so far.
-            found: dict[str, Problem] = {}
-            _add_faults(store, kinds, found)
-            todo = [problem for key, problem in found.items() if key not in done]
-    finally:
-        lease.release()
-    _drop_packs(store, done)
-    return list(done.values())
+@dataclass(frozen=True, slots=True)
+class _Repair:
+    """Replaces what the source holds in good state, and then what turns out to be missing behind it."""
+
+    store: ZooStore
+    source: ZooStore
+    kinds: Sequence[Holding]
+    on_stage: Callable[[str, int], None]
+    on_bytes: Callable[[int], None]
+
+    def run(self, problems: Sequence[Problem]) -> list[Problem]:
+        lease = LeaseHolder(self.store.storage, self.store.clock, "verify --repair")
+        done: dict[str, Problem] = {}
+        todo = list(problems)
+        try:
+            while todo:
+                lease.hold(digest for problem in todo if (digest := layout.digest_of(problem.key)))
+                fixed = self._round(todo)
+                done |= fixed
+                # A restored manifest may name blobs that are missing as well, unseen so far.
+                found = self._behind([problem for problem in fixed.values() if problem.repaired])
+                todo = [problem for key, problem in found.items() if key not in done]
+        finally:
+            lease.release()
+        _drop_packs(self.store, done)
+        return list(done.values())
+
+    def _round(self, todo: Sequence[Problem]) -> dict[str, Problem]:
+        sizes = {problem.key: self.source.storage.size(problem.key) or 0 for problem in todo}
+        self.on_stage("repairing", sum(sizes.values()))
+        done: dict[str, Problem] = {}
+        for stage in _stages(self.store, todo):
+            done |= self._stage(stage)
+            self.on_bytes(sum(sizes[problem.key] for problem in stage))
+        return done
+
+    def _stage(self, problems: Sequence[Problem]) -> dict[str, Problem]:
+        owners = {
+            problem.key: next(kind for kind in self.kinds if kind.owns(problem.key)) for problem in problems
+        }
+        bad = [key for key, kind in owners.items() if not _is_good(self.store, kind, key)]
+
+        def bring(key: str) -> Chunks | None:
+            try:
+                return owners[key].good_bytes(self.source, key)
+            except (NotFoundError, CorruptionError):
+                return None
+
+        left = set(bad) - self.store.storage.replace_all(bad, bring)
+        return {problem.key: replace(problem, repaired=problem.key not in left) for problem in problems}
+
+    def _behind(self, repaired: Sequence[Problem]) -> dict[str, Problem]:
+        """What the repaired objects need and lack; nothing else is read again."""
+        found: dict[str, Problem] = {}
+        for kind in self.kinds:
+            if kind.faults_behind is None:
+                _add_faults(self.store, [kind], found)
+                continue
+            for problem in repaired:
+                if kind.owns(problem.key):
+                    for fault in kind.faults_behind(self.store, problem.key):
+                        known = found.get(fault.key) or Problem(fault.key, fault.missing, fault.message)
+                        hurt = dict.fromkeys((*known.variants, *problem.variants))
+                        found[fault.key] = replace(known, variants=tuple(hurt))
+        return found
 
 
 def _stages(store: ZooStore, problems: Sequence[Problem]) -> Iterator[list[Problem]]:
@@ -188,22 +239,6 @@ def _stages(store: ZooStore, problems: Sequence[Problem]) -> Iterator[list[Probl
     yield [problem for problem in problems if problem.key not in first]
 
 
-def _repair_stage(
-    store: ZooStore, source: ZooStore, kinds: Sequence[Holding], problems: Sequence[Problem]
-) -> dict[str, Problem]:
-    owners = {problem.key: next(kind for kind in kinds if kind.owns(problem.key)) for problem in problems}
-    bad = [key for key, kind in owners.items() if not _is_good(store, kind, key)]
-
-    def bring(key: str) -> Chunks | None:
-        try:
-            return owners[key].good_bytes(source, key)
-        except (NotFoundError, CorruptionError):
-            return None
-
-    left = set(bad) - store.storage.replace_all(bad, bring)
-    return {problem.key: replace(problem, repaired=problem.key not in left) for problem in problems}
-
-
 def _drop_packs(store: ZooStore, done: dict[str, Problem]) -> None:
     """Delete packs whose list of contents is damaged, once all that was missing for it is there again."""
     packs = [key for key in done if layout.is_pack(key)]
@@ -214,11 +249,18 @@ def _drop_packs(store: ZooStore, done: dict[str, Problem]) -> None:
 
 
 def _repair_header(store: ZooStore, source: ZooStore | None, problem: str) -> Problem:
-    """The header of another zoo of the same format says the same; one of another format would be wrong."""
+    """Write zoo.json again: as another zoo of the same format has it, or else as the contents show it."""
     repaired = False
-    if source is not None and source.header_problem() is None and source.formats == store.formats:
-        store.storage.replace(layout.ZOO, [source.storage.get(layout.ZOO)])
-        repaired = store.header_problem() is None
+    if source is not None:
+        if source.header_problem() is None and source.formats == store.formats:
+            body = bytes(source.storage.get(layout.ZOO))
+        else:
+            # One that says that it is of a newer format is left alone, whether or not it is damaged.
+            told = header.told_by(store.storage.inner) if max(store.formats) <= header.FORMAT else None
+            body = b"" if told is None else header.body(told)
+        if body:
+            store.storage.replace(layout.ZOO, [body])
+            repaired = store.header_problem() is None
     return Problem(layout.ZOO, missing=False, message=problem, repaired=repaired)
 
 

@@ -132,11 +132,16 @@ def vocab_with(plan: AdapterPlan, entries: Mapping[str, TensorEntry], base: Outl
 def check_adaptable(record: VariantRecord, base: Outline) -> None:
     """Raise UnsupportedAdapterError when a variant cannot be the base of an adapter."""
     if record.kind == FolderKind.ADAPTER or base.has_adapters:
-        raise UnsupportedAdapterError(
-            f"{base.ref} has an adapter itself; adapters on adapters are not supported",
-            hint="Give the checkpoint that the adapter was trained on with --base.",
-            base=base.ref,
-        )
+        raise not_adaptable(base.ref)
+
+
+def not_adaptable(ref: str) -> UnsupportedAdapterError:
+    """Return the error for a variant that cannot be the base of an adapter."""
+    return UnsupportedAdapterError(
+        f"{ref} has an adapter itself; adapters on adapters are not supported",
+        hint="Give the checkpoint that the adapter was trained on with --base.",
+        base=ref,
+    )
 
 
 def _adapter_uploads(folder: ModelFolder, plan: AdapterPlan, base: Outline) -> dict[str, Upload]:

@@ -6,7 +6,7 @@ is found unchanged, so an interrupted list is simply gone through again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +15,15 @@ from blockzoo.extras import named_extras
 from blockzoo.folders.checkpoint import FolderKind, folder_kind
 from blockzoo.folders.files import ADAPTER_CONFIG, CONFIG
 from blockzoo.folders.hub import is_hub_id
+from blockzoo.manifest import VariantRecord
+from blockzoo.registering.adapter import not_adaptable
 
 MAX_ENTRIES = 100_000
 MAX_LIST_BYTES = 64 << 20
 
 _KEYS = ("folder", "name", "base", "revision")
+_EXAMPLE = "Write it as: - {folder: ./my-lora, name: support-bot, base: smollm2}"
+_MAX_FAULTS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,18 @@ def read_batch(path: Path, base: str | None = None) -> list[BatchEntry]:
     return entries
 
 
+def check_base(entries: Iterable[BatchEntry], base: str, record: VariantRecord) -> None:
+    """Find out once whether adapters of a list can be registered on `base`, the variant of this record.
+
+    Raises:
+        UnsupportedAdapterError: it is an adapter itself.
+    """
+    if record.kind == FolderKind.ADAPTER and any(
+        entry.base == base and not _is_checkpoint(Path(entry.source)) for entry in entries
+    ):
+        raise not_adaptable(f"{record.name}@{record.version}")
+
+
 def _subfolders(path: Path, base: str | None) -> list[BatchEntry]:
     folders = [
         item
@@ -116,16 +132,17 @@ def _listed(path: Path, base: str | None) -> list[BatchEntry]:
 
 
 def _entry(path: Path, number: int, value: object, base: str | None) -> BatchEntry:
-    texts = isinstance(value, Mapping) and all(isinstance(item, str | None) for item in value.values())
-    if not isinstance(value, Mapping) or not texts or not value.get("folder") or not value.get("name"):
+    if not isinstance(value, Mapping):
         raise InvalidInputError(
-            f"{path}: entry {number} has no folder and name, as texts",
-            hint="Write it as: - {folder: ./my-lora, name: support-bot, base: smollm2}",
+            f"{path}: entry {number} is no object with a folder and a name", hint=_EXAMPLE
         )
-    if unknown := sorted(str(key) for key in value if key not in _KEYS):
+    faults = [f"has the unknown key {str(key)[:80]!r}" for key in value if key not in _KEYS][:_MAX_FAULTS]
+    faults += [f"has no {key}" for key in ("folder", "name") if not value.get(key)]
+    faults += [f"has a {key} that is no text" for key in _KEYS if not isinstance(value.get(key), str | None)]
+    if faults:
         raise InvalidInputError(
-            f"{path}: entry {number} has the unknown key {unknown[0][:80]!r}",
-            hint=f"Known keys: {', '.join(_KEYS)}.",
+            f"{path}: entry {number} {' and '.join(faults)}",
+            hint=f"Known keys: {', '.join(_KEYS)}. {_EXAMPLE}",
         )
     source = str(value["folder"])
     # Paths are meant from where the list is, so that list and folders can move together.

@@ -10,13 +10,13 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from blockzoo.errors import MissingPackageError
+from blockzoo.errors import CorruptManifestError, MissingPackageError
 from blockzoo.folders.checkpoint import ModelFolder
 from blockzoo.folders.contents import FolderLayout, InBlock, InFile
 from blockzoo.folders.files import TOKENIZER, read_kept_file
@@ -55,6 +55,7 @@ class RegisterResult(JsonReport):
         seconds: time it took.
         remarks: what was left out, or found out instead of being said; a sentence each.
         base_doubt: a sentence where an adapter names another base than the one it was registered on, or "".
+        restored: objects of an unchanged version that were missing in the zoo and are stored again.
     """
 
     record: VariantRecord
@@ -68,6 +69,7 @@ class RegisterResult(JsonReport):
     seconds: float
     remarks: tuple[str, ...] = ()
     base_doubt: str = ""
+    restored: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return the result for `--json`, flat where the record is concerned."""
@@ -96,6 +98,7 @@ class RegisterJob:
         self._started = time.monotonic()
         self._lock = threading.Lock()
         self._tokenizer: bytes | None = None
+        self._before: VariantRecord | None = None
 
     def inspect(self, uploads: Mapping[str, Upload]) -> Pieces:
         """Refuse NaN and infinity in the tensors that are to be stored, and a tokenizer beyond its bounds.
@@ -157,6 +160,8 @@ class RegisterJob:
     @contextmanager
     def registration(self) -> Iterator[Writer]:
         """Begin to write."""
+        with suppress(CorruptManifestError):
+            self._before = self.store.current(self.name)
         with (
             self.task("storing", sum(path.stat().st_size for path in self.folder.files.values())) as on_bytes,
             self.store.registration(f"register {self.name}", on_bytes=on_bytes) as registration,
@@ -184,13 +189,12 @@ class RegisterJob:
     ) -> RegisterResult:
         """Commit, unless the current version is the same already."""
         kind = self.folder.kind.value
-        current = self.store.current(self.name)
-        unchanged = current is not None and is_same(current, chain, kind, files)
-        if current is None or not unchanged:
-            current = registration.commit(self.name, chain, kind=kind, files=files, provenance=provenance)
+        done = registration.commit_unless_same(
+            self.name, chain, kind=kind, files=files, provenance=provenance
+        )
         return RegisterResult(
-            record=current,
-            unchanged=unchanged,
+            record=done.record,
+            unchanged=done.unchanged,
             num_bytes=self.folder.num_bytes,
             new_bytes=self.totals.new_bytes,
             stored_bytes=self.totals.stored_bytes,
@@ -198,6 +202,8 @@ class RegisterJob:
             num_new_blobs=self.totals.new_blobs,
             ignored=tuple(ignored),
             seconds=time.monotonic() - self._started,
+            # Of a version that another writer made meanwhile nothing was lost: both stored it.
+            restored=done.restored if done.record == self._before else 0,
         )
 
 
@@ -245,8 +251,3 @@ def with_tied(head: BlockManifest, embedding: BlockManifest) -> BlockManifest:
     """Record whether the matrices are the same; the bytes decide, whatever the config says."""
     tied = head.tensors["lm_head.weight"] == embedding.tensors["weight"]
     return replace(head, config={**head.config, "tied": tied})
-
-
-def is_same(record: VariantRecord, chain: ChainId, kind: str, files: Mapping[str, FileRef]) -> bool:
-    """Tell whether a version is exactly what is being registered."""
-    return (record.chain, record.kind, dict(record.files)) == (chain, kind, dict(files))

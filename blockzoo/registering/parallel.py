@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import cast
@@ -55,7 +55,7 @@ def useful_jobs(count: int, url: str, jobs: int | None) -> int:
 
 def register_in_parallel(
     url: str, entries: Sequence[BatchEntry], jobs: int
-) -> Iterator[tuple[BatchEntry, Outcome]]:
+) -> Generator[tuple[BatchEntry, Outcome], None, None]:
     """Register adapters of bases that the zoo holds; yields each with what became of it, in no fixed order.
 
     Whoever leaves the iteration early waits until what is being registered is finished.

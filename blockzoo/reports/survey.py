@@ -13,7 +13,7 @@ from functools import cached_property
 
 from blockzoo import layout
 from blockzoo.digest import num_bytes
-from blockzoo.errors import BlockzooError
+from blockzoo.errors import BlockzooError, CorruptionError, NotFoundError
 from blockzoo.folders.contents import OWN_PREFIX
 from blockzoo.manifest import (
     BlobId,
@@ -53,6 +53,8 @@ class Survey:
         self._blocks: dict[BlockId, frozenset[BlobId]] = {}
         self._records: dict[str, list[VariantRecord]] = defaultdict(list)
         self._damaged: dict[str, int] = {}
+        self._lost: set[tuple[str, int]] = set()
+        self._bases: dict[BlobId, BlobId | None] = {}
         for record in store.records(lambda ref: self._note_damaged(ref.name, ref.version)):
             self._records[record.name].append(record)
 
@@ -90,6 +92,7 @@ class Survey:
             stored_bytes=self._stored_bytes(self._with_bases(self._blobs(record))),
             files={name: ref.size for name, ref in record.files.items() if not name.startswith(OWN_PREFIX)},
             provenance=record.provenance,
+            missing=tuple(sorted(self._missing(record))),
         )
 
     def usage(self) -> UsageReport:
@@ -121,10 +124,25 @@ class Survey:
             ),
             # Of a damaged variant it is not known what it needs, and gc deletes nothing then.
             unreachable_bytes=0 if self._damaged else sum(self._stored.values()) - stored,
+            damaged=tuple(f"{name}@{version}" for name, version in sorted({*self._lost, *self._lacking()})),
+            format=self._store.formats[0],
         )
+
+    def _lacking(self) -> Iterator[tuple[str, int]]:
+        """The versions of which objects are missing."""
+        for name, versions in self._records.items():
+            yield from ((name, record.version) for record in versions if self._missing(record))
+
+    def _missing(self, record: VariantRecord) -> set[str]:
+        """Keys that a version needs and no listing shows; manifests may be known though they are gone."""
+        blobs = self._with_bases(self._blobs(record))
+        blocks = {layout.block_key(block) for block in self._block_ids(record.chain)}
+        lost = (blocks | {layout.chain_key(record.chain)}) - self._manifest_sizes.keys()
+        return lost | {layout.blob_key(blob) for blob in blobs - self._stored.keys()}
 
     def _note_damaged(self, name: str, version: int) -> None:
         self._damaged[name] = max(version, self._damaged.get(name, 0))
+        self._lost.add((name, version))
 
     def _leave_out_damaged(self, read: Callable[[VariantRecord], object]) -> None:
         """Go on without the versions whose manifests cannot be read."""
@@ -225,12 +243,10 @@ class Survey:
             for record in versions:
                 for digest in (record.chain, *self._block_ids(record.chain)):
                     owners[digest].add(name)
-        keys = {layout.block_key(digest): digest for digest in owners}
-        keys |= {layout.chain_key(digest): digest for digest in owners}
-        for folder in (layout.BLOCKS, layout.CHAINS):
-            for info in self._store.storage.list(folder):
-                if info.key in keys:
-                    sizes[keys[info.key]] = info.size
+        for digest in owners:
+            for key in (layout.block_key(digest), layout.chain_key(digest)):
+                if key in self._manifest_sizes:
+                    sizes[digest] = self._manifest_sizes[key]
         freed: dict[str, int] = defaultdict(int)
         for digest, names in owners.items():
             if len(names) == 1:
@@ -252,6 +268,12 @@ class Survey:
         listing = self._store.storage.list(layout.BLOBS)
         found = ((layout.digest_of(info.key), info.size) for info in listing)
         return {BlobId(digest): size for digest, size in found if digest is not None}
+
+    @cached_property
+    def _manifest_sizes(self) -> Mapping[str, int]:
+        """Stored bytes of the manifests of blocks and chains, by key."""
+        folders = (layout.BLOCKS, layout.CHAINS)
+        return {info.key: info.size for folder in folders for info in self._store.storage.list(folder)}
 
     def _blobs(self, record: VariantRecord) -> set[BlobId]:
         blobs: set[BlobId] = set()
@@ -275,8 +297,17 @@ class Survey:
 
     def _with_bases(self, blobs: set[BlobId]) -> set[BlobId]:
         """Add the bases of differences."""
-        bases = (self._store.blobs.info(blob).base for blob in blobs if self._is_encoded(blob))
+        bases = map(self._base_of, blobs)
         return blobs | {base for base in bases if base is not None}
+
+    def _base_of(self, blob: BlobId) -> BlobId | None:
+        """The base of a difference; None where the header does not say, which `verify` reports as damage."""
+        if blob not in self._bases:
+            try:
+                self._bases[blob] = self._store.blobs.info(blob).base if self._is_encoded(blob) else None
+            except (CorruptionError, NotFoundError):
+                self._bases[blob] = None
+        return self._bases[blob]
 
     def _is_encoded(self, blob: BlobId) -> bool:
         """Tell from its size, which spares reading the header of every blob."""

@@ -111,6 +111,7 @@ class ShowReport(JsonReport):
         stored_bytes: bytes of its objects as stored, shared ones included.
         files: file name -> bytes.
         provenance: where it comes from.
+        missing: keys of objects that it needs and that are not stored. Bytes are not checked.
     """
 
     name: str
@@ -128,6 +129,7 @@ class ShowReport(JsonReport):
     stored_bytes: int
     files: Mapping[str, int]
     provenance: Mapping[str, str]
+    missing: tuple[str, ...] = ()
 
     def draw(self) -> str:
         """Return the chain as one line; private runs are in brackets, adapters behind a plus sign."""
@@ -171,6 +173,9 @@ class UsageReport(JsonReport):
         stored_bytes: the same as stored, bases of differences included.
         manifest_bytes: blocks, chains and refs.
         unreachable_bytes: stored blobs that no variant needs; `gc` frees them.
+        damaged: NAME@N of versions whose ref or manifests cannot be read, or of which objects are missing.
+            Bytes of tensors are not checked.
+        format: of the zoo; 0 where a server does not say.
     """
 
     rows: tuple[UsageRow, ...]
@@ -179,6 +184,8 @@ class UsageReport(JsonReport):
     stored_bytes: int
     manifest_bytes: int
     unreachable_bytes: int
+    damaged: tuple[str, ...] = ()
+    format: int = 0
 
     @property
     def sharing_factor(self) -> float:

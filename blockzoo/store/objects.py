@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from blockzoo import layout
@@ -184,6 +185,11 @@ class Objects:
         ref = name if version is None else f"{name}@{version}"
         raise VariantNotFoundError(ref, self._suggest(name, version))
 
+    def check_registered(self, name: str, version: int | None = None) -> None:
+        """Raise VariantNotFoundError as `resolve` does; a version whose ref is damaged is registered."""
+        with suppress(CorruptManifestError):
+            self.resolve(name, version)
+
     def current(self, name: str) -> VariantRecord | None:
         """Return the current version of a variant, None when it is not registered."""
         record = self._newest(VariantName(check_name(name)), self._numbers_of(name))
@@ -196,14 +202,27 @@ class Objects:
     def add_version(self, draft: VariantRecord) -> VariantRecord:
         """Store a record under the next free number. For `Registration` and tombstones only."""
         while True:
-            numbers = self._numbers_of(draft.name)
-            record = replace(draft, version=(numbers[-1] if numbers else 0) + 1)
-            if record.version > MAX_VERSION:
-                raise InvalidInputError(
-                    f"{draft.name} has no version numbers left", hint="Register another name."
-                )
+            record = _numbered(draft, self._numbers_of(draft.name))
             if self.put_ref(record):
                 return record
+
+    def add_unless_same(self, draft: VariantRecord) -> tuple[VariantRecord, bool]:
+        """Store a record under the next free number, unless the current version is the same.
+
+        Looked at again whenever another writer takes the number, so of two writers of the same content one
+        makes a version.
+
+        Returns:
+            The version that has this content now, and whether it was stored by this call.
+        """
+        while True:
+            numbers = self._numbers_of(draft.name)
+            newest = self._newest(draft.name, numbers, ignore_damage)
+            if newest is not None and newest.has_content_of(draft):
+                return newest, False
+            record = _numbered(draft, numbers)
+            if self.put_ref(record):
+                return record, True
 
     def put_ref(self, record: VariantRecord) -> bool:
         """Create the ref of a record unless its number is taken; tell whether it was free."""
@@ -300,6 +319,14 @@ class Objects:
             if known:
                 return known[-3:]
         return near_names(name, self.names())
+
+
+def _numbered(draft: VariantRecord, numbers: list[int]) -> VariantRecord:
+    """The record as the version after the newest of these."""
+    version = (numbers[-1] if numbers else 0) + 1
+    if version > MAX_VERSION:
+        raise InvalidInputError(f"{draft.name} has no version numbers left", hint="Register another name.")
+    return replace(draft, version=version)
 
 
 def ref_body(record: VariantRecord) -> bytes:

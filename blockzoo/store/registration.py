@@ -35,7 +35,7 @@ from blockzoo.store.leases import LEASE_TTL_S, Entry, LeaseHolder
 from blockzoo.store.objects import Objects
 from blockzoo.store.packed import as_small
 from blockzoo.store.packs import MAX_OBJECT_BYTES, MAX_PACK_BYTES
-from blockzoo.store.writing import Stored
+from blockzoo.store.writing import Committed, Stored
 
 _GROUP_BYTES = 512 << 20
 """Tensor bytes written under one lease object; bounds what an interrupted upload has to repeat."""
@@ -87,6 +87,7 @@ class Registration:
         self._relied: set[tuple[ChainId, frozenset[BlobId]]] = set()
         self._waiting: dict[str, bytes] = {}
         self._waiting_bytes = 0
+        self._created = 0
 
     def __enter__(self) -> Registration:
         return self
@@ -207,14 +208,38 @@ class Registration:
             ManifestNotFoundError, BlobNotFoundError: something that the variant needs is not stored.
             ConflictError: the lease ran out, so nothing was committed.
         """
-        files = dict(files or {})
-        self.flush()
-        self._require(chain, [file.blob for file in files.values()])
-        draft = VariantRecord(check_name(name), 1, chain, kind, files, dict(provenance or {}))
-        self._lease.renew()
+        draft = VariantRecord(check_name(name), 1, chain, kind, dict(files or {}), dict(provenance or {}))
+        self._complete(draft)
         record = self._store.add_version(draft)
         self._confirm(record)
         return record
+
+    def commit_unless_same(
+        self,
+        name: str,
+        chain: ChainId,
+        *,
+        kind: str,
+        files: Mapping[str, FileRef],
+        provenance: Mapping[str, str],
+    ) -> Committed:
+        """Make the chain the next version of a variant, unless the current one is the same.
+
+        What such a version lacked is stored again. Raises as `commit` does.
+        """
+        draft = VariantRecord(check_name(name), 1, chain, kind, dict(files), dict(provenance))
+        self._complete(draft)
+        record, is_new = self._store.add_unless_same(draft)
+        if is_new:
+            self._confirm(record)
+            return Committed(record)
+        return Committed(record, unchanged=True, restored=self._created)
+
+    def _complete(self, draft: VariantRecord) -> None:
+        """Make sure that all that a version needs is stored and stays."""
+        self.flush()
+        self._require(draft.chain, [file.blob for file in draft.files.values()])
+        self._lease.renew()
 
     def _confirm(self, record: VariantRecord) -> None:
         """Deal with a process that slept through its lease in the middle of the commit."""
@@ -285,6 +310,7 @@ class Registration:
             # Also what was there before: whoever wrote it may not have made it durable yet.
             self._storage.sync({draft.key for draft in drafts} - self._waiting.keys())
             self._sure.update(draft.blob for draft in drafts)
+            self._created += sum(draft.created for draft in missing)
         finally:
             for draft in drafts:
                 draft.discard()
@@ -332,6 +358,7 @@ class Registration:
         there = self._present(unique)
         self._storage.sync(there - self._waiting.keys())
         self._store_later({key: body for key, body in unique.items() if key not in there})
+        self._created += len(unique.keys() - there)
         self._sure.update(digest for _, digest, _ in manifests)
 
 

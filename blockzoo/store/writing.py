@@ -36,6 +36,21 @@ class Stored:
     stored_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """What became of a version that was to be registered.
+
+    Attributes:
+        record: the version that has this content now.
+        unchanged: it was current already, so no version was made.
+        restored: objects of an unchanged version that were missing and are stored again.
+    """
+
+    record: VariantRecord
+    unchanged: bool = False
+    restored: int = 0
+
+
 class Manifests(Protocol):
     """Where chains and blocks are read."""
 
@@ -65,16 +80,16 @@ class Writer(ManifestWriter, Protocol):
     def rely_on_variant(self, record: VariantRecord) -> None:
         """Lease what a registered variant needs, for building on it."""
 
-    def commit(
+    def commit_unless_same(
         self,
         name: str,
         chain: ChainId,
         *,
         kind: str,
-        files: Mapping[str, FileRef] | None = None,
-        provenance: Mapping[str, str] | None = None,
-    ) -> VariantRecord:
-        """Make the chain the next version of a variant."""
+        files: Mapping[str, FileRef],
+        provenance: Mapping[str, str],
+    ) -> Committed:
+        """Make the chain the next version of a variant, unless the current one is the same."""
 
 
 class WritableZoo(Manifests, Protocol):

@@ -5,16 +5,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from blockzoo import layout
-from blockzoo.canonical import canonical_json, digest_json, parse_json
 from blockzoo.clock import Clock, SystemClock
 from blockzoo.errors import (
+    CorruptManifestError,
     CurrentVersionError,
     FormatVersionError,
     InvalidInputError,
@@ -23,22 +21,15 @@ from blockzoo.errors import (
     UnsupportedStoreError,
     ZooNotFoundError,
 )
-from blockzoo.manifest import ChainId, JsonValue, VariantRecord
+from blockzoo.manifest import ChainId, VariantRecord
 from blockzoo.names import check_name
 from blockzoo.storage.base import Storage
+from blockzoo.store import header
+from blockzoo.store.header import FORMAT
 from blockzoo.store.leases import LEASE_TTL_S, Entry
-from blockzoo.store.objects import Objects, damaged
+from blockzoo.store.objects import Objects
 from blockzoo.store.packed import PackedStorage
 from blockzoo.store.registration import Registration
-
-FORMAT = 2
-"""The zoo format this version begins new zoos with, and the newest it understands.
-
-2 keeps small objects in packs (`blockzoo.store.packs`). A zoo of format 1 stays one, so that programs of
-blockzoo 0.1 beside this one go on reading it; a backup of it into a new place is of format 2.
-"""
-
-_FIRST_FORMAT = 1
 
 
 class ZooStore(Objects):
@@ -47,33 +38,45 @@ class ZooStore(Objects):
     def __init__(
         self, storage: Storage, clock: Clock, *, min_reader: int = FORMAT, min_writer: int = FORMAT
     ) -> None:
-        super().__init__(PackedStorage(storage, writes_packs=min_reader > _FIRST_FORMAT), clock)
+        super().__init__(PackedStorage(storage, writes_packs=min_reader > header.FIRST_FORMAT), clock)
         self.formats = min_reader, min_writer
         self._min_writer = min_writer
         self._batch: tuple[int, Registration] | None = None
 
     @classmethod
-    def open(cls, storage: Storage, *, create: bool = False, clock: Clock | None = None) -> ZooStore:
+    def open(
+        cls,
+        storage: Storage,
+        *,
+        create: bool = False,
+        without_header: bool = False,
+        clock: Clock | None = None,
+    ) -> ZooStore:
         """Open the zoo on a storage, or begin one there.
+
+        Args:
+            storage: where it is.
+            create: begin a zoo there when there is none.
+            without_header: open it also where zoo.json is damaged or missing and the contents show its
+                format; for `blockzoo.care.verify`, which repairs it.
+            clock: for leases, and for times that are stored.
 
         Raises:
             ZooNotFoundError: there is none and `create` is false.
             InvalidInputError: `create`, but the place holds something else.
             FormatVersionError: the zoo is newer than this version can read.
-            CorruptManifestError: zoo.json is damaged.
+            CorruptManifestError: zoo.json is damaged, or missing though there are variants.
             UnsupportedStoreError: the storage does not create conditionally.
         """
+        clock = clock or SystemClock()
         try:
-            stored = bytes(storage.get(layout.ZOO))
-        except NotFoundError:
-            if not create:
-                raise ZooNotFoundError(
-                    f"there is no zoo at {storage.url}",
-                    hint="Check the path, or create a zoo by registering a checkpoint there.",
-                    url=storage.url,
-                ) from None
-            stored = _create(storage)
-        min_reader, min_writer = _read_format(stored, storage.url)
+            stored = _stored_header(storage, create=create)
+            min_reader, min_writer = header.read(stored, storage.url)
+        except CorruptManifestError:
+            told = header.told_by(storage) if without_header else None
+            if told is None:
+                raise
+            return cls(storage, clock, min_reader=told, min_writer=told)
         if min_reader > FORMAT:
             raise _too_new(storage.url, "read", min_reader)
         # The same bytes again: harmless where conditions are ignored, and it shows that they are.
@@ -83,18 +86,15 @@ class ZooStore(Objects):
                 hint="Use a store with conditional writes (`If-None-Match: *`), or a local folder.",
                 url=storage.url,
             )
-        return cls(storage, clock or SystemClock(), min_reader=min_reader, min_writer=min_writer)
+        return cls(storage, clock, min_reader=min_reader, min_writer=min_writer)
 
     def header_problem(self) -> str | None:
-        """What is wrong with zoo.json; None where nothing is.
-
-        Zoos of blockzoo 0.1 have no digest in it: there only the form of the fields tells.
-        """
+        """What is wrong with zoo.json; None where nothing is."""
         try:
             stored = bytes(self.storage.get(layout.ZOO))
         except NotFoundError:
             return f"{layout.ZOO} is missing"
-        return None if _is_whole(stored) else f"{layout.ZOO} is damaged"
+        return None if header.is_whole(stored) else f"{layout.ZOO} is damaged"
 
     def check_writable(self) -> None:
         """Raise FormatVersionError when this version must not write into the zoo."""
@@ -151,12 +151,12 @@ class ZooStore(Objects):
         return self._batch[1]
 
     def remove(self, name: str) -> VariantRecord:
-        """Remove a variant with all its versions; returns the tombstone.
+        """Remove a variant with all its versions, damaged or not; returns the tombstone.
 
         Raises:
             VariantNotFoundError: it is not registered.
         """
-        self.resolve(name)
+        self.check_registered(name)
         self.check_writable()
         tombstone = self.add_version(
             VariantRecord(check_name(name), 1, ChainId(""), kind="tombstone", deleted=True)
@@ -164,20 +164,19 @@ class ZooStore(Objects):
         self._delete_refs(tombstone.name, [n for n in self._numbers_of(name) if n < tombstone.version])
         return tombstone
 
-    def remove_version(self, name: str, version: int) -> VariantRecord:
-        """Remove one old version; returns what it was.
+    def remove_version(self, name: str, version: int) -> None:
+        """Remove one old version, damaged or not.
 
         Raises:
             VariantNotFoundError: there is no such version.
             CurrentVersionError: it is the current one.
         """
-        record = self.resolve(name, version)
+        self.check_registered(name, version)
         self.check_writable()
-        if self.resolve(name).version == version:
+        if self._numbers_of(name)[-1] == version:
             hint = f"Name an older version, or remove all with `blockzoo rm {name}`."
             raise CurrentVersionError(name, version, hint=hint)
-        self._delete_refs(record.name, [version])
-        return record
+        self._delete_refs(name, [version])
 
     def rollback(self, name: str, to: int | None = None) -> VariantRecord:
         """Make an older version current again by a new version that equals it.
@@ -234,6 +233,21 @@ def _rollback_target(record: VariantRecord | None) -> int | None:
     return int(version) if version.isdigit() else None
 
 
+def _stored_header(storage: Storage, *, create: bool) -> bytes:
+    try:
+        return bytes(storage.get(layout.ZOO))
+    except NotFoundError:
+        if any(layout.version_of(info.key) for info in storage.list(layout.REFS)):
+            raise header.unreadable(storage.url, "missing") from None
+    if create:
+        return _create(storage)
+    raise ZooNotFoundError(
+        f"there is no zoo at {storage.url}",
+        hint="Check the path, or create a zoo by registering a checkpoint there.",
+        url=storage.url,
+    )
+
+
 def _create(storage: Storage) -> bytes:
     for info in storage.list(""):
         raise InvalidInputError(
@@ -241,51 +255,11 @@ def _create(storage: Storage) -> bytes:
             hint="Choose an empty folder or one that does not exist yet.",
             url=storage.url,
         )
-    body = _header()
+    body = header.body()
     if storage.put_if_absent(layout.ZOO, [body]):
         return body
     # Somebody else began the same zoo a moment earlier.
     return bytes(storage.get(layout.ZOO))
-
-
-def _header() -> bytes:
-    fields: dict[str, JsonValue] = {
-        "format": FORMAT,
-        "min_reader": FORMAT,
-        "min_writer": FORMAT,
-        "created_by": f"blockzoo {importlib.metadata.version('blockzoo')}",
-    }
-    return canonical_json({**fields, "digest": digest_json(fields)})
-
-
-def _read_format(stored: bytes, url: str) -> tuple[int, int]:
-    try:
-        fields = parse_json(stored)
-    except InvalidInputError as error:
-        raise damaged(f"{url}/{layout.ZOO}") from error
-    if isinstance(fields, dict):
-        min_reader, min_writer = fields.get("min_reader"), fields.get("min_writer")
-        if isinstance(min_reader, int) and isinstance(min_writer, int):
-            return min_reader, min_writer
-    raise damaged(f"{url}/{layout.ZOO}")
-
-
-def _is_whole(stored: bytes) -> bool:
-    try:
-        fields = parse_json(stored)
-    except InvalidInputError:
-        return False
-    if not isinstance(fields, dict) or canonical_json(fields) != stored:
-        return False
-    digest = fields.pop("digest", None)
-    if digest is not None:
-        return digest == digest_json(fields)
-    made = fields.pop("created_by", None)
-    return (
-        fields == dict.fromkeys(("format", "min_reader", "min_writer"), _FIRST_FORMAT)
-        and isinstance(made, str)
-        and re.fullmatch(r"blockzoo [0-9]+\.[0-9]+[0-9a-z.+]*", made) is not None
-    )
 
 
 def _too_new(url: str, verb: str, needed: int) -> FormatVersionError:

@@ -147,7 +147,6 @@ class Recorder:
 
 def test_long_operations_report_progress(zoo, tmp_path):
     for run, task in (
-        (lambda progress: zoo.verify(progress=progress), "verifying"),
         (lambda progress: zoo.backup(tmp_path / "copy", progress=progress), "copying"),
         (lambda progress: zoo.export("base", tmp_path / "out", progress=progress), "exporting base"),
     ):
@@ -157,11 +156,17 @@ def test_long_operations_report_progress(zoo, tmp_path):
         assert (title, end) == (task, "finish")
         assert sum(steps) == total > 0
     recorder = Recorder()
+    report = zoo.verify(progress=recorder)
+    (title, total), *steps, then, end = recorder.events
+    assert (title, then, end) == ("verifying", ("looking for what is missing", 0), "finish")
+    assert sum(steps) == total == report.num_bytes > 0
+    recorder = Recorder()
     zoo.rm("base")
     report = zoo.gc(grace_s=0.01, progress=recorder)
     looking, waiting, (title, total), *steps, end = recorder.events
     assert looking == ("looking for what no variant needs", 0)
-    assert waiting == ("waiting 0.01 s, while servers may still load what is to be deleted", 0)
+    assert waiting[0].startswith("waiting 0.01 s, so that servers finish loading")
+    assert "`--grace 0` does not wait" in waiting[0]
     assert (title, end) == ("deleting", "finish")
     assert sum(steps) == total == report.freed_bytes > 0
 

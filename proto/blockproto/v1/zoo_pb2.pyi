@@ -494,6 +494,7 @@ class ShowReport(_message.Message):
     STORED_BYTES_FIELD_NUMBER: _builtins.int
     FILES_FIELD_NUMBER: _builtins.int
     PROVENANCE_FIELD_NUMBER: _builtins.int
+    MISSING_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     version: _builtins.int
     current: _builtins.bool
@@ -513,6 +514,10 @@ class ShowReport(_message.Message):
     def files(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
     @_builtins.property
     def provenance(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    @_builtins.property
+    def missing(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Keys of objects that the version needs and that are not stored."""
+
     def __init__(
         self,
         *,
@@ -531,10 +536,11 @@ class ShowReport(_message.Message):
         stored_bytes: _builtins.int = ...,
         files: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         provenance: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        missing: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chain", b"chain", "checkpoint_bytes", b"checkpoint_bytes", "context_length", b"context_length", "current", b"current", "family", b"family", "files", b"files", "kind", b"kind", "name", b"name", "private_bytes", b"private_bytes", "provenance", b"provenance", "runs", b"runs", "stored_bytes", b"stored_bytes", "version", b"version", "versions", b"versions", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chain", b"chain", "checkpoint_bytes", b"checkpoint_bytes", "context_length", b"context_length", "current", b"current", "family", b"family", "files", b"files", "kind", b"kind", "missing", b"missing", "name", b"name", "private_bytes", b"private_bytes", "provenance", b"provenance", "runs", b"runs", "stored_bytes", b"stored_bytes", "version", b"version", "versions", b"versions", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -620,13 +626,21 @@ class UsageReport(_message.Message):
     STORED_BYTES_FIELD_NUMBER: _builtins.int
     MANIFEST_BYTES_FIELD_NUMBER: _builtins.int
     UNREACHABLE_BYTES_FIELD_NUMBER: _builtins.int
+    DAMAGED_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
     checkpoint_bytes: _builtins.int
     distinct_bytes: _builtins.int
     stored_bytes: _builtins.int
     manifest_bytes: _builtins.int
     unreachable_bytes: _builtins.int
+    format: _builtins.int
+    """Format of the zoo; 0 where the server does not say."""
     @_builtins.property
     def rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___UsageRow]: ...
+    @_builtins.property
+    def damaged(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """NAME@N of versions that cannot be read, or of which objects are missing."""
+
     def __init__(
         self,
         *,
@@ -636,10 +650,12 @@ class UsageReport(_message.Message):
         stored_bytes: _builtins.int = ...,
         manifest_bytes: _builtins.int = ...,
         unreachable_bytes: _builtins.int = ...,
+        damaged: _abc.Iterable[_builtins.str] | None = ...,
+        format: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_bytes", b"checkpoint_bytes", "distinct_bytes", b"distinct_bytes", "manifest_bytes", b"manifest_bytes", "rows", b"rows", "stored_bytes", b"stored_bytes", "unreachable_bytes", b"unreachable_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_bytes", b"checkpoint_bytes", "damaged", b"damaged", "distinct_bytes", b"distinct_bytes", "format", b"format", "manifest_bytes", b"manifest_bytes", "rows", b"rows", "stored_bytes", b"stored_bytes", "unreachable_bytes", b"unreachable_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1405,16 +1421,24 @@ class CommitPushResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     RECORD_FIELD_NUMBER: _builtins.int
+    UNCHANGED_FIELD_NUMBER: _builtins.int
+    RESTORED_FIELD_NUMBER: _builtins.int
+    unchanged: _builtins.bool
+    """The current version had this content already, so no version was made."""
+    restored: _builtins.int
+    """Objects of an unchanged version that the zoo lacked and that are stored again."""
     @_builtins.property
     def record(self) -> Global___VariantRecord: ...
     def __init__(
         self,
         *,
         record: Global___VariantRecord | None = ...,
+        unchanged: _builtins.bool = ...,
+        restored: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["record", b"record"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["record", b"record"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["record", b"record", "restored", b"restored", "unchanged", b"unchanged"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

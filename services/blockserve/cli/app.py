@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from blockserve.cli.options.helping import WholeNames
 from blockserve.cli.options.service import Service, command
 from blockserve.cli.options.shared import JsonOption
 from blockserve.cli.verbs import care as care_verbs
@@ -68,7 +69,8 @@ def build_app(arguments: Sequence[str]) -> typer.Typer:
         (CLIENT_PANEL, (generate.generate, chat.chat)),
     ):
         for verb in verbs:
-            app.command(verb.__name__, help=reflow(verb.__doc__ or ""), rich_help_panel=panel)(verb)
+            help_text = reflow(verb.__doc__ or "")
+            app.command(verb.__name__, help=help_text, rich_help_panel=panel, cls=WholeNames)(verb)
     equivalence = _group("equivalence", equivalence_verbs.__doc__, equivalence_verbs.VERBS)
     app.add_typer(equivalence, rich_help_panel=ZOO_PANEL)
     return app

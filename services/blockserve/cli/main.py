@@ -21,25 +21,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from blockserve.cli.app import build_app
 
-        build_app(arguments)(args=arguments, prog_name="blockzoo")
+        code = build_app(arguments)(args=arguments, prog_name="blockzoo", standalone_mode=False)
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else 1
-        if code == 130:
-            sys.stderr.write("Interrupted.\n")
-        return code
     except KeyboardInterrupt:
-        sys.stderr.write("Interrupted.\n")
-        return 130
+        code = 130
     except Exception as error:
-        if debug:
-            raise
-        from blockserve.cli.options.failures import report
-        from blockzoo.extras import missing_package
+        from blockserve.cli.options.usage import is_usage_error
 
-        if isinstance(error, ModuleNotFoundError):
-            error = missing_package(error) or error
-        return report(error, as_json="--json" in arguments)
-    return 0
+        if debug and not is_usage_error(error):
+            raise
+        return _report(error, as_json="--json" in arguments)
+    if code == 130:
+        sys.stderr.write("Interrupted.\n")
+    return code or 0
+
+
+def _report(error: Exception, *, as_json: bool) -> int:
+    from blockserve.cli.options.failures import report
+    from blockserve.cli.options.usage import is_usage_error, report_usage
+    from blockzoo.extras import missing_package
+
+    if is_usage_error(error):
+        return report_usage(error, as_json=as_json)
+    if type(error).__name__ == "Abort":  # typer's for the end of what is typed
+        sys.stderr.write("Aborted.\n")
+        return 1
+    if isinstance(error, ModuleNotFoundError):
+        error = missing_package(error) or error
+    return report(error, as_json=as_json)
 
 
 def _begin_loading_torch() -> None:

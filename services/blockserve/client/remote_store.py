@@ -100,6 +100,7 @@ class RemoteStore:
             max_digests=described.max_digests,
             patience_s=self._patience_s,
             on_bytes=on_bytes,
+            current=self.current,
         )
 
     def _fetch(self, chain: ChainId) -> None:

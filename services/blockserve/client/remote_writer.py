@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from itertools import islice
 from types import TracebackType
 from typing import TypeVar
@@ -21,10 +22,10 @@ from blockserve.common.errors import PushNotFoundError
 from blockserve.common.wire import zoo as wire
 from blockserve.common.wire.possession import possession_mac
 from blockzoo.digest import as_bytes, blob_id
-from blockzoo.errors import BlockzooError, ConflictError
+from blockzoo.errors import BlockzooError, ConflictError, CorruptManifestError
 from blockzoo.manifest import BlobId, BlockId, BlockManifest, ChainId, ChainManifest, FileRef, VariantRecord
 from blockzoo.store.blobs import TensorData
-from blockzoo.store.writing import ManifestRecorder, Stored
+from blockzoo.store.writing import Committed, ManifestRecorder, Stored
 
 T = TypeVar("T")
 
@@ -50,6 +51,7 @@ class RemoteWriter:
         max_digests: most digests of one call.
         patience_s: seconds to go on trying while nothing moves.
         on_bytes: called from any thread with the number of tensor bytes just dealt with.
+        current: reads the current version of a variant, None when it is not registered.
 
     Attributes:
         sent_bytes: tensor bytes that were given to the connection.
@@ -64,6 +66,7 @@ class RemoteWriter:
         max_digests: int,
         patience_s: float,
         on_bytes: Callable[[int], None] | None = None,
+        current: Callable[[str], VariantRecord | None] = lambda _: None,
     ) -> None:
         self._calls = calls
         self._purpose = purpose
@@ -71,6 +74,7 @@ class RemoteWriter:
         self._max_digests = max_digests
         self._patience = Patience(patience_s)
         self._on_bytes = on_bytes or (lambda _: None)
+        self._current = current
         self._push_id = ""
         self._is_caught_up = False
         self._nonce = b""
@@ -123,16 +127,16 @@ class RemoteWriter:
         self._patience.attempt(lambda: self._in_push(lambda: self._rely_on(ref)))
         self._relied.append(ref)
 
-    def commit(
+    def commit_unless_same(
         self,
         name: str,
         chain: ChainId,
         *,
         kind: str,
-        files: Mapping[str, FileRef] | None = None,
-        provenance: Mapping[str, str] | None = None,
-    ) -> VariantRecord:
-        """Have the server check everything and make the chain the next version of a variant.
+        files: Mapping[str, FileRef],
+        provenance: Mapping[str, str],
+    ) -> Committed:
+        """Have the server check everything and make the chain the next version, unless the current one is it.
 
         Raises:
             PushInterruptedError: the connection broke; the version may be there or not.
@@ -143,15 +147,20 @@ class RemoteWriter:
             kind=kind,
             chain=self._manifests.chains[chain],
             blocks=list(self._manifests.blocks.values()),
-            files=wire.files_to_message(files or {}),
-            provenance=dict(provenance or {}),
+            files=wire.files_to_message(files),
+            provenance=dict(provenance),
         )
-        return self._patience.attempt(lambda: self._in_push(lambda: self._commit(request)))
+        before = None
+        with suppress(CorruptManifestError):
+            before = self._current(name)
+        done = self._patience.attempt(lambda: self._in_push(lambda: self._commit(request)))
+        # A server of 0.1 gives the unchanged version back and does not say so.
+        return replace(done, unchanged=True) if done.record == before else done
 
-    def _commit(self, request: zoo_pb2.CommitPushRequest) -> VariantRecord:
+    def _commit(self, request: zoo_pb2.CommitPushRequest) -> Committed:
         request.push_id = self._push_id
         answer = self._calls.call("CommitPush", request, timeout=COMMIT_SECONDS)
-        return wire.record_from_message(answer.record)
+        return Committed(wire.record_from_message(answer.record), answer.unchanged, answer.restored)
 
     def _in_push(self, act: Callable[[], T]) -> T:
         """Do something in a push that is known at the server."""

@@ -230,9 +230,11 @@ class ZooServicer(zoo_pb2_grpc.ZooServiceServicer):
             files=wire.files_from_message(request.files),
             provenance=dict(request.provenance),
         )
-        record = await self._run(lambda: self._pushes.get(request.push_id).commit(wish))
-        self._on_change(record.name)
-        return zoo_pb2.CommitPushResponse(record=wire.record_to_message(record))
+        done = await self._run(lambda: self._pushes.get(request.push_id).commit(wish))
+        self._on_change(done.record.name)
+        return zoo_pb2.CommitPushResponse(
+            record=wire.record_to_message(done.record), unchanged=done.unchanged, restored=done.restored
+        )
 
     async def AbortPush(  # noqa: N802
         self, request: zoo_pb2.AbortPushRequest, context: Any

@@ -8,10 +8,10 @@ from blockzoo import layout
 from blockzoo.care.backup import copy_zoo
 from blockzoo.care.verify import verify
 from blockzoo.digest import blob_id
-from blockzoo.errors import FormatVersionError
+from blockzoo.errors import CorruptManifestError, FormatVersionError
 from blockzoo.manifest import DType
 from blockzoo.store.zoo_store import ZooStore
-from support.zoo_faults import contents, flip, lose, open_memory, register, tensor
+from support.zoo_faults import HookedStorage, contents, flip, lose, open_memory, register, tensor, through
 
 
 def make() -> ZooStore:
@@ -158,6 +158,36 @@ def test_a_damaged_base_alone_is_enough_to_repair(store):
     assert store.blobs.info(difference).base == base
 
 
+def test_repair_reads_again_only_what_it_repaired():
+    """A lost chain hides its lost blocks, and those hide their lost blobs: three rounds."""
+    store, backup = make(), make()
+    register(store, "other", [tensor(11)])
+    record = store.resolve("tuned")
+    block = store.get_chain(record.chain).links[0].base
+    blob = blob_of(store, "tuned", 0)
+    lose(store, layout.chain_key(record.chain), layout.block_key(block), layout.blob_key(blob))
+    other, read = store.resolve("other").chain, []
+    hooked = through(
+        store,
+        HookedStorage(store.storage.inner, lambda operation, key: read.append((operation, key)), reads=True),
+    )
+    original, walks = hooked.get_chain, []
+    hooked.get_chain = lambda chain: walks.append(chain) or original(chain)
+    stages = []
+    report = verify(hooked, repair_from=backup, on_stage=lambda *stage: stages.append(stage))
+    assert report.ok
+    assert {problem.key for problem in report.problems} == {
+        layout.chain_key(record.chain),
+        layout.block_key(block),
+        layout.blob_key(blob),
+    }
+    assert {problem.variants for problem in report.problems} == {("tuned@1",)}
+    assert walks.count(other) == 2  # checked, and walked once to see whom damage hurts
+    assert [title for title, _ in stages] == ["verifying", "looking for what is missing", *["repairing"] * 3]
+    assert all(total > 0 for title, total in stages if title == "repairing")
+    assert verify(store).ok
+
+
 def test_repair_respects_the_format(store):
     store.storage.replace("zoo.json", [b'{"format":3,"min_reader":2,"min_writer":3,"created_by":"x"}'])
     newer = ZooStore.open(store.storage.inner)
@@ -193,6 +223,42 @@ def test_every_flipped_bit_of_the_header_is_found_and_repaired():
     report = verify(store, repair_from=backup)
     assert [(problem.key, problem.repaired) for problem in report.problems] == [(layout.ZOO, True)]
     assert store.header_problem() is None
+
+
+@pytest.mark.parametrize("packs", [True, False], ids=["packs", "format1"])
+@pytest.mark.parametrize("stored", [b"", b"{}", b"\0", None])
+def test_a_header_that_says_nothing_is_written_as_the_contents_show(packs, stored):
+    store = open_memory(packs=packs)
+    register(store, "bot", [tensor(1), tensor(2)])
+    whole, raw = bytes(store.storage.get(layout.ZOO)), store.storage.inner
+    raw.delete(layout.ZOO) if stored is None else raw.replace(layout.ZOO, [stored])
+    with pytest.raises(CorruptManifestError, match=r"zoo\.json is") as caught:
+        ZooStore.open(raw)
+    assert "verify --repair BACKUP" in caught.value.hint
+    with pytest.raises(CorruptManifestError):
+        ZooStore.open(raw, create=True)
+    hurt_one = ZooStore.open(raw, without_header=True, clock=store.clock)
+    assert not verify(hurt_one).ok
+    report = verify(hurt_one, repair_from=open_memory(packs=not packs))
+    assert [(problem.key, problem.repaired) for problem in report.problems] == [(layout.ZOO, True)]
+    assert ZooStore.open(raw).formats == store.formats
+    assert bytes(raw.get(layout.ZOO)) == whole
+
+
+def test_a_header_is_not_guessed(store):
+    raw = store.storage.inner
+    for info in list(raw.list(layout.PACKS)):
+        raw.replace(info.key, [b"damaged"])
+    raw.replace(layout.ZOO, [b"damaged"])
+    with pytest.raises(CorruptManifestError):
+        ZooStore.open(raw, without_header=True)
+
+
+def test_a_damaged_header_is_not_taken_for_a_newer_one(store):
+    flipped = bytes(store.storage.get(layout.ZOO)).replace(b'"min_reader":2', b'"min_reader":3')
+    store.storage.replace(layout.ZOO, [flipped])
+    with pytest.raises(CorruptManifestError):
+        ZooStore.open(store.storage.inner)
 
 
 def test_the_header_of_an_older_zoo_is_checked_by_its_form(store):

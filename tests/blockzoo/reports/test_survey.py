@@ -260,4 +260,4 @@ def test_a_damaged_old_version_leaves_the_current_one_alone(zoo, tmp_path):
     assert zoo.resolve("lora@2").version == zoo.resolve("lora").version == 2
     with pytest.raises(CorruptManifestError):
         zoo.resolve("lora@1")
-    assert zoo.rm("lora").removed == (2,)
+    assert zoo.rm("lora").removed == (1, 2)

@@ -10,7 +10,7 @@ from blockzoo.manifest import BlockManifest, ChainManifest, Link, TensorRef
 from blockzoo.store.closure import Walker
 from blockzoo.store.objects import Objects, damaged, ref_body
 from blockzoo.store.registration import Registration
-from support.zoo_faults import open_memory, register, tensor
+from support.zoo_faults import HookedStorage, at_operation, open_memory, register, tensor, through
 
 
 @pytest.fixture
@@ -68,3 +68,34 @@ def test_a_ref_is_stored_as_its_body(store, objects):
     store.storage.replace(key, [ref_body(record).replace(b"bot", b"bat")])
     with pytest.raises(CorruptManifestError, match=str(damaged(key))):
         objects.read_ref("bot", 1)
+
+
+def commit_again(store, name):
+    """Register what the variant `bot` is, unless the current version of `name` is the same."""
+    bot = store.resolve("bot")
+    with store.registration(f"register {name}") as registration:
+        registration.rely_on_variant(bot)
+        return registration.commit_unless_same(
+            name, bot.chain, kind=bot.kind, files=bot.files, provenance={"source": "again"}
+        )
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_of_two_registrations_of_the_same_at_once_one_makes_a_version(store, number):
+    """The other one comes between any two changes of the first."""
+    others = []
+    hook = at_operation(number, lambda: others.append(commit_again(store, "new")))
+    first = commit_again(through(store, HookedStorage(store.storage.inner, hook)), "new")
+    assert len(store.versions("new")) == 1
+    done = [first, *others]
+    assert sum(not one.unchanged for one in done) == 1
+    assert {one.record.version for one in done} == {1}
+
+
+def test_the_same_content_comes_back_after_other_content(store):
+    assert not commit_again(store, "new").unchanged
+    assert commit_again(store, "new").unchanged
+    register(store, "new", [tensor(5)])
+    assert commit_again(store, "new").record.version == 3
+    store.remove("new")
+    assert not commit_again(store, "new").unchanged

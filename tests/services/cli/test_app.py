@@ -57,6 +57,19 @@ def test_the_list_of_verbs_groups_them(run):
         assert re.search(rf"^│ {verb} ", out, re.MULTILINE)
 
 
+@pytest.mark.parametrize("width", [60, 80, 100, 110, 120])
+@pytest.mark.parametrize("verb", ["serve", "router"])
+def test_no_name_of_an_option_is_cut(run, monkeypatch, verb, width):
+    whole = re.findall(r"--[a-z][\w-]*", run(verb, "--help").out)
+    monkeypatch.setenv("TERMINAL_WIDTH", str(width))
+    monkeypatch.setenv("COLUMNS", str(width))
+    out = run(verb, "--help").out
+    assert set(re.findall(r"--[a-z][\w-]*", out)) == set(whole)
+    assert not re.search(r"--[\w-]*…", out)
+    for panel in ("Process", "Limits on requests"):
+        assert panel in out
+
+
 def test_no_verb_shows_the_help(run):
     outcome = run()
     assert "Usage: blockzoo" in outcome.out + outcome.err

@@ -16,6 +16,7 @@ code  meaning
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 
 from blockserve.cli.views.plain import visible, visible_json
 
@@ -57,12 +58,17 @@ def report(error: Exception, *, as_json: bool = False) -> int:
         reason, metadata = "INTERNAL", {}
         message = f"internal error: {type(error).__name__}: {error}"
         hint = "This is a bug in blockzoo: run the command again with --debug and report the output."
+    show(reason, message, hint, metadata, as_json=as_json)
+    return exit_code(error)
+
+
+def show(reason: str, message: str, hint: str, metadata: Mapping[str, str], *, as_json: bool) -> None:
+    """Print an error on stderr, as a sentence and a hint or as one JSON object."""
     if as_json:
-        value = {"reason": reason, "message": message, "hint": hint, "metadata": metadata}
+        value = {"reason": reason, "message": message, "hint": hint, "metadata": dict(metadata)}
         sys.stderr.write(visible_json({"error": value}) + "\n")
     else:
         _print(message, hint)
-    return exit_code(error)
 
 
 def _print(message: str, hint: str) -> None:

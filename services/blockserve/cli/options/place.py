@@ -59,15 +59,19 @@ class Place:
     key_file: KeyFileOption = None
 
     @contextmanager
-    def open(self, *, create: bool = False) -> Iterator[Zoo | RemoteZoo]:
-        """Open the zoo for the verb's time; `create` begins one at hand where there is none.
+    def open(self, *, create: bool = False, without_header: bool = False) -> Iterator[Zoo | RemoteZoo]:
+        """Open the zoo for the verb's time.
+
+        Args:
+            create: begin one at hand where there is none.
+            without_header: open one at hand also where its zoo.json is damaged.
 
         Raises:
             ZooNotFoundError: there is none at hand.
             UnavailableError: no server answers.
         """
         if self.server is None:
-            yield open_zoo(self.zoo, create=create)
+            yield open_zoo(self.zoo, create=create, without_header=without_header)
             return
         from blockserve.client.zoo import RemoteZoo
 

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from blockserve.cli.options.failures import FAILURE, USAGE
+from blockserve.cli.options.failures import FAILURE
 from blockserve.cli.views.tables import note
 
 
@@ -18,8 +18,7 @@ def confirm(question: str, *, yes: bool) -> None:
     if yes:
         return
     if not sys.stdin.isatty():
-        note(f"{question} There is no terminal to answer on: pass --yes.")
-        raise typer.Exit(USAGE)
+        raise typer.BadParameter(f"{question} There is no terminal to answer on: pass --yes.")
     sys.stderr.write(f"{question} [y/N] ")
     sys.stderr.flush()
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):

@@ -31,15 +31,15 @@ RefArgument = Annotated[
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="The variant's name.")]
 
 
-def open_zoo(place: str, *, create: bool = False) -> Zoo:
-    """Open the zoo that `--zoo` names.
+def open_zoo(place: str, *, create: bool = False, without_header: bool = False) -> Zoo:
+    """Open the zoo that `--zoo` names; `without_header` also where zoo.json is damaged.
 
     Raises:
         ZooNotFoundError: there is none and `create` is false.
     """
     from blockzoo.zoo import Zoo
 
-    return Zoo.open(place, create=create, facts_folder=cache_folder())
+    return Zoo.open(place, create=create, without_header=without_header, facts_folder=cache_folder())
 
 
 def cache_folder() -> Path:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from blockserve.cli.options.failures import exit_code
 from blockserve.cli.views.progress import progress
-from blockserve.cli.views.tables import format_bytes, format_seconds, note, print_json, say
+from blockserve.cli.views.tables import counted, format_bytes, format_seconds, note, print_json, say
 
 if TYPE_CHECKING:
     from blockserve.client.zoo import RemoteZoo
@@ -59,15 +60,29 @@ def register_all(
 
     A failure is reported and the others go on. Ctrl-C ends after the registration at hand is undone, or
     finished by the process that began it.
+
+    Raises:
+        VariantNotFoundError: neither the zoo nor the list has a variant `base`; nothing was registered.
+        UnsupportedAdapterError: `base` is an adapter, and so is one of the list; nothing was registered.
     """
-    from blockzoo.registering.batch import read_batch
+    from blockzoo.registering.batch import check_base, read_batch
 
     entries = read_batch(path, base)
+    if base is not None and base.partition("@")[0] not in {entry.name for entry in entries}:
+        check_base(entries, base, zoo.resolve(base))
     outcome = Outcome()
-    for number, (entry, result) in enumerate(_registered(zoo, entries, jobs), 1):
-        outcome.add(entry.name, result)
-        if not as_json:
-            _tell(number, len(entries), entry.name, outcome)
+    try:
+        with closing(_registered(zoo, entries, jobs)) as results:
+            for number, (entry, result) in enumerate(results, 1):
+                outcome.add(entry.name, result)
+                if not as_json:
+                    _tell(number, len(entries), entry.name, outcome)
+    except KeyboardInterrupt:
+        note(
+            f"At least {len(outcome.done)} of {len(entries)} are in the zoo. "
+            "The same command goes on from there: it finds them unchanged."
+        )
+        raise
     if as_json:
         print_json(outcome.to_json())
     else:
@@ -77,7 +92,7 @@ def register_all(
 
 def _registered(
     zoo: Zoo | RemoteZoo, entries: Sequence[BatchEntry], jobs: int | None
-) -> Iterator[tuple[BatchEntry, RegisterResult | BlockzooError]]:
+) -> Generator[tuple[BatchEntry, RegisterResult | BlockzooError], None, None]:
     """Register one after the other, but runs of adapters with several processes where the zoo is at hand."""
     from blockzoo.registering.parallel import is_adapter, register_in_parallel, useful_jobs
     from blockzoo.zoo import Zoo
@@ -116,7 +131,8 @@ def _tell(number: int, total: int, name: str, outcome: Outcome) -> None:
     result = outcome.done[name]
     ref = f"{result.record.name}@{result.record.version}"
     if result.unchanged:
-        say(f"{place}  {ref} has this content already")
+        restored = f"; {counted(result.restored, 'missing object')} stored again" if result.restored else ""
+        say(f"{place}  {ref} has this content already{restored}")
         return
     say(f"{place}  {ref}  {format_bytes(result.new_bytes)} new, {format_seconds(result.seconds)}")
     if result.base_doubt:

@@ -10,8 +10,8 @@ from blockserve.cli.options.failures import CORRUPTION
 from blockserve.cli.options.place import Place, at_a_place, at_hand
 from blockserve.cli.options.shared import DEFAULT_ZOO, JsonOption, ZooOption, open_zoo
 from blockserve.cli.views.progress import progress
-from blockserve.cli.views.tables import format_bytes, print_json, print_table, say
-from blockserve.cli.views.zoo import problems_table
+from blockserve.cli.views.tables import counted, format_bytes, print_json, print_table, say
+from blockserve.cli.views.zoo import PROBLEMS, problems_table
 
 if TYPE_CHECKING:
     from blockzoo.care.backup import CopyReport
@@ -77,6 +77,9 @@ def verify(
 ) -> None:
     """Read every object back, and name the variants that damage affects.
 
+    Shows the worst problems; --json has all. With --repair, what is damaged or missing is taken from another
+    zoo, and only what was repaired is read again.
+
     Ends with exit code 5 when something is damaged or missing and was not repaired.
 
     \b
@@ -89,7 +92,7 @@ def verify(
             "The zoo of a server can only be repaired on its own machine, without --server.",
             param_hint="--repair",
         )
-    with progress() as reporter, place.open() as zoo:
+    with progress() as reporter, place.open(without_header=True) as zoo:
         repair = {} if repair_from is None else {"repair_from": repair_from}
         report = zoo.verify(progress=reporter, **repair)
     if as_json:
@@ -153,6 +156,18 @@ def restore(
         opened = open_zoo(zoo, create=True)
         report = opened.restore(source, names=names, revive=revive, progress=reporter)
     _print_copy(report, "Restored", as_json)
+    if not as_json:
+        _say_how_to_restore_the_rest(report, revive)
+
+
+def _say_how_to_restore_the_rest(report: CopyReport, revive: bool) -> None:
+    from blockzoo.care.copying import CONFLICT, OLDER, REMOVED
+
+    reasons = report.skipped.values()
+    if not revive and any(reason.startswith((REMOVED, OLDER)) for reason in reasons):
+        say("`blockzoo restore SOURCE --revive` also brings back what was removed here or is older.")
+    if any(reason.startswith(CONFLICT) for reason in reasons):
+        say("Where both hold something else under one number, `--zoo NEW_PLACE` restores into another zoo.")
 
 
 def _as_json(report: GcReport | VerifyReport | CopyReport) -> dict[str, Any]:
@@ -186,8 +201,15 @@ def _print_verify(report: VerifyReport, *, repairing: bool) -> None:
         say("Everything is as it should be.")
         return
     print_table(problems_table(report.problems))
+    if len(report.problems) > PROBLEMS:
+        say(f"and {len(report.problems) - PROBLEMS} more; --json has all of them.")
+    left = sum(not problem.repaired for problem in report.problems)
+    hurt = {ref for problem in report.problems if not problem.repaired for ref in problem.variants}
+    say(
+        f"{counted(len(report.problems), 'problem')}, {len(report.problems) - left} repaired; "
+        f"{counted(len(hurt), 'version')} of variants {'is' if len(hurt) == 1 else 'are'} damaged."
+    )
     if not report.ok:
-        left = sum(not problem.repaired for problem in report.problems)
         way_out = (
             "the other zoo has no good copy"
             if repairing

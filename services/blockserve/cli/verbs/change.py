@@ -20,13 +20,15 @@ from blockserve.cli.options.shared import (
 )
 from blockserve.cli.verbs.bulk import register_all
 from blockserve.cli.views.progress import progress
-from blockserve.cli.views.tables import format_bytes, format_seconds, note, print_json, say
+from blockserve.cli.views.tables import counted, format_bytes, format_seconds, note, print_json, say
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from blockserve.client.zoo import RemoteZoo
     from blockzoo.manifest import VariantRecord
     from blockzoo.registering.folder import RegisterResult
+    from blockzoo.zoo import Zoo
 
 RevisionOption = Annotated[
     str | None,
@@ -200,23 +202,20 @@ def rm(ref: RefArgument, yes: YesOption = False, as_json: JsonOption = False, *,
     """Remove a variant with all its versions, or one old version of it.
 
     `blockzoo gc` frees the bytes afterwards. Blocks that other variants use stay: variants that were
-    registered on this one keep working.
+    registered on this one keep working. A damaged variant can be removed as well.
 
     \b
     Examples:
       blockzoo rm support-bot
       blockzoo rm support-bot@1 --yes
     """
+    from blockzoo.names import parse_ref
+
+    name, version = parse_ref(ref)
     with place.open() as zoo:
-        record = zoo.resolve(ref)
-        dependants = zoo.dependants(record.name)
-        if "@" in ref:
-            question = f"Remove version {record.version} of {record.name}?"
-        else:
-            count = len(zoo.show(record.name).versions)
-            question = (
-                f"Remove {record.name} with {'its one version' if count == 1 else f'all {count} versions'}?"
-            )
+        versions = _versions_to_remove(zoo, ref)
+        dependants = zoo.dependants(name)
+        question = f"Remove version {version} of {name}?" if version else f"Remove {name} with {versions}?"
         confirm(f"{_dependence(dependants)}{question}", yes=yes)
         report = zoo.rm(ref)
     if as_json:
@@ -226,6 +225,18 @@ def rm(ref: RefArgument, yes: YesOption = False, as_json: JsonOption = False, *,
     say(f"Removed {removed}. `blockzoo gc` frees the bytes that no other variant uses.")
     if dependants:
         say(f"{_some(dependants)} still {'uses' if len(dependants) == 1 else 'use'} its blocks, which stay.")
+
+
+def _versions_to_remove(zoo: Zoo | RemoteZoo, ref: str) -> str:
+    """The versions in words; raises VariantNotFoundError. Of a damaged variant the number is not known."""
+    from blockzoo.errors import BlobNotFoundError, CorruptionError, ManifestNotFoundError
+
+    try:
+        zoo.resolve(ref)
+        count = len(zoo.show(ref).versions)
+    except (CorruptionError, BlobNotFoundError, ManifestNotFoundError):
+        return "all its versions (it is damaged)"
+    return "its one version" if count == 1 else f"all {count} versions"
 
 
 def _dependence(dependants: Sequence[str]) -> str:
@@ -296,11 +307,19 @@ def _tell_registered(result: RegisterResult, as_json: bool, force_base: bool) ->
         )
 
 
+def _written(result: RegisterResult) -> str:
+    """What an unchanged registration wrote: only what the zoo had lost."""
+    if not result.restored:
+        return "nothing was written"
+    lost = counted(result.restored, "object")
+    return f"{lost} of it {'was' if result.restored == 1 else 'were'} missing in the zoo and stored again"
+
+
 def _print_registered(result: RegisterResult) -> None:
     record = result.record
     ref = f"{record.name}@{record.version}"
     if result.unchanged:
-        say(f"{ref} has exactly this content already; nothing was written.")
+        say(f"{ref} has exactly this content already; {_written(result)}.")
         return
     known = max(0.0, 1 - result.new_bytes / result.num_bytes) if result.num_bytes else 0.0
     say(f"Registered {ref} ({record.kind}) in {format_seconds(result.seconds)}")

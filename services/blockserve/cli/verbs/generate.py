@@ -19,7 +19,6 @@ from blockserve.cli.options.conversation import (
     read_tools,
     template_options,
 )
-from blockserve.cli.options.failures import USAGE
 from blockserve.cli.options.sampling import (
     SAMPLING,
     STOPPING,
@@ -303,6 +302,5 @@ def _read_prompt(prompt: str) -> str:
     if prompt != "-":
         return prompt
     if sys.stdin.isatty():
-        note("Give a prompt as an argument or on standard input; see `blockzoo generate --help`.")
-        raise typer.Exit(USAGE)
+        raise typer.BadParameter("Give a prompt as an argument or on standard input.")
     return sys.stdin.read()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, Any
@@ -43,7 +43,10 @@ def ls(
     ] = None,
     sort: Annotated[
         Order,
-        typer.Option("--sort", help="By name, or base; or the largest (size, stored) or newest (age) first."),
+        typer.Option(
+            "--sort",
+            help="By name, or base; or the largest (size, stored) or newest (age) first; equal ones by name.",
+        ),
     ] = Order.NAME,
     limit: Annotated[
         int | None, typer.Option("--limit", "-n", metavar="N", min=1, help="Only the first N of them.")
@@ -57,7 +60,8 @@ def ls(
     CHECKPOINT is what a variant would take as a checkpoint of its own, PRIVATE the part of it that no other
     variant has, and STORED what that part takes in the zoo. `blockzoo du` says what removing a variant would
     free. A narrow terminal shows fewer columns; --json has all. What was read of chains, which never change,
-    is kept in the cache folder (~/.cache/blockzoo), which may be deleted.
+    is kept in the cache folder (~/.cache/blockzoo), which may be deleted. So `ls` does not notice damage:
+    `show` and `du` name missing objects, and `blockzoo verify` finds what is missing or damaged.
 
     \b
     Examples:
@@ -69,6 +73,8 @@ def ls(
     """
     with place.open() as zoo:
         url, rows = zoo.url, zoo.ls()
+    if base is not None:
+        _check_base(base, rows)
     found = [row for row in rows if _matches(row, pattern, base)]
     shown = sorted(found, key=_ORDERS[sort])[:limit]
     if as_json:
@@ -87,9 +93,20 @@ _ORDERS: dict[Order, Callable[[VariantRow], Any]] = {
     Order.NAME: lambda row: row.name,
     Order.SIZE: lambda row: (-row.checkpoint_bytes, row.name),
     Order.STORED: lambda row: (-row.private_stored_bytes, row.name),
-    Order.AGE: lambda row: (_descending(row.registered_at), row.name),
+    Order.AGE: lambda row: (not row.registered_at, _descending(row.registered_at), row.name),
     Order.BASE: lambda row: (row.base or "", row.name),
 }
+
+
+def _check_base(base: str, rows: Sequence[VariantRow]) -> None:
+    """Refuse a base that neither is registered nor was when a variant was registered on it."""
+    from blockzoo.errors import VariantNotFoundError
+    from blockzoo.names import near_names
+
+    name = base.partition("@")[0]
+    known = {row.name for row in rows} | {(row.base or "").partition("@")[0] for row in rows}
+    if name not in known:
+        raise VariantNotFoundError(name, near_names(name, sorted(known - {""})))
 
 
 def _descending(text: str) -> tuple[int, ...]:
@@ -130,8 +147,10 @@ def show(ref: RefArgument, as_json: JsonOption = False, *, place: Place) -> None
 def du(as_json: JsonOption = False, *, place: Place) -> None:
     """Show the sizes of variants, as checkpoints and in the zoo.
 
-    PRIVATE is what no other variant has, STORED what that takes in the zoo. RM FREES is what `blockzoo rm`
-    and `blockzoo gc` would free: not what other variants are stored as differences to.
+    CHECKPOINTS is what the variants would take as checkpoints of their own: an adapter counts as a copy of
+    its base with the adapter merged into it. PRIVATE is what no other variant has, STORED what that takes
+    in the zoo. RM FREES is what `blockzoo rm` and `blockzoo gc` would free: not what other variants are
+    stored as differences to.
 
     \b
     Examples:

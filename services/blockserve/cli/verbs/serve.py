@@ -44,7 +44,16 @@ def _serve(settings: EmbeddedSettings) -> None:
 
 
 def _announce(server: EmbeddedServer) -> None:
-    note(f"Serving {server.settings.zoo} on {server.address}. Try: blockzoo status; Ctrl-C stops.")
+    note(
+        f"Serving {server.settings.zoo} on {server.address}. Try: {_status_of(server.address)}; Ctrl-C stops."
+    )
+
+
+def _status_of(address: str) -> str:
+    """The command that shows a server's status."""
+    from blockserve.common.rpc.address import DEFAULT_TARGET
+
+    return "blockzoo status" if address == DEFAULT_TARGET else f"blockzoo status --server {address}"
 
 
 def _worker_settings() -> type[ServerSettings]:
@@ -97,7 +106,9 @@ def _router(settings: RouterSettings) -> None:
     run(
         settings,
         RouterServer(settings),
-        lambda server: note(f"Routing for {server.settings.zoo} on {server.address}. Try: blockzoo status"),
+        lambda server: note(
+            f"Routing for {server.settings.zoo} on {server.address}. Try: {_status_of(server.address)}"
+        ),
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
-from blockserve.cli.views.tables import format_bytes, format_seconds
+from blockserve.cli.views.tables import format_bytes, format_seconds, note
 
 if TYPE_CHECKING:
     from blockzoo.progress import Progress
@@ -21,6 +21,8 @@ BYTES = "bytes"
 BAR_AFTER_S = 0.8
 LINE_AFTER_S = 2.0
 LINE_EVERY_S = 10.0
+MAX_TITLE = 45
+"""Characters beside the bar; a terminal of 80 columns has room for both."""
 
 
 class _Shown(Protocol):
@@ -90,6 +92,10 @@ class Bars:
     def start(self, task: str, total_bytes: int) -> None:
         """Replace the bar by one for this task; a total of 0 moves without an end."""
         self.finish()
+        if len(task) > MAX_TITLE:
+            # A long one is said above the bar, which keeps its beginning.
+            note(task)
+            task = task.partition(",")[0]
         self._task = self._bars.add_task(task, total=total_bytes or None)
 
     def advance(self, num_bytes: int) -> None:

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from blockserve.cli.views.tables import Column, Table, cells_of, fold, format_bytes, printable, some
+from blockserve.cli.views.tables import (
+    Column,
+    Table,
+    cells_of,
+    counted,
+    fold,
+    format_bytes,
+    printable,
+    short,
+    some,
+)
 from blockserve.cli.views.words import describe_run
 
 if TYPE_CHECKING:
@@ -20,6 +31,11 @@ if TYPE_CHECKING:
         UsageReport,
         VariantRow,
     )
+
+_DIGEST = re.compile("[0-9a-f]{64}")
+
+PROBLEMS = 20
+"""Problems that `verify` shows as rows."""
 
 NAMED = 4
 """Variants that are named where many share something."""
@@ -61,6 +77,12 @@ def draw_variant(report: ShowReport, width: int | None) -> list[str]:
     for name, size in sorted(report.files.items()):
         if not name.startswith("."):
             files.add(name, format_bytes(size))
+    if report.missing:
+        lost = counted(len(report.missing), "missing object")
+        facts["damaged"] = (
+            f"{lost}, for example {report.missing[0]}: "
+            "`blockzoo verify --repair BACKUP` or registering it again brings back what is missing"
+        )
     drawn = fold(report.draw(), None if width is None else width - 2)
     return [
         *fold(head, width),
@@ -127,15 +149,35 @@ def draw_usage(report: UsageReport, width: int | None) -> list[str]:
         sizes = (row.checkpoint_bytes, row.private_bytes, row.private_stored_bytes, row.freed_bytes)
         table.add(row.name, row.versions, *map(format_bytes, sizes))
     totals = {
-        "as checkpoints": (report.checkpoint_bytes, ""),
+        "as checkpoints": (
+            report.checkpoint_bytes,
+            "each version alone, adapters merged",
+        ),
         "distinct": (report.distinct_bytes, ""),
         "stored": (report.stored_bytes, f"checkpoints would take {report.sharing_factor:.1f} times as much"),
         "manifests": (report.manifest_bytes, ""),
     }
     if report.unreachable_bytes:
         totals["unreachable"] = report.unreachable_bytes, "`blockzoo gc` frees it"
+    remarks = []
+    if report.damaged:
+        verb = "is" if len(report.damaged) == 1 else "are"
+        remarks.append(
+            f"{some(report.damaged, NAMED)} {verb} damaged, so sizes may be too low: "
+            "`blockzoo verify` says what is missing."
+        )
+    if report.format == 1:
+        remarks.append(
+            "The zoo is of format 1, one file for each object. `blockzoo backup NEW_PLACE` makes a copy of "
+            "format 2, which has far fewer files and can be served in its place."
+        )
     lines = [f"{name:<14} {format_bytes(size):>8}   {text}".rstrip() for name, (size, text) in totals.items()]
-    return [*table.lines(width), "", *(part for line in lines for part in fold_totals(line, width))]
+    return [
+        *table.lines(width),
+        "",
+        *(part for line in lines for part in fold_totals(line, width)),
+        *(part for remark in remarks for part in ("", *fold(remark, width))),
+    ]
 
 
 def fold_totals(line: str, width: int | None) -> list[str]:
@@ -190,7 +232,7 @@ def _label(kind: str, links: list[LinkDiff]) -> str:
 
 
 def problems_table(problems: Sequence[Problem]) -> Table:
-    """`verify`: what is wrong, and whom it hurts."""
+    """`verify`: what is wrong, and whom it hurts; of many problems the first, which are the worst."""
     table = Table(
         (
             Column("PROBLEM", folds=24),
@@ -199,7 +241,9 @@ def problems_table(problems: Sequence[Problem]) -> Table:
             Column("OBJECT", rank=1),
         )
     )
-    for problem in problems:
+    for problem in problems[:PROBLEMS]:
         hurts = some(problem.variants, NAMED) or "nobody"
-        table.add(problem.message, hurts, "yes" if problem.repaired else "no", problem.key)
+        # The last column has the whole digest.
+        message = _DIGEST.sub(lambda found: short(found[0]), problem.message)
+        table.add(message, hurts, "yes" if problem.repaired else "no", problem.key)
     return table

@@ -14,7 +14,6 @@ from blockzoo.manifest import (
     BlobId,
     BlockId,
     BlockManifest,
-    ChainId,
     ChainManifest,
     FileRef,
     JsonValue,
@@ -22,10 +21,9 @@ from blockzoo.manifest import (
 )
 from blockzoo.manifest_json import block_from_json, chain_from_json
 from blockzoo.names import check_unreserved
-from blockzoo.registering.job import is_same
 from blockzoo.registering.recheck import Pushed, recheck
 from blockzoo.store.registration import Registration
-from blockzoo.store.writing import blobs_of
+from blockzoo.store.writing import Committed, blobs_of
 from blockzoo.store.zoo_store import ZooStore
 
 MAX_PROVENANCE = 32
@@ -62,7 +60,7 @@ def commit_wish(
     blobs: Set[BlobId],
     blocks: Set[BlockId],
     bases: Mapping[str, VariantRecord],
-) -> VariantRecord:
+) -> Committed:
     """Register what a push wants; a wish that equals the current version changes nothing.
 
     Args:
@@ -88,13 +86,9 @@ def commit_wish(
     known = {block: store.get_block(block) for block in used - pushed.keys()}
     base = bases.get(wish.provenance.get("base", ""))
     facts = recheck(store, Pushed(wish.kind, chain, {**known, **pushed}, wish.files, base))
-    current = store.current(wish.name)
-    digest = ChainId(digest_bytes(wish.chain))
-    if current is not None and is_same(current, digest, wish.kind, wish.files):
-        return current
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     registration.put_blocks([pushed[block] for block in used & pushed.keys()])
-    return registration.commit(
+    return registration.commit_unless_same(
         wish.name,
         registration.put_chain(chain),
         kind=wish.kind,

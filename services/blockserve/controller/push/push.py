@@ -29,7 +29,7 @@ from blockzoo.manifest import BlobId, BlockId, VariantRecord
 from blockzoo.store.blobs import TensorData
 from blockzoo.store.closure import Walker
 from blockzoo.store.registration import Registration
-from blockzoo.store.writing import Stored
+from blockzoo.store.writing import Committed, Stored
 from blockzoo.store.zoo_store import ZooStore
 
 CLOSE_SECONDS = 2.0
@@ -57,7 +57,7 @@ class Push:
         self._whole: dict[BlobId, TensorData] = {}
         self._whole_bytes = 0
         self._asked: set[BlobId] = set()
-        self._result: VariantRecord | None = None
+        self._result: Committed | None = None
 
     def find(self, blobs: Sequence[BlobId]) -> list[Standing]:
         """Lease blobs and say where each stands."""
@@ -137,7 +137,7 @@ class Push:
             self._hold(walker.closure.blobs)
             self._bases[f"{record.name}@{record.version}"] = record
 
-    def commit(self, wish: Wish) -> VariantRecord:
+    def commit(self, wish: Wish) -> Committed:
         """Check everything and make the version visible; asked again, tell what came of it before.
 
         Raises:

@@ -80,6 +80,26 @@ def test_a_wrong_command_line_is_2(run, words):
     assert "--help" in outcome.err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("ls", "--sort", "x"), "--sort cannot be 'x': choose name, size, stored, age or base"),
+        (("ls", "--limit", "0"), "--limit must be at least 1"),
+        (("gc", "--grace", "soon"), "--grace must be a number"),
+        (("rollback", "bot", "--to", "one"), "--to must be a whole number"),
+        (("show",), "Missing argument 'VARIANT'"),
+        (("ls", "--nonsense"), "No such option: --nonsense"),
+        (("pull", "x"), "x is no id of a model at the hub: write ORG/NAME"),
+    ],
+)
+def test_a_wrong_command_line_is_a_sentence_or_json(run, words, message):
+    hint = f"`blockzoo {words[0]} --help` explains the options."
+    assert run(*words).err == f"Error: {message}\n{hint}\n"
+    outcome = run(*words, "--json")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.error == {"reason": "USAGE", "message": message, "hint": hint, "metadata": {}}
+
+
 def test_no_zoo(run, tmp_path):
     outcome = run("ls", "--zoo", tmp_path / "nowhere")
     assert outcome.code == 3

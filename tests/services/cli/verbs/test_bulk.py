@@ -41,6 +41,38 @@ def test_all_of_a_list_as_json(run: Any, tmp_path: Path) -> None:
     assert outcome.json["failed"][0]["reason"] == "INVALID_CHECKPOINT"
 
 
+def test_a_wrong_base_is_said_once_and_first(run: Any, zoo: Zoo, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write_adapter(tmp_path / "many" / name)
+    outcome = run("register", "--all", tmp_path / "many", "--base", "bas")
+    assert (outcome.code, outcome.out) == (3, "")
+    assert outcome.err == "Error: variant 'bas' is not registered\nDid you mean base?\n"
+    outcome = run("register", "--all", tmp_path / "many", "--base", "bot")
+    assert (outcome.code, outcome.out) == (1, "")
+    assert outcome.err.startswith("Error: bot@1 has an adapter itself")
+    assert run("register", "--all", tmp_path / "many", "--base", "base@1").code == 0
+
+
+def test_ctrl_c_says_how_far_it_came(run: Any, zoo: Zoo, tmp_path: Path, monkeypatch: Any) -> None:
+    for name in ("one", "two"):
+        write_adapter(tmp_path / "many" / name)
+    register = Zoo.register
+
+    def interrupted(self: Zoo, path: str, *, name: str, **given: Any) -> Any:
+        if name == "two":
+            raise KeyboardInterrupt
+        return register(self, path, name=name, **given)
+
+    monkeypatch.setattr(Zoo, "register", interrupted)
+    outcome = run("register", "--all", tmp_path / "many", "--base", "base")
+    assert outcome.code == 130
+    assert outcome.err.startswith("At least 1 of 2 are in the zoo. The same command goes on from there")
+    assert outcome.err.endswith("Interrupted.\n")
+    monkeypatch.setattr(Zoo, "register", register)
+    again = run("register", "--all", tmp_path / "many", "--base", "base").out
+    assert again.splitlines()[-1].startswith("1 registered, 1 unchanged, 0 failed")
+
+
 def test_one_or_all_is_said(run: Any, tmp_path: Path) -> None:
     for arguments in (
         (),

@@ -1,13 +1,16 @@
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
 from blockserve.cli.options import questions
 from blockserve.cli.verbs import care as care_verbs
 from blockzoo import Zoo
-from blockzoo.layout import blob_key
-from support.zoo_faults import flip
+from blockzoo.layout import blob_key, block_key, chain_key, ref_key
+from blockzoo.storage import LocalStorage
+from blockzoo.store.zoo_store import ZooStore
+from support.zoo_faults import begin_first_format, flip, lose
 
 
 def flip_a_byte(zoo, name, tensor="self_attn.q_proj.weight"):
@@ -94,6 +97,23 @@ def test_ls_of_some(run, zoo, folders):
     assert "None of the 4 variants" in nothing.err
 
 
+def test_ls_sorts_equal_ones_by_name(run, zoo, folders, monkeypatch):
+    rows = [replace(row, registered_at="2026-01-02", private_stored_bytes=7) for row in zoo.ls()]
+    damaged = replace(rows[0], name="a-damaged-one", registered_at="", private_stored_bytes=0)
+    monkeypatch.setattr(Zoo, "ls", lambda _: [damaged, *reversed(rows)])
+    for order in ("age", "stored"):
+        assert names(run("ls", "--sort", order)) == ["base", "bot", "tuned", "a-damaged-one"]
+
+
+def test_ls_of_an_unknown_base(run, zoo, folders):
+    outcome = run("ls", "--base", "bas")
+    assert outcome.code == 3
+    assert outcome.err == "Error: variant 'bas' is not registered\nDid you mean base?\n"
+    assert run("ls", "--base", "tuned").code == 0
+    run("rm", "base", "--yes")
+    assert names(run("ls", "--base", "base")) == ["bot"]
+
+
 def test_show(run, zoo):
     report = run("show", "tuned", "--json").json
     assert report["name"] == "tuned"
@@ -155,6 +175,7 @@ def test_rm_where_nobody_can_answer_needs_yes(run, zoo):
     outcome = run("rm", "bot")
     assert outcome.code == 2
     assert "--yes" in outcome.err
+    assert run("rm", "bot", "--json").error["reason"] == "USAGE"
     assert run("rm", "bot", "--yes", "--json").json == {
         "name": "bot",
         "removed": [1],
@@ -166,7 +187,9 @@ def test_rm_where_nobody_can_answer_needs_yes(run, zoo):
 
 def test_rm_of_a_base_names_what_was_registered_on_it(run, zoo, folders):
     told = run("rm", "base").err
-    assert told.startswith("bot was registered on it and keeps working. Remove base with its one version?")
+    assert told.startswith(
+        "Error: bot was registered on it and keeps working. Remove base with its one version? There"
+    )
     for number in range(6):
         run("register", folders / "adapter", "--name", f"more-{number}", "--base", "base")
     removed = run("rm", "base", "--yes").out
@@ -174,6 +197,127 @@ def test_rm_of_a_base_names_what_was_registered_on_it(run, zoo, folders):
     assert run("gc", "--grace", 0).code == 0
     assert run("verify").code == 0
     assert run("show", "bot").code == 0
+
+
+def lose_a_part(zoo, name, part):
+    """Let one object of a variant go missing; `ref` is damaged in place of that."""
+    record = zoo.resolve(name)
+    chain = zoo.chain(record.chain)
+    block = chain.links[-2].applied[0]
+    if part == "ref":
+        flip(zoo.store, ref_key(name, record.version))
+        return
+    lose(
+        zoo.store,
+        {
+            "chain": chain_key(record.chain),
+            "block": block_key(block),
+            "blob": blob_key(next(iter(zoo.block(block).tensors.values())).blobs[0]),
+        }[part],
+    )
+
+
+@pytest.mark.parametrize("part", ["ref", "chain", "block", "blob"])
+def test_a_lost_variant_can_be_removed_and_gc_names_it(run, zoo, part):
+    lose_a_part(zoo, "bot", part)
+    stopped = run("gc", "--grace", 0)
+    assert stopped.code == 5
+    assert stopped.err.startswith("Error: bot@1 is damaged, so it is not known which objects it needs, and")
+    assert "`blockzoo verify --repair BACKUP`" in stopped.err
+    assert "gives up what is lost (bot)" in stopped.err
+    assert run("rm", "bot").code == 2  # asks, and nobody can answer
+    removed = run("rm", "bot", "--yes")
+    assert (removed.code, removed.err) == (0, "")
+    assert "Removed bot@1" in removed.out
+    assert run("gc", "--grace", 0).code == 0
+    assert run("verify").code == 0
+    assert {record.name for record in zoo.variants()} == {"base", "tuned"}
+
+
+@pytest.mark.parametrize("part", ["chain", "block", "blob"])
+def test_du_and_show_name_what_is_lost(run, zoo, part):
+    assert "damaged" not in run("du").out + run("show", "bot").out
+    zoo.show("bot")
+    lose_a_part(zoo, "bot", part)
+    assert "\nbot@1 is damaged, so sizes may be too low: `blockzoo verify` says" in run("du").out
+    assert run("du", "--json").json["damaged"] == ["bot@1"]
+    shown = run("show", "bot")
+    if part == "blob":
+        assert "1 missing object, for example blobs/" in shown.out
+    else:
+        assert shown.code == 5
+    # A server keeps manifests in memory; they are missing all the same.
+    assert len(zoo.show("bot").missing) == 1
+    assert zoo.du().damaged == ("bot@1",)
+    assert zoo.show("base").missing == ()
+
+
+def test_du_tells_that_a_zoo_is_of_format_1(run, tmp_path, folders):
+    begin_first_format(LocalStorage(tmp_path / "old"))
+    run("register", folders / "base", "--name", "base", "--zoo", tmp_path / "old")
+    assert (
+        "The zoo is of format 1, one file for each object. `blockzoo backup"
+        in run("du", "--zoo", tmp_path / "old").out
+    )
+    run("backup", tmp_path / "new", "--zoo", tmp_path / "old")
+    assert "format" not in run("du", "--zoo", tmp_path / "new").out
+
+
+def test_verify_of_much_damage_is_bounded(run, zoo, tmp_path):
+    run("backup", tmp_path / "backup")
+    lost = [info.key for info in zoo.store.storage.list("blobs")]
+    lose(zoo.store, *lost)
+    text = run("verify").out.splitlines()
+    assert len(text) == 1 + 1 + 20 + 3
+    assert f"and {len(lost) - 20} more; --json has all of them." in text
+    assert f"{len(lost)} problems, 0 repaired; 3 versions of variants are damaged." in text
+    assert len(run("verify", "--json").json["problems"]) == len(lost)
+    repaired = run("verify", "--repair", tmp_path / "backup")
+    assert repaired.code == 0
+    assert f"{len(lost)} problems, {len(lost)} repaired; 0 versions" in repaired.out
+
+
+@pytest.mark.parametrize(("part", "lost"), [("chain", 1), ("block", 1), ("blob", 1)])
+def test_register_says_what_it_restored(run, zoo, folders, part, lost):
+    again = ("register", folders / "adapter", "--name", "bot", "--base", "base")
+    assert "bot@1 has exactly this content already; nothing was written." in run(*again).out
+    lose_a_part(zoo, "bot", part)
+    healed = run(*again)
+    assert healed.code == 0, healed.err
+    assert f"{lost} object of it was missing in the zoo and stored again." in healed.out
+    assert run("verify").code == 0
+    assert run(*again, "--json").json["restored"] == 0
+
+
+def test_of_two_equal_registrations_at_once_the_second_is_unchanged(run, zoo, folders, monkeypatch):
+    register = ("register", folders / "adapter", "--base", "tuned", "--force-base", "--name", "new", "--json")
+    add, others = ZooStore.add_unless_same, []
+
+    def overtaken(store, draft):
+        monkeypatch.setattr(ZooStore, "add_unless_same", add)
+        others.append(Zoo.open(zoo.url).register(folders / "adapter", name="new", base="tuned"))
+        return add(store, draft)
+
+    monkeypatch.setattr(ZooStore, "add_unless_same", overtaken)
+    second = run(*register).json
+    assert not others[0].unchanged
+    assert (second["version"], second["unchanged"], second["restored"]) == (1, True, 0)
+
+
+def test_register_over_a_damaged_ref_makes_the_next_version(run, zoo, folders):
+    lose_a_part(zoo, "bot", "ref")
+    assert (
+        run("register", folders / "adapter", "--name", "bot", "--base", "base", "--json").json["version"] == 2
+    )
+
+
+def test_a_lost_old_version_can_be_removed_alone(run, zoo, folders):
+    zoo.register(folders / "base", name="bot")
+    flip(zoo.store, ref_key("bot", 1))
+    assert "gives up what is lost (bot@1)" in run("gc", "--grace", 0).err
+    assert "Removed bot@1" in run("rm", "bot@1", "--yes").out
+    assert run("gc", "--grace", 0).code == 0
+    assert run("show", "bot@2").code == 0
 
 
 def test_rm_of_a_version_and_rollback(run, zoo, folders):
@@ -226,6 +370,17 @@ def test_verify_finds_damage_names_who_is_hurt_and_repairs(run, zoo, tmp_path):
     assert run("verify").code == 0
 
 
+def test_the_hint_about_a_damaged_zoo_json_works(run, zoo, tmp_path):
+    (tmp_path / "zoo" / "zoo.json").write_bytes(b"")
+    stopped = run("ls")
+    assert stopped.code == 5
+    assert "zoo.json is damaged\n`blockzoo verify --repair BACKUP` writes it again" in stopped.err
+    assert "zoo.json is damaged" in run("verify").out
+    Zoo.open(tmp_path / "any", create=True)
+    assert run("verify", "--repair", tmp_path / "any").code == 0
+    assert names(run("ls")) == ["base", "bot", "tuned"]
+
+
 def test_verify_that_cannot_repair_says_so(run, zoo, tmp_path):
     Zoo.open(tmp_path / "other", create=True)
     flip_a_byte(zoo, "tuned")
@@ -234,18 +389,23 @@ def test_verify_that_cannot_repair_says_so(run, zoo, tmp_path):
     assert "no good copy" in outcome.out
 
 
-def test_backup_and_restore(run, zoo, tmp_path):
+def test_backup_and_restore(run, zoo, folders, tmp_path):
     report = run("backup", tmp_path / "backup", "--name", "bot", "--json").json
     assert report["added"] == ["bot@1"]
     run("rm", "bot", "--yes")
     skipped = run("restore", tmp_path / "backup")
     assert "bot@1 skipped" in skipped.out
+    assert "`blockzoo restore SOURCE --revive` also brings back" in skipped.out
     revived = run("restore", tmp_path / "backup", "--revive")
     assert revived.code == 0
     assert "bot@3, which was bot@1 before it was removed" in revived.out
+    assert "--revive" not in revived.out
     run("rm", "bot", "--yes")
     assert run("restore", tmp_path / "backup", "--revive", "--json").json["revived"] == {"bot@1": "bot@5"}
     assert zoo.resolve("bot").kind == "adapter"
+    run("register", folders / "tuned", "--name", "bot", "--zoo", tmp_path / "another")
+    conflict = run("restore", tmp_path / "backup", "--zoo", tmp_path / "another").out
+    assert "`--zoo NEW_PLACE` restores into another zoo" in conflict
     fresh = run("restore", tmp_path / "backup", "--zoo", tmp_path / "fresh")
     assert "Restored 1 versions" in fresh.out
 

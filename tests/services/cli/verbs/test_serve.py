@@ -11,7 +11,7 @@ import yaml
 from blockserve.cli.options.service import command
 from blockserve.cli.options.settings import iterate_settings, option_type
 from blockserve.cli.options.shared import DEFAULT_ZOO
-from blockserve.cli.verbs.serve import CLUSTER, SERVE
+from blockserve.cli.verbs.serve import CLUSTER, SERVE, _status_of
 from blockzoo import Zoo
 
 SERVICES = pytest.mark.parametrize("service", [SERVE, *CLUSTER], ids=lambda service: service.name)
@@ -45,6 +45,12 @@ def test_every_setting_is_an_option_but_secrets(run, service):
         else:
             assert shown, setting.flag
     assert [setting.name for setting in settings_of(service) if setting.is_secret] == ["token"]
+
+
+def test_the_command_that_is_named_at_the_start_finds_the_server():
+    assert _status_of("127.0.0.1:7450") == "blockzoo status"
+    assert _status_of("127.0.0.1:7999") == "blockzoo status --server 127.0.0.1:7999"
+    assert _status_of("unix:/run/zoo.sock") == "blockzoo status --server unix:/run/zoo.sock"
 
 
 @pytest.fixture

@@ -9,10 +9,12 @@ import pytest
 from blockserve.client.blocking import Client
 from blockserve.client.zoo import RemoteZoo
 from blockzoo.errors import (
+    ManifestNotFoundError,
     NonFiniteWeightsError,
     UnsupportedArchitectureError,
     VariantNotFoundError,
 )
+from blockzoo.layout import blob_key, block_key, chain_key
 from blockzoo.store.packs import read_index
 from support.edge import variant_files
 from support.folders import (
@@ -26,6 +28,7 @@ from support.folders import (
     write_checkpoint,
 )
 from support.network import objects, wire, zoo_server
+from support.zoo_faults import lose
 
 
 def push_all(remote, folders):
@@ -68,6 +71,27 @@ def test_the_result_says_what_was_new(remote, local, folders, tmp_path):
         for field in ("unchanged", "num_bytes", "new_bytes", "stored_bytes", "num_blobs", "num_new_blobs"):
             assert getattr(first, field) == getattr(second, field), field
         assert first.record.version == 1
+
+
+def test_pushing_again_restores_what_the_server_lost(remote, far, folders):
+    push_all(remote, folders)
+    record = far.resolve("bot")
+    block = far.chain(record.chain).links[-2].applied[0]
+    blob = next(iter(far.block(block).tensors.values())).blobs[0]
+    lose(far.store, chain_key(record.chain), block_key(block), blob_key(blob))
+    again = remote.register(folders / "adapter", name="bot", base="base")
+    assert (again.record, again.unchanged, again.restored) == (record, True, 3)
+    assert far.verify().ok
+    assert remote.register(folders / "adapter", name="bot", base="base").restored == 0
+
+
+def test_a_lost_variant_can_be_removed_at_a_server(remote, far, folders):
+    push_all(remote, folders)
+    lose(far.store, chain_key(far.resolve("bot").chain))
+    with pytest.raises(ManifestNotFoundError, match="bot@1 is damaged"):
+        remote.gc(grace_s=0)
+    assert remote.rm("bot").removed == (1,)
+    assert remote.gc(grace_s=0).finished
 
 
 def test_pushing_the_same_again_changes_nothing(remote, far, folders):
