@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 from blockzoo.digest import is_digest
 
@@ -20,6 +21,9 @@ PACKS = "packs"
 PACK_CHANGES = "pack-changes"
 """Other bytes after each new pack, on storages where a listing is slow."""
 _SUMMARY = ".summary"
+
+_CACHED_KEYS = 4096
+"""Keys whose reading is remembered, two hundred bytes each: each is read several times on its way."""
 
 _NAMED = re.compile(
     rf"{BLOBS}/(?P<spread>[0-9a-f]{{2}})/(?P<blob>(?P=spread)[0-9a-f]{{62}})"
@@ -72,6 +76,7 @@ def wish_key(name: str, number: int) -> str:
     return f"{WISHES}/{name}/{number}"
 
 
+@lru_cache(_CACHED_KEYS)
 def digest_of(key: str) -> str | None:
     """Return the digest that a blob's, manifest's or record's key names, or None for a stray object."""
     found = _NAMED.fullmatch(key)

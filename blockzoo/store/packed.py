@@ -419,9 +419,11 @@ def _parts(objects: Mapping[str, Buffer]) -> Iterator[dict[str, Buffer]]:
 
 def as_small(chunks: Chunks) -> bytes | None:
     """Return the bytes of an object that belongs into a pack, None for a larger one."""
-    if sum(memoryview(chunk).nbytes for chunk in chunks) >= MAX_OBJECT_BYTES:
+    # `len` counts elements of a memoryview and bytes of all else, so it never counts too many bytes.
+    if sum(map(len, chunks)) >= MAX_OBJECT_BYTES:
         return None
-    return b"".join(chunks)
+    data = b"".join(chunks)
+    return data if len(data) < MAX_OBJECT_BYTES else None
 
 
 def _keeps_moving(what: str) -> StorageError:

@@ -347,10 +347,12 @@ class Registration:
     def _stage(self, draft: _Draft) -> None:
         base = draft.base if draft.base != draft.blob else None
         chunks = self._store.blobs.encode(draft.tensor, base)
-        draft.stored_bytes = sum(memoryview(chunk).nbytes for chunk in chunks)
         draft.small = as_small(chunks)
-        if draft.small is None:
-            draft.staged = self._storage.stage(chunks)
+        if draft.small is not None:
+            draft.stored_bytes = len(draft.small)
+            return
+        draft.stored_bytes = sum(memoryview(chunk).nbytes for chunk in chunks)
+        draft.staged = self._storage.stage(chunks)
 
     def _put_manifests(self, manifests: Sequence[tuple[str, str, bytes]]) -> None:
         self._hold(digest for _, digest, _ in manifests)
