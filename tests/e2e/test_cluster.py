@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
@@ -389,10 +390,13 @@ def test_the_controller_places_what_is_asked_for(made: Made, zoo: Zoo, tmp_path:
     """Nothing is loaded by hand: requests are the demand, a lost worker's blocks are placed again."""
 
     async def work() -> None:
-        async with cluster(zoo, tmp_path, ["a", "b"], **SETTINGS) as rig:
+        folder = made.variants["adapter"].path
+        allowed = {"BLOCKZOO_ALLOW_UNREGISTERED": json.dumps([str(folder)])}
+        async with cluster(zoo, tmp_path, ["a", "b"], **SETTINGS, **allowed) as rig:
             await asyncio.gather(rig.start_controller(), rig.start_controller())
             async with rig.client() as client:
                 first = await ask_all(client)
+                placed = await Transcript().follow(client, f"base+path:{folder}")
                 zoo.register(made.variants["base"].path, name="later")
                 later = await Transcript().follow(client, "later")
                 rig.workers["a"].kill()
@@ -403,6 +407,7 @@ def test_the_controller_places_what_is_asked_for(made: Made, zoo: Zoo, tmp_path:
                 last = await ask_all(client)
             await rig.until_clean()
             assert tuple(later.tokens) == made.greedy("base", made.prompt(), NUM_TOKENS)
+            assert tuple(placed.tokens) == made.greedy("adapter", made.prompt(), NUM_TOKENS)
             for answers in (after, last):
                 assert [one.tokens for one in answers] == [one.tokens for one in first]
 

@@ -33,7 +33,7 @@ from blockserve.router.fronts.servicer import AdminServicer, InferenceServicer
 from blockserve.router.intake.catalog import VariantCatalog, ZooReader
 from blockserve.router.intake.chat import ChatRenderer
 from blockserve.router.intake.loading import ChainLoader
-from blockserve.router.intake.unregistered import UnregisteredAdapters
+from blockserve.router.intake.unregistered import UnregisteredAdapters, unregistered_adapters
 from blockserve.router.operations import Operations
 from blockserve.router.service import Router, chat_limits
 from blockserve.router.traces.book import TraceBook
@@ -158,18 +158,12 @@ class EmbeddedServer:
                 Zoo.open(self.settings.zoo, create=True)
             zoo = self._parts.open_zoo(self.settings.zoo)
             wanted = names_to_preload(zoo, (*self.settings.pin, *self.settings.preload))
-            self._unregistered = self._take_unregistered(zoo)
+            if isinstance(zoo, Zoo):
+                self._unregistered = unregistered_adapters(zoo, self.settings)
         catalog = VariantCatalog(zoo, self.settings.router, unregistered=self._unregistered)
         with self.timeline.stage("tokenizers"):
             parse_ahead(catalog, wanted)
         return zoo, catalog, wanted
-
-    def _take_unregistered(self, zoo: ZooReader) -> UnregisteredAdapters | None:
-        allowed = self.settings.allow_unregistered
-        if not allowed or not isinstance(zoo, Zoo):
-            return None
-        zoo.store.check_writable()
-        return UnregisteredAdapters(zoo, allowed, self.settings.max_unregistered)
 
     def _add_services(self, server: grpc.aio.Server, router: Router, operations: Operations) -> None:
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(router), server)

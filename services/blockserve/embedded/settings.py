@@ -7,14 +7,14 @@ from pydantic import Field
 from blockserve.common.metrics.settings import METRICS_LISTEN_MEANING, MetricsSettings
 from blockserve.common.settings import setting
 from blockserve.controller.push.limits import ControllerConfig
-from blockserve.router.limits import RouterConfig
+from blockserve.router.limits import RouterConfig, UnregisteredSettings
 from blockserve.worker.limits import EngineConfig
 
 ALL = "all"
 """In `preload`: every variant of the zoo."""
 
 
-class EmbeddedSettings(MetricsSettings):
+class EmbeddedSettings(MetricsSettings, UnregisteredSettings):
     """Settings of `blockzoo serve`."""
 
     zoo: str = setting(
@@ -38,19 +38,6 @@ class EmbeddedSettings(MetricsSettings):
         "Variants whose blocks are loaded at the start and stay when others need room "
         "(`engine.block_bytes`).",
         reason="For variants that must always answer at once; all others are loaded and unloaded by use.",
-    )
-    allow_unregistered: tuple[str, ...] = setting(
-        (),
-        "Folders, and models of the Hugging Face hub (`hub:ORG/NAME` or `hub:ORG/NAME@REVISION`), whose "
-        "adapters a request may name without registering: `BASE+path:/FOLDER`, `BASE+hub:ORG/NAME`.",
-        reason="Off: callers cannot make the server read files or fetch models; SECURITY.md has what it "
-        "means.",
-    )
-    max_unregistered: int = setting(
-        64,
-        "Maximum number of such adapters in the zoo; those that were named least recently are removed.",
-        reason="Some hundred megabytes of adapters; naming one again registers it again.",
-        ge=1,
     )
     stall_seconds: float = setting(
         60.0,

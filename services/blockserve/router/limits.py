@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from blockserve.common.settings import Section, setting
+from blockserve.common.settings import Section, Settings, setting
 
 
 class RouterConfig(Section):
@@ -169,5 +169,23 @@ class RouterConfig(Section):
         1000,
         "Maximum number of entries in one ListModels answer.",
         reason="Stays far below the message limit.",
+        ge=1,
+    )
+
+
+class UnregisteredSettings(Settings):
+    """Adapters that requests name by their place; see `blockserve.router.intake.unregistered`."""
+
+    allow_unregistered: tuple[str, ...] = setting(
+        (),
+        "Folders, and models of the Hugging Face hub (`hub:ORG/NAME` or `hub:ORG/NAME@REVISION`), whose "
+        "adapters a request may name without registering: `BASE+path:/FOLDER`, `BASE+hub:ORG/NAME`.",
+        reason="Off: callers cannot make the server read files or fetch models; SECURITY.md has what it "
+        "means.",
+    )
+    max_unregistered: int = setting(
+        64,
+        "Maximum number of such adapters in the zoo; those that were named least recently here are removed.",
+        reason="Some hundred megabytes of adapters; naming one again registers it again.",
         ge=1,
     )

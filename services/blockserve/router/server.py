@@ -25,6 +25,7 @@ from blockserve.router.fronts.servicer import AdminServicer, InferenceServicer
 from blockserve.router.intake.catalog import VariantCatalog
 from blockserve.router.intake.chat import ChatRenderer
 from blockserve.router.intake.loading import ChainLoader
+from blockserve.router.intake.unregistered import UnregisteredAdapters, unregistered_adapters
 from blockserve.router.metrics import RouterMetrics
 from blockserve.router.operations import Operations
 from blockserve.router.paths.adaptive import AdaptiveAssembly
@@ -70,6 +71,7 @@ class RouterServer:
         self._demand: DemandTeller | None = None
         self._relay: ZooRelay | None = None
         self._fresh: asyncio.Task[None] | None = None
+        self._unregistered: UnregisteredAdapters | None = None
         self.engine: ClusterEngine
 
     @property
@@ -103,6 +105,7 @@ class RouterServer:
         feed = EvictionFeed(WishBook(zoo.store))
         demand = self._demand = DemandTeller(store, f"router-{secrets.token_hex(4)}", evicted=feed)
         approvals = await asyncio.to_thread(Approvals, zoo.store)
+        self._unregistered = await asyncio.to_thread(unregistered_adapters, zoo, settings)
         self._wire(zoo, renderer, demand, approvals)
         if settings.passes_zoo_calls:
             self._relay = ZooRelay(store.leader, settings.peer_credentials())
@@ -133,7 +136,7 @@ class RouterServer:
             on_request=lambda chain: None if approvals.is_spliced(chain) else demand.note(chain),
         )
         keeper = WishKeeper(zoo, lambda: engine.view)
-        catalog = VariantCatalog(zoo, settings.router)
+        catalog = VariantCatalog(zoo, settings.router, unregistered=self._unregistered)
         loader, traces = ChainLoader(engine), TraceBook(settings.router.traced_requests)
         self._router = Router(
             catalog,
@@ -168,6 +171,8 @@ class RouterServer:
         await self._host.close()
         if self._relay is not None:
             await self._relay.close()
+        if self._unregistered is not None:
+            await self._unregistered.close()
         await end(self._fresh)
         for part in (self._watch, self._demand):
             if part is not None:

@@ -9,11 +9,11 @@ from blockserve.common.rpc.address import is_local
 from blockserve.common.settings import setting
 from blockserve.router.cluster.failover import FailoverConfig
 from blockserve.router.cluster.kv_plan import KvCosts
-from blockserve.router.limits import RouterConfig
+from blockserve.router.limits import RouterConfig, UnregisteredSettings
 from blockserve.router.paths.adaptive import AdaptiveConfig
 
 
-class RouterSettings(ClusterSettings):
+class RouterSettings(ClusterSettings, UnregisteredSettings):
     """Settings of one router."""
 
     own_cores: bool = setting(

@@ -152,7 +152,7 @@ def generate(
     standard error. Ctrl-C cancels the request. Several answers (--n) are printed when they are complete, each
     below a separator line. Options of a conversation send the prompt as a user message, as --chat does. An
     adapter that is not registered is named by its place at the server, if the operator allows it
-    (`serve --allow-unregistered`).
+    (`--allow-unregistered` of `serve` and `router`).
 
     \b
     Examples:

@@ -26,7 +26,9 @@ from blockzoo.names import RESERVED_PREFIX
 from blockzoo.store.objects import OnDamage, ignore_damage
 
 if TYPE_CHECKING:
+    from blockserve.router.limits import UnregisteredSettings
     from blockzoo.registering.job import RegisterResult
+    from blockzoo.zoo import Zoo
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +95,14 @@ class _Look:
     record: VariantRecord | None
 
 
+def unregistered_adapters(zoo: Zoo, settings: UnregisteredSettings) -> UnregisteredAdapters | None:
+    """The adapters that the operator allows; None without any. Blocking; raises as `UnregisteredAdapters`."""
+    if not settings.allow_unregistered:
+        return None
+    zoo.store.check_writable()
+    return UnregisteredAdapters(zoo, settings.allow_unregistered, settings.max_unregistered)
+
+
 def parse_place(text: str) -> Place:
     """`path:/FOLDER` or `hub:ORG/NAME[@REVISION]`; raises InvalidNameError."""
     from blockzoo.folders.hub import is_hub_id
@@ -112,7 +122,7 @@ def refuse(ref: str, why: str = "this server takes registered variants only") ->
     return UnregisteredRefusedError(
         f"{ref[:200]!r} cannot be named here: {why}",
         hint="Register it with `blockzoo register` and name the variant, or ask the operator to list it in "
-        "`blockzoo serve --allow-unregistered`.",
+        "`--allow-unregistered`.",
         name=ref[:200],
     )
 
