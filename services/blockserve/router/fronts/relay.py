@@ -25,8 +25,18 @@ log = logging.getLogger(__name__)
 _SERVICE = zoo_pb2.DESCRIPTOR.services_by_name["ZooService"]
 SERVICE: str = _SERVICE.full_name
 
-CHANGING = frozenset({"RemoveVariant", "RollbackVariant", "CollectGarbage", "BeginPush", "CommitPush"})
-"""Methods that change the zoo, or begin to."""
+LOGGED = frozenset(
+    {
+        "ApproveEquivalence",
+        "BeginPush",
+        "CollectGarbage",
+        "CommitPush",
+        "RemoveVariant",
+        "RevokeEquivalence",
+        "RollbackVariant",
+    }
+)
+"""Methods that change the zoo or begin to."""
 RELAYED_KEY = "blockzoo-relayed"
 """Metadata of calls that a router passed on: one that comes back to a router would go round for ever."""
 
@@ -93,7 +103,7 @@ class ZooRelay:
                 hint="Set the controller's `advertise` to an address where routers reach the controller.",
             )
         connection = await self._to_leader()
-        if (name := path.rpartition("/")[2]) in CHANGING:  # the leader sees this router as the caller
+        if (name := path.rpartition("/")[2]) in LOGGED:  # the leader sees this router as the caller
             log.info("zoo call passed on method=%s peer=%s", name, context.peer())
         metadata = (*self._credentials.metadata(), (RELAYED_KEY, "1"))
         method: Any = connection.channel.stream_stream(path)
