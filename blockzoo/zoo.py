@@ -18,7 +18,7 @@ from blockzoo.equivalence.ledger import Ledger
 from blockzoo.equivalence.overview import EquivalenceOverview, EquivalenceReport, overview, report
 from blockzoo.equivalence.records import Decision, EquivalenceRecord
 from blockzoo.errors import InvalidInputError, NotFoundError
-from blockzoo.folders.export import ExportResult, export_variant
+from blockzoo.folders.export import ExportResult, ZooSource, export_variant
 from blockzoo.manifest import BlockId, BlockManifest, ChainId, ChainManifest, TensorRef, VariantRecord
 from blockzoo.names import check_name, is_based_on, parse_ref
 from blockzoo.progress import NoProgress, Progress
@@ -251,7 +251,7 @@ class Zoo:
 
     def export(self, ref: str, dest: str | Path, *, progress: Progress | None = None) -> ExportResult:
         """Write a variant back as a folder; see `blockzoo.folders.export.export_variant`."""
-        return export_variant(self.store, self.resolve(ref), Path(dest), progress=progress)
+        return export_variant(ZooSource(self.store), self.resolve(ref), Path(dest), progress=progress)
 
     def rm(self, ref: str) -> RemoveReport:
         """Remove a variant (NAME) or one of its old versions (NAME@VERSION); `gc` frees the bytes later.

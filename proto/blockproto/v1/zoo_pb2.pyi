@@ -997,6 +997,84 @@ class VerifyZooResponse(_message.Message):
 Global___VerifyZooResponse: _TypeAlias = VerifyZooResponse  # noqa: Y015
 
 @_typing.final
+class DownloadBlobsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REF_FIELD_NUMBER: _builtins.int
+    BLOBS_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    ref: _builtins.str
+    """name@version. Only blobs of its files and of the blocks of its chain are sent."""
+    offset: _builtins.int
+    """Where in the first of them to begin, after a broken stream."""
+    @_builtins.property
+    def blobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What to send, in this order."""
+
+    def __init__(
+        self,
+        *,
+        ref: _builtins.str = ...,
+        blobs: _abc.Iterable[_builtins.str] | None = ...,
+        offset: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blobs", b"blobs", "offset", b"offset", "ref", b"ref"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DownloadBlobsRequest: _TypeAlias = DownloadBlobsRequest  # noqa: Y015
+
+@_typing.final
+class BlobPart(_message.Message):
+    """Consecutive bytes of one blob, decoded. A blob without bytes is one part without data."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOB_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    blob: _builtins.str
+    offset: _builtins.int
+    """Where in the blob `data` begins."""
+    data: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        blob: _builtins.str = ...,
+        offset: _builtins.int = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "data", b"data", "offset", b"offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BlobPart: _TypeAlias = BlobPart  # noqa: Y015
+
+@_typing.final
+class DownloadBlobsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___BlobPart]: ...
+    def __init__(
+        self,
+        *,
+        parts: _abc.Iterable[Global___BlobPart] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parts", b"parts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DownloadBlobsResponse: _TypeAlias = DownloadBlobsResponse  # noqa: Y015
+
+@_typing.final
 class EquivalenceReport(_message.Message):
     """A record of how much outputs change when one run of blocks stands in for another, and the decisions about it."""
 

@@ -89,6 +89,11 @@ class ZooServiceStub(object):
                 request_serializer=blockproto_dot_v1_dot_zoo__pb2.VerifyZooRequest.SerializeToString,
                 response_deserializer=blockproto_dot_v1_dot_zoo__pb2.VerifyZooResponse.FromString,
                 _registered_method=True)
+        self.DownloadBlobs = channel.unary_stream(
+                '/blockproto.v1.ZooService/DownloadBlobs',
+                request_serializer=blockproto_dot_v1_dot_zoo__pb2.DownloadBlobsRequest.SerializeToString,
+                response_deserializer=blockproto_dot_v1_dot_zoo__pb2.DownloadBlobsResponse.FromString,
+                _registered_method=True)
         self.ListEquivalence = channel.unary_stream(
                 '/blockproto.v1.ZooService/ListEquivalence',
                 request_serializer=blockproto_dot_v1_dot_zoo__pb2.ListEquivalenceRequest.SerializeToString,
@@ -224,6 +229,14 @@ class ZooServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DownloadBlobs(self, request, context):
+        """Sends bytes of blobs that one version of a variant is made of, each blob's in order. Whoever may call this may
+        read weights.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListEquivalence(self, request, context):
         """The records of blocks that may stand in for each other, with every decision, newest first, some at a time.
         """
@@ -353,6 +366,11 @@ def add_ZooServiceServicer_to_server(servicer, server):
                     servicer.VerifyZoo,
                     request_deserializer=blockproto_dot_v1_dot_zoo__pb2.VerifyZooRequest.FromString,
                     response_serializer=blockproto_dot_v1_dot_zoo__pb2.VerifyZooResponse.SerializeToString,
+            ),
+            'DownloadBlobs': grpc.unary_stream_rpc_method_handler(
+                    servicer.DownloadBlobs,
+                    request_deserializer=blockproto_dot_v1_dot_zoo__pb2.DownloadBlobsRequest.FromString,
+                    response_serializer=blockproto_dot_v1_dot_zoo__pb2.DownloadBlobsResponse.SerializeToString,
             ),
             'ListEquivalence': grpc.unary_stream_rpc_method_handler(
                     servicer.ListEquivalence,
@@ -685,6 +703,33 @@ class ZooService(object):
             '/blockproto.v1.ZooService/VerifyZoo',
             blockproto_dot_v1_dot_zoo__pb2.VerifyZooRequest.SerializeToString,
             blockproto_dot_v1_dot_zoo__pb2.VerifyZooResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DownloadBlobs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/blockproto.v1.ZooService/DownloadBlobs',
+            blockproto_dot_v1_dot_zoo__pb2.DownloadBlobsRequest.SerializeToString,
+            blockproto_dot_v1_dot_zoo__pb2.DownloadBlobsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -58,6 +58,10 @@ class ZooServiceStub:
     """Deletes what no variant needs. The last message has the report."""
     VerifyZoo: _grpc.UnaryStreamMultiCallable[_zoo_pb2.VerifyZooRequest, _zoo_pb2.VerifyZooResponse]
     """Reads everything back. The last message has the report."""
+    DownloadBlobs: _grpc.UnaryStreamMultiCallable[_zoo_pb2.DownloadBlobsRequest, _zoo_pb2.DownloadBlobsResponse]
+    """Sends bytes of blobs that one version of a variant is made of, each blob's in order. Whoever may call this may
+    read weights.
+    """
     ListEquivalence: _grpc.UnaryStreamMultiCallable[_zoo_pb2.ListEquivalenceRequest, _zoo_pb2.ListEquivalenceResponse]
     """The records of blocks that may stand in for each other, with every decision, newest first, some at a time."""
     ShowEquivalence: _grpc.UnaryUnaryMultiCallable[_zoo_pb2.ShowEquivalenceRequest, _zoo_pb2.ShowEquivalenceResponse]
@@ -111,6 +115,10 @@ class ZooServiceAsyncStub(ZooServiceStub):
     """Deletes what no variant needs. The last message has the report."""
     VerifyZoo: _aio.UnaryStreamMultiCallable[_zoo_pb2.VerifyZooRequest, _zoo_pb2.VerifyZooResponse]  # type: ignore[assignment]
     """Reads everything back. The last message has the report."""
+    DownloadBlobs: _aio.UnaryStreamMultiCallable[_zoo_pb2.DownloadBlobsRequest, _zoo_pb2.DownloadBlobsResponse]  # type: ignore[assignment]
+    """Sends bytes of blobs that one version of a variant is made of, each blob's in order. Whoever may call this may
+    read weights.
+    """
     ListEquivalence: _aio.UnaryStreamMultiCallable[_zoo_pb2.ListEquivalenceRequest, _zoo_pb2.ListEquivalenceResponse]  # type: ignore[assignment]
     """The records of blocks that may stand in for each other, with every decision, newest first, some at a time."""
     ShowEquivalence: _aio.UnaryUnaryMultiCallable[_zoo_pb2.ShowEquivalenceRequest, _zoo_pb2.ShowEquivalenceResponse]  # type: ignore[assignment]
@@ -221,6 +229,16 @@ class ZooServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_zoo_pb2.VerifyZooResponse], _abc.AsyncIterator[_zoo_pb2.VerifyZooResponse]]:
         """Reads everything back. The last message has the report."""
+
+    @_abc_1.abstractmethod
+    def DownloadBlobs(
+        self,
+        request: _zoo_pb2.DownloadBlobsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_zoo_pb2.DownloadBlobsResponse], _abc.AsyncIterator[_zoo_pb2.DownloadBlobsResponse]]:
+        """Sends bytes of blobs that one version of a variant is made of, each blob's in order. Whoever may call this may
+        read weights.
+        """
 
     @_abc_1.abstractmethod
     def ListEquivalence(

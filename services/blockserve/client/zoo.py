@@ -25,6 +25,7 @@ from blockzoo.care.gc import GRACE_S, GcReport
 from blockzoo.care.verify import VerifyReport
 from blockzoo.equivalence import Decision, EquivalenceRecord
 from blockzoo.equivalence.overview import EquivalenceOverview, EquivalenceReport
+from blockzoo.folders.export import ExportResult, export_variant
 from blockzoo.manifest import VariantRecord
 from blockzoo.names import is_based_on, parse_ref
 from blockzoo.progress import NoProgress, Progress
@@ -50,7 +51,7 @@ class RemoteZoo:
         Args:
             target: `host:port`, or `unix:/path`.
             credentials: TLS and token; None for a plain connection.
-            patience_s: seconds that `register` goes on trying while a connection is broken.
+            patience_s: seconds that `register` and `export` go on trying while a connection is broken.
 
         Raises:
             ConfigurationError: a token would travel readable, or a file of the credentials cannot be read.
@@ -111,6 +112,16 @@ class RemoteZoo:
             BlockzooError: as `blockzoo.registering.folder.register_folder`.
         """
         return register_folder(self._store, path, name=name, base=base, revision=revision, progress=progress)
+
+    def export(self, ref: str, dest: str | Path, *, progress: Progress | None = None) -> ExportResult:
+        """As `Zoo.export`; the server sends the blobs, and each is verified here before it is written.
+
+        Raises:
+            ExportInterruptedError: the connection broke, and did not come back in time.
+            BlockzooError: as `blockzoo.folders.export.export_variant`.
+        """
+        record = self.resolve(ref)
+        return export_variant(self._store.source(record), record, Path(dest), progress=progress)
 
     def batch(self) -> AbstractContextManager[None]:
         """As `Zoo.batch`; a server takes each push by itself."""

@@ -19,6 +19,7 @@ from blockserve.common.api.push import Standing
 from blockserve.common.wire import equivalence as equivalence_wire
 from blockserve.common.wire import zoo as wire
 from blockserve.controller.push.commit import Wish
+from blockserve.controller.push.exports import Exports
 from blockserve.controller.push.limits import ControllerConfig
 from blockserve.controller.push.operations import Done, run_operation
 from blockserve.controller.push.pushes import Pushes
@@ -37,6 +38,9 @@ MAX_GRACE_SECONDS = 86_400.0
 ROWS_PER_MESSAGE = 500
 """Rows of ListVariants in one message; a few hundred bytes each."""
 
+MAX_REF_CHARS = 200
+"""Of what a caller wrote, in the log."""
+
 EQUIVALENCE_BYTES = 256 << 10
 """A message of ListEquivalence ends with the report that fills it; one takes some kilobytes."""
 
@@ -52,6 +56,7 @@ class ZooServicer(zoo_pb2_grpc.ZooServiceServicer):
         self._config = config
         self._on_change = on_change
         self._pushes = Pushes(zoo.store, config)
+        self._exports = Exports(zoo, config)
         self._pool = ThreadPoolExecutor(config.zoo_threads, thread_name_prefix="blockzoo-network")
 
     async def close(self) -> None:
@@ -165,6 +170,26 @@ class ZooServicer(zoo_pb2_grpc.ZooServiceServicer):
                     yield zoo_pb2.VerifyZooResponse(report=wire.to_message(step.result))
                 else:
                     yield zoo_pb2.VerifyZooResponse(progress=wire.step_to_message(step))
+
+    async def DownloadBlobs(  # noqa: N802
+        self, request: zoo_pb2.DownloadBlobsRequest, context: Any
+    ) -> AsyncIterator[zoo_pb2.DownloadBlobsResponse]:
+        """Send what a version is made of, one message after the other: none is read before its turn."""
+        self._check_count(len(request.blobs))
+        blobs = [wire.blob_from_message(blob) for blob in request.blobs]
+        export = self._exports.begin()
+        log.info("export ref=%r blobs=%d peer=%s", request.ref[:MAX_REF_CHARS], len(blobs), context.peer())
+        try:
+            messages = self._exports.messages(request.ref, blobs, request.offset)
+            while (parts := await self._run(lambda: next(messages, None))) is not None:
+                self._exports.move(export)
+                yield zoo_pb2.DownloadBlobsResponse(
+                    parts=[
+                        zoo_pb2.BlobPart(blob=part.blob, offset=part.offset, data=part.data) for part in parts
+                    ]
+                )
+        finally:
+            self._exports.end(export)
 
     async def ListEquivalence(  # noqa: N802
         self, request: zoo_pb2.ListEquivalenceRequest, context: Any

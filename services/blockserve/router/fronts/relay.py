@@ -31,12 +31,13 @@ LOGGED = frozenset(
         "BeginPush",
         "CollectGarbage",
         "CommitPush",
+        "DownloadBlobs",
         "RemoveVariant",
         "RevokeEquivalence",
         "RollbackVariant",
     }
 )
-"""Methods that change the zoo or begin to."""
+"""Methods that change the zoo or begin to, and the one that hands out weights."""
 RELAYED_KEY = "blockzoo-relayed"
 """Metadata of calls that a router passed on: one that comes back to a router would go round for ever."""
 

@@ -299,10 +299,8 @@ def test_json_keys_are_the_promised_ones(run, zoo, folders, tmp_path, words):
 @pytest.mark.parametrize(
     "words",
     [
-        ("export", "base", "{tmp}/out"),
         ("backup", "{tmp}/backup"),
         ("restore", "{tmp}/backup"),
-        ("equivalence", "list"),
     ],
     ids=lambda words: words[0],
 )
