@@ -83,6 +83,7 @@ def evaluate(
     Positions number the links of a chain: 0 is the embedding, layer L is at L + 1, the head is last; END is
     one past the last. Two whole variants are compared run by run wherever their links differ, and if there
     are several such runs also all together. A record covers one direction only: swap A and B for the other.
+    This computes on the zoo itself and takes no --server.
 
     \b
     Examples:

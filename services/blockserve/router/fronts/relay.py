@@ -1,4 +1,4 @@
-"""Calls of `ZooService`, passed on to the controller that leads: clients need one address for everything.
+"""Calls of `ZooService`, passed on to the controller that leads: clients need one address.
 
 Messages go through as bytes, in both directions, so a router passes on calls of later versions too.
 """

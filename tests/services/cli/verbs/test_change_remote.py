@@ -75,7 +75,8 @@ def test_damage_at_a_server_ends_with_its_exit_code(run, zoo, tmp_path):
         assert "tuned@1" in outcome.out
         outcome = run("verify", "--repair", tmp_path, "--server", server.address)
         assert outcome.code == 2
-        assert "only be repaired on its own machine" in outcome.err
+        assert "`verify --repair` needs the zoo itself" in outcome.err
+        assert "name that with --zoo" in outcome.err
 
 
 def contents(path):
