@@ -103,8 +103,8 @@ def at_a_place(verb: Callable[..., None]) -> Callable[..., None]:
 def at_hand(verb: Callable[..., None]) -> Callable[..., None]:
     """Refuse a server for a verb that needs the zoo itself: it reads or writes all of it, or computes on it.
 
-    The verb has the option `--zoo`. The options of a server are parsed and not shown, so that the error can say
-    why they do not help. With BLOCKZOO_SERVER set and no zoo named, the zoo at hand is probably not meant.
+    The verb has the option `--zoo`. The options of a server are parsed and not shown, so that the error can
+    say why they do not help. With BLOCKZOO_SERVER set and no zoo named, the default zoo is hardly meant.
     """
     hints = inspect.get_annotations(Place, eval_str=True)
     own = inspect.signature(verb, eval_str=True)
