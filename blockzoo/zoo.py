@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -13,8 +13,12 @@ from blockzoo.care import gc
 from blockzoo.care.backup import CopyReport, copy_zoo
 from blockzoo.care.gc import GcReport
 from blockzoo.care.verify import VerifyReport, verify
+from blockzoo.equivalence.decide import approve, revoke
+from blockzoo.equivalence.ledger import Ledger
+from blockzoo.equivalence.overview import EquivalenceOverview, EquivalenceReport, overview, report
+from blockzoo.equivalence.records import Decision, EquivalenceRecord
 from blockzoo.errors import InvalidInputError, NotFoundError
-from blockzoo.folders.export import ExportResult, export_variant
+from blockzoo.folders.export import ExportResult, ZooSource, export_variant
 from blockzoo.manifest import BlockId, BlockManifest, ChainId, ChainManifest, TensorRef, VariantRecord
 from blockzoo.names import check_name, is_based_on, parse_ref
 from blockzoo.progress import NoProgress, Progress
@@ -172,7 +176,63 @@ class Zoo:
         """Return what differs between two variants or versions."""
         return compare(self._manifests, self.resolve(a), self.resolve(b))
 
+    def equivalences(self) -> EquivalenceOverview:
+        """Return every equivalence record with its decisions; see `blockzoo.equivalence.overview`."""
+        return overview(Ledger(self.store))
+
+    def equivalence(self, record: str) -> EquivalenceReport:
+        """Return one equivalence record with its decisions.
+
+        Args:
+            record: its id, or the first digits.
+
+        Raises:
+            EquivalenceNotFoundError, CorruptManifestError: it is not there, or it or a decision is damaged.
+            InvalidInputError: the digits are too few, or several records begin so.
+        """
+        ledger = Ledger(self.store)
+        return report(ledger, ledger.find(record))
+
     # Changing the zoo.
+
+    def approve_equivalence(
+        self,
+        record: str,
+        *,
+        by: str,
+        reason: str,
+        max_kl: float,
+        min_agreement: float | None = None,
+        variants: Sequence[str] = (),
+        force: bool = False,
+    ) -> tuple[Decision, EquivalenceRecord]:
+        """Allow a measured substitute; see `blockzoo.equivalence.decide.approve`.
+
+        Args:
+            record: its id, or the first digits.
+            by, reason, max_kl, min_agreement, variants, force: as there.
+
+        Returns:
+            The decision, and the record that it is about.
+        """
+        ledger = Ledger(self.store)
+        about = ledger.get(ledger.find(record))
+        decision = approve(
+            ledger,
+            about.id,
+            by=by,
+            reason=reason,
+            max_kl=max_kl,
+            min_agreement=min_agreement,
+            variants=variants,
+            force=force,
+        )
+        return decision, about
+
+    def revoke_equivalence(self, record: str, *, by: str, reason: str) -> Decision:
+        """End an approval; see `blockzoo.equivalence.decide.revoke`."""
+        ledger = Ledger(self.store)
+        return revoke(ledger, ledger.find(record), by=by, reason=reason)
 
     def register(
         self,
@@ -201,7 +261,7 @@ class Zoo:
 
     def export(self, ref: str, dest: str | Path, *, progress: Progress | None = None) -> ExportResult:
         """Write a variant back as a folder; see `blockzoo.folders.export.export_variant`."""
-        return export_variant(self.store, self.resolve(ref), Path(dest), progress=progress)
+        return export_variant(ZooSource(self.store), self.resolve(ref), Path(dest), progress=progress)
 
     def rm(self, ref: str) -> RemoveReport:
         """Remove a variant (NAME) or one of its old versions (NAME@VERSION); `gc` frees the bytes later.

@@ -101,6 +101,9 @@ def test_a_detached_cluster_answers_heals_and_is_ended_by_down(folder: Path) -> 
     cluster = known(folder)
     assert cluster.address in started.stderr
     assert "blockzoo status" in started.stderr
+    assert "except backup, restore, verify --repair and equivalence evaluate, which need the zoo" in (
+        " ".join(started.stderr.split())
+    )
     assert len(cluster.processes) == 5
     modes = {path.name: path.stat().st_mode & 0o777 for path in folder.glob("*.sock")}
     assert set(modes) == {"state.sock", "controller.sock", "worker-1.sock", "worker-2.sock"}

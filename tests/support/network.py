@@ -80,16 +80,22 @@ class Wire:
 
     Attributes:
         sent: bytes from clients to the server, all connections together.
+        answered: bytes from the server to clients.
         connections: how many there were.
         cut_at: for each connection in turn, after how many bytes to the server it is cut; then no more.
+        answers_cut_at: the same for bytes from the server.
         on_sent: called with the total after bytes were carried to the server, and may block.
     """
 
-    def __init__(self, target: str, cut_at: Iterator[int] | None = None) -> None:
+    def __init__(
+        self, target: str, cut_at: Iterator[int] | None = None, answers_cut_at: Iterator[int] | None = None
+    ) -> None:
         self.target = target
         self.sent = 0
+        self.answered = 0
         self.connections = 0
         self.cut_at = cut_at or iter(())
+        self.answers_cut_at = answers_cut_at or iter(())
         self.on_sent: Callable[[int], None] = lambda total: None
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
@@ -113,8 +119,8 @@ class Wire:
                 client.close()
                 continue
             self.connections += 1
-            limit = next(self.cut_at, None)
-            for source, sink, most in ((client, server, limit), (server, client, None)):
+            limit, answers = next(self.cut_at, None), next(self.answers_cut_at, None)
+            for source, sink, most in ((client, server, limit), (server, client, answers)):
                 forward = (source, sink, most, source is client)
                 threading.Thread(target=self._carry, args=forward, daemon=True).start()
 
@@ -129,6 +135,8 @@ class Wire:
                 if to_server:
                     self.sent += len(data)
                     self.on_sent(self.sent)
+                else:
+                    self.answered += len(data)
                 if limit is not None and carried >= limit:
                     break
         except OSError:
@@ -140,8 +148,10 @@ class Wire:
 
 
 @contextmanager
-def wire(target: str, cut_at: Iterator[int] | None = None) -> Iterator[Wire]:
-    carrier = Wire(target, cut_at)
+def wire(
+    target: str, cut_at: Iterator[int] | None = None, answers_cut_at: Iterator[int] | None = None
+) -> Iterator[Wire]:
+    carrier = Wire(target, cut_at, answers_cut_at)
     try:
         yield carrier
     finally:

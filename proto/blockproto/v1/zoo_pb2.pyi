@@ -1013,6 +1013,342 @@ class VerifyZooResponse(_message.Message):
 Global___VerifyZooResponse: _TypeAlias = VerifyZooResponse  # noqa: Y015
 
 @_typing.final
+class DownloadBlobsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REF_FIELD_NUMBER: _builtins.int
+    BLOBS_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    ref: _builtins.str
+    """name@version. Only blobs of its files and of the blocks of its chain are sent."""
+    offset: _builtins.int
+    """Where in the first of them to begin, after a broken stream."""
+    @_builtins.property
+    def blobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What to send, in this order."""
+
+    def __init__(
+        self,
+        *,
+        ref: _builtins.str = ...,
+        blobs: _abc.Iterable[_builtins.str] | None = ...,
+        offset: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blobs", b"blobs", "offset", b"offset", "ref", b"ref"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DownloadBlobsRequest: _TypeAlias = DownloadBlobsRequest  # noqa: Y015
+
+@_typing.final
+class BlobPart(_message.Message):
+    """Consecutive bytes of one blob, decoded. A blob without bytes is one part without data."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOB_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    blob: _builtins.str
+    offset: _builtins.int
+    """Where in the blob `data` begins."""
+    data: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        blob: _builtins.str = ...,
+        offset: _builtins.int = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "data", b"data", "offset", b"offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BlobPart: _TypeAlias = BlobPart  # noqa: Y015
+
+@_typing.final
+class DownloadBlobsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___BlobPart]: ...
+    def __init__(
+        self,
+        *,
+        parts: _abc.Iterable[Global___BlobPart] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parts", b"parts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DownloadBlobsResponse: _TypeAlias = DownloadBlobsResponse  # noqa: Y015
+
+@_typing.final
+class EquivalenceReport(_message.Message):
+    """A record of how much outputs change when one run of blocks stands in for another, and the decisions about it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    RECORD_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    IN_FORCE_FIELD_NUMBER: _builtins.int
+    DECISIONS_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    record: _builtins.bytes
+    """Canonical JSON of the record."""
+    state: _builtins.str
+    """"evaluated" (nobody has decided), "approved" or "revoked"."""
+    in_force: _builtins.bool
+    """Approved, and both chains are still those of registered variants."""
+    @_builtins.property
+    def decisions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Canonical JSON of each decision, first to last."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        record: _builtins.bytes = ...,
+        state: _builtins.str = ...,
+        in_force: _builtins.bool = ...,
+        decisions: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decisions", b"decisions", "id", b"id", "in_force", b"in_force", "record", b"record", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EquivalenceReport: _TypeAlias = EquivalenceReport  # noqa: Y015
+
+@_typing.final
+class ListEquivalenceRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListEquivalenceRequest: _TypeAlias = ListEquivalenceRequest  # noqa: Y015
+
+@_typing.final
+class ListEquivalenceResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class UnreadableEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    REPORTS_FIELD_NUMBER: _builtins.int
+    UNREADABLE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def reports(self) -> _containers.RepeatedCompositeFieldContainer[Global___EquivalenceReport]: ...
+    @_builtins.property
+    def unreadable(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Id of each record that is damaged, or decided about in a damaged way, with the problem."""
+
+    def __init__(
+        self,
+        *,
+        reports: _abc.Iterable[Global___EquivalenceReport] | None = ...,
+        unreadable: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reports", b"reports", "unreadable", b"unreadable"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListEquivalenceResponse: _TypeAlias = ListEquivalenceResponse  # noqa: Y015
+
+@_typing.final
+class ShowEquivalenceRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECORD_FIELD_NUMBER: _builtins.int
+    record: _builtins.str
+    """The id, or its first digits."""
+    def __init__(
+        self,
+        *,
+        record: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["record", b"record"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShowEquivalenceRequest: _TypeAlias = ShowEquivalenceRequest  # noqa: Y015
+
+@_typing.final
+class ShowEquivalenceResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPORT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def report(self) -> Global___EquivalenceReport: ...
+    def __init__(
+        self,
+        *,
+        report: Global___EquivalenceReport | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShowEquivalenceResponse: _TypeAlias = ShowEquivalenceResponse  # noqa: Y015
+
+@_typing.final
+class ApproveEquivalenceRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECORD_FIELD_NUMBER: _builtins.int
+    BY_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    MAX_KL_FIELD_NUMBER: _builtins.int
+    MIN_AGREEMENT_FIELD_NUMBER: _builtins.int
+    VARIANTS_FIELD_NUMBER: _builtins.int
+    FORCE_FIELD_NUMBER: _builtins.int
+    record: _builtins.str
+    """The id, or its first digits."""
+    by: _builtins.str
+    """Who decides, and why; both are kept with the decision."""
+    reason: _builtins.str
+    max_kl: _builtins.float
+    """The largest mean KL to allow, in nats."""
+    min_agreement: _builtins.float
+    """The smallest top-1 agreement to allow, if it matters."""
+    force: _builtins.bool
+    """Approve although the numbers are beyond the bounds."""
+    @_builtins.property
+    def variants(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Whose requests may be served so, `name` or `name@3`. None: the variant that was evaluated."""
+
+    def __init__(
+        self,
+        *,
+        record: _builtins.str = ...,
+        by: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        max_kl: _builtins.float = ...,
+        min_agreement: _builtins.float | None = ...,
+        variants: _abc.Iterable[_builtins.str] | None = ...,
+        force: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_min_agreement", b"_min_agreement", "min_agreement", b"min_agreement"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_agreement", b"_min_agreement", "by", b"by", "force", b"force", "max_kl", b"max_kl", "min_agreement", b"min_agreement", "reason", b"reason", "record", b"record", "variants", b"variants"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__min_agreement: _TypeAlias = _typing.Literal["min_agreement"]  # noqa: Y015
+    _WhichOneofArgType__min_agreement: _TypeAlias = _typing.Literal["_min_agreement", b"_min_agreement"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_agreement) -> _WhichOneofReturnType__min_agreement | None: ...
+
+Global___ApproveEquivalenceRequest: _TypeAlias = ApproveEquivalenceRequest  # noqa: Y015
+
+@_typing.final
+class ApproveEquivalenceResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DECISION_FIELD_NUMBER: _builtins.int
+    RECORD_FIELD_NUMBER: _builtins.int
+    decision: _builtins.bytes
+    """Canonical JSON."""
+    record: _builtins.bytes
+    """Canonical JSON of what it is about."""
+    def __init__(
+        self,
+        *,
+        decision: _builtins.bytes = ...,
+        record: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "record", b"record"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ApproveEquivalenceResponse: _TypeAlias = ApproveEquivalenceResponse  # noqa: Y015
+
+@_typing.final
+class RevokeEquivalenceRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECORD_FIELD_NUMBER: _builtins.int
+    BY_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    record: _builtins.str
+    """The id, or its first digits."""
+    by: _builtins.str
+    """Who decides, and why; both are kept with the decision."""
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        record: _builtins.str = ...,
+        by: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["by", b"by", "reason", b"reason", "record", b"record"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevokeEquivalenceRequest: _TypeAlias = RevokeEquivalenceRequest  # noqa: Y015
+
+@_typing.final
+class RevokeEquivalenceResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DECISION_FIELD_NUMBER: _builtins.int
+    decision: _builtins.bytes
+    """Canonical JSON."""
+    def __init__(
+        self,
+        *,
+        decision: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevokeEquivalenceResponse: _TypeAlias = RevokeEquivalenceResponse  # noqa: Y015
+
+@_typing.final
 class BeginPushRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ZooServiceStub(object):
-    """Looks after the zoo that a server serves: what is registered, and registering more.
+    """Looks after the zoo that a server serves: what is registered, registering more, and reading it back.
 
     A push registers a folder from another machine: BeginPush, then FindBlobs to learn what is missing,
     ProveBlobs for what is there, UploadBlobs for what is not, and CommitPush, which checks everything and
@@ -89,6 +89,31 @@ class ZooServiceStub(object):
                 request_serializer=blockproto_dot_v1_dot_zoo__pb2.VerifyZooRequest.SerializeToString,
                 response_deserializer=blockproto_dot_v1_dot_zoo__pb2.VerifyZooResponse.FromString,
                 _registered_method=True)
+        self.DownloadBlobs = channel.unary_stream(
+                '/blockproto.v1.ZooService/DownloadBlobs',
+                request_serializer=blockproto_dot_v1_dot_zoo__pb2.DownloadBlobsRequest.SerializeToString,
+                response_deserializer=blockproto_dot_v1_dot_zoo__pb2.DownloadBlobsResponse.FromString,
+                _registered_method=True)
+        self.ListEquivalence = channel.unary_stream(
+                '/blockproto.v1.ZooService/ListEquivalence',
+                request_serializer=blockproto_dot_v1_dot_zoo__pb2.ListEquivalenceRequest.SerializeToString,
+                response_deserializer=blockproto_dot_v1_dot_zoo__pb2.ListEquivalenceResponse.FromString,
+                _registered_method=True)
+        self.ShowEquivalence = channel.unary_unary(
+                '/blockproto.v1.ZooService/ShowEquivalence',
+                request_serializer=blockproto_dot_v1_dot_zoo__pb2.ShowEquivalenceRequest.SerializeToString,
+                response_deserializer=blockproto_dot_v1_dot_zoo__pb2.ShowEquivalenceResponse.FromString,
+                _registered_method=True)
+        self.ApproveEquivalence = channel.unary_unary(
+                '/blockproto.v1.ZooService/ApproveEquivalence',
+                request_serializer=blockproto_dot_v1_dot_zoo__pb2.ApproveEquivalenceRequest.SerializeToString,
+                response_deserializer=blockproto_dot_v1_dot_zoo__pb2.ApproveEquivalenceResponse.FromString,
+                _registered_method=True)
+        self.RevokeEquivalence = channel.unary_unary(
+                '/blockproto.v1.ZooService/RevokeEquivalence',
+                request_serializer=blockproto_dot_v1_dot_zoo__pb2.RevokeEquivalenceRequest.SerializeToString,
+                response_deserializer=blockproto_dot_v1_dot_zoo__pb2.RevokeEquivalenceResponse.FromString,
+                _registered_method=True)
         self.BeginPush = channel.unary_unary(
                 '/blockproto.v1.ZooService/BeginPush',
                 request_serializer=blockproto_dot_v1_dot_zoo__pb2.BeginPushRequest.SerializeToString,
@@ -127,7 +152,7 @@ class ZooServiceStub(object):
 
 
 class ZooServiceServicer(object):
-    """Looks after the zoo that a server serves: what is registered, and registering more.
+    """Looks after the zoo that a server serves: what is registered, registering more, and reading it back.
 
     A push registers a folder from another machine: BeginPush, then FindBlobs to learn what is missing,
     ProveBlobs for what is there, UploadBlobs for what is not, and CommitPush, which checks everything and
@@ -199,6 +224,42 @@ class ZooServiceServicer(object):
 
     def VerifyZoo(self, request, context):
         """Reads everything back. The last message has the report.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DownloadBlobs(self, request, context):
+        """Sends bytes of blobs that one version of a variant is made of, each blob's in order. Whoever may call this may
+        read weights.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListEquivalence(self, request, context):
+        """The records of blocks that may stand in for each other, with every decision, newest first, some at a time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ShowEquivalence(self, request, context):
+        """One record with every decision about it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ApproveEquivalence(self, request, context):
+        """Allows the substitute of a record to stand in for its original.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RevokeEquivalence(self, request, context):
+        """Ends an approval.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -306,6 +367,31 @@ def add_ZooServiceServicer_to_server(servicer, server):
                     request_deserializer=blockproto_dot_v1_dot_zoo__pb2.VerifyZooRequest.FromString,
                     response_serializer=blockproto_dot_v1_dot_zoo__pb2.VerifyZooResponse.SerializeToString,
             ),
+            'DownloadBlobs': grpc.unary_stream_rpc_method_handler(
+                    servicer.DownloadBlobs,
+                    request_deserializer=blockproto_dot_v1_dot_zoo__pb2.DownloadBlobsRequest.FromString,
+                    response_serializer=blockproto_dot_v1_dot_zoo__pb2.DownloadBlobsResponse.SerializeToString,
+            ),
+            'ListEquivalence': grpc.unary_stream_rpc_method_handler(
+                    servicer.ListEquivalence,
+                    request_deserializer=blockproto_dot_v1_dot_zoo__pb2.ListEquivalenceRequest.FromString,
+                    response_serializer=blockproto_dot_v1_dot_zoo__pb2.ListEquivalenceResponse.SerializeToString,
+            ),
+            'ShowEquivalence': grpc.unary_unary_rpc_method_handler(
+                    servicer.ShowEquivalence,
+                    request_deserializer=blockproto_dot_v1_dot_zoo__pb2.ShowEquivalenceRequest.FromString,
+                    response_serializer=blockproto_dot_v1_dot_zoo__pb2.ShowEquivalenceResponse.SerializeToString,
+            ),
+            'ApproveEquivalence': grpc.unary_unary_rpc_method_handler(
+                    servicer.ApproveEquivalence,
+                    request_deserializer=blockproto_dot_v1_dot_zoo__pb2.ApproveEquivalenceRequest.FromString,
+                    response_serializer=blockproto_dot_v1_dot_zoo__pb2.ApproveEquivalenceResponse.SerializeToString,
+            ),
+            'RevokeEquivalence': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevokeEquivalence,
+                    request_deserializer=blockproto_dot_v1_dot_zoo__pb2.RevokeEquivalenceRequest.FromString,
+                    response_serializer=blockproto_dot_v1_dot_zoo__pb2.RevokeEquivalenceResponse.SerializeToString,
+            ),
             'BeginPush': grpc.unary_unary_rpc_method_handler(
                     servicer.BeginPush,
                     request_deserializer=blockproto_dot_v1_dot_zoo__pb2.BeginPushRequest.FromString,
@@ -350,7 +436,7 @@ def add_ZooServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ZooService(object):
-    """Looks after the zoo that a server serves: what is registered, and registering more.
+    """Looks after the zoo that a server serves: what is registered, registering more, and reading it back.
 
     A push registers a folder from another machine: BeginPush, then FindBlobs to learn what is missing,
     ProveBlobs for what is there, UploadBlobs for what is not, and CommitPush, which checks everything and
@@ -617,6 +703,141 @@ class ZooService(object):
             '/blockproto.v1.ZooService/VerifyZoo',
             blockproto_dot_v1_dot_zoo__pb2.VerifyZooRequest.SerializeToString,
             blockproto_dot_v1_dot_zoo__pb2.VerifyZooResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DownloadBlobs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/blockproto.v1.ZooService/DownloadBlobs',
+            blockproto_dot_v1_dot_zoo__pb2.DownloadBlobsRequest.SerializeToString,
+            blockproto_dot_v1_dot_zoo__pb2.DownloadBlobsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListEquivalence(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/blockproto.v1.ZooService/ListEquivalence',
+            blockproto_dot_v1_dot_zoo__pb2.ListEquivalenceRequest.SerializeToString,
+            blockproto_dot_v1_dot_zoo__pb2.ListEquivalenceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ShowEquivalence(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/blockproto.v1.ZooService/ShowEquivalence',
+            blockproto_dot_v1_dot_zoo__pb2.ShowEquivalenceRequest.SerializeToString,
+            blockproto_dot_v1_dot_zoo__pb2.ShowEquivalenceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ApproveEquivalence(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/blockproto.v1.ZooService/ApproveEquivalence',
+            blockproto_dot_v1_dot_zoo__pb2.ApproveEquivalenceRequest.SerializeToString,
+            blockproto_dot_v1_dot_zoo__pb2.ApproveEquivalenceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RevokeEquivalence(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/blockproto.v1.ZooService/RevokeEquivalence',
+            blockproto_dot_v1_dot_zoo__pb2.RevokeEquivalenceRequest.SerializeToString,
+            blockproto_dot_v1_dot_zoo__pb2.RevokeEquivalenceResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ZooServiceStub:
-    """Looks after the zoo that a server serves: what is registered, and registering more.
+    """Looks after the zoo that a server serves: what is registered, registering more, and reading it back.
 
     A push registers a folder from another machine: BeginPush, then FindBlobs to learn what is missing,
     ProveBlobs for what is there, UploadBlobs for what is not, and CommitPush, which checks everything and
@@ -58,6 +58,18 @@ class ZooServiceStub:
     """Deletes what no variant needs. The last message has the report."""
     VerifyZoo: _grpc.UnaryStreamMultiCallable[_zoo_pb2.VerifyZooRequest, _zoo_pb2.VerifyZooResponse]
     """Reads everything back. The last message has the report."""
+    DownloadBlobs: _grpc.UnaryStreamMultiCallable[_zoo_pb2.DownloadBlobsRequest, _zoo_pb2.DownloadBlobsResponse]
+    """Sends bytes of blobs that one version of a variant is made of, each blob's in order. Whoever may call this may
+    read weights.
+    """
+    ListEquivalence: _grpc.UnaryStreamMultiCallable[_zoo_pb2.ListEquivalenceRequest, _zoo_pb2.ListEquivalenceResponse]
+    """The records of blocks that may stand in for each other, with every decision, newest first, some at a time."""
+    ShowEquivalence: _grpc.UnaryUnaryMultiCallable[_zoo_pb2.ShowEquivalenceRequest, _zoo_pb2.ShowEquivalenceResponse]
+    """One record with every decision about it."""
+    ApproveEquivalence: _grpc.UnaryUnaryMultiCallable[_zoo_pb2.ApproveEquivalenceRequest, _zoo_pb2.ApproveEquivalenceResponse]
+    """Allows the substitute of a record to stand in for its original."""
+    RevokeEquivalence: _grpc.UnaryUnaryMultiCallable[_zoo_pb2.RevokeEquivalenceRequest, _zoo_pb2.RevokeEquivalenceResponse]
+    """Ends an approval."""
     BeginPush: _grpc.UnaryUnaryMultiCallable[_zoo_pb2.BeginPushRequest, _zoo_pb2.BeginPushResponse]
     """Begins a push; it ends with CommitPush, AbortPush, or when nothing is heard of it for a while."""
     FindBlobs: _grpc.UnaryUnaryMultiCallable[_zoo_pb2.FindBlobsRequest, _zoo_pb2.FindBlobsResponse]
@@ -75,7 +87,7 @@ class ZooServiceStub:
 
 @_typing.type_check_only
 class ZooServiceAsyncStub(ZooServiceStub):
-    """Looks after the zoo that a server serves: what is registered, and registering more.
+    """Looks after the zoo that a server serves: what is registered, registering more, and reading it back.
 
     A push registers a folder from another machine: BeginPush, then FindBlobs to learn what is missing,
     ProveBlobs for what is there, UploadBlobs for what is not, and CommitPush, which checks everything and
@@ -103,6 +115,18 @@ class ZooServiceAsyncStub(ZooServiceStub):
     """Deletes what no variant needs. The last message has the report."""
     VerifyZoo: _aio.UnaryStreamMultiCallable[_zoo_pb2.VerifyZooRequest, _zoo_pb2.VerifyZooResponse]  # type: ignore[assignment]
     """Reads everything back. The last message has the report."""
+    DownloadBlobs: _aio.UnaryStreamMultiCallable[_zoo_pb2.DownloadBlobsRequest, _zoo_pb2.DownloadBlobsResponse]  # type: ignore[assignment]
+    """Sends bytes of blobs that one version of a variant is made of, each blob's in order. Whoever may call this may
+    read weights.
+    """
+    ListEquivalence: _aio.UnaryStreamMultiCallable[_zoo_pb2.ListEquivalenceRequest, _zoo_pb2.ListEquivalenceResponse]  # type: ignore[assignment]
+    """The records of blocks that may stand in for each other, with every decision, newest first, some at a time."""
+    ShowEquivalence: _aio.UnaryUnaryMultiCallable[_zoo_pb2.ShowEquivalenceRequest, _zoo_pb2.ShowEquivalenceResponse]  # type: ignore[assignment]
+    """One record with every decision about it."""
+    ApproveEquivalence: _aio.UnaryUnaryMultiCallable[_zoo_pb2.ApproveEquivalenceRequest, _zoo_pb2.ApproveEquivalenceResponse]  # type: ignore[assignment]
+    """Allows the substitute of a record to stand in for its original."""
+    RevokeEquivalence: _aio.UnaryUnaryMultiCallable[_zoo_pb2.RevokeEquivalenceRequest, _zoo_pb2.RevokeEquivalenceResponse]  # type: ignore[assignment]
+    """Ends an approval."""
     BeginPush: _aio.UnaryUnaryMultiCallable[_zoo_pb2.BeginPushRequest, _zoo_pb2.BeginPushResponse]  # type: ignore[assignment]
     """Begins a push; it ends with CommitPush, AbortPush, or when nothing is heard of it for a while."""
     FindBlobs: _aio.UnaryUnaryMultiCallable[_zoo_pb2.FindBlobsRequest, _zoo_pb2.FindBlobsResponse]  # type: ignore[assignment]
@@ -119,7 +143,7 @@ class ZooServiceAsyncStub(ZooServiceStub):
     """Gives a push up; what it stored goes with the next collection."""
 
 class ZooServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Looks after the zoo that a server serves: what is registered, and registering more.
+    """Looks after the zoo that a server serves: what is registered, registering more, and reading it back.
 
     A push registers a folder from another machine: BeginPush, then FindBlobs to learn what is missing,
     ProveBlobs for what is there, UploadBlobs for what is not, and CommitPush, which checks everything and
@@ -205,6 +229,48 @@ class ZooServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_zoo_pb2.VerifyZooResponse], _abc.AsyncIterator[_zoo_pb2.VerifyZooResponse]]:
         """Reads everything back. The last message has the report."""
+
+    @_abc_1.abstractmethod
+    def DownloadBlobs(
+        self,
+        request: _zoo_pb2.DownloadBlobsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_zoo_pb2.DownloadBlobsResponse], _abc.AsyncIterator[_zoo_pb2.DownloadBlobsResponse]]:
+        """Sends bytes of blobs that one version of a variant is made of, each blob's in order. Whoever may call this may
+        read weights.
+        """
+
+    @_abc_1.abstractmethod
+    def ListEquivalence(
+        self,
+        request: _zoo_pb2.ListEquivalenceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_zoo_pb2.ListEquivalenceResponse], _abc.AsyncIterator[_zoo_pb2.ListEquivalenceResponse]]:
+        """The records of blocks that may stand in for each other, with every decision, newest first, some at a time."""
+
+    @_abc_1.abstractmethod
+    def ShowEquivalence(
+        self,
+        request: _zoo_pb2.ShowEquivalenceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_zoo_pb2.ShowEquivalenceResponse, _abc.Awaitable[_zoo_pb2.ShowEquivalenceResponse]]:
+        """One record with every decision about it."""
+
+    @_abc_1.abstractmethod
+    def ApproveEquivalence(
+        self,
+        request: _zoo_pb2.ApproveEquivalenceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_zoo_pb2.ApproveEquivalenceResponse, _abc.Awaitable[_zoo_pb2.ApproveEquivalenceResponse]]:
+        """Allows the substitute of a record to stand in for its original."""
+
+    @_abc_1.abstractmethod
+    def RevokeEquivalence(
+        self,
+        request: _zoo_pb2.RevokeEquivalenceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_zoo_pb2.RevokeEquivalenceResponse, _abc.Awaitable[_zoo_pb2.RevokeEquivalenceResponse]]:
+        """Ends an approval."""
 
     @_abc_1.abstractmethod
     def BeginPush(

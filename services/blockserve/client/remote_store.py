@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import cached_property
 
 from blockproto.v1 import zoo_pb2
+from blockserve.client.remote_reader import RemoteSource
 from blockserve.client.remote_writer import RemoteWriter
 from blockserve.client.zoo_calls import Calls
 from blockserve.common.wire import zoo as wire
@@ -101,6 +102,16 @@ class RemoteStore:
             patience_s=self._patience_s,
             on_bytes=on_bytes,
             current=self.current,
+        )
+
+    def source(self, record: VariantRecord) -> RemoteSource:
+        """What an export of a version that was resolved here reads."""
+        return RemoteSource(
+            self.calls,
+            self,
+            f"{record.name}@{record.version}",
+            max_digests=self.description.max_digests,
+            patience_s=self._patience_s,
         )
 
     def _fetch(self, chain: ChainId) -> None:

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import TypeVar
 
 from blockproto.v1 import zoo_pb2
-from blockserve.client.zoo_calls import Calls, Patience
+from blockserve.client.zoo_calls import STREAM_SECONDS, Calls, Patience
 from blockserve.common.api.push import Standing
 from blockserve.common.errors import PushNotFoundError
 from blockserve.common.wire import zoo as wire
@@ -30,9 +30,7 @@ from blockzoo.store.writing import Committed, ManifestRecorder, Stored
 T = TypeVar("T")
 
 STREAM_BYTES = 64 << 20
-"""Tensor bytes of one call, so that its deadline means something."""
-STREAM_SECONDS = 600.0
-"""Deadline of such a call: 0.1 MB/s. A call over a slower line is cut off and resumed."""
+"""Tensor bytes of one call, so that its deadline means something: 0.1 MB/s."""
 PIECE_OVERHEAD = 256
 """Bytes of a message other than tensor bytes, for each blob in it."""
 PROVE_BYTES = 256 << 20

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -18,9 +19,13 @@ from blockserve.client.zoo_calls import OPERATION_SECONDS, Calls
 from blockserve.common.errors import RemoteError
 from blockserve.common.rpc.address import DEFAULT_TARGET
 from blockserve.common.rpc.channel import Credentials
+from blockserve.common.wire import equivalence as equivalence_wire
 from blockserve.common.wire import zoo as wire
 from blockzoo.care.gc import GRACE_S, GcReport
 from blockzoo.care.verify import VerifyReport
+from blockzoo.equivalence import Decision, EquivalenceRecord
+from blockzoo.equivalence.overview import EquivalenceOverview, EquivalenceReport
+from blockzoo.folders.export import ExportResult, export_variant
 from blockzoo.manifest import VariantRecord
 from blockzoo.names import is_based_on, parse_ref
 from blockzoo.progress import NoProgress, Progress
@@ -46,7 +51,7 @@ class RemoteZoo:
         Args:
             target: `host:port`, or `unix:/path`.
             credentials: TLS and token; None for a plain connection.
-            patience_s: seconds that `register` goes on trying while a connection is broken.
+            patience_s: seconds that `register` and `export` go on trying while a connection is broken.
 
         Raises:
             ConfigurationError: a token would travel readable, or a file of the credentials cannot be read.
@@ -108,6 +113,16 @@ class RemoteZoo:
         """
         return register_folder(self._store, path, name=name, base=base, revision=revision, progress=progress)
 
+    def export(self, ref: str, dest: str | Path, *, progress: Progress | None = None) -> ExportResult:
+        """As `Zoo.export`; the server sends the blobs, and each is verified here before it is written.
+
+        Raises:
+            ExportInterruptedError: the connection broke, and did not come back in time.
+            BlockzooError: as `blockzoo.folders.export.export_variant`.
+        """
+        record = self.resolve(ref)
+        return export_variant(self._store.source(record), record, Path(dest), progress=progress)
+
     def batch(self) -> AbstractContextManager[None]:
         """As `Zoo.batch`; a server takes each push by itself."""
         return nullcontext()
@@ -121,6 +136,51 @@ class RemoteZoo:
         """As `Zoo.rollback`."""
         request = zoo_pb2.RollbackVariantRequest(name=name, to=to)
         return wire.record_from_message(self._calls.call("RollbackVariant", request).record)
+
+    def equivalences(self) -> EquivalenceOverview:
+        """As `Zoo.equivalences`."""
+        reports: list[EquivalenceReport] = []
+        unreadable: dict[str, str] = {}
+        for part in self._calls.stream("ListEquivalence", zoo_pb2.ListEquivalenceRequest()):
+            reports += map(equivalence_wire.report_from_message, part.reports)
+            unreadable.update(part.unreadable)
+        return EquivalenceOverview(tuple(reports), dict(sorted(unreadable.items())))
+
+    def equivalence(self, record: str) -> EquivalenceReport:
+        """As `Zoo.equivalence`."""
+        answer = self._calls.call("ShowEquivalence", zoo_pb2.ShowEquivalenceRequest(record=record))
+        return equivalence_wire.report_from_message(answer.report)
+
+    def approve_equivalence(
+        self,
+        record: str,
+        *,
+        by: str,
+        reason: str,
+        max_kl: float,
+        min_agreement: float | None = None,
+        variants: Sequence[str] = (),
+        force: bool = False,
+    ) -> tuple[Decision, EquivalenceRecord]:
+        """As `Zoo.approve_equivalence`."""
+        request = zoo_pb2.ApproveEquivalenceRequest(
+            record=record,
+            by=by,
+            reason=reason,
+            max_kl=max_kl,
+            min_agreement=min_agreement,
+            variants=variants,
+            force=force,
+        )
+        answer = self._calls.call("ApproveEquivalence", request)
+        decision = equivalence_wire.decision_from_bytes(answer.decision)
+        return decision, equivalence_wire.record_from_bytes(answer.record, decision.record)
+
+    def revoke_equivalence(self, record: str, *, by: str, reason: str) -> Decision:
+        """As `Zoo.revoke_equivalence`."""
+        request = zoo_pb2.RevokeEquivalenceRequest(record=record, by=by, reason=reason)
+        answer = self._calls.call("RevokeEquivalence", request)
+        return equivalence_wire.decision_from_bytes(answer.decision)
 
     def dependants(self, name: str) -> list[str]:
         """As `Zoo.dependants`."""

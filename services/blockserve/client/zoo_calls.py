@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
 import grpc
@@ -29,6 +29,9 @@ CALL_SECONDS = 120.0
 
 OPERATION_SECONDS = 24 * 3600.0
 """Deadline of gc and verify, which read and delete a whole zoo."""
+
+STREAM_SECONDS = 600.0
+"""Deadline of a call that carries tensors. A call that takes longer is cut off and resumed."""
 
 FIRST_BACKOFF_S = 0.05
 MAX_BACKOFF_S = 2.0
@@ -71,7 +74,9 @@ class Calls:
         except grpc.RpcError as error:
             raise from_rpc_error(error) from error
 
-    def stream(self, method: str, request: Any, *, timeout: float = CALL_SECONDS) -> Iterator[Any]:
+    def stream(
+        self, method: str, request: Any, *, timeout: float = CALL_SECONDS
+    ) -> Generator[Any, None, None]:
         """Make one call that is answered by many messages; leaving it cancels it."""
         rpc = getattr(self._stub, method)(request, metadata=self._metadata, timeout=timeout)
         try:
@@ -95,15 +100,29 @@ def is_broken(error: BlockzooError) -> bool:
     return False
 
 
+GaveUp = Callable[[float, BlockzooError], BlockzooError]
+"""Makes the error that says for how long nothing has moved, and why."""
+
+
+def push_interrupted(seconds: float, error: BlockzooError) -> PushInterruptedError:
+    """The error of a push that gives up."""
+    return PushInterruptedError(
+        f"the push made no progress for {seconds:g} s: {error}",
+        hint="Run the command again when the server is back; data that the server has is not sent again.",
+    )
+
+
 class Patience:
     """How long to go on trying while nothing moves.
 
     Args:
         seconds: from the last progress to giving up.
+        gave_up: makes the error that is raised then.
     """
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, gave_up: GaveUp = push_interrupted) -> None:
         self._seconds = seconds
+        self._gave_up = gave_up
         self._moved = time.monotonic()
         self._failures = 0
 
@@ -116,7 +135,7 @@ class Patience:
         """Do something until it succeeds, with growing pauses.
 
         Raises:
-            PushInterruptedError: the connection stayed broken for too long.
+            PushInterruptedError: the connection stayed broken for too long (or what `gave_up` makes of it).
             BlockzooError: any error that trying again does not help.
         """
         self.progress()
@@ -130,10 +149,6 @@ class Patience:
                 if isinstance(error, CapacityError):
                     pause = max(pause, error.retry_after)
                 if time.monotonic() - self._moved + pause > self._seconds:
-                    raise PushInterruptedError(
-                        f"the push made no progress for {self._seconds:g} s: {error}",
-                        hint="Run the command again when the server is back; data that the server has "
-                        "is not sent again.",
-                    ) from error
+                    raise self._gave_up(self._seconds, error) from error
                 self._failures += 1
                 pause_for(pause)

@@ -23,7 +23,8 @@
     │   ├── KvCapacityError
     │   ├── DeadlineTooShortError
     │   ├── MemoryBudgetError
-    │   └── PushCapacityError
+    │   ├── PushCapacityError
+    │   └── ExportCapacityError
     ├── ChainNotLoadedError
     ├── DeadlineExceededError
     ├── ServerStoppingError          `retry_after` seconds
@@ -40,6 +41,7 @@
     ├── PossessionError
     ├── UnregisteredRefusedError
     ├── PushInterruptedError
+    ├── ExportInterruptedError
     └── RemoteError                  what a client sees of a failure that carried no type
         └── UnavailableError
 """
@@ -117,7 +119,7 @@ class SpanError(InvalidInputError):
 
 
 class UnknownBlobError(InvalidInputError):
-    """A push names a blob that it has neither sent nor proved to have."""
+    """A push names a blob that it neither sent nor proved to have, or an export one of another variant."""
 
     reason = "UNKNOWN_BLOB"
 
@@ -162,6 +164,12 @@ class PushInterruptedError(BlockzooError):
     """The connection broke during a push, and the server did not come back in time."""
 
     reason = "PUSH_INTERRUPTED"
+
+
+class ExportInterruptedError(BlockzooError):
+    """The connection broke during an export, and the server did not come back in time."""
+
+    reason = "EXPORT_INTERRUPTED"
 
 
 class CapacityError(BlockzooError):
@@ -209,6 +217,12 @@ class PushCapacityError(CapacityError):
     """Too many pushes are open, or too many of their bytes wait to be stored."""
 
     reason = "PUSH_CAPACITY"
+
+
+class ExportCapacityError(CapacityError):
+    """As many exports run as the server allows, or it allows none."""
+
+    reason = "EXPORT_CAPACITY"
 
 
 class ChainNotLoadedError(BlockzooError):

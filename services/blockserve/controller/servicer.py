@@ -7,6 +7,7 @@ the storage runs in threads of the servicer's own, so that answers of variants d
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -15,8 +16,10 @@ from typing import Any, TypeVar
 
 from blockproto.v1 import zoo_pb2, zoo_pb2_grpc
 from blockserve.common.api.push import Standing
+from blockserve.common.wire import equivalence as equivalence_wire
 from blockserve.common.wire import zoo as wire
 from blockserve.controller.push.commit import Wish
+from blockserve.controller.push.exports import Exports
 from blockserve.controller.push.limits import ControllerConfig
 from blockserve.controller.push.operations import Done, run_operation
 from blockserve.controller.push.pushes import Pushes
@@ -25,6 +28,8 @@ from blockzoo.errors import InvalidInputError
 from blockzoo.names import parse_ref
 from blockzoo.zoo import Zoo
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 MAX_GRACE_SECONDS = 86_400.0
@@ -32,6 +37,12 @@ MAX_GRACE_SECONDS = 86_400.0
 
 ROWS_PER_MESSAGE = 500
 """Rows of ListVariants in one message; a few hundred bytes each."""
+
+MAX_REF_CHARS = 200
+"""Of what a caller wrote, in the log."""
+
+EQUIVALENCE_BYTES = 256 << 10
+"""A message of ListEquivalence ends with the report that fills it; one takes some kilobytes."""
 
 
 class ZooServicer(zoo_pb2_grpc.ZooServiceServicer):
@@ -45,6 +56,7 @@ class ZooServicer(zoo_pb2_grpc.ZooServiceServicer):
         self._config = config
         self._on_change = on_change
         self._pushes = Pushes(zoo.store, config)
+        self._exports = Exports(zoo, config)
         self._pool = ThreadPoolExecutor(config.zoo_threads, thread_name_prefix="blockzoo-network")
 
     async def close(self) -> None:
@@ -159,6 +171,81 @@ class ZooServicer(zoo_pb2_grpc.ZooServiceServicer):
                 else:
                     yield zoo_pb2.VerifyZooResponse(progress=wire.step_to_message(step))
 
+    async def DownloadBlobs(  # noqa: N802
+        self, request: zoo_pb2.DownloadBlobsRequest, context: Any
+    ) -> AsyncIterator[zoo_pb2.DownloadBlobsResponse]:
+        """Send what a version is made of, one message after the other: none is read before its turn."""
+        self._check_count(len(request.blobs))
+        blobs = [wire.blob_from_message(blob) for blob in request.blobs]
+        export = self._exports.begin()
+        log.info("export ref=%r blobs=%d peer=%s", request.ref[:MAX_REF_CHARS], len(blobs), context.peer())
+        try:
+            messages = self._exports.messages(request.ref, blobs, request.offset)
+            while (parts := await self._run(lambda: next(messages, None))) is not None:
+                self._exports.move(export)
+                yield zoo_pb2.DownloadBlobsResponse(
+                    parts=[
+                        zoo_pb2.BlobPart(blob=part.blob, offset=part.offset, data=part.data) for part in parts
+                    ]
+                )
+        finally:
+            self._exports.end(export)
+
+    async def ListEquivalence(  # noqa: N802
+        self, request: zoo_pb2.ListEquivalenceRequest, context: Any
+    ) -> AsyncIterator[zoo_pb2.ListEquivalenceResponse]:
+        """Every record that can be read, then which cannot."""
+        del request, context
+        found = await self._run(self._zoo.equivalences)
+        part = zoo_pb2.ListEquivalenceResponse()
+        for report in found.records:
+            part.reports.append(equivalence_wire.report_to_message(report))
+            if part.ByteSize() >= EQUIVALENCE_BYTES:
+                yield part
+                part = zoo_pb2.ListEquivalenceResponse()
+        part.unreadable.update(found.unreadable)
+        yield part
+
+    async def ShowEquivalence(  # noqa: N802
+        self, request: zoo_pb2.ShowEquivalenceRequest, context: Any
+    ) -> zoo_pb2.ShowEquivalenceResponse:
+        """One record with its decisions."""
+        del context
+        report = await self._run(lambda: self._zoo.equivalence(request.record))
+        return zoo_pb2.ShowEquivalenceResponse(report=equivalence_wire.report_to_message(report))
+
+    async def ApproveEquivalence(  # noqa: N802
+        self, request: zoo_pb2.ApproveEquivalenceRequest, context: Any
+    ) -> zoo_pb2.ApproveEquivalenceResponse:
+        """Allow a measured substitute."""
+        self._check_count(len(request.variants), "variants")
+        decision, about = await self._run(
+            lambda: self._zoo.approve_equivalence(
+                request.record,
+                by=request.by,
+                reason=request.reason,
+                max_kl=request.max_kl,
+                min_agreement=request.min_agreement if request.HasField("min_agreement") else None,
+                variants=tuple(request.variants),
+                force=request.force,
+            )
+        )
+        log.info("approved record=%s by=%r peer=%s", decision.record, decision.by, context.peer())
+        return zoo_pb2.ApproveEquivalenceResponse(
+            decision=equivalence_wire.decision_to_bytes(decision),
+            record=equivalence_wire.record_to_bytes(about),
+        )
+
+    async def RevokeEquivalence(  # noqa: N802
+        self, request: zoo_pb2.RevokeEquivalenceRequest, context: Any
+    ) -> zoo_pb2.RevokeEquivalenceResponse:
+        """End an approval."""
+        decision = await self._run(
+            lambda: self._zoo.revoke_equivalence(request.record, by=request.by, reason=request.reason)
+        )
+        log.info("revoked record=%s by=%r peer=%s", decision.record, decision.by, context.peer())
+        return zoo_pb2.RevokeEquivalenceResponse(decision=equivalence_wire.decision_to_bytes(decision))
+
     async def BeginPush(  # noqa: N802
         self, request: zoo_pb2.BeginPushRequest, context: Any
     ) -> zoo_pb2.BeginPushResponse:
@@ -244,6 +331,6 @@ class ZooServicer(zoo_pb2_grpc.ZooServiceServicer):
         await self._run(lambda: self._pushes.end(request.push_id))
         return zoo_pb2.AbortPushResponse()
 
-    def _check_count(self, count: int) -> None:
+    def _check_count(self, count: int, what: str = "digests") -> None:
         if count > self._config.max_digests:
-            raise InvalidInputError(f"{count} digests in one call, more than {self._config.max_digests}")
+            raise InvalidInputError(f"{count} {what} in one call, more than {self._config.max_digests}")

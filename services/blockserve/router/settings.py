@@ -24,10 +24,11 @@ class RouterSettings(ClusterSettings, UnregisteredSettings):
     )
     zoo_calls: bool | None = setting(
         None,
-        "Pass calls about the zoo (register, ls, rm, gc, ...) on to the controller that leads. Unset: on "
-        "addresses of this machine, and where callers must send a token (`blockzoo up` sets it).",
-        reason="One address is enough for every command, but whoever may call this router may then change "
-        "the zoo: the controller sees the router's token, not the caller's certificate.",
+        "Pass calls about the zoo (register, export, ls, rm, gc, ...) on to the controller that leads. "
+        "Unset: on addresses of this machine, and where callers must send a token (`blockzoo up` sets it).",
+        reason="One address is enough for every command that a server takes, but whoever may call this "
+        "router may then change the zoo and read its weights: the controller sees the router's token, not "
+        "the caller's certificate.",
     )
     router: RouterConfig = Field(default_factory=RouterConfig, description="Limits on requests.")
     adaptive: AdaptiveConfig = Field(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -105,30 +105,61 @@ def at_a_place(verb: Callable[..., None]) -> Callable[..., None]:
 
 
 def at_hand(verb: Callable[..., None]) -> Callable[..., None]:
-    """Keep a verb that reads the zoo itself from taking another zoo than the one that is meant.
+    """Refuse a server for a verb that needs the zoo itself: it reads or writes all of it, or computes on it.
 
-    The verb has the option `--zoo` and no `--server`: what it does needs the bytes of the zoo, which a server
-    does not hand out. With BLOCKZOO_SERVER set and no zoo named, the zoo at hand is probably not meant.
+    The verb has the option `--zoo`. The options of a server are parsed and not shown, so that the error can
+    say why they do not help. With BLOCKZOO_SERVER set and no zoo named, the default zoo is hardly meant.
     """
+    hints = inspect.get_annotations(Place, eval_str=True)
     own = inspect.signature(verb, eval_str=True)
+    refused = [field for field in fields(Place) if field.name != "zoo"]
     parameters = [
         *own.parameters.values(),
+        *(
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=field.default,
+                annotation=_hidden(hints[field.name]),
+            )
+            for field in refused
+        ),
         inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context),
     ]
 
     @functools.wraps(verb)
     def with_zoo(*args: Any, context: typer.Context, **given: Any) -> None:
-        server = os.environ.get("BLOCKZOO_SERVER")
-        if server and _source(context, "zoo") == "DEFAULT":
-            name = verb.__name__.strip("_")
-            raise typer.BadParameter(
-                f"BLOCKZOO_SERVER names {server}, but `{name}` works on the bytes of a zoo, "
-                "which a server does not hand out. Name the zoo's folder or URL with --zoo."
-            )
+        server = {field.name: given.pop(field.name) for field in refused}["server"]
+        if server is not None:
+            is_said = _source(context, "server") == "COMMANDLINE"
+            if is_said or _source(context, "zoo") == "DEFAULT":
+                name = context.command_path.partition(" ")[2]
+                raise needs_zoo(name, f"{'--server' if is_said else 'BLOCKZOO_SERVER'} names {server}")
         verb(*args, **given)
 
     set_signature(with_zoo, own.replace(parameters=parameters))
     return with_zoo
+
+
+def needs_zoo(verb: str, named: str) -> typer.BadParameter:
+    """The error of a verb that no server can do.
+
+    Args:
+        verb: as the command line spells it.
+        named: what names a server, and which.
+    """
+    return typer.BadParameter(
+        f"{named}, but `{verb}` needs the zoo itself: run it where the zoo's folder or object store can be "
+        "opened, and name that with --zoo."
+    )
+
+
+def _hidden(annotation: Any) -> Any:
+    """The same option, not shown in help texts."""
+    kind, option = get_args(annotation)
+    option = copy(option)
+    option.hidden = True
+    return Annotated[kind, option]
 
 
 def _choose(context: typer.Context, options: dict[str, Any]) -> Place:

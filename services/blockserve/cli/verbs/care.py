@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from blockserve.cli.options.failures import CORRUPTION
-from blockserve.cli.options.place import Place, at_a_place, at_hand
+from blockserve.cli.options.place import Place, at_a_place, at_hand, needs_zoo
 from blockserve.cli.options.shared import DEFAULT_ZOO, JsonOption, ZooOption, open_zoo
 from blockserve.cli.views.progress import progress
 from blockserve.cli.views.tables import counted, format_bytes, print_json, print_table, say
@@ -78,7 +78,7 @@ def verify(
     """Read every object back, and name the variants that damage affects.
 
     Shows the worst problems; --json has all. With --repair, what is damaged or missing is taken from another
-    zoo, and only what was repaired is read again.
+    zoo, and only what was repaired is read again. --repair writes the zoo itself and takes no --server.
 
     Ends with exit code 5 when something is damaged or missing and was not repaired.
 
@@ -88,10 +88,7 @@ def verify(
       blockzoo verify --repair /backups/zoo
     """
     if repair_from is not None and place.server is not None:
-        raise typer.BadParameter(
-            "The zoo of a server can only be repaired on its own machine, without --server.",
-            param_hint="--repair",
-        )
+        raise needs_zoo("verify --repair", f"--server or BLOCKZOO_SERVER names {place.server}")
     with progress() as reporter, place.open(without_header=True) as zoo:
         repair = {} if repair_from is None else {"repair_from": repair_from}
         report = zoo.verify(progress=reporter, **repair)
@@ -114,7 +111,8 @@ def backup(
 ) -> None:
     """Copy variants into another zoo.
 
-    Only objects that the other zoo lacks are copied, and each is checked against its digest.
+    Only objects that the other zoo lacks are copied, and each is checked against its digest. This reads the
+    zoo itself and takes no --server.
 
     \b
     Examples:
@@ -145,7 +143,8 @@ def restore(
 
     A zoo that does not exist yet is created. Versions that this zoo has already stay as they are.
     Versions keep their numbers. Only where a whole variant was removed here are its numbers used up: --revive
-    then brings its versions back under higher numbers, and prints which became which.
+    then brings its versions back under higher numbers, and prints which became which. This writes the zoo
+    itself and takes no --server.
 
     \b
     Examples:

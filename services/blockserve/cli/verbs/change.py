@@ -7,16 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from blockserve.cli.options.place import Place, at_a_place, at_hand
+from blockserve.cli.options.place import Place, at_a_place
 from blockserve.cli.options.questions import confirm
 from blockserve.cli.options.shared import (
-    DEFAULT_ZOO,
     JsonOption,
     NameArgument,
     RefArgument,
     YesOption,
-    ZooOption,
-    open_zoo,
 )
 from blockserve.cli.verbs.bulk import register_all
 from blockserve.cli.views.progress import progress
@@ -170,24 +167,29 @@ def pull(
     _tell_registered(result, as_json, force_base)
 
 
-@at_hand
+@at_a_place
 def export(
     ref: RefArgument,
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="A folder that does not exist yet, or is empty.")
     ],
-    zoo: ZooOption = DEFAULT_ZOO,
     as_json: JsonOption = False,
+    *,
+    place: Place,
 ) -> None:
     """Write a variant back as the folder it was registered from, tensor bytes identical.
+
+    The folder appears when it is complete. With --server it is written on this machine: every tensor is
+    checked against its digest before it is written, and a broken connection is taken up again.
 
     \b
     Examples:
       blockzoo export legal ./legal-checkpoint
       blockzoo export support-bot@1 ./support-bot-v1
+      blockzoo export legal ./legal-checkpoint --server 127.0.0.1:7450
     """
-    with progress() as reporter:
-        result = open_zoo(zoo).export(ref, folder, progress=reporter)
+    with progress() as reporter, place.open() as zoo:
+        result = zoo.export(ref, folder, progress=reporter)
     if as_json:
         print_json(result.to_json())
     else:

@@ -227,6 +227,10 @@ def _announce(address: str, wish: _Wish, layout: Layout, stop: str) -> None:
     note(f"Serving {wish.zoo} on {address} with {wish.workers} workers; logs in {layout.folder}.")
     note(f"Try: blockzoo status{server}; blockzoo chat NAME{server}; {stop}")
     note(
-        f"The same address takes every command: blockzoo register FOLDER --name NAME --server {address} "
-        "adds a variant, blockzoo ls --server lists them."
+        f"blockzoo register FOLDER --name NAME --server {address} adds a variant, "
+        f"blockzoo ls --server {address} lists them."
+    )
+    note(
+        "Every command about variants takes this address except backup, restore, verify --repair and "
+        f"equivalence evaluate, which need the zoo itself: --zoo {wish.zoo}."
     )

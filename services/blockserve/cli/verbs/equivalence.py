@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from blockserve.cli.options.place import at_hand
+from blockserve.cli.options.place import Place, at_a_place, at_hand
 from blockserve.cli.options.shared import DEFAULT_ZOO, JsonOption, ZooOption, open_zoo
 from blockserve.cli.views.progress import progress
 from blockserve.cli.views.tables import Column, Table, note, print_json, print_table, say, short
@@ -40,6 +40,7 @@ ByOption = Annotated[
 ]
 
 
+@at_hand
 def evaluate(
     a: Annotated[str, typer.Argument(metavar="A", help=f"The part to replace: {_WHAT}")],
     b: Annotated[str, typer.Argument(metavar="B", help=f"The part that stands in for it: {_WHAT}")],
@@ -82,6 +83,7 @@ def evaluate(
     Positions number the links of a chain: 0 is the embedding, layer L is at L + 1, the head is last; END is
     one past the last. Two whole variants are compared run by run wherever their links differ, and if there
     are several such runs also all together. A record covers one direction only: swap A and B for the other.
+    This computes on the zoo itself and takes no --server.
 
     \b
     Examples:
@@ -121,10 +123,12 @@ def evaluate(
     say(f"To approve: blockzoo equivalence approve {short(best)} --max-kl BOUND --reason WHY")
 
 
+@at_a_place
 def list_(
     approved: Annotated[bool, typer.Option("--approved", help="Only approvals that are in force.")] = False,
-    zoo: ZooOption = DEFAULT_ZOO,
     as_json: JsonOption = False,
+    *,
+    place: Place,
 ) -> None:
     """List records and their approvals, newest first.
 
@@ -136,10 +140,8 @@ def list_(
       blockzoo equivalence list --approved
       blockzoo equivalence list --json | jq '.records[] | select(.in_force) | .id'
     """
-    from blockzoo.equivalence import Ledger
-    from blockzoo.equivalence.overview import overview
-
-    found = overview(Ledger(open_zoo(zoo).store))
+    with place.open() as zoo:
+        found = zoo.equivalences()
     reports = [report for report in found.records if report.in_force or not approved]
     if as_json:
         print_json({"records": [_as_json(report) for report in reports], "unreadable": found.unreadable})
@@ -157,7 +159,8 @@ def list_(
         note(f"{short(record)} cannot be read and counts as not approved: {problem}")
 
 
-def show(record: RecordArgument, zoo: ZooOption = DEFAULT_ZOO, as_json: JsonOption = False) -> None:
+@at_a_place
+def show(record: RecordArgument, as_json: JsonOption = False, *, place: Place) -> None:
     """Show one record: what was compared, the numbers, and every decision about it.
 
     \b
@@ -165,17 +168,15 @@ def show(record: RecordArgument, zoo: ZooOption = DEFAULT_ZOO, as_json: JsonOpti
       blockzoo equivalence show 3f9c21d07ab4
       blockzoo equivalence show 3f9c21d07ab4 --json | jq .decisions
     """
-    from blockzoo.equivalence import Ledger
-    from blockzoo.equivalence.overview import report
-
-    ledger = Ledger(open_zoo(zoo).store)
-    found = report(ledger, ledger.find(record))
+    with place.open() as zoo:
+        found = zoo.equivalence(record)
     if as_json:
         print_json(_as_json(found))
     else:
         _print_report(found)
 
 
+@at_a_place
 def approve(
     record: RecordArgument,
     max_kl: Annotated[
@@ -206,8 +207,9 @@ def approve(
         bool, typer.Option("--force", help="Approve even if the numbers exceed the bounds.")
     ] = False,
     by: ByOption = None,
-    zoo: ZooOption = DEFAULT_ZOO,
     as_json: JsonOption = False,
+    *,
+    place: Place,
 ) -> None:
     """Allow B to stand in for A, as measured by one record.
 
@@ -220,24 +222,20 @@ def approve(
       blockzoo equivalence approve 3f9c21d07ab4 --max-kl 0.02 --min-agreement 0.95 --reason tested --by ann
       blockzoo equivalence approve 3f9c21d07ab4 --max-kl 0.02 --reason "incident, until Monday" --force
     """
-    from blockzoo.equivalence import Ledger
-    from blockzoo.equivalence import approve as decide
-
-    ledger = Ledger(open_zoo(zoo).store)
-    decision = decide(
-        ledger,
-        ledger.find(record),
-        by=_who(by),
-        reason=reason,
-        max_kl=max_kl,
-        min_agreement=min_agreement,
-        variants=variants or (),
-        force=force,
-    )
+    who = _who(by)
+    with place.open() as zoo:
+        decision, about = zoo.approve_equivalence(
+            record,
+            by=who,
+            reason=reason,
+            max_kl=max_kl,
+            min_agreement=min_agreement,
+            variants=variants or (),
+            force=force,
+        )
     if as_json:
         print_json(_decision_json(decision))
         return
-    about = ledger.get(decision.record)
     forced = ", forced beyond the bounds" if decision.forced else ""
     say(
         f"Approved{forced}: requests of {', '.join(decision.variants)} may run {about.substitute} "
@@ -246,14 +244,16 @@ def approve(
     say(f"To end it: blockzoo equivalence revoke {short(decision.record)}")
 
 
+@at_a_place
 def revoke(
     record: RecordArgument,
     reason: Annotated[
         str, typer.Option("--reason", metavar="WHY", help="The reason, kept with the decision.")
     ] = "not said",
     by: ByOption = None,
-    zoo: ZooOption = DEFAULT_ZOO,
     as_json: JsonOption = False,
+    *,
+    place: Place,
 ) -> None:
     """End an approval at once.
 
@@ -264,18 +264,16 @@ def revoke(
       blockzoo equivalence revoke 3f9c21d07ab4
       blockzoo equivalence revoke 3f9c21d07ab4 --reason "complaints about tone"
     """
-    from blockzoo.equivalence import Ledger
-    from blockzoo.equivalence import revoke as decide
-
-    ledger = Ledger(open_zoo(zoo).store)
-    decision = decide(ledger, ledger.find(record), by=_who(by), reason=reason)
+    who = _who(by)
+    with place.open() as zoo:
+        decision = zoo.revoke_equivalence(record, by=who, reason=reason)
     if as_json:
         print_json(_decision_json(decision))
     else:
         say(f"Revoked {short(decision.record)} at {decision.at} by {decision.by}.")
 
 
-VERBS = (at_hand(evaluate), at_hand(list_), at_hand(show), at_hand(approve), at_hand(revoke))
+VERBS = (evaluate, list_, show, approve, revoke)
 
 
 def _who(by: str | None) -> str:

@@ -1,4 +1,4 @@
-"""What pushes and long operations are told and tell, out of the wire format."""
+"""What pushes, exports and long operations are told and tell, out of the wire format."""
 
 from __future__ import annotations
 
@@ -18,6 +18,15 @@ class Piece:
     offset: int
     data: bytes
     base: BlobId | None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Consecutive bytes of one blob that is exported."""
+
+    blob: BlobId
+    offset: int
+    data: bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,8 +24,9 @@ class ServerSettings(Settings):
     insecure: bool = setting(
         False,
         "Allow an address that other machines can reach without TLS or without a credential.",
-        reason="Anyone who reaches the port may use and unload every variant, and register and remove them "
-        "where the process answers calls about the zoo: `serve`, a controller, a router with `zoo_calls`.",
+        reason="Anyone who reaches the port may use and unload every variant, and register, export and "
+        "remove them where the process answers calls about the zoo: `serve`, a controller, a router with "
+        "`zoo_calls`.",
     )
     tls_cert: Path | None = setting(
         None, "The server's certificate chain (PEM).", reason="Plain text is enough on one machine."

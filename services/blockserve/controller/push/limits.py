@@ -8,7 +8,7 @@ from blockserve.common.settings import Section, setting
 
 
 class ControllerConfig(Section):
-    """Limits on pushes, and who is believed."""
+    """Limits on pushes and exports, and who is believed."""
 
     prove_possession: bool = setting(
         True,
@@ -23,14 +23,22 @@ class ControllerConfig(Section):
     )
     push_idle_seconds: float = setting(
         600.0,
-        "How long a push may be idle before the server ends it.",
+        "How long a push may be idle before the server ends it. An export whose caller reads nothing for so "
+        "long no longer counts.",
         unit="seconds",
         reason="Longer than any reconnection; stored data stays until the next gc.",
         gt=0,
     )
+    max_exports: int = setting(
+        4,
+        "Maximum number of exports at once; further ones are refused with a delay. 0 refuses all, so that "
+        "this server hands out no weights.",
+        reason="Each reads the zoo as fast as its caller can write, and holds one tensor in memory.",
+        ge=0,
+    )
     max_piece_bytes: int = setting(
         1 << 20,
-        "Maximum tensor bytes of one message.",
+        "Maximum tensor bytes of one message of a push or an export.",
         unit="bytes",
         reason="Large enough for full speed, small enough that a broken connection costs little.",
         ge=1,

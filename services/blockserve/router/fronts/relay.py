@@ -1,4 +1,4 @@
-"""Calls of `ZooService`, passed on to the controller that leads: clients need one address for everything.
+"""Calls of `ZooService`, passed on to the controller that leads: clients need one address.
 
 Messages go through as bytes, in both directions, so a router passes on calls of later versions too.
 """
@@ -25,8 +25,19 @@ log = logging.getLogger(__name__)
 _SERVICE = zoo_pb2.DESCRIPTOR.services_by_name["ZooService"]
 SERVICE: str = _SERVICE.full_name
 
-CHANGING = frozenset({"RemoveVariant", "RollbackVariant", "CollectGarbage", "BeginPush", "CommitPush"})
-"""Methods that change the zoo, or begin to."""
+LOGGED = frozenset(
+    {
+        "ApproveEquivalence",
+        "BeginPush",
+        "CollectGarbage",
+        "CommitPush",
+        "DownloadBlobs",
+        "RemoveVariant",
+        "RevokeEquivalence",
+        "RollbackVariant",
+    }
+)
+"""Methods that change the zoo or begin to, and the one that hands out weights."""
 RELAYED_KEY = "blockzoo-relayed"
 """Metadata of calls that a router passed on: one that comes back to a router would go round for ever."""
 
@@ -93,7 +104,7 @@ class ZooRelay:
                 hint="Set the controller's `advertise` to an address where routers reach the controller.",
             )
         connection = await self._to_leader()
-        if (name := path.rpartition("/")[2]) in CHANGING:  # the leader sees this router as the caller
+        if (name := path.rpartition("/")[2]) in LOGGED:  # the leader sees this router as the caller
             log.info("zoo call passed on method=%s peer=%s", name, context.peer())
         metadata = (*self._credentials.metadata(), (RELAYED_KEY, "1"))
         method: Any = connection.channel.stream_stream(path)

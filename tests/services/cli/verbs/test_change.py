@@ -1,5 +1,4 @@
 import json
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -456,30 +455,44 @@ def test_json_keys_are_the_promised_ones(run, zoo, folders, tmp_path, words):
     assert json.dumps(outcome.json)
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("export", "base", "{tmp}/out"),
-        ("backup", "{tmp}/backup"),
-        ("restore", "{tmp}/backup"),
-        ("equivalence", "list"),
-    ],
-    ids=lambda words: words[0],
-)
-def test_verbs_on_bytes_take_no_other_zoo_for_that_of_a_server(run, zoo, tmp_path, monkeypatch, words):
+NEED_ZOO = [
+    ("backup", "{tmp}/backup"),
+    ("restore", "{tmp}/backup"),
+    ("equivalence", "evaluate", "base", "tuned", "--text", "{tmp}/none"),
+]
+
+
+@pytest.mark.parametrize("words", NEED_ZOO, ids=lambda words: words[0])
+def test_verbs_that_need_the_zoo_take_no_other_one_for_that_of_a_server(
+    run, zoo, tmp_path, monkeypatch, words
+):
     words = [word.format(tmp=tmp_path) for word in words]
     zoo.backup(tmp_path / "backup")
+    works = int(words[0] == "equivalence")  # it gets as far as a text that is not there
     monkeypatch.setenv("BLOCKZOO_SERVER", "models.example:7450")
-    assert run(*words).code == 0  # BLOCKZOO_ZOO names the zoo
+    assert run(*words).code == works  # BLOCKZOO_ZOO names the zoo
     monkeypatch.delenv("BLOCKZOO_ZOO")
     monkeypatch.setenv("HOME", str(tmp_path))
     refused = run(*words)
     assert refused.code == 2
     assert "BLOCKZOO_SERVER names models.example:7450" in refused.err
-    assert "--zoo" in refused.err
     assert not (tmp_path / ".blockzoo").exists()
-    shutil.rmtree(tmp_path / "out", ignore_errors=True)
-    assert run(*words, "--zoo", zoo.url).code == 0
+    assert run(*words, "--zoo", zoo.url).code == works
+
+
+@pytest.mark.parametrize("words", NEED_ZOO, ids=lambda words: words[0])
+def test_verbs_that_need_the_zoo_say_so_when_a_server_is_given(run, zoo, tmp_path, words):
+    words = [word.format(tmp=tmp_path) for word in words]
+    verb = " ".join(words[: 1 + (words[0] == "equivalence")])
+    for more in ((), ("--zoo", zoo.url), ("--token-file", tmp_path / "token", "--tls")):
+        refused = run(*words, "--server", "models.example:7450", *more)
+        assert (refused.code, refused.out) == (2, "")
+        said = " ".join(refused.err.replace("│", " ").split())
+        assert (
+            f"--server names models.example:7450, but `{verb}` needs the zoo itself: run it where the zoo's "
+            "folder or object store can be opened, and name that with --zoo." in said
+        )
+    assert "--token-file" not in run(*verb.split(), "--help").out
 
 
 def test_an_adapter_that_names_another_base_is_warned_about(run, zoo, folders):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from blockserve.client.zoo_calls import Calls
 from blockzoo import Zoo
 from blockzoo.layout import blob_key
 from support.network import zoo_server
@@ -74,7 +75,66 @@ def test_damage_at_a_server_ends_with_its_exit_code(run, zoo, tmp_path):
         assert "tuned@1" in outcome.out
         outcome = run("verify", "--repair", tmp_path, "--server", server.address)
         assert outcome.code == 2
-        assert "only be repaired on its own machine" in outcome.err
+        assert "`verify --repair` needs the zoo itself" in outcome.err
+        assert "name that with --zoo" in outcome.err
+
+
+def contents(path):
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def test_export_writes_here_what_is_there(run, zoo, folders, tmp_path, monkeypatch):
+    with zoo_server(zoo) as server:
+        at = ("--server", server.address)
+        for name, folder in {"base": "base", "tuned": "tuned", "bot": "adapter"}.items():
+            here = run("export", name, tmp_path / "here" / name, "--json")
+            there = run("export", name, tmp_path / "there" / name, *at, "--json")
+            assert there.code == here.code == 0
+            assert there.json == {**here.json, "path": str(tmp_path / "there" / name)}
+            assert contents(tmp_path / "there" / name) == contents(folders / folder)
+        said = run("export", "bot@1", tmp_path / "once", *at)
+        assert said.out.startswith(f"Wrote bot@1 to {tmp_path / 'once'}: ")
+        monkeypatch.delenv("BLOCKZOO_ZOO")
+        monkeypatch.setenv("BLOCKZOO_SERVER", server.address)
+        assert run("export", "bot", tmp_path / "twice").code == 0
+
+
+def test_what_cannot_be_exported_from_a_server(run, zoo, tmp_path):
+    blob = next(iter(zoo.block(zoo.chain(zoo.resolve("tuned").chain).links[-2].base).tensors.values())).blobs[
+        0
+    ]
+    flip(zoo.store, blob_key(blob), -1)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("precious")
+    with zoo_server(zoo, controller={"max_exports": 1}) as server:
+        before = sorted(tmp_path.iterdir())
+        for ref, folder, code, message in (
+            ("tuned", "out", 5, "is damaged"),
+            ("bass", "out", 3, "Did you mean base?"),
+            ("base@9", "out", 3, "base@9"),
+            ("base", "full", 1, "not an empty folder"),
+        ):
+            refused = run("export", ref, tmp_path / folder, "--server", server.address)
+            assert (refused.code, refused.out) == (code, "")
+            assert message in refused.err
+        assert sorted(tmp_path.iterdir()) == before
+        assert contents(tmp_path / "full") == {"mine.txt": b"precious"}
+
+
+def test_an_export_that_is_interrupted_leaves_nothing(run, zoo, tmp_path, monkeypatch):
+    stream = Calls.stream
+
+    def press_ctrl_c(self, method, request, **options):
+        for number, message in enumerate(stream(self, method, request, **options)):
+            if method == "DownloadBlobs" and number:
+                raise KeyboardInterrupt
+            yield message
+
+    monkeypatch.setattr(Calls, "stream", press_ctrl_c)
+    before = sorted(tmp_path.iterdir())
+    with zoo_server(zoo, controller={"max_piece_bytes": 256}) as server:
+        assert run("export", "base", tmp_path / "out", "--server", server.address).code == 130
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def names(outcome):
@@ -115,3 +175,7 @@ def test_the_token_comes_from_a_file(run, folders, tmp_path):
         register = ("register", folders / "base", "--name", "base", *at)
         assert run(*register).code == 1
         assert run(*register, "--token-file", token).code == 0
+        export = ("export", "base", tmp_path / "out", *at)
+        assert "UNAUTHENTICATED" in run(*export, "--json").err
+        assert not (tmp_path / "out").exists()
+        assert run(*export, "--token-file", token).code == 0

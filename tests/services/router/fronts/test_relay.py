@@ -30,6 +30,7 @@ from blockserve.router.fronts.relay import SERVICE, ZooRelay
 from blockzoo.errors import VariantNotFoundError
 from blockzoo.zoo import Zoo
 from support.edge import async_test
+from support.equivalence import WHO, put
 from support.folders import write_adapter, write_checkpoint
 
 
@@ -110,6 +111,11 @@ async def test_every_verb_through_a_router(tmp_path: Path) -> None:
                 assert remote.diff("base", "bot") == zoo.diff("base", "bot")
                 remote.register(tmp_path / "base", name="bot")
                 assert remote.rollback("bot").version == 3
+                record = put(zoo.store, "base", "bot", at=1).id
+                remote.approve_equivalence(record, max_kl=1, **WHO)
+                assert remote.equivalences() == zoo.equivalences()
+                assert remote.equivalence(record).in_force
+                assert remote.revoke_equivalence(record[:8], **WHO) == zoo.equivalence(record).decisions[1]
                 assert remote.verify().ok
                 with pytest.raises(VariantNotFoundError) as caught:
                     remote.show("bota")
