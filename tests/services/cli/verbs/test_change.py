@@ -490,7 +490,7 @@ def test_verbs_that_need_the_zoo_say_so_when_a_server_is_given(run, zoo, tmp_pat
         said = " ".join(refused.err.replace("│", " ").split())
         assert (
             f"--server names models.example:7450, but `{verb}` needs the zoo itself: run it where the zoo's "
-            "folder or object store can be opened, and name that with --zoo." in said
+            "folder or object store can be opened, and name that with --zoo" in said
         )
     assert "--token-file" not in run(*verb.split(), "--help").out
 
