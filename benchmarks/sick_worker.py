@@ -24,7 +24,7 @@ from blockserve.common.api.cluster import Run
 from blockzoo.errors import BlockzooError
 
 CALLS, CALLERS, OUTPUT_TOKENS = 200, 8, 2
-LONG, SHORT = 700, 8
+LONG, SHORT = 400, 8
 """Prompt tokens of every other call."""
 SPARE_BYTES = 8 << 20
 """What the sick worker may still take: less than a long prompt's pass."""
