@@ -80,6 +80,12 @@ class KnownPacks:
         with self._lock:
             return next(iter(self._unreadable.values()), None)
 
+    @property
+    def is_old(self) -> bool:
+        """Whether a pack turned out to have gone since the last look."""
+        with self._lock:
+            return self._is_old
+
     def packs(self) -> frozenset[str]:
         """Return the packs that are known."""
         with self._lock:

@@ -402,7 +402,8 @@ class PackedStorage:
                 tried = entry
                 self.refresh(changed=tried is not None)
                 entry = self._find(key)
-                if entry is None and tried is None:
+                # A pack that was known from a summary may have gone since: what it held is in another one.
+                if entry is None and tried is None and not self._known.is_old:
                     if self._known.failure is not None:
                         raise self._known.failure from None
                     raise

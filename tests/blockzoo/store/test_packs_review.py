@@ -1,25 +1,37 @@
-"""What a review of packs tried: copies that differ, packs that are damaged and then whole again, lost news."""
+"""What a review tried: copies that differ, packs that are damaged and then whole again, lost news."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from blockzoo import layout
+from blockzoo.care import gc
 from blockzoo.care.backup import copy_zoo
 from blockzoo.care.gc import collect
 from blockzoo.care.verify import verify
 from blockzoo.digest import blob_id
 from blockzoo.errors import BlockzooError, StorageError
-from blockzoo.manifest import BlobId
+from blockzoo.manifest import (
+    BlobId,
+    BlockManifest,
+    ChainId,
+    ChainManifest,
+    DType,
+    FileRef,
+    Link,
+    TensorRef,
+)
 from blockzoo.storage import LocalStorage, MemoryStorage, Storage
+from blockzoo.storage.base import ObjectInfo
 from blockzoo.storage.objects import ObjectStorage
 from blockzoo.store import known_packs
 from blockzoo.store.blobs import TensorData
 from blockzoo.store.packs import build, read_index
+from blockzoo.store.registration import Registration
 from blockzoo.store.zoo_store import ZooStore
 from support.zoo_faults import (
     FakeClock,
@@ -293,3 +305,86 @@ def test_a_difference_to_what_is_also_stored_as_a_difference(store, is_raw_first
         for pack in order:
             fresh.storage._known.add(read_index(store.storage.inner, pack))
         assert contents(fresh, fresh.resolve("further")) == [further.data]
+
+
+# Packs that go while somebody looks, and manifests that come while gc deletes.
+
+
+def test_a_pack_of_a_summary_that_goes_right_after_the_look(remote, monkeypatch):
+    """A merge has moved what it held into another pack."""
+    for name, value in [("_SUMMARISE_FROM", 2), ("_MANY_NEW", 1)]:
+        monkeypatch.setattr(known_packs, name, value)
+    for number in range(3):
+        register(remote, f"v{number}", [tensor(number), tensor(number, nudge=3)], file=b"%d" % number)
+    inner = remote.storage.inner
+    record = remote.resolve("v0")
+    key = layout.chain_key(record.chain)
+    (pack,) = remote.storage.packs_of(key)
+    going = {"is_listed": False, "is_done": False}
+
+    def go(operation: str, what: str) -> None:
+        if operation == "get" and what == pack and not going["is_done"]:
+            going["is_done"] = True
+            put_pack(remote, {**objects_of(remote, pack), layout.blob_key("ef" * 32): b"moved"})
+            remote.storage._known.announce()
+            inner.delete(pack)
+
+    other = through(remote, HookedStorage(inner, go, reads=True))
+    assert other.storage.size(key) is not None
+    assert going["is_done"]
+    assert contents(other, record) == [tensor(0).data, tensor(0, nudge=3).data]
+
+
+@pytest.mark.parametrize("is_remote", [True, False])
+def test_gc_spares_manifests_that_a_registration_is_about_to_write(is_remote):
+    """Another gc has deleted them since they were condemned, and their registration has leased them."""
+    inner: Storage = ObjectStorage.in_memory() if is_remote else MemoryStorage()
+    store = ZooStore.open(inner, create=True, clock=FakeClock(time.time()))
+    register(store, "v", [tensor(1), tensor(2)])
+    register(store, "stays", [tensor(7), tensor(8)])
+    store.remove("v")
+    steps: list[str] = []
+    writer = through(store, inner)
+
+    def between(operation: str, key: str) -> None:
+        # The first collection has written its marker and has not begun to sweep.
+        if operation == "put" and key.endswith(".sweep") and not steps:
+            steps.append(key)
+            collect(through(store, inner), grace_s=0)
+            registration = writer.registration("again", workers=1)
+            pending.append(registration)
+            stored = registration.put_tensors([tensor(1), tensor(2)])
+            blocks = registration.put_blocks([_block(item.blob) for item in stored])
+            chains.append(registration.put_chain(ChainManifest("test", tuple(map(Link, blocks)), 128, 256)))
+            file = registration.put_file(b"{}")
+            files.append(file)
+        # It has looked the last time, and is about to delete.
+        if operation == "look" and pending:
+            (registration,) = pending
+            pending.clear()
+            registration.commit("v", chains[0], kind="checkpoint", files={"config.json": files[0]})
+            registration.__exit__(None, None, None)
+
+    pending: list[Registration] = []
+    chains: list[ChainId] = []
+    files: list[FileRef] = []
+    collector = through(store, HookedStorage(inner, between))
+    original = gc.in_order
+
+    def in_order(zoo: ZooStore, doomed: list[ObjectInfo]) -> Iterator[list[ObjectInfo]]:
+        between("look", "")
+        zoo.storage.refresh(changed=True)
+        return original(zoo, doomed)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gc, "in_order", in_order)
+        collect(collector, grace_s=1 if not is_remote else 0)
+    assert not pending
+    assert steps
+    fresh = through(store, inner)
+    assert verify(fresh).problems == ()
+    assert contents(fresh, fresh.resolve("v")) == [tensor(1).data, tensor(2).data]
+
+
+def _block(blob: BlobId) -> BlockManifest:
+    return BlockManifest("layer", "test", {}, {"weight": TensorRef(DType.BF16, (512,), (blob,))})
