@@ -230,7 +230,10 @@ def _needed_keys(store: ZooStore, kinds: Sequence[Holding]) -> set[str]:
     loose = Walker(store, ignore_problem)
     for digest in leased:
         _add_leased(store, loose, digest)
-    return {*needed, *loose.closure.objects()}
+    # Of whatever kind they are: a registration that leased them may write them while this deletes.
+    kinds_of_keys = (layout.chain_key, layout.block_key, layout.blob_key)
+    written = {key(digest) for digest in leased for key in kinds_of_keys}
+    return {*needed, *loose.closure.objects(), *written}
 
 
 def _add_leased(store: ZooStore, walker: Walker, digest: str) -> None:

@@ -14,23 +14,27 @@ from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
 
 from blockzoo import layout
-from blockzoo.care.variants import is_difference
+from blockzoo.care.variants import bases_of
 from blockzoo.errors import BlockzooError
 from blockzoo.manifest import BlobId, BlockId, ChainId
 from blockzoo.storage.base import ObjectInfo
 from blockzoo.store.objects import Objects
 
 _DIFFERENCES = "differences"
-_KINDS = ("refs", layout.CHAINS, layout.BLOCKS, _DIFFERENCES, layout.BLOBS, layout.PACKS)
-"""What is of one kind needs only what comes after it here."""
+_BOTH = "both"
+_KINDS = ("refs", layout.CHAINS, layout.BLOCKS, _DIFFERENCES, _BOTH, layout.BLOBS, layout.PACKS)
+"""What is of one kind needs only what comes after it here. Of what two registrations stored at once, one copy
+may be a difference, while other differences are to the other one."""
 
 
 def in_order(store: Objects, doomed: Iterable[ObjectInfo]) -> Iterator[list[ObjectInfo]]:
     """Yield what may be deleted together, most needing first; each must be durable before the next."""
     kinds: dict[str, list[ObjectInfo]] = defaultdict(list)
     for info in doomed:
-        folder = info.key.partition("/")[0]
-        kinds[_DIFFERENCES if is_difference(store, info.key) else folder].append(info)
+        bases = bases_of(store, info.key)
+        is_both = None in bases and len(bases) > 1
+        kind = _BOTH if is_both else _DIFFERENCES if bases - {None} else info.key.partition("/")[0]
+        kinds[kind].append(info)
     yield kinds.pop("refs", [])
     broken = kinds.pop(layout.PACKS, [])
     yield from _objects_in_order(store, kinds)
@@ -87,7 +91,7 @@ def _needs(store: Objects, key: str) -> Iterable[str]:
         if folder == layout.BLOCKS:
             tensors = store.get_block(BlockId(digest)).tensors.values()
             return {layout.blob_key(blob) for tensor in tensors for blob in tensor.blobs}
-        base = store.blobs.info(BlobId(digest)).base
+        bases = store.bases(BlobId(digest))
     except BlockzooError:
         return ()
-    return () if base is None else (layout.blob_key(base),)
+    return {layout.blob_key(base) for base in bases if base is not None}

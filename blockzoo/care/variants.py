@@ -174,6 +174,17 @@ def is_difference(store: Objects, key: str) -> bool:
     return base_of(store, key) is not None
 
 
+def bases_of(store: Objects, key: str) -> set[BlobId | None]:
+    """Return what the copies of a blob are differences to; nothing for what is none or cannot be read."""
+    digest = layout.digest_of(key)
+    if digest is None or key != layout.blob_key(digest):
+        return set()
+    try:
+        return store.bases(BlobId(digest))
+    except (CorruptionError, NotFoundError):
+        return set()
+
+
 def base_of(store: Objects, key: str) -> str | None:
     """Return the key of what a difference is to; None for what is none or cannot be read."""
     digest = layout.digest_of(key)

@@ -47,7 +47,7 @@ DELTA_CODEC = ULP
 _PREFIX = 32
 _PROBE = 1024
 """Bytes fetched to see a header; every header of a raw blob fits."""
-_MAX_HEADER = 1 << 16
+MAX_HEADER = 1 << 16
 _CACHED_HEADERS = 1024
 """Headers of raw blobs kept, two hundred bytes each: the layers of a model have few shapes between them."""
 
@@ -135,6 +135,10 @@ class BlobStore:
                 head = self._storage.get_range(blob_key(blob), 0, needed)
         except NotFoundError as error:
             raise _missing(blob) from error
+        return _parse(blob, head)
+
+    def parse(self, blob: BlobId, head: memoryview) -> BlobInfo:
+        """Return what the first `MAX_HEADER` bytes of an object say about it (CorruptBlobError)."""
         return _parse(blob, head)
 
     def read(self, blob: BlobId) -> memoryview:
@@ -245,7 +249,7 @@ def _payload_offset(blob: BlobId, head: Buffer) -> int:
         raise _corrupt(blob, "it does not begin as a blob does")
     length = int.from_bytes(head[8:12], "little")
     offset = int.from_bytes(head[12:16], "little")
-    if not _PREFIX + length <= offset <= _MAX_HEADER or offset % ALIGNMENT:
+    if not _PREFIX + length <= offset <= MAX_HEADER or offset % ALIGNMENT:
         raise _corrupt(blob, "its header has an impossible length")
     return offset
 

@@ -111,13 +111,13 @@ class Walker:
 
     def _add_base(self, blob: BlobId) -> None:
         try:
-            base = self._store.blobs.info(blob).base
+            bases = self._store.bases(blob)
         except BlockzooError as error:
             self._report(blob, error)
             return
-        self.closure.bases[blob] = base
-        if base is not None:
-            self.add_blobs([base])
+        needed = {base for base in bases if base is not None}
+        self.closure.bases[blob] = None if None in bases else min(needed)
+        self.add_blobs(needed)
 
     def _report(self, digest: str, error: BlockzooError) -> None:
         if self._on_problem is None:

@@ -70,6 +70,7 @@ class KnownPacks:
         self._news: bytes | None = None
         self._listed_at = 0.0
         self._is_old = True
+        self._has_unannounced = False
         self._summaries: dict[str, Collection[str]] = {}  # which packs each lists
         self._unsound: set[str] = set()  # summaries that are damaged
 
@@ -78,6 +79,12 @@ class KnownPacks:
         """Why the index of a pack could not be read, so that nobody knows what it holds."""
         with self._lock:
             return next(iter(self._unreadable.values()), None)
+
+    @property
+    def is_old(self) -> bool:
+        """Whether a pack turned out to have gone since the last look."""
+        with self._lock:
+            return self._is_old
 
     def packs(self) -> frozenset[str]:
         """Return the packs that are known."""
@@ -93,14 +100,18 @@ class KnownPacks:
             changed: something did for sure, or may have gone, so neither stamps nor news are believed.
         """
         with self._lock:
-            is_sure = not (changed or self._is_old or self._unreadable)
+            now = time.monotonic()
+            is_late = now - self._listed_at >= BELIEVED_S
+            # A pack may be damaged only while another tool writes it, or be written again.
+            is_sure = not (changed or self._is_old or self._unreadable or (self._damaged and is_late))
             stamp = None if changed else self._inner.stamp(layout.PACKS)
             if is_sure and stamp is not None and stamp == self._stamp:
                 return
-            news, now = self._read_news(), time.monotonic()
-            if is_sure and news is not None and news == self._news and now - self._listed_at < BELIEVED_S:
+            news = self._read_news()
+            if is_sure and news is not None and news == self._news and not is_late:
                 return
             self._unreadable.clear()
+            self._damaged.clear()
             self._is_old = True  # until this has gone well
             for attempt in range(_TRIES):
                 listed, summaries = self._list()
@@ -214,7 +225,6 @@ class KnownPacks:
     def damaged(self) -> frozenset[str]:
         """Return the packs whose index is damaged; reads those indexes that this process has not read."""
         with self._lock:
-            self._damaged.clear()  # one may have been repaired
             self.refresh(changed=True)
             unread = self._index.packs - self._sound
         for _ in self._readable(list(unread)):
@@ -241,6 +251,7 @@ class KnownPacks:
             self._damaged.discard(pack.key)
             self._index.add([pack])
             self._keep(pack)
+            self._has_unannounced = True
 
     def forget(self, key: str) -> None:
         """Know nothing of a pack that this process deleted."""
@@ -251,6 +262,19 @@ class KnownPacks:
         """Let other processes know that there is a new pack, before anybody relies on it."""
         if self._has_news:
             self._inner.replace(layout.PACK_CHANGES, [os.urandom(16)])
+        self._has_unannounced = False
+
+    def announce_late(self) -> None:
+        """Announce what this process wrote and could not announce."""
+        if self._has_unannounced:
+            self.announce()
+
+    def doubt(self) -> None:
+        """Read every index again before anything is said of it: it may have been damaged since."""
+        with self._lock:
+            self._sound.clear()
+            self._read.clear()
+            self._read_bytes = 0
 
     def summarise(self) -> None:
         """Write what packs hold, where many are in no summary. That it fails harms nothing."""

@@ -18,6 +18,7 @@ from blockzoo.clock import Clock
 from blockzoo.digest import is_digest
 from blockzoo.errors import (
     BlockzooError,
+    CorruptBlobError,
     CorruptManifestError,
     InvalidInputError,
     ManifestNotFoundError,
@@ -25,6 +26,7 @@ from blockzoo.errors import (
     VariantNotFoundError,
 )
 from blockzoo.manifest import (
+    BlobId,
     BlockId,
     BlockManifest,
     ChainId,
@@ -36,7 +38,7 @@ from blockzoo.manifest import (
 from blockzoo.manifest_json import block_from_json, chain_from_json, variant_from_json, variant_to_json
 from blockzoo.names import MAX_VERSION, check_name, near_names
 from blockzoo.storage.base import ObjectInfo, Stamp
-from blockzoo.store.blobs import BlobStore
+from blockzoo.store.blobs import MAX_HEADER, BlobStore
 from blockzoo.store.packed import PackedStorage
 from blockzoo.store.remembered import Remembered
 
@@ -87,6 +89,17 @@ class Objects:
     def get_chain(self, chain: ChainId) -> ChainManifest:
         """Return a chain manifest; raises ManifestNotFoundError or CorruptManifestError."""
         return chain_from_json(self.read_manifest(layout.chain_key(chain), chain))
+
+    def bases(self, blob: BlobId) -> set[BlobId | None]:
+        """Return what each stored copy of a blob is a difference to, None for one that is none.
+
+        There are several where registrations at once have stored it; raises as `BlobStore.info` does.
+        """
+        found = {self.blobs.info(blob).base}
+        for head in self.storage.copies(layout.blob_key(blob), MAX_HEADER):
+            with suppress(CorruptBlobError):
+                found.add(self.blobs.parse(blob, head).base)
+        return found
 
     def has_manifest(self, digest: str) -> bool:
         """Tell whether a block or chain of this digest is stored."""

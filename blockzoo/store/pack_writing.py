@@ -79,13 +79,39 @@ class PackWriter:
             if new == key:
                 self._inner.replace(key, chunks)
                 return True
-            self.put(new, chunks)
+            if not self._put_kept(new, chunks, kept, changed):
+                return False
             self._known.announce()
             if not may_go_on():
                 return False
         self._inner.delete(key)
         self._known.forget(key)
         self._inner.sync([key])
+        return True
+
+    def _put_kept(
+        self, key: str, chunks: Chunks, kept: Mapping[str, Buffer], proven: Collection[str] = ()
+    ) -> bool:
+        """Store a pack of what is kept of others, unless one is there that may have the good copies.
+
+        Args:
+            key: of the pack.
+            chunks: its bytes.
+            kept: what it holds.
+            proven: those objects of it whose bytes are known to be good.
+        """
+        if not self._inner.put_if_absent(key, chunks):
+            try:
+                pack, body = read_index(self._inner, key), self._inner.get(key)
+            except (NotFoundError, CorruptManifestError):
+                pass  # what it held is missing
+            else:
+                for name, entry in pack.objects():
+                    is_same = body[entry.offset : entry.offset + entry.size] == kept[name]
+                    if not is_same and name not in proven:
+                        return False
+            self._inner.replace(key, chunks)
+        self._known.add(Pack(key, bytes(chunks[1])))
         return True
 
     def mergeable(self) -> list[list[str]]:
@@ -120,11 +146,10 @@ class PackWriter:
         if new in found.packs and len(found.packs) == 1:
             return True
         if found.objects and new not in found.packs:
-            if new in self._known.packs():
-                return True  # its copies differ from these, and they may be the good ones
             if not may_go_on():
                 return False
-            self.put(new, chunks)
+            if not self._put_kept(new, chunks, found.objects):
+                return True  # its copies differ from these
             self._known.announce()
         # Whoever wrote the copies that stay may not have made them durable yet.
         self._inner.sync(found.keepers | {new} if found.objects else found.keepers)

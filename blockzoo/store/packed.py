@@ -26,6 +26,7 @@ from blockzoo.store.packs import (
     Entry,
     build,
     can_hold,
+    read_index,
 )
 
 _T = TypeVar("_T")
@@ -218,13 +219,13 @@ class PackedStorage:
         keys = list(keys)
         if any(map(can_hold, keys)):
             self.refresh(changed=self.is_remote)
-        held: dict[str, list[str]] = defaultdict(list)
+        held: dict[str, set[str]] = defaultdict(set)
         done: set[str] = set()
         failed: set[str] = set()
         for key in keys:
             packs = self.packs_of(key)
             for pack in packs:
-                held[pack].append(key)
+                held[pack].add(key)
             data = None if packs else bring(key)
             if data is not None:
                 self.inner.replace(key, data)
@@ -235,13 +236,17 @@ class PackedStorage:
             with suppress(CorruptManifestError):
                 if changed and self._packs.rewrite(pack, (), changed):
                     done |= changed.keys()
-            failed.update(key for key in members if key not in done)
+                    failed.update(members - changed.keys())
+                    continue
+            failed.update(members)
         if held:
             self.refresh(changed=True)
         return done - failed
 
     def delete(self, key: str) -> bool:
         """See `Storage`; packs that held it are written again. Many are deleted faster by `delete_all`."""
+        if layout.is_pack(key) and not self._is_damaged(key):
+            return False
         if not can_hold(key):
             return self.inner.delete(key)
         self.refresh(changed=self.is_remote)
@@ -276,6 +281,8 @@ class PackedStorage:
             for key in [key for key, packs in places.items() if not packs]:
                 if not may_go_on():
                     return gone
+                if layout.is_pack(key) and not self._is_damaged(key):
+                    continue
                 self.inner.delete(key)
                 gone.append(key)
                 on_gone(key)
@@ -296,6 +303,14 @@ class PackedStorage:
             if leaving:
                 self.refresh(changed=True)
 
+    def _is_damaged(self, pack: str) -> bool:
+        """Tell whether a pack that was found damaged still is: a registration may have written it again."""
+        try:
+            read_index(self.inner, pack)
+        except (CorruptManifestError, NotFoundError):
+            return True
+        return False
+
     def mergeable(self) -> bool:
         """Tell whether `merge` would do anything; reads what packs hold of the same objects."""
         return self.writes_packs and bool(self._packs.mergeable())
@@ -312,15 +327,31 @@ class PackedStorage:
         entries = {key: self._find(key) if can_hold(key) else None for key in keys}
         self.inner.sync({key if entry is None else entry.pack for key, entry in entries.items()})
 
-    def copies_differ(self, key: str) -> bool:
-        """Tell whether packs hold different bytes of one object, so that some are damaged."""
-        if not can_hold(key):
-            return False
-        entries = self._known.all_places(key)
-        if len(entries) < 2:
-            return False
-        first, *others = (self.inner.get_part(entry.pack, entry.offset, entry.size) for entry in entries)
-        return any(other != first for other in others)
+    def copies(self, key: str, length: int | None = None) -> Sequence[memoryview]:
+        """Return an object as each of the packs that hold it does; none where that is one or none.
+
+        Args:
+            key: of the object.
+            length: bytes of it, all when None.
+        """
+        for _ in range(_TRIES):
+            entries = self._known.all_places(key) if can_hold(key) else []
+            if len(entries) < 2:
+                return []
+            try:
+                return [
+                    self.inner.get_part(
+                        entry.pack, entry.offset, entry.size if length is None else _cut(entry, 0, length)
+                    )
+                    for entry in entries
+                ]
+            except NotFoundError:
+                self.refresh(changed=True)
+        raise _keeps_moving(key)
+
+    def doubt(self) -> None:
+        """Believe nothing that was read of packs before: they may have been damaged since."""
+        self._known.doubt()
 
     def clean(self) -> int:
         """See `Storage`."""
@@ -339,13 +370,14 @@ class PackedStorage:
     def _certain(self, keys: Iterable[str]) -> dict[str, Entry]:
         """Return where in packs objects are now; of many at once, with one look at the packs.
 
-        A registration asks this after it has leased them, so what is here stays.
+        A registration asks this after it has leased them, so what is here stays, and others know of it.
         """
         keys = [key for key in keys if can_hold(key)]
         self.refresh()
         for _ in range(_TRIES):
             found = self._packed(keys)
             if self._known.are_there({entry.pack for entry in found.values()}):
+                self._known.announce_late()
                 return found
         raise _keeps_moving(f"{len(keys)} objects")
 
@@ -355,7 +387,9 @@ class PackedStorage:
         return {key: entry for key in candidates if (entry := self._find(key)) is not None}
 
     def _find(self, key: str) -> Entry | None:
-        return next(self._known.places(key), None)
+        # Two writers at once may have stored a tensor as it is and as a difference, which is smaller. Only
+        # what all find as it is can be a base.
+        return max(self._known.places(key), key=_preferred, default=None)
 
     def _look(self, key: str, packed: Callable[[Entry], _T], loose: Callable[[], _T]) -> _T:
         if not can_hold(key):
@@ -368,7 +402,8 @@ class PackedStorage:
                 tried = entry
                 self.refresh(changed=tried is not None)
                 entry = self._find(key)
-                if entry is None and tried is None:
+                # A pack that was known from a summary may have gone since: what it held is in another one.
+                if entry is None and tried is None and not self._known.is_old:
                     if self._known.failure is not None:
                         raise self._known.failure from None
                     raise
@@ -424,6 +459,10 @@ def as_small(chunks: Chunks) -> bytes | None:
         return None
     data = b"".join(chunks)
     return data if len(data) < MAX_OBJECT_BYTES else None
+
+
+def _preferred(entry: Entry) -> tuple[int, str]:
+    return entry.size, entry.pack
 
 
 def _keeps_moving(what: str) -> StorageError:
