@@ -132,3 +132,17 @@ def test_quiet_reports_nothing():
         reporter.start("x", 1)
         reporter.advance(1)
         reporter.finish()
+
+
+def test_fold_never_breaks_a_word() -> None:
+    assert output.fold("one two three", 7) == ["one two", "three"]
+    assert output.fold("averylongword two", 5) == ["averylongword", "two"]
+    assert output.fold("", 5) == [""]
+    assert output.fold("  it takes 25.4 kB and 3 min", 14) == ["  it takes", "  25.4 kB and", "  3 min"]
+    assert output.fold("日本 語", 4) == ["日本", "語"]
+
+
+def test_a_table_without_room_becomes_paragraphs() -> None:
+    table = output.Table((output.Column("NAME"), output.Column("SIZE", numeric=True)))
+    table.add("a-name-that-is-long", "5 MB")
+    assert table.lines(15) == ["a-name-…is-long", "  size 5 MB"]
