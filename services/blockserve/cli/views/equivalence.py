@@ -48,9 +48,9 @@ def _table(*more: str) -> Table:
         Column("A", folds=16, cuts=24, tight=16),
         Column("B IN ITS PLACE", folds=13, cuts=24, tight=13),
     )
-    numbers = ("KL", 0), ("WORST", 1), ("TOP-1", 0), ("WEIGHTS", 3), ("TOKENS", 2)
+    numbers = ("KL", 0), ("WORST", 2), ("TOP-1", 0), ("WEIGHTS", 4), ("TOKENS", 3)
     numeric = (Column(name, numeric=True, rank=rank) for name, rank in numbers)
-    return Table((*names, *numeric, *(Column(name, folds=10, rank=name == "DATE") for name in more)))
+    return Table((*names, *numeric, *(Column(name, folds=10, rank=int(name == "DATE")) for name in more)))
 
 
 def _add_record(table: Table, record: EquivalenceRecord, *more: object) -> None:

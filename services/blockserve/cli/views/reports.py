@@ -190,9 +190,10 @@ def print_verify(report: VerifyReport, *, repairing: bool) -> None:
 
 def print_copy(report: CopyReport, done: str) -> None:
     """`backup` and `restore`; `done` is the word for it."""
+    present = f"{report.present} {'was' if report.present == 1 else 'were'} there"
     say(
         f"{done} {counted(len(report.added), 'version')}: {counted(report.copied, 'object')}, "
-        f"{format_bytes(report.copied_bytes)}; {report.present} {'was' if report.present == 1 else 'were'} there"
+        f"{format_bytes(report.copied_bytes)}; {present}"
     )
     origins = {now: before for before, now in report.revived.items()}
     for ref in report.added:
