@@ -50,7 +50,7 @@ def _table(*more: str) -> Table:
     )
     numbers = ("KL", 0), ("WORST", 2), ("TOP-1", 0), ("WEIGHTS", 4), ("TOKENS", 3)
     numeric = (Column(name, numeric=True, rank=rank) for name, rank in numbers)
-    return Table((*names, *numeric, *(Column(name, folds=10, rank=int(name == "DATE")) for name in more)))
+    return Table((*names, *numeric, *(Column(name, folds=12, rank=int(name == "DATE")) for name in more)))
 
 
 def _add_record(table: Table, record: EquivalenceRecord, *more: object) -> None:

@@ -137,8 +137,9 @@ class Table:
         if spare < 0:
             return None
         wants = [self._natural(index) - least for index, least in zip(kept, widths, strict=True)]
-        for place in sorted(range(len(kept)), key=lambda place: wants[place]):
-            sharers = sum(want > 0 for want in wants[place:]) or 1
+        order = sorted(range(len(kept)), key=lambda place: wants[place])
+        for number, place in enumerate(order):
+            sharers = sum(wants[other] > 0 for other in order[number:]) or 1
             given = min(wants[place], max(spare // sharers, 0)) if wants[place] else 0
             widths[place] += given
             spare -= given
