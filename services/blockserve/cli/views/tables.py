@@ -13,6 +13,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from blockserve.cli.views.plain import visible, visible_json
@@ -257,8 +258,19 @@ def cut(word: str, width: int) -> str:
     """A word of at most `width` columns: both ends, and an ellipsis in place of the middle."""
     if cells_of(word) <= width:
         return word
-    end = max(width - 1, 0) // 2
-    return _beginning(word, width - 1 - end) + ELLIPSIS + _beginning(word[::-1], end)[::-1]
+    ellipsis = _ellipsis(sys.stdout.encoding)
+    room = max(width - len(ellipsis), 0)
+    return _beginning(word, room - room // 2) + ellipsis + _beginning(word[::-1], room // 2)[::-1]
+
+
+@cache
+def _ellipsis(encoding: str | None) -> str:
+    """What a terminal of some encoding can show."""
+    try:
+        ELLIPSIS.encode(encoding or "utf-8")
+    except UnicodeEncodeError:
+        return "..."
+    return ELLIPSIS
 
 
 def _beginning(word: str, width: int) -> str:
