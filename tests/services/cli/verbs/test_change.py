@@ -407,7 +407,7 @@ def test_backup_and_restore(run, zoo, folders, tmp_path):
     conflict = run("restore", tmp_path / "backup", "--zoo", tmp_path / "another").out
     assert "`--zoo NEW_PLACE` restores into another zoo" in conflict
     fresh = run("restore", tmp_path / "backup", "--zoo", tmp_path / "fresh")
-    assert "Restored 1 versions" in fresh.out
+    assert "Restored 1 version:" in fresh.out
 
 
 def test_reports_tell_rare_things(capsys):

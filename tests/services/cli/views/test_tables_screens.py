@@ -238,6 +238,37 @@ def test_every_name_is_there(title: str, count: int, width: int) -> None:
 
 
 @every_width
+@pytest.mark.parametrize("title", ["status", "watch"])
+@pytest.mark.parametrize("count", VARIANTS)
+def test_variants_without_a_row_are_counted(title: str, count: int, width: int) -> None:
+    lines = draw(title, count, width)
+    table = lines[next(number for number, line in enumerate(lines) if line.startswith("VARIANTS")) + 1 :]
+    more = [number for number, line in enumerate(table) if re.match(r"\d+ more ", line)]
+    rows = table[: more[0]] if more else table
+    assert len(rows) + sum(int(table[number].split()[0]) for number in more) == count
+
+
+@every_width
+@pytest.mark.parametrize("count", WORKERS)
+def test_workers_without_a_row_are_counted(count: int, width: int) -> None:
+    lines = draw("cluster-watch", count, width)
+    table = lines[next(number for number, line in enumerate(lines) if line.startswith("WORKER ")) + 1 :]
+    rows = table[: table.index("")]
+    more = int(rows.pop().split()[1]) if rows[-1].startswith("and ") else 0
+    assert sum(line[0] != " " for line in rows) + more == count
+
+
+@every_width
+@pytest.mark.parametrize("count", VARIANTS)
+def test_problems_without_a_row_are_counted(count: int, width: int) -> None:
+    lines = draw("verify", count, width)
+    text = " ".join(lines)
+    more = re.search(r"and (\d+) more; --json has all of them", text)
+    rows = sum(line.startswith(("missing ", "bytes ")) for line in lines)
+    assert rows + (int(more[1]) if more else 0) == count + 1
+
+
+@every_width
 @every_case
 def test_a_watched_screen_fits_its_terminal(title: str, count: int, width: int) -> None:
     if OF[title].fits_height:
