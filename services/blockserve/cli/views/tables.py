@@ -98,10 +98,13 @@ class Table:
     def lines(self, width: int | None) -> list[str]:
         """The table as lines of at most `width` columns; None: as wide as it is."""
         kept = [n for n, column in enumerate(self.columns) if not column.rank or any(r[n] for r in self.rows)]
+        least = cache(self._least)
         while width is not None:
             worst = max(kept, key=lambda index: (self.columns[index].rank, index))
             rank = self.columns[worst].rank
-            widths = self._fit(kept, width) or (self._fit(kept, width, tight=True) if rank < 2 else None)
+            widths = self._fit(kept, width, least, tight=False)
+            if widths is None and rank < 2:
+                widths = self._fit(kept, width, least, tight=True)
             if widths is not None:
                 return self._draw(kept, widths)
             if not rank:
@@ -130,14 +133,16 @@ class Table:
             longest = _distinct(words, column.cuts)
         return max(longest, *map(cells_of, head), min(natural, column.folds))
 
-    def _fit(self, kept: Sequence[int], width: int, *, tight: bool = False) -> list[int] | None:
+    def _fit(
+        self, kept: Sequence[int], width: int, least: Callable[[int, bool], int], *, tight: bool
+    ) -> list[int] | None:
         """Widths of the columns, or None where they do not fit."""
         room = width - len(GAP) * (len(kept) - 1)
-        widths = [self._least(index, tight) for index in kept]
+        widths = [least(index, tight) for index in kept]
         spare = room - sum(widths)
         if spare < 0:
             return None
-        wants = [self._natural(index) - least for index, least in zip(kept, widths, strict=True)]
+        wants = [self._natural(index) - given for index, given in zip(kept, widths, strict=True)]
         order = sorted(range(len(kept)), key=lambda place: wants[place])
         for number, place in enumerate(order):
             sharers = sum(wants[other] > 0 for other in order[number:]) or 1
@@ -226,7 +231,10 @@ def fold(text: str, width: int | None) -> list[str]:
     if width is None or cells_of(text) <= width:
         return [text]
     blank = text[: len(text) - len(text.lstrip(" "))]
-    first, *words = _words(text.lstrip(" "))
+    # What belongs together is parted where it has no room together.
+    joined = _words(text.lstrip(" "))
+    parts = (word.split(_NBSP) if cells_of(word) > width - len(blank) else [word] for word in joined)
+    first, *words = (part for several in parts for part in several)
     lines = [blank + first]
     for word in words:
         longer = f"{lines[-1]} {word}"
@@ -285,9 +293,19 @@ def _beginning(word: str, width: int) -> str:
 def _distinct(words: Iterable[str], least: int) -> int:
     """The width, from `least` on, at which different words are different when they are cut."""
     known, width = set(words), least
-    while len({cut(word, width) for word in known}) < len(known):
+    while not _are_distinct(known, width):
         width += 1
     return width
+
+
+def _are_distinct(words: Iterable[str], width: int) -> bool:
+    seen: set[str] = set()
+    for word in words:
+        seen_as = cut(word, width)
+        if seen_as in seen:
+            return False
+        seen.add(seen_as)
+    return True
 
 
 def _words(text: str) -> list[str]:

@@ -198,3 +198,4 @@ def test_a_column_of_the_first_rank_is_left_out_only_when_names_are_tight() -> N
 def test_what_belongs_together_is_not_parted(whole: str) -> None:
     width = len(whole)
     assert output.fold(f"{'x' * (width - 3)} {whole} y", width)[1] == whole
+    assert output.fold(f"{whole} y", width - 1)[0] == whole.split()[0]  # but for want of room
