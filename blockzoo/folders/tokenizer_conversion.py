@@ -73,7 +73,8 @@ def convert_tokenizer(folder: Path, source: str) -> bytes:
         backend = made.backend_tokenizer
         size = backend.get_vocab_size()
     except Exception as error:  # the libraries behind it raise whatever they like
-        raise _unusable(source, str(error)[:200] or type(error).__name__) from error
+        why = " ".join(str(error).split())[:200]
+        raise _unusable(source, why or type(error).__name__) from error
     finally:
         transformers.logging.set_verbosity(level)
     # Without a file that it looks for, transformers makes a tokenizer of almost nothing and says nothing.

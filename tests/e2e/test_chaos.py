@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import warnings
 from collections.abc import Callable, Collection
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -16,12 +17,14 @@ import torch
 
 from blockkernels.backends import CpuBackend
 from blockzoo.zoo import Zoo
+from support import chaos
 from support.chaos import (
     DISKS,
     FEW,
     KINDS,
     WITHOUT_CONTROLLERS,
     ChaosCluster,
+    LeftOutWarning,
     chaos_cluster,
     make_script,
     possible,
@@ -102,6 +105,29 @@ def run(
     except BaseException as error:
         error.add_note(f"BLOCKZOO_CHAOS_SEED={seed} repeats it; logs are in {folder}")
         raise
+
+
+@pytest.mark.parametrize(
+    ("has_compiler", "has_limits", "left_out"),
+    [
+        (True, True, []),
+        (False, True, [DISKS | {"clocks"}]),
+        (True, False, [{"memory tail"}]),
+        (False, False, [DISKS | {"clocks"}, {"memory tail"}]),
+    ],
+)
+def test_a_run_says_what_it_leaves_out(
+    monkeypatch: pytest.MonkeyPatch, has_compiler: bool, has_limits: bool, left_out: list[set[str]]
+) -> None:
+    monkeypatch.setattr(chaos, "library", lambda: Path("faults.so") if has_compiler else None)
+    monkeypatch.setattr(chaos, "has_memory_limits", lambda: has_limits)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        done = possible(KINDS)
+    assert set(done) == set(KINDS) - set().union(*left_out)
+    assert [one.category for one in caught] == [LeftOutWarning] * len(left_out)
+    for warning, kinds in zip(caught, left_out, strict=True):
+        assert str(warning.message).endswith(": " + ", ".join(sorted(kinds)))
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -1,11 +1,22 @@
 """The engine against PEFT: every form of LoRA, on tied and untied, biased and normed checkpoints."""
 
-import pytest
+import asyncio
+from dataclasses import replace
 
-from support.adapters import ADAPTERS, FURTHER_METHODS, FUSED, MATTER_UNTIED, AdapterSpec
-from support.engine import Ask
+import pytest
+import torch
+
+from blockkernels.backends import CpuBackend
+from blockserve.common.api.engine import EngineRequest
+from blockserve.worker.limits import EngineConfig
+from blockzoo.zoo import Zoo
+from support.adapters import ADAPTERS, FURTHER_METHODS, FUSED, MATTER_UNTIED, AdapterSpec, load_adapted
+from support.engine import EXACT_CONFIG, GREEDY, Ask, EngineHarness
+from support.memory import poisoned_memory
 from support.models import FURTHER
 from support.oracle import LOGITS_TOLERANCE, MANY_TOKENS, NUM_PROMPTS, NUM_TOKENS, logits_error
+from support.spans import SpanCluster, span_cluster
+from support.tiny import TinyZoo
 
 BASES = ["llama-gqa", "llama-gqa-tied"]
 
@@ -168,3 +179,78 @@ def test_further_methods_on_fused_matrices_equal_peft(engine, variants, method):
     report = engine.check(variants, adapter, 4)
     engine.unload(engine.register(adapter))
     assert report.is_equal, report
+
+
+FAMILIES = ("llama-gqa", "mistral-window", "qwen2-tied", "qwen3", *FURTHER)
+"""A checkpoint of every family."""
+
+
+def one_of_each(short):
+    """Every family in test-long, where they take most of a minute; `short` in every run."""
+    return [pytest.param(name, marks=[] if name == short else [pytest.mark.long]) for name in FAMILIES]
+
+
+def deterministic(dtype: str) -> EngineConfig:
+    return replace(EXACT_CONFIG, dtype=dtype, deterministic=True)
+
+
+@pytest.mark.skipif(
+    CpuBackend().why_inexact(torch.float32) is not None, reason="this machine has no compiler"
+)
+@pytest.mark.parametrize("base", one_of_each("phi3-window"))
+def test_adapter_in_deterministic_mode_equals_peft(variants, tmp_path, base):
+    adapter = variants.adapter(variants.checkpoint(base), "every-linear")
+    with poisoned_memory(), EngineHarness(tmp_path / "zoo", deterministic("float32")) as engine:
+        report = engine.check(variants, adapter, 4)
+    assert report.is_equal, report
+
+
+@pytest.mark.skipif(
+    CpuBackend().why_inexact(torch.bfloat16) is not None,
+    reason="this machine has no compiler, or no bfloat16 products",
+)
+@pytest.mark.parametrize("base", one_of_each("phi3-window"))
+def test_adapter_in_deterministic_bfloat16_stays_near_peft(variants, tmp_path, base):
+    """The bar is what PEFT itself loses to bfloat16 on the same prompts, doubled for other rounding."""
+    checkpoint = variants.checkpoint(base)
+    adapter = variants.adapter(checkpoint, "every-linear")
+    cases = variants.cases(adapter, 4)
+    sequences = [one.prompt + one.tokens for one in cases]
+    model = load_adapted(checkpoint.path, adapter.path).to(torch.bfloat16)
+    with torch.inference_mode():
+        theirs = [model(input_ids=torch.tensor([one])).logits[0].float() for one in sequences]
+    with poisoned_memory(), EngineHarness(tmp_path / "zoo", deterministic("bfloat16")) as engine:
+        ours, plain = (engine.logits(engine.load(one), sequences) for one in (adapter, checkpoint))
+
+    def worst(rows):
+        return max(logits_error(one, case.logits) for one, case in zip(rows, cases, strict=True))
+
+    assert 1e-4 < worst(ours) < 2 * worst(theirs) < 0.5
+    assert worst(plain) > 1.0  # without the adapter
+
+
+@pytest.mark.parametrize("base", one_of_each("glm4"))
+def test_adapter_over_two_workers_equals_peft(variants, tmp_path, base):
+    """Cut inside the layers, so that each worker applies a part of the adapter."""
+    checkpoint = variants.checkpoint(base)
+    adapter = variants.adapter(checkpoint, "every-linear")
+    cases = variants.cases(adapter, 4)
+    zoo = Zoo.open(tmp_path / "zoo", create=True)
+    zoo.register(checkpoint.path, name="base")
+    zoo.register(adapter.path, name="bot", base="base")
+    chain = zoo.resolve("bot").chain
+
+    async def answers(cluster: SpanCluster) -> list[tuple[int, ...]]:
+        path = cluster.path(chain, a=3, b=0)
+        await cluster.load(chain, path)
+
+        async def answer(number: int) -> tuple[int, ...]:
+            case = cases[number]
+            request = EngineRequest(f"r{number}", chain, case.prompt, GREEDY, len(case.tokens), path=path)
+            events = cluster.engine("a").generate(request)
+            return tuple([event.token_id async for batch in events for event in batch])
+
+        return await asyncio.gather(*map(answer, range(len(cases))))
+
+    with poisoned_memory(), span_cluster(TinyZoo(zoo, tmp_path, {"bot": chain}), "a b") as cluster:
+        assert asyncio.run(answers(cluster)) == [case.tokens for case in cases]

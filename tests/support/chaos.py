@@ -10,6 +10,7 @@ import random
 import re
 import signal
 import time
+import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -354,10 +355,23 @@ DISKS = frozenset({"disk head", "disk tail"})
 """Needs to know what workers hold."""
 
 
+class LeftOutWarning(UserWarning):
+    """Harms that a run cannot do on this machine; pytest lists it at the end of the run."""
+
+
 def possible(kinds: Collection[str]) -> Collection[str]:
-    """Those that can be done here: some need a C compiler, some a memory cgroup that may be written."""
-    missing = set() if library() is not None else {*DISKS, "clocks"}
-    return set(kinds) - missing - (set() if has_memory_limits() else {"memory tail"})
+    """Those that can be done here; a warning names the others and what this machine lacks for them."""
+    needs = {
+        "a C compiler": (library() is not None, DISKS | {"clocks"}),
+        "a memory cgroup that this user may write": (has_memory_limits(), frozenset({"memory tail"})),
+    }
+    left_out: set[str] = set()
+    for need, (is_there, needed_by) in needs.items():
+        if not is_there and (missing := needed_by & set(kinds)):
+            text = f"harms left out for want of {need}: {', '.join(sorted(missing))}"
+            warnings.warn(text, LeftOutWarning, stacklevel=2)
+            left_out |= missing
+    return set(kinds) - left_out
 
 
 WITHOUT_CONTROLLERS = frozenset(KINDS) - {"kill controller"}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from blockzoo.registering.recheck import Pushed, recheck
 from blockzoo.zoo import Zoo
 from support.edge import byte_level_tokenizer
 from support.folders import write_adapter, write_checkpoint
+from support.variants import VariantFactory
 
 SENTENCES = [
     "In the beginning God created the heaven and the earth.",
@@ -31,7 +34,8 @@ def sentence_piece(folder: Path, **config: object) -> Path:
         input=str(folder / "text"), model_prefix=str(folder / "tokenizer"), vocab_size=340, model_type="bpe",
         byte_fallback=True, character_coverage=0.99, minloglevel=2,
     )  # fmt: skip
-    return configured(folder, tokenizer_class="LlamaTokenizer", bos_token="<s>", eos_token="</s>", **config)
+    names = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
+    return configured(folder, **(names | config))
 
 
 def vocab_and_merges(folder: Path, **config: object) -> Path:
@@ -39,7 +43,7 @@ def vocab_and_merges(folder: Path, **config: object) -> Path:
     (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
     merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
-    return configured(folder, tokenizer_class="GPT2Tokenizer", eos_token="<|im_end|>", **config)
+    return configured(folder, **({"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|im_end|>"} | config))
 
 
 def configured(folder: Path, **config: object) -> Path:
@@ -48,13 +52,33 @@ def configured(folder: Path, **config: object) -> Path:
     return folder
 
 
+SENTENCE_PIECE = ("LlamaTokenizerFast", "GemmaTokenizer", "GemmaTokenizerFast", "PreTrainedTokenizerFast")
+MERGES = ("Qwen2Tokenizer", "Qwen2TokenizerFast", "GPT2TokenizerFast", "GPTNeoXTokenizerFast")
+"""What checkpoints of the supported families name, and transformers makes from such files."""
 CASES = {
     "sentencepiece": (sentence_piece, {"unk_token": "<unk>", "add_bos_token": True}),
     "sentencepiece, no bos": (sentence_piece, {"unk_token": "<unk>", "add_bos_token": False}),
     "sentencepiece, more tokens": (sentence_piece, {"additional_special_tokens": ["<|tool|>"]}),
     "vocab and merges": (vocab_and_merges, {}),
     "vocab and merges, more tokens": (vocab_and_merges, {"extra_special_tokens": ["<|tool|>"]}),
+    **{f"sentencepiece of {name}": (sentence_piece, {"tokenizer_class": name}) for name in SENTENCE_PIECE},
+    **{f"vocab and merges of {name}": (vocab_and_merges, {"tokenizer_class": name}) for name in MERGES},
 }
+
+
+Make = Callable[..., Path]
+FAMILIES = [
+    ("llama-gqa", sentence_piece, "LlamaTokenizer"),
+    ("llama-gqa-tied", vocab_and_merges, "GPT2Tokenizer"),
+    ("mistral-window", sentence_piece, "LlamaTokenizer"),
+    ("phi3-window", sentence_piece, "LlamaTokenizer"),
+    ("gemma2", sentence_piece, "GemmaTokenizer"),
+    ("gemma3", sentence_piece, "GemmaTokenizer"),
+    ("qwen2-tied", vocab_and_merges, "Qwen2Tokenizer"),
+    ("qwen3", vocab_and_merges, "Qwen2Tokenizer"),
+    ("smollm3", vocab_and_merges, "GPT2Tokenizer"),
+]
+"""What checkpoints of each family name in tokenizer_config.json."""
 
 
 @pytest.fixture
@@ -64,10 +88,39 @@ def zoo(tmp_path: Path) -> Zoo:
 
 @pytest.mark.parametrize("case", CASES)
 def test_prompts_and_answers_are_those_of_transformers(zoo: Zoo, tmp_path: Path, case: str) -> None:
+    make, config = CASES[case]
+    assert_prompts_are_those_of_transformers(zoo, make(write_checkpoint(tmp_path / "m"), **config))
+
+
+@pytest.mark.parametrize(("family", "make", "tokenizer"), FAMILIES)
+def test_prompts_of_every_family_are_those_of_transformers(
+    zoo: Zoo, tmp_path: Path, factory: VariantFactory, family: str, make: Make, tokenizer: str
+) -> None:
+    folder = tmp_path / "m"
+    shutil.copytree(factory.checkpoint(family).path, folder)
+    assert_prompts_are_those_of_transformers(zoo, make(folder, tokenizer_class=tokenizer))
+
+
+@pytest.mark.parametrize("family", ["granite", "olmo2", "glm4"])
+def test_families_that_transformers_reads_from_tokenizer_json_only_are_refused(
+    zoo: Zoo, tmp_path: Path, factory: VariantFactory, family: str
+) -> None:
     from transformers import AutoTokenizer
 
-    make, config = CASES[case]
-    folder = make(write_checkpoint(tmp_path / "m"), **config)
+    folder = tmp_path / "m"
+    shutil.copytree(factory.checkpoint(family).path, folder)
+    vocab_and_merges(folder)
+    with pytest.raises(ValueError, match="backend tokenizer"):
+        AutoTokenizer.from_pretrained(folder)
+    with pytest.raises(InvalidConfigError, match=r"vocab\.json cannot be converted") as caught:
+        zoo.register(folder, name="m")
+    assert "\n" not in str(caught.value)
+
+
+def assert_prompts_are_those_of_transformers(zoo: Zoo, folder: Path) -> None:
+    """What was converted at register encodes and decodes as what transformers reads of the folder."""
+    from transformers import AutoTokenizer
+
     record = zoo.register(folder, name="m").record
     assert "was made of" in record.provenance["notes"]
     source = VariantFiles(record, lambda name: zoo.read_file(record, name)).tokenizer()
@@ -80,7 +133,7 @@ def test_prompts_and_answers_are_those_of_transformers(zoo: Zoo, tmp_path: Path,
             assert list(ours.encode(text, add_special_tokens=special)) == expected, text
             assert ours.raw.decode(expected) == theirs.decode(expected, skip_special_tokens=True)
     # The folder comes back as it was; the server's check of a push lets the converted file through.
-    out = Path(zoo.export("m", tmp_path / "out").path)
+    out = Path(zoo.export("m", folder.with_name("out")).path)
     assert not (out / "tokenizer.json").exists()
     chain = zoo.chain(record.chain)
     blocks = {one.base: zoo.block(one.base) for one in chain.links}

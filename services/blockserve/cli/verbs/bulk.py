@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from blockserve.cli.options.failures import exit_code
 from blockserve.cli.views.progress import progress
-from blockserve.cli.views.tables import counted, format_bytes, format_seconds, note, print_json, say
+from blockserve.cli.views.reports import print_many, print_one_of_many
+from blockserve.cli.views.tables import note, print_json
 
 if TYPE_CHECKING:
     from blockserve.client.zoo import RemoteZoo
@@ -76,7 +77,7 @@ def register_all(
             for number, (entry, result) in enumerate(results, 1):
                 outcome.add(entry.name, result)
                 if not as_json:
-                    _tell(number, len(entries), entry.name, outcome)
+                    print_one_of_many(number, len(entries), entry.name, result)
     except KeyboardInterrupt:
         note(
             f"At least {len(outcome.done)} of {len(entries)} are in the zoo. "
@@ -86,7 +87,7 @@ def register_all(
     if as_json:
         print_json(outcome.to_json())
     else:
-        _summarise(outcome)
+        print_many(list(outcome.done.values()), len(outcome.failed))
     return max(map(exit_code, outcome.failed.values()), default=0)
 
 
@@ -120,29 +121,3 @@ def _register(zoo: Zoo | RemoteZoo, entry: BatchEntry) -> RegisterResult | Block
         if error.reason == "UNAVAILABLE":
             raise
         return error
-
-
-def _tell(number: int, total: int, name: str, outcome: Outcome) -> None:
-    place = f"{number:>{len(str(total))}}/{total}"
-    if name in outcome.failed:
-        error = outcome.failed[name]
-        note(f"{place}  {name}: Error: {error}. {error.hint}".rstrip())
-        return
-    result = outcome.done[name]
-    ref = f"{result.record.name}@{result.record.version}"
-    if result.unchanged:
-        restored = f"; {counted(result.restored, 'missing object')} stored again" if result.restored else ""
-        say(f"{place}  {ref} has this content already{restored}")
-        return
-    say(f"{place}  {ref}  {format_bytes(result.new_bytes)} new, {format_seconds(result.seconds)}")
-    if result.base_doubt:
-        note(f"{place}  {name}: Warning: {result.base_doubt}.")
-
-
-def _summarise(outcome: Outcome) -> None:
-    unchanged = sum(result.unchanged for result in outcome.done.values())
-    stored = sum(result.stored_bytes for result in outcome.done.values())
-    words = f"{len(outcome.done) - unchanged} registered, {unchanged} unchanged, {len(outcome.failed)} failed"
-    say(f"{words}; {format_bytes(stored)} stored")
-    if outcome.failed:
-        note("Correct the folders that failed and run the command again: the others are found unchanged.")

@@ -10,8 +10,8 @@ from blockserve.cli.options.failures import CORRUPTION
 from blockserve.cli.options.place import Place, at_a_place, at_hand, needs_zoo
 from blockserve.cli.options.shared import DEFAULT_ZOO, JsonOption, ZooOption, open_zoo
 from blockserve.cli.views.progress import progress
-from blockserve.cli.views.tables import counted, format_bytes, print_json, print_table, say
-from blockserve.cli.views.zoo import PROBLEMS, problems_table
+from blockserve.cli.views.reports import print_copy, print_gc, print_restored, print_verify
+from blockserve.cli.views.tables import print_json
 
 if TYPE_CHECKING:
     from blockzoo.care.backup import CopyReport
@@ -60,7 +60,7 @@ def gc(
     if as_json:
         print_json({"dry_run": dry_run, **_as_json(report)})
     else:
-        _print_gc(report, dry_run)
+        print_gc(report, dry_run=dry_run)
 
 
 @at_a_place
@@ -95,7 +95,7 @@ def verify(
     if as_json:
         print_json({"ok": report.ok, **_as_json(report)})
     else:
-        _print_verify(report, repairing=repair_from is not None)
+        print_verify(report, repairing=repair_from is not None)
     if not report.ok:
         raise typer.Exit(CORRUPTION)
 
@@ -121,7 +121,10 @@ def backup(
     """
     with progress() as reporter:
         report = open_zoo(zoo).backup(destination, names=names, progress=reporter)
-    _print_copy(report, "Backed up", as_json)
+    if as_json:
+        print_json(_as_json(report))
+    else:
+        print_copy(report, "Backed up")
 
 
 @at_hand
@@ -154,79 +157,13 @@ def restore(
     with progress() as reporter:
         opened = open_zoo(zoo, create=True)
         report = opened.restore(source, names=names, revive=revive, progress=reporter)
-    _print_copy(report, "Restored", as_json)
-    if not as_json:
-        _say_how_to_restore_the_rest(report, revive)
-
-
-def _say_how_to_restore_the_rest(report: CopyReport, revive: bool) -> None:
-    from blockzoo.care.copying import CONFLICT, OLDER, REMOVED
-
-    reasons = report.skipped.values()
-    if not revive and any(reason.startswith((REMOVED, OLDER)) for reason in reasons):
-        say("`blockzoo restore SOURCE --revive` also brings back what was removed here or is older.")
-    if any(reason.startswith(CONFLICT) for reason in reasons):
-        say("Where both hold something else under one number, `--zoo NEW_PLACE` restores into another zoo.")
+    if as_json:
+        print_json(_as_json(report))
+    else:
+        print_restored(report, revive=revive)
 
 
 def _as_json(report: GcReport | VerifyReport | CopyReport) -> dict[str, Any]:
     import dataclasses
 
     return dataclasses.asdict(report)
-
-
-def _print_gc(report: GcReport, dry_run: bool) -> None:
-    verb = "Would delete" if dry_run else "Deleted"
-    say(
-        f"{verb} {report.deleted} objects, {format_bytes(report.freed_bytes)}; "
-        f"{report.kept} stay, {format_bytes(report.kept_bytes)}"
-    )
-    if report.temp_bytes:
-        say(f"Removed {format_bytes(report.temp_bytes)} that interrupted writers had left.")
-    if report.spared:
-        say(f"Spared {report.spared} objects that a registration needs by now.")
-    if not report.finished:
-        say("Deleting took too long and stopped early; run `blockzoo gc` again to delete the rest.")
-
-
-def _print_verify(report: VerifyReport, *, repairing: bool) -> None:
-    say(f"Read {report.objects} objects, {format_bytes(report.num_bytes)}")
-    if report.strays:
-        say(
-            f"{len(report.strays)} objects do not belong to a zoo and harm nothing, "
-            f"for example {report.strays[0]}"
-        )
-    if not report.problems:
-        say("Everything is as it should be.")
-        return
-    print_table(problems_table(report.problems))
-    if len(report.problems) > PROBLEMS:
-        say(f"and {len(report.problems) - PROBLEMS} more; --json has all of them.")
-    left = sum(not problem.repaired for problem in report.problems)
-    hurt = {ref for problem in report.problems if not problem.repaired for ref in problem.variants}
-    say(
-        f"{counted(len(report.problems), 'problem')}, {len(report.problems) - left} repaired; "
-        f"{counted(len(hurt), 'version')} of variants {'is' if len(hurt) == 1 else 'are'} damaged."
-    )
-    if not report.ok:
-        way_out = (
-            "the other zoo has no good copy"
-            if repairing
-            else "`blockzoo verify --repair FROM` takes good copies from a backup"
-        )
-        say(f"{left} not repaired: {way_out}.")
-
-
-def _print_copy(report: CopyReport, done: str, as_json: bool) -> None:
-    if as_json:
-        print_json(_as_json(report))
-        return
-    say(
-        f"{done} {len(report.added)} versions: {report.copied} objects, {format_bytes(report.copied_bytes)}; "
-        f"{report.present} were there"
-    )
-    origins = {now: before for before, now in report.revived.items()}
-    for ref in report.added:
-        say(f"  {ref}, which was {origins[ref]} before it was removed" if ref in origins else f"  {ref}")
-    for ref, reason in sorted(report.skipped.items()):
-        say(f"  {ref} skipped: {reason}")

@@ -17,13 +17,19 @@ from blockserve.cli.options.shared import (
 )
 from blockserve.cli.verbs.bulk import register_all
 from blockserve.cli.views.progress import progress
-from blockserve.cli.views.tables import counted, format_bytes, format_seconds, note, print_json, say
+from blockserve.cli.views.reports import (
+    HISTORY,
+    dependence,
+    note_doubt,
+    print_exported,
+    print_registered,
+    print_removed,
+    print_rolled_back,
+)
+from blockserve.cli.views.tables import print_json
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from blockserve.client.zoo import RemoteZoo
-    from blockzoo.manifest import VariantRecord
     from blockzoo.registering.folder import RegisterResult
     from blockzoo.zoo import Zoo
 
@@ -39,9 +45,6 @@ RevisionOption = Annotated[
 ForceBaseOption = Annotated[
     bool, typer.Option("--force-base", help="Do not warn if the adapter says that it is of another base.")
 ]
-
-HISTORY = 10
-"""Versions that `rollback` lists."""
 
 
 @at_a_place
@@ -193,10 +196,7 @@ def export(
     if as_json:
         print_json(result.to_json())
     else:
-        say(
-            f"Wrote {result.ref} to {result.path}: "
-            f"{len(result.files)} files, {format_bytes(result.num_bytes)}"
-        )
+        print_exported(result)
 
 
 @at_a_place
@@ -218,15 +218,12 @@ def rm(ref: RefArgument, yes: YesOption = False, as_json: JsonOption = False, *,
         versions = _versions_to_remove(zoo, ref)
         dependants = zoo.dependants(name)
         question = f"Remove version {version} of {name}?" if version else f"Remove {name} with {versions}?"
-        confirm(f"{_dependence(dependants)}{question}", yes=yes)
+        confirm(f"{dependence(dependants)}{question}", yes=yes)
         report = zoo.rm(ref)
     if as_json:
         print_json({**report.to_json(), "dependants": dependants})
         return
-    removed = ", ".join(f"{report.name}@{version}" for version in report.removed)
-    say(f"Removed {removed}. `blockzoo gc` frees the bytes that no other variant uses.")
-    if dependants:
-        say(f"{_some(dependants)} still {'uses' if len(dependants) == 1 else 'use'} its blocks, which stay.")
+    print_removed(report, dependants)
 
 
 def _versions_to_remove(zoo: Zoo | RemoteZoo, ref: str) -> str:
@@ -239,23 +236,6 @@ def _versions_to_remove(zoo: Zoo | RemoteZoo, ref: str) -> str:
     except (CorruptionError, BlobNotFoundError, ManifestNotFoundError):
         return "all its versions (it is damaged)"
     return "its one version" if count == 1 else f"all {count} versions"
-
-
-def _dependence(dependants: Sequence[str]) -> str:
-    """What a person should know before removing a base."""
-    if not dependants:
-        return ""
-    one = len(dependants) == 1
-    return (
-        f"{_some(dependants)} {'was' if one else 'were'} registered on it and "
-        f"{'keeps' if one else 'keep'} working. "
-    )
-
-
-def _some(names: Sequence[str], most: int = 5) -> str:
-    """Names as people list them: a, b and c; of many, the first few."""
-    shown = [*names[:most], *([f"{len(names) - most} more"] if len(names) > most else [])]
-    return " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
 
 
 @at_a_place
@@ -286,57 +266,13 @@ def rollback(
     if as_json:
         print_json({"name": record.name, "version": record.version, "chain": record.chain})
         return
-    say(f"{record.name}@{record.version} is current now, and the same as {record.provenance['rollback_of']}.")
-    left_out = "..., " if len(versions) > HISTORY else ""
-    say(f"  versions: {left_out}{', '.join(map(_describe_version, older))}")
-    say(f"  `blockzoo rollback {name} --to N` goes to any of them.")
-
-
-def _describe_version(record: VariantRecord) -> str:
-    origin = record.provenance.get("rollback_of")
-    return f"{record.version}" + (f" (= {origin.rpartition('@')[2]})" if origin else "")
+    print_rolled_back(record, older, len(versions))
 
 
 def _tell_registered(result: RegisterResult, as_json: bool, force_base: bool) -> None:
     if as_json:
         print_json(result.to_json())
     else:
-        _print_registered(result)
+        print_registered(result)
     if result.base_doubt and not force_base:
-        note(
-            f"Warning: {result.base_doubt}. On another model of the same shape its answers are wrong. "
-            "If they are the same model, --force-base says so."
-        )
-
-
-def _written(result: RegisterResult) -> str:
-    """What an unchanged registration wrote: only what the zoo had lost."""
-    if not result.restored:
-        return "nothing was written"
-    lost = counted(result.restored, "object")
-    return f"{lost} of it {'was' if result.restored == 1 else 'were'} missing in the zoo and stored again"
-
-
-def _print_registered(result: RegisterResult) -> None:
-    record = result.record
-    ref = f"{record.name}@{record.version}"
-    if result.unchanged:
-        say(f"{ref} has exactly this content already; {_written(result)}.")
-        return
-    known = max(0.0, 1 - result.new_bytes / result.num_bytes) if result.num_bytes else 0.0
-    say(f"Registered {ref} ({record.kind}) in {format_seconds(result.seconds)}")
-    say(
-        f"  {format_bytes(result.num_bytes)} in the folder, {known:.0%} of it known; "
-        f"{format_bytes(result.new_bytes)} new, {format_bytes(result.stored_bytes)} stored"
-    )
-    for remark in result.remarks:
-        say(f"  {remark}")
-    if notes := record.provenance.get("notes"):
-        say(f"  note: {notes}")
-    if aside := record.provenance.get("set_aside"):
-        say(f"  fields without effect here: {aside}")
-    if result.ignored:
-        names = ", ".join(result.ignored[:3]) + (", ..." if len(result.ignored) > 3 else "")
-        say(
-            f"  {len(result.ignored)} tensors are not part of the model and are kept for export only: {names}"
-        )
+        note_doubt(result.base_doubt)

@@ -22,11 +22,12 @@ import typer
 
 from blockserve.cli.options.place import Place, at_a_place, at_hand
 from blockserve.cli.options.shared import DEFAULT_ZOO, JsonOption, ZooOption, open_zoo
+from blockserve.cli.views.equivalence import print_measured, print_record, print_records
 from blockserve.cli.views.progress import progress
-from blockserve.cli.views.tables import Column, Table, note, print_json, print_table, say, short
+from blockserve.cli.views.tables import note, print_json, say, short
 
 if TYPE_CHECKING:
-    from blockzoo.equivalence import Decision, EquivalenceRecord
+    from blockzoo.equivalence import Decision
     from blockzoo.equivalence.overview import EquivalenceReport
 
 _WHAT = "NAME, NAME@N, NAME:POSITION, NAME:FIRST-END or a block id."
@@ -113,14 +114,7 @@ def evaluate(
         ledger = Ledger(place.store)
         print_json({"records": [_as_json(report(ledger, record.id)) for record in records]})
         return
-    table = _table()
-    for record in records:
-        _add_record(table, record)
-    print_table(table)
-    used = records[0]
-    say(f"{used.num_tokens} tokens in windows of {used.window_tokens}, {used.dtype}.")
-    best = records[-1].id
-    say(f"To approve: blockzoo equivalence approve {short(best)} --max-kl BOUND --reason WHY")
+    print_measured(records)
 
 
 @at_a_place
@@ -147,10 +141,7 @@ def list_(
         print_json({"records": [_as_json(report) for report in reports], "unreadable": found.unreadable})
         return
     if reports:
-        table = _table("STATE", "DATE")
-        for report in reports:
-            _add_record(table, report.record, _state(report), report.record.created_at[:10])
-        print_table(table)
+        print_records(reports)
     elif approved:
         say("Nothing is approved. `blockzoo equivalence list` shows what was measured.")
     else:
@@ -173,7 +164,7 @@ def show(record: RecordArgument, as_json: JsonOption = False, *, place: Place) -
     if as_json:
         print_json(_as_json(found))
     else:
-        _print_report(found)
+        print_record(found)
 
 
 @at_a_place
@@ -285,69 +276,6 @@ def _who(by: str | None) -> str:
         raise typer.BadParameter(
             "Your user has no name on this machine: name the person who decides.", param_hint="--by"
         ) from None
-
-
-def _table(*more: str) -> Table:
-    names = (Column("ID"), Column("A", folds=16), Column("B IN ITS PLACE", folds=16))
-    numbers = ("KL", 0), ("WORST", 1), ("TOP-1", 0), ("WEIGHTS", 3), ("TOKENS", 2)
-    numeric = (Column(name, numeric=True, rank=rank) for name, rank in numbers)
-    return Table((*names, *numeric, *(Column(name, folds=16) for name in more)))
-
-
-def _add_record(table: Table, record: EquivalenceRecord, *more: object) -> None:
-    table.add(
-        short(record.id),
-        record.original,
-        record.substitute,
-        f"{record.mean_kl:.3g}",
-        f"{record.worst_kl:.3g}",
-        f"{record.top1_agreement:.1%}",
-        "-" if record.weight_distance is None else f"{record.weight_distance:.2g}",
-        record.num_tokens,
-        *more,
-    )
-
-
-def _state(report: EquivalenceReport) -> str:
-    if report.state == "approved" and not report.in_force:
-        return "approved, variant gone"
-    return report.state
-
-
-def _print_report(report: EquivalenceReport) -> None:
-    record = report.record
-    say(f"{record.id}, {_state(report)}")
-    distance = "-" if record.weight_distance is None else f"{record.weight_distance:.4g}"
-    facts = {
-        "A": f"{record.original}, chain {record.original.chain}",
-        "B in its place": f"{record.substitute}, chain {record.substitute.chain}",
-        "chain that runs": record.result,
-        "mean KL": f"{record.mean_kl:.4g} nats, at most {record.worst_kl:.4g} at a position",
-        "top-1 agreement": f"{record.top1_agreement:.2%}",
-        "weights": f"relative distance {distance} (for information only)",
-        "text": f"{record.num_tokens} tokens of {record.text_bytes} bytes, BLAKE3 {record.text_digest}",
-        "computed": f"{record.created_at}, windows of {record.window_tokens} tokens, {record.dtype}, "
-        f"blockzoo {record.blockzoo_version}",
-    }
-    width = max(map(len, facts))
-    for key, value in facts.items():
-        say(f"  {key:<{width}}  {value}")
-    if report.decisions:
-        say("")
-        folded = (Column(name, folds=16) for name in ("DECISION", "FOR", "BOUND", "BY"))
-        table = Table((Column("NO", numeric=True), *folded, Column("AT", rank=1), Column("REASON", folds=16)))
-        for one in report.decisions:
-            what = f"{one.action} (forced)" if one.forced else one.action
-            cells = (", ".join(one.variants) or "-", _bound(one), one.by, one.at, one.reason)
-            table.add(one.number, what, *cells)
-        print_table(table)
-
-
-def _bound(decision: Decision) -> str:
-    if decision.max_kl is None:
-        return "-"
-    agreement = "" if decision.min_agreement is None else f", top-1 >= {decision.min_agreement:.1%}"
-    return f"KL <= {decision.max_kl:g}{agreement}"
 
 
 def _as_json(report: EquivalenceReport) -> dict[str, Any]:

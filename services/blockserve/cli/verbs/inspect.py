@@ -57,11 +57,12 @@ def ls(
 ) -> None:
     """List the variants of a zoo.
 
-    CHECKPOINT is what a variant would take as a checkpoint of its own, PRIVATE the part of it that no other
-    variant has, and STORED what that part takes in the zoo. `blockzoo du` says what removing a variant would
-    free. A narrow terminal shows fewer columns; --json has all. What was read of chains, which never change,
-    is kept in the cache folder (~/.cache/blockzoo), which may be deleted. So `ls` does not notice damage:
-    `show` and `du` name missing objects, and `blockzoo verify` finds what is missing or damaged.
+    CHECKPOINT is what a variant would take as a checkpoint of its own, PRIVATE the part of it that no
+    other variant has, and STORED what that part takes in the zoo. `blockzoo du` says what removing a
+    variant would free. A narrow terminal cuts long names and shows fewer columns; --json has all. What
+    was read of chains, which never change, is kept in the cache folder (~/.cache/blockzoo), which may be
+    deleted. So `ls` does not notice damage: `show` and `du` name missing objects, and `blockzoo verify`
+    finds what is missing or damaged.
 
     \b
     Examples:

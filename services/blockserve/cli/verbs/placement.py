@@ -12,7 +12,8 @@ import typer
 from blockserve.cli.options.connection import Connection, connects
 from blockserve.cli.options.shared import JsonOption, NameArgument
 from blockserve.cli.verbs.server import CALL_TIMEOUT_S
-from blockserve.cli.views.tables import Column, Table, print_json, print_table, say, some
+from blockserve.cli.views.placement import describe_wish, print_wishes
+from blockserve.cli.views.tables import print_json, say
 
 if TYPE_CHECKING:
     from blockserve.common.api.placement import WishStatus
@@ -84,7 +85,11 @@ def place(
         raise typer.BadParameter("give a variant and the workers to hold it, or --anywhere.")
     with connection.open(timeout=CALL_TIMEOUT_S) as client, _needs_cluster():
         if name is None:
-            _print_wishes(client.wishes(), as_json)
+            wishes = client.wishes()
+            if as_json:
+                print_json({"wishes": [dataclasses.asdict(status) for status in wishes]})
+            else:
+                print_wishes(wishes)
             return
         status = client.wish(name, workers=workers or [])
     _tell(status, as_json)
@@ -176,7 +181,7 @@ def _tell(status: WishStatus, as_json: bool) -> None:
     if as_json:
         print_json(dataclasses.asdict(status))
     else:
-        say(f"{status.variant}: {_sentence(status)}.")
+        say(f"{status.variant}: {describe_wish(status)}.")
 
 
 def _tell_alone(name: str, what: str, as_json: bool) -> None:
@@ -184,28 +189,3 @@ def _tell_alone(name: str, what: str, as_json: bool) -> None:
         print_json({"model": name})
     else:
         say(f"{name} {what}.")
-
-
-def _sentence(status: WishStatus) -> str:
-    parts = [
-        "pinned" if status.pinned else "",
-        f"{status.replicas} replicas" if status.replicas else "",
-        f"on {', '.join(status.workers)}" if status.workers else "",
-        f"not on {', '.join(status.avoid)}" if status.avoid else "",
-    ]
-    return ", ".join(part for part in parts if part) or "no wishes, its traffic decides"
-
-
-def _print_wishes(wishes: list[WishStatus], as_json: bool) -> None:
-    if as_json:
-        print_json({"wishes": [dataclasses.asdict(status) for status in wishes]})
-        return
-    if not wishes:
-        say("No placement wishes; traffic decides what is loaded where.")
-        return
-    folded = (Column("WISHED", folds=16), Column("PLACED ON", folds=16))
-    table = Table((Column("VARIANT"), *folded, Column("SINCE", rank=1)))
-    for status in wishes:
-        placed = some(status.placed, 6) or ("-" if status.chain else "not registered")
-        table.add(status.variant, _sentence(status), placed, status.since)
-    print_table(table)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from blockserve.cli.views.tables import (
+    NAMES,
     Column,
     Table,
     as_many_as_fit,
     counted,
-    fold,
+    fit,
     format_bytes,
     format_seconds,
     short,
@@ -45,12 +46,12 @@ def draw_cluster(
     """
     placed = "" if cluster.placement_version else "; no controller has placed anything yet"
     head = [
-        *fold(
+        *fit(
             f"blockzoo {report.version}, router up {format_seconds(report.uptime_seconds)}, "
             f"{counted(len(cluster.workers), 'worker')}, zoo {report.zoo_url}",
             width,
         ),
-        *fold(
+        *fit(
             f"requests  {report.running_requests} running, {report.waiting_requests} waiting; "
             f"{counted(cluster.failovers, 'failover')}{placed}",
             width,
@@ -66,7 +67,7 @@ def draw_cluster(
         lambda rows: _segments(groups, last, width, rows), len(groups), room and room // 3
     )
     workers = as_many_as_fit(
-        lambda rows: _workers(cluster, last, width, rows),
+        lambda rows: _workers(cluster, last, width, rows, is_watched=height is not None),
         len(cluster.workers),
         room and room - len(paths) - len(segments),
     )
@@ -78,17 +79,20 @@ def _places(cluster: ClusterStatus) -> list[tuple[int, int]]:
     return held + [(step.first_position, step.num_blocks) for path in cluster.paths for step in path.steps]
 
 
-def _workers(cluster: ClusterStatus, last: int, width: int | None, rows: int) -> list[str]:
+def _workers(
+    cluster: ClusterStatus, last: int, width: int | None, rows: int, *, is_watched: bool
+) -> list[str]:
+    """The workers; on a watched screen more of them rather than what each holds on several lines."""
     table = Table(
         (
-            Column("WORKER"),
+            Column("WORKER", cuts=18, tight=16),
             Column("STATE"),
             Column("RUNNING", numeric=True),
             Column("WAITING", numeric=True),
             Column("STEP", numeric=True, rank=2),
             Column("KV PAGES", numeric=True, rank=4),
             Column("MEMORY", numeric=True, rank=3),
-            Column("HOLDS", folds=22, rank=1),
+            Column("HOLDS", folds=22, tight=0 if is_watched else 14, rank=1),
             Column("ADDRESS", rank=5),
         )
     )
@@ -141,7 +145,7 @@ def _segments(groups: list[Group], last: int, width: int | None, rows: int) -> l
             Column("SEGMENT", folds=22),
             Column("COUNT", numeric=True, rank=1),
             Column("REPLICAS", numeric=True),
-            Column("WORKERS", folds=20),
+            Column("WORKERS", folds=20, cuts=NAMES, tight=18),
             Column("ID", rank=2),
         )
     )
@@ -163,7 +167,7 @@ def _paths(cluster: ClusterStatus, last: int, width: int | None, rows: int) -> l
     """How many of this router's requests run along each path."""
     if not cluster.paths:
         return ["No requests of this router run now."]
-    table = Table((Column("PATH", folds=30), Column("REQUESTS", numeric=True)))
+    table = Table((Column("PATH", folds=30, cuts=NAMES), Column("REQUESTS", numeric=True)))
     for path in cluster.paths[:rows]:
         steps = (
             f"{step.name} ({describe_run(step.first_position, step.num_blocks, last)})" for step in path.steps

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 from blockserve.cli.views.cluster import draw_cluster
 from blockserve.cli.views.tables import (
+    NAMES,
     Column,
     Table,
     as_many_as_fit,
     counted,
-    fold,
+    fit,
     format_bytes,
     format_seconds,
     short,
@@ -39,7 +40,7 @@ def draw_status(
     """
     if report.cluster is not None:
         return draw_cluster(report, report.cluster, width, height, everything=everything)
-    head = [line for text in _head(report) for line in fold(text, width)]
+    head = [line for text in _head(report) for line in fit(text, width)]
     room = None if height is None else max(12, height - len(head) - 2)
     shown = SHOWN if not everything else len(report.segments)
     segments = as_many_as_fit(
@@ -147,7 +148,7 @@ def _chains(chains: list[LoadedChain], report: ServerStatus, width: int | None, 
     """What is loaded; those that are not listed in one line."""
     table = Table(
         (
-            Column("VARIANTS", folds=24),
+            Column("VARIANTS", folds=24, cuts=NAMES),
             Column("RUNNING", numeric=True),
             Column("PRIVATE", numeric=True),
             Column("TOTAL", numeric=True, rank=1),
@@ -168,7 +169,7 @@ def _chains(chains: list[LoadedChain], report: ServerStatus, width: int | None, 
         return ["No variant is loaded; the first request to one loads it."]
     rest = [one for one in report.chains if one not in chains[:rows]]
     lines = table.lines(width) if table.rows or not rest else []
-    return [*lines, *fold(_rest(rest), width)] if rest else lines
+    return [*lines, *fit(_rest(rest), width)] if rest else lines
 
 
 def _rest(chains: list[LoadedChain]) -> str:

@@ -1,8 +1,8 @@
 """What the verbs print: tables for people, one JSON value with `--json`.
 
-Tables are laid out for a width: columns that do not fit are folded at spaces, then the least important ones
-are left out, and at last each row becomes a short paragraph. No word is ever broken. In a pipe a row is one
-line.
+Tables are laid out for a width: columns that do not fit are folded at spaces and long names are cut in the
+middle, then the least important columns are left out, and at last each row becomes a short paragraph. A cut
+word has an ellipsis and keeps both ends; no other word is broken. In a pipe a row is one line, and whole.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from blockserve.cli.views.plain import visible, visible_json
@@ -22,8 +23,13 @@ if TYPE_CHECKING:
 
 GAP = "  "
 INDENT = "  "
-_UNIT = re.compile(r"(?<=\d) (?=([kMGT]?B|m?s|min|h)\b)")
-"""The space between a number and its unit."""
+NAMES = 30
+"""Columns up to which names are whole; longer ones are cut rather than that other columns are left out."""
+_NBSP = "\N{NO-BREAK SPACE}"
+ELLIPSIS = "…"
+"""Stands for the middle of a word that is too long."""
+_JOINED = re.compile(r"(?<![^\s(])(?:\d[\d.]*|[<>]?=|\(=) (?=\w)|\d (?=(?:[Bsh]\b|\(=))|`[^`]{1,40}`")
+"""What lines are not cut in: a number and its unit or what it counts, a bound, and a short command."""
 
 
 def stderr() -> Console:
@@ -58,12 +64,17 @@ class Column:
         numeric: whether cells are aligned right.
         folds: width down to which cells may be folded at spaces rather than that columns are left out; 0 for
             cells that are not folded.
+        cuts: width down to which words may be cut in the middle, as far as they stay different; 0 for words
+            that are shown whole.
+        tight: a smaller such width, for where a column of rank 1 would be left out otherwise; 0 for none.
         rank: the higher, the sooner it is left out where there is no room; 0 never.
     """
 
     name: str
     numeric: bool = False
     folds: int = 0
+    cuts: int = 0
+    tight: int = 0
     rank: int = 0
 
 
@@ -85,15 +96,20 @@ class Table:
         self.rows.append([printable(str(cell)) for cell in cells])
 
     def lines(self, width: int | None) -> list[str]:
-        """The table as lines of at most `width` columns, where words allow; None: as wide as it is."""
+        """The table as lines of at most `width` columns; None: as wide as it is."""
         kept = [n for n, column in enumerate(self.columns) if not column.rank or any(r[n] for r in self.rows)]
+        least = cache(self._least)
         while width is not None:
-            if (widths := self._fit(kept, width)) is not None:
+            worst = max(kept, key=lambda index: (self.columns[index].rank, index))
+            rank = self.columns[worst].rank
+            widths = self._fit(kept, width, least, tight=False)
+            if widths is None and rank < 2:
+                widths = self._fit(kept, width, least, tight=True)
+            if widths is not None:
                 return self._draw(kept, widths)
-            droppable = [index for index in kept if self.columns[index].rank]
-            if not droppable:
+            if not rank:
                 return self._paragraphs(kept, width)
-            kept.remove(max(droppable, key=lambda index: self.columns[index].rank))
+            kept.remove(worst)
         return self._draw(kept, [self._natural(index) for index in kept])
 
     def _texts(self, index: int) -> list[str]:
@@ -102,24 +118,34 @@ class Table:
     def _natural(self, index: int) -> int:
         return max(map(cells_of, self._texts(index)))
 
-    def _least(self, index: int) -> int:
-        """The narrowest that a column is made: no word is broken, and few lines are needed."""
-        natural, folds = self._natural(index), self.columns[index].folds
-        if not folds:
+    def _least(self, index: int, tight: bool) -> int:
+        """The narrowest that a column is made: few lines are needed, and no two names look alike."""
+        natural, column = self._natural(index), self.columns[index]
+        if tight and column.tight:
+            folds, cuts = (column.tight if wide else 0 for wide in (column.folds, column.cuts))
+            column = replace(column, folds=folds, cuts=cuts)
+        if not column.folds and not column.cuts:
             return natural
-        longest = max((cells_of(word) for text in self._texts(index) for word in _words(text)), default=0)
-        return max(longest, min(natural, folds))
+        head, *texts = ([text] if not column.folds else _words(text) for text in self._texts(index))
+        words = {word for text in texts for word in text}
+        longest = max(map(cells_of, words), default=0)
+        if column.cuts < longest and column.cuts:
+            longest = _distinct(words, column.cuts)
+        return max(longest, *map(cells_of, head), min(natural, column.folds))
 
-    def _fit(self, kept: Sequence[int], width: int) -> list[int] | None:
+    def _fit(
+        self, kept: Sequence[int], width: int, least: Callable[[int, bool], int], *, tight: bool
+    ) -> list[int] | None:
         """Widths of the columns, or None where they do not fit."""
         room = width - len(GAP) * (len(kept) - 1)
-        widths = [self._least(index) for index in kept]
+        widths = [least(index, tight) for index in kept]
         spare = room - sum(widths)
         if spare < 0:
             return None
-        wants = [self._natural(index) - least for index, least in zip(kept, widths, strict=True)]
-        for place in sorted(range(len(kept)), key=lambda place: wants[place]):
-            sharers = sum(want > 0 for want in wants[place:]) or 1
+        wants = [self._natural(index) - given for index, given in zip(kept, widths, strict=True)]
+        order = sorted(range(len(kept)), key=lambda place: wants[place])
+        for number, place in enumerate(order):
+            sharers = sum(wants[other] > 0 for other in order[number:]) or 1
             given = min(wants[place], max(spare // sharers, 0)) if wants[place] else 0
             widths[place] += given
             spare -= given
@@ -133,7 +159,7 @@ class Table:
     def _draw(self, kept: Sequence[int], widths: Sequence[int]) -> list[str]:
         lines = []
         for row in ([column.name for column in self.columns], *self.rows):
-            folded = [fold(row[index], width) for index, width in zip(kept, widths, strict=True)]
+            folded = [fit(row[index], width) for index, width in zip(kept, widths, strict=True)]
             for number in range(max(map(len, folded))):
                 cells = [
                     _align(part[number] if number < len(part) else "", width, self.columns[index].numeric)
@@ -146,13 +172,15 @@ class Table:
         """Each row as its name and, indented, what the other columns say."""
         lines = []
         for row in self.rows:
-            lines.append(row[kept[0]])
+            first = self.columns[kept[0]]
+            lines += fit(f"{first.name.lower()} {row[kept[0]]}" if first.numeric else row[kept[0]], width)
             told = [
-                f"{self.columns[index].name.lower()} {row[index]}"
+                f"{self.columns[index].name.lower()}{_NBSP if len(row[index]) < 10 else ' '}{row[index]}"
                 for index in kept[1:]
                 if row[index] not in ("", "-")
             ]
-            lines += [INDENT + line for line in fold("; ".join(told), width - len(INDENT))]
+            folded = fit("; ".join(told), width - len(INDENT))
+            lines += [INDENT + line.replace(_NBSP, " ") for line in folded]
         return lines
 
 
@@ -203,7 +231,10 @@ def fold(text: str, width: int | None) -> list[str]:
     if width is None or cells_of(text) <= width:
         return [text]
     blank = text[: len(text) - len(text.lstrip(" "))]
-    first, *words = _words(text.lstrip(" "))
+    # What belongs together is parted where it has no room together.
+    joined = _words(text.lstrip(" "))
+    parts = (word.split(_NBSP) if cells_of(word) > width - len(blank) else [word] for word in joined)
+    first, *words = (part for several in parts for part in several)
     lines = [blank + first]
     for word in words:
         longer = f"{lines[-1]} {word}"
@@ -211,12 +242,75 @@ def fold(text: str, width: int | None) -> list[str]:
             lines.append(blank + word)
         else:
             lines[-1] = longer
-    return [line.rstrip().replace("\N{NO-BREAK SPACE}", " ") for line in lines]
+    return [line.rstrip().replace(_NBSP, " ") for line in lines]
+
+
+def fit(text: str, width: int | None) -> list[str]:
+    """What `fold` makes of a text, with words cut that are longer than a line.
+
+    For screens, whose words are whole in a pipe. Commands and paths that people copy are for `fold`.
+    """
+    lines = fold(text, width)
+    if width is None:
+        return lines
+    return [line if cells_of(line) <= width else _cut_line(line, width) for line in lines]
+
+
+def _cut_line(line: str, width: int) -> str:
+    word = line.lstrip(" ")
+    indent = len(line) - len(word)
+    return line[:indent] + cut(word, width - indent)
+
+
+def cut(word: str, width: int) -> str:
+    """A word of at most `width` columns: both ends, and an ellipsis in place of the middle."""
+    if cells_of(word) <= width:
+        return word
+    ellipsis = _ellipsis(sys.stdout.encoding)
+    room = max(width - len(ellipsis), 0)
+    return _beginning(word, room - room // 2) + ellipsis + _beginning(word[::-1], room // 2)[::-1]
+
+
+@cache
+def _ellipsis(encoding: str | None) -> str:
+    """What a terminal of some encoding can show."""
+    try:
+        ELLIPSIS.encode(encoding or "utf-8")
+    except UnicodeEncodeError:
+        return "..."
+    return ELLIPSIS
+
+
+def _beginning(word: str, width: int) -> str:
+    """As much of a word as goes into `width` columns."""
+    if word.isascii():
+        return word[: max(width, 0)]
+    while word and cells_of(word) > width:
+        word = word[:-1]
+    return word
+
+
+def _distinct(words: Iterable[str], least: int) -> int:
+    """The width, from `least` on, at which different words are different when they are cut."""
+    known, width = set(words), least
+    while not _are_distinct(known, width):
+        width += 1
+    return width
+
+
+def _are_distinct(words: Iterable[str], width: int) -> bool:
+    seen: set[str] = set()
+    for word in words:
+        seen_as = cut(word, width)
+        if seen_as in seen:
+            return False
+        seen.add(seen_as)
+    return True
 
 
 def _words(text: str) -> list[str]:
-    """What a line may be cut between; a number and its unit are one word."""
-    return _UNIT.sub("\N{NO-BREAK SPACE}", text).split(" ")
+    """What a line may be cut between."""
+    return _JOINED.sub(lambda found: found[0].replace(" ", _NBSP), text).split(" ")
 
 
 def cells_of(text: str) -> int:
@@ -272,6 +366,19 @@ def format_seconds(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def draw_facts(facts: dict[str, str], width: int | None) -> list[str]:
+    """Names and values side by side, long values folded under their beginning."""
+    left = max(map(cells_of, facts)) + 4
+    lines = []
+    for key, value in facts.items():
+        first, *rest = fold(value, None if width is None else max(20, width - left))
+        if width is not None and left + max(map(cells_of, (first, *rest))) > width:
+            lines += [f"  {key}", *(f"    {line}" for line in fit(value, width - 4))]
+            continue
+        lines += [f"  {key:<{left - 4}}  {first}", *(f"{'':<{left}}{line}" for line in rest)]
+    return lines
 
 
 def short(digest: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from blockserve.cli.views.tables import Column, Table, fold, format_seconds
+from blockserve.cli.views.tables import NAMES, Column, Table, fit, format_seconds
 from blockserve.cli.views.words import describe_run, last_position
 
 if TYPE_CHECKING:
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from blockserve.router.traces.parts import Part
 
 COLUMNS = (
-    Column("PART", folds=22),
+    Column("PART", folds=20, cuts=NAMES),
     Column("HOLDS", folds=22, rank=3),
-    Column("TOKENS", numeric=True, folds=14, rank=2),
+    Column("TOKENS", numeric=True, rank=2),
     Column("PROMPT", numeric=True, rank=5),
     Column("DECODE", numeric=True, rank=4),
     Column("PER TOKEN", numeric=True, rank=1),
@@ -29,11 +29,11 @@ COLUMNS = (
 
 def draw_call(call: CallTrace, width: int | None) -> list[str]:
     """A call for people, as lines of at most `width` columns; None where lines may be long."""
-    lines = [line for text in _headline(call) for line in fold(text, width)]
+    lines = [line for text in _headline(call) for line in fit(text, width)]
     for choice in call.choices:
-        lines += ["", *fold(_choice_line(choice, len(call.choices)), width)]
+        lines += ["", *fit(_choice_line(choice, len(call.choices)), width)]
         for path in choice.paths:
-            lines += fold(_path_line(path), width)
+            lines += fit(_path_line(path), width)
         lines += _table(choice).lines(width)
     return lines
 
@@ -102,7 +102,7 @@ def _table(choice: ChoiceTrace) -> Table:
 
 def _cells(part: Part, choice: ChoiceTrace, several: bool, last: int) -> list[str]:
     path = f"path {part.epoch}: " if several and part.epoch is not None else ""
-    share = f"{part.seconds / choice.seconds:.0%}" if choice.seconds else ""
+    share = f"{round(100 * part.seconds / choice.seconds)}%" if choice.seconds else ""
     time = [_ms(part.seconds), share]
     if part.step is None:
         per_token = _ms(part.per_token) if part.per_token else ""
@@ -138,4 +138,5 @@ def _measured(times: SpanTimes) -> list[str]:
 
 
 def _ms(seconds: float) -> str:
-    return f"{1000 * seconds:.2f} ms" if seconds < 0.1 else f"{1000 * seconds:.0f} ms"
+    # What rounds to nothing has no sign.
+    return f"{round(1000 * seconds, 2) or 0.0:.2f} ms" if seconds < 0.1 else f"{1000 * seconds:.0f} ms"

@@ -8,10 +8,13 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from blockserve.cli.views.tables import (
+    NAMES,
     Column,
     Table,
     cells_of,
     counted,
+    draw_facts,
+    fit,
     fold,
     format_bytes,
     printable,
@@ -45,14 +48,14 @@ def variants_table(rows: Sequence[VariantRow]) -> Table:
     """`ls`: one row for each variant."""
     table = Table(
         (
-            Column("NAME"),
+            Column("NAME", cuts=NAMES, tight=22),
             Column("VERSION", numeric=True, rank=4),
             Column("KIND", rank=3),
-            Column("BASE", rank=1),
+            Column("BASE", cuts=15, rank=1),
             Column("CHECKPOINT", numeric=True, rank=5),
             Column("PRIVATE", numeric=True, rank=6),
             Column("STORED", numeric=True),
-            Column("REGISTERED", rank=2),
+            Column("REGISTERED", rank=1),
         )
     )
     for row in rows:
@@ -73,7 +76,7 @@ def draw_variant(report: ShowReport, width: int | None) -> list[str]:
         f"{format_bytes(report.private_bytes)} private, {format_bytes(report.stored_bytes)} stored in all",
         **{printable(key): printable(value) for key, value in sorted(report.provenance.items())},
     }
-    files = Table((Column("FILE"), Column("BYTES", numeric=True)))
+    files = Table((Column("FILE", cuts=NAMES), Column("BYTES", numeric=True)))
     for name, size in sorted(report.files.items()):
         if not name.startswith("."):
             files.add(name, format_bytes(size))
@@ -83,11 +86,11 @@ def draw_variant(report: ShowReport, width: int | None) -> list[str]:
             f"{lost}, for example {report.missing[0]}: "
             "`blockzoo verify --repair BACKUP` or registering it again brings back what is missing"
         )
-    drawn = fold(report.draw(), None if width is None else width - 2)
+    drawn = fit(report.draw(), None if width is None else width - 2)
     return [
-        *fold(head, width),
+        *fit(head, width),
         *(f"  {line}" for line in drawn),
-        *_facts(facts, width),
+        *draw_facts(facts, width),
         "",
         *_links(report).lines(width),
         "",
@@ -95,26 +98,13 @@ def draw_variant(report: ShowReport, width: int | None) -> list[str]:
     ]
 
 
-def _facts(facts: dict[str, str], width: int | None) -> list[str]:
-    """Names and values side by side, long values folded under their beginning."""
-    left = max(map(cells_of, facts)) + 4
-    lines = []
-    for key, value in facts.items():
-        first, *rest = fold(value, None if width is None else max(20, width - left))
-        if width is not None and left + cells_of(first) > width:
-            lines += [f"  {key}", *(f"    {line}" for line in (first, *rest))]
-            continue
-        lines += [f"  {key:<{left - 4}}  {first}", *(f"{'':<{left}}{line}" for line in rest)]
-    return lines
-
-
 def _links(report: ShowReport) -> Table:
     table = Table(
         (
             Column("LINKS"),
             Column("BYTES", numeric=True, rank=1),
-            Column("APPLIED", folds=22),
-            Column("SHARED WITH", folds=18),
+            Column("APPLIED", folds=22, cuts=NAMES),
+            Column("SHARED WITH", folds=18, cuts=NAMES),
         )
     )
     for run in report.runs:
@@ -137,7 +127,7 @@ def draw_usage(report: UsageReport, width: int | None) -> list[str]:
     """`du`: sizes of variants, and of all of them together."""
     table = Table(
         (
-            Column("NAME"),
+            Column("NAME", cuts=NAMES),
             Column("VERSIONS", numeric=True, rank=3),
             Column("CHECKPOINTS", numeric=True, rank=2),
             Column("PRIVATE", numeric=True, rank=4),
@@ -176,7 +166,7 @@ def draw_usage(report: UsageReport, width: int | None) -> list[str]:
         *table.lines(width),
         "",
         *(part for line in lines for part in fold_totals(line, width)),
-        *(part for remark in remarks for part in ("", *fold(remark, width))),
+        *(part for remark in remarks for part in ("", *fit(remark, width))),
     ]
 
 
@@ -194,14 +184,14 @@ def draw_diff(report: DiffReport, width: int | None) -> list[str]:
         f"  {report.equal} links equal, {report.adapters} differ in adapters only, "
         f"{report.different} differ; {format_bytes(report.changed_bytes)} of base blocks changed"
     )
-    lines = [f"{report.a} -> {report.b}", *fold(summary, width)]
+    lines = [*fit(f"{report.a} -> {report.b}", width), *fold(summary, width)]
     changed = [link for link in report.links if link.status != "equal"]
     if changed:
         table = Table(
             (
                 Column("LINKS"),
                 Column("STATUS", folds=10),
-                Column("CHANGED", folds=24),
+                Column("CHANGED", folds=24, cuts=NAMES),
                 Column("BYTES", numeric=True),
             )
         )
@@ -215,7 +205,7 @@ def draw_diff(report: DiffReport, width: int | None) -> list[str]:
         lines += table.lines(width)
     if report.files:
         shown = ", ".join(name for name in report.files if not name.startswith(".")) or "-"
-        lines += fold(f"  files: {shown}", width)
+        lines += fit(f"  files: {shown}", width)
     return lines
 
 
@@ -235,10 +225,10 @@ def problems_table(problems: Sequence[Problem]) -> Table:
     """`verify`: what is wrong, and whom it hurts; of many problems the first, which are the worst."""
     table = Table(
         (
-            Column("PROBLEM", folds=24),
-            Column("HURTS", folds=20),
-            Column("REPAIRED", rank=2),
-            Column("OBJECT", rank=1),
+            Column("PROBLEM", folds=18, cuts=NAMES),
+            Column("HURTS", folds=20, cuts=NAMES),
+            Column("REPAIRED", rank=1),
+            Column("OBJECT", cuts=20, rank=2),
         )
     )
     for problem in problems[:PROBLEMS]:

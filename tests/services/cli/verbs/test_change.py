@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from blockserve.cli.options import questions
-from blockserve.cli.verbs import care as care_verbs
+from blockserve.cli.views.reports import print_gc
 from blockzoo import Zoo
 from blockzoo.layout import blob_key, block_key, chain_key, ref_key
 from blockzoo.storage import LocalStorage
@@ -406,13 +406,13 @@ def test_backup_and_restore(run, zoo, folders, tmp_path):
     conflict = run("restore", tmp_path / "backup", "--zoo", tmp_path / "another").out
     assert "`--zoo NEW_PLACE` restores into another zoo" in conflict
     fresh = run("restore", tmp_path / "backup", "--zoo", tmp_path / "fresh")
-    assert "Restored 1 versions" in fresh.out
+    assert "Restored 1 version:" in fresh.out
 
 
 def test_reports_tell_rare_things(capsys):
     from blockzoo.care.gc import GcReport
 
-    care_verbs._print_gc(GcReport(deleted=1, spared=2, temp_bytes=3, finished=False), dry_run=False)
+    print_gc(GcReport(deleted=1, spared=2, temp_bytes=3, finished=False), dry_run=False)
     out = capsys.readouterr().out
     for words in ("Spared 2", "Removed 3 B", "run `blockzoo gc` again"):
         assert words in out

@@ -132,3 +132,70 @@ def test_quiet_reports_nothing():
         reporter.start("x", 1)
         reporter.advance(1)
         reporter.finish()
+
+
+def test_fold_never_breaks_a_word() -> None:
+    assert output.fold("one two three", 7) == ["one two", "three"]
+    assert output.fold("averylongword two", 5) == ["averylongword", "two"]
+    assert output.fold("", 5) == [""]
+    assert output.fold("  it takes 25.4 kB and 3 min", 14) == ["  it takes", "  25.4 kB and", "  3 min"]
+    assert output.fold("日本 語", 4) == ["日本", "語"]
+
+
+def test_a_table_without_room_becomes_paragraphs() -> None:
+    table = output.Table((output.Column("NAME"), output.Column("SIZE", numeric=True)))
+    table.add("a-name-that-is-long", "5 MB")
+    assert table.lines(15) == ["a-name-…is-long", "  size 5 MB"]
+
+
+def test_cut_keeps_both_ends() -> None:
+    name = "unregistered.3fd1cc78675e76ea249c9a16c81752ed"
+    assert output.cut(name, 45) == name
+    assert output.cut(name, 20) == name[:10] + "…" + name[-9:]
+    assert [len(output.cut(name, width)) for width in (1, 2, 3, 44)] == [1, 2, 3, 44]
+    assert output.cells_of(output.cut("日本語の名前です", 7)) <= 7
+
+
+def test_a_terminal_without_the_sign_gets_dots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output.sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="latin-1"))
+    assert output.cut("abcdefghijklm", 9) == "abc...klm"
+
+
+def test_names_that_are_cut_stay_different() -> None:
+    table = output.Table((output.Column("NAME", cuts=8), output.Column("SIZE", rank=1)))
+    table.add("a-long-name-of-one-zoo", "5 MB")
+    table.add("a-long-nome-of-one-zoo", "6 MB")
+    lines = table.lines(26)
+    assert lines[1].split()[0] != lines[2].split()[0]
+    assert all("…" in line for line in lines[1:])
+    # Where too little room is left to tell them apart, the other column goes.
+    assert [len(line.split()) for line in table.lines(20)] == [1, 1, 1]
+
+
+def test_long_names_are_cut_before_columns_of_all_rows_are_left_out() -> None:
+    table = output.Table((output.Column("NAME", cuts=8), output.Column("SIZE", rank=1)))
+    table.add("a-name-that-is-long", "5 MB")
+    table.add("short", "6 MB")
+    assert table.lines(16) == ["NAME        SIZE", "a-nam…long  5 MB", "short       6 MB"]
+
+
+def test_a_column_of_the_first_rank_is_left_out_only_when_names_are_tight() -> None:
+    columns = (
+        output.Column("NAME", cuts=12, tight=6),
+        output.Column("A", rank=2),
+        output.Column("B", rank=1),
+    )
+    table = output.Table(columns)
+    table.add("a-name-that-is-long", "aaaa", "bbbb")
+    assert table.lines(24)[0].split() == ["NAME", "A", "B"]
+    assert table.lines(20)[0].split() == ["NAME", "B"]
+    assert table.lines(12) == ["NAME    B", "a-n…ng  bbbb"]
+
+
+@pytest.mark.parametrize(
+    "whole", ["12 variants", "1 pre-emption", "9.77 MB", "3 min", ">= 95.0%", "(= 9)", "`blockzoo gc`"]
+)
+def test_what_belongs_together_is_not_parted(whole: str) -> None:
+    width = len(whole)
+    assert output.fold(f"{'x' * (width - 3)} {whole} y", width)[1] == whole
+    assert output.fold(f"{whole} y", width - 1)[0] == whole.split()[0]  # but for want of room
