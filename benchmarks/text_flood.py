@@ -2,7 +2,9 @@
 
 The server is `blockzoo serve` over a tiny model. The caller asks for short answers, one after the other;
 the others are a process of their own and send again as soon as they are refused. In the first row the text is
-refused by its length; in the second the model's context is long enough that it has to be tokenised before.
+refused by its length. In the second the tokenizer has a token of 162 bytes, as SmolLM2 has, so that the context
+could hold as many bytes, and the beginning of the text is tokenised. In the third the context is so long that all
+of the text has to be tokenised.
 """
 
 from __future__ import annotations
@@ -31,8 +33,14 @@ from blockserve.common.errors import PromptTooLongError
 
 CALLERS, TEXT_BYTES = 8, 4_000_000
 SECONDS, WARM_SECONDS, OUTPUT_TOKENS = 10.0, 2.0, 8
-CONTEXTS = {"text-flood": 2048, "text-flood-tokenised": 1 << 19}
-"""Tokens of context by row: the longer one holds 4 MB, if the text had the longest tokens only."""
+CONTEXTS = {"text-flood": 2048, "text-flood-beginning": 8192, "text-flood-tokenised": 1 << 19}
+"""Tokens of context by row: the longer ones hold 4 MB, if the text had the longest tokens only."""
+HOW = {
+    "text-flood": "by length",
+    "text-flood-beginning": "by their beginning",
+    "text-flood-tokenised": "after tokenising",
+}
+LONGEST = "=" * 162
 
 WORDS = "the king of the north went down to the sea and the people saw that it was good "
 
@@ -56,8 +64,7 @@ async def measure(scale: Scale, say: Say) -> list[Row]:
                     f"{1000 * beside[-1]:.1f} ms beside {refused[0]} refused texts, "
                     f"{server.resident_bytes() >> 20} MiB resident"
                 )
-        how = "by length" if name == "text-flood" else "after tokenising"
-        case = f"p99 of {OUTPUT_TOKENS}-token answers, {CALLERS} callers send 4 MB refused {how}, tiny model"
+        case = f"p99 of {OUTPUT_TOKENS}-token answers, {CALLERS} callers send 4 MB refused {HOW[name]}, tiny model"
         rows.append(row("text_flood", name, case, "s", beside, peer=alone, peer_name="the caller alone"))
     return rows
 
@@ -142,6 +149,8 @@ def _model(context: int) -> Path:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=512, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator([WORDS], trainer)
+    if context == CONTEXTS["text-flood-beginning"]:
+        tokenizer.add_tokens([LONGEST])
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
