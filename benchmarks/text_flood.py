@@ -1,10 +1,10 @@
 """text-flood: a caller's p99 while eight others send texts of 4 MB that are refused, over its p99 alone.
 
 The server is `blockzoo serve` over a tiny model. The caller asks for short answers, one after the other;
-the others are a process of their own and send again as soon as they are refused. In the first row the text is
-refused by its length. In the second the tokenizer has a token of 162 bytes, as SmolLM2 has, so that the context
-could hold as many bytes, and the beginning of the text is tokenised. In the third the context is so long that all
-of the text has to be tokenised.
+the others are a process of their own and send again as soon as they are refused. In the first row the text
+is refused by its length. In the second the tokenizer has a token of 162 bytes, as SmolLM2 has, so that the
+context could hold as many bytes, and the beginning of the text is tokenised. In the third the context is so
+long that all of the text has to be tokenised.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ async def measure(scale: Scale, say: Say) -> list[Row]:
                     f"{1000 * beside[-1]:.1f} ms beside {refused[0]} refused texts, "
                     f"{server.resident_bytes() >> 20} MiB resident"
                 )
-        case = f"p99 of {OUTPUT_TOKENS}-token answers, {CALLERS} callers send 4 MB refused {HOW[name]}, tiny model"
+        how = f"{CALLERS} callers send 4 MB refused {HOW[name]}"
+        case = f"p99 of {OUTPUT_TOKENS}-token answers, {how}, tiny model"
         rows.append(row("text_flood", name, case, "s", beside, peer=alone, peer_name="the caller alone"))
     return rows
 
