@@ -1,6 +1,7 @@
-"""Times packed weights against plain ones: `python -m blockkernels.linear.bench`.
+"""Times packed weights against plain ones, and int8 against packed: `python -m blockkernels.linear.bench`.
 
-The products of one SmolLM2 layer and of its head, for the batch sizes of decode.
+The products of one SmolLM2 layer and of its head, for the batch sizes of decode and for a part of a prompt.
+Int8 includes the rotation and rounding of the activations.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ import sys
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from blockkernels.linear import PackedLinear, linear_reference
+from blockkernels.linear.int8 import Int8Linear, linear_int8_reference, quantise_int8
+from blockkernels.native import library
 from blockkernels.timing import Case, close, main
 
 _SHAPES = {
@@ -41,6 +45,30 @@ def cases() -> list[Case]:
                     lambda ours=ours, want=plain: close(ours(), want(), 2e-2),  # type: ignore[misc]
                 )
             )
+        made += _int8(name, weight)
+    return made
+
+
+def _int8(name: str, weight: Tensor) -> list[Case]:
+    """Int8 beside the packed product in the type that the processor computes in."""
+    outer, inner = weight.shape
+    native = library()
+    dtype = torch.bfloat16 if native is not None and native.linear_panel else torch.float32
+    quantised = quantise_int8(weight)
+    int8, packed = Int8Linear(quantised), PackedLinear(weight.to(dtype))
+    made = []
+    for tokens in (1, 8, 32, 128):
+        x = torch.randn(tokens, inner).to(dtype)
+        ours, plain = partial(int8, x), partial(packed, x)
+        made.append(
+            Case(
+                f"int8 {name} {inner}x{outer} batch {tokens}",
+                ours,
+                plain,
+                f"packed {str(dtype).removeprefix('torch.')}",
+                lambda ours=ours, x=x: torch.equal(ours(), linear_int8_reference(x, quantised)),  # type: ignore[misc]
+            )
+        )
     return made
 
 

@@ -28,6 +28,7 @@ _HEADERS = _PACKAGE / "native"
 _SOURCES = (
     _PACKAGE / "attention" / "paged.c",
     _PACKAGE / "decoder" / "layer.c",
+    _PACKAGE / "linear" / "int8.c",
     _PACKAGE / "linear" / "packed.c",
     _PACKAGE / "lora" / "grouped.c",
     _PACKAGE / "native" / "rows.c",

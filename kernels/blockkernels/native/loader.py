@@ -33,8 +33,9 @@ class NativeLibrary:
         linear_panel: outputs of a panel of a packed weight; 0 where the processor lacks what `linear`,
             and with it `decoder_layers`, needs. Both are for bfloat16.
         rms_norm_wide, rotary_wide: of bfloat16 rows, with weights or angles in float32.
-        attention, lora, linear, decoder_layers, logprobs: run without the interpreter's lock; they may take
-            long.
+        has_fast_int8: whether the processor multiplies bytes four at a time; `linear_int8` is right without.
+        attention, lora, linear, linear_int8, decoder_layers, logprobs: run without the interpreter's lock;
+            they may take long.
         rms_norm, rotary, gated_silu, gated_gelu, soft_cap: keep the lock; to give it away costs more.
     """
 
@@ -56,6 +57,8 @@ class NativeLibrary:
         self.logprobs = _declared(loaded.logprobs_f32, [pointer] * 6 + [integer] * 5)
         self.linear = _declared(loaded.linear_bf16, [pointer])
         self.linear_panel = int(_declared(loaded.linear_panel, [], integer)())
+        self.linear_int8 = _declared(loaded.linear_int8, [pointer])
+        self.has_fast_int8 = bool(_declared(loaded.linear_int8_is_fast, [], integer)())
         self.decoder_layers = _declared(loaded.decoder_layers_bf16, [pointer])
         self.decoder_scratch_bytes = _declared(loaded.decoder_scratch_bytes, [pointer, integer], integer)
         self.attention_scratch_bytes = _declared(loaded.attention_scratch_bytes, [integer] * 5, integer)
