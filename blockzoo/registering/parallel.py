@@ -49,7 +49,8 @@ def useful_jobs(count: int, url: str, jobs: int | None) -> int:
     if url.startswith("memory:"):
         return 1
     if jobs is None:
-        jobs = min(MAX_JOBS, len(os.sched_getaffinity(0)), count // _WORTHWHILE)
+        # One more than cores, because each waits for the disk a sixth of its time.
+        jobs = min(MAX_JOBS, len(os.sched_getaffinity(0)) + 1, count // _WORTHWHILE)
     return max(1, min(jobs, count))
 
 

@@ -26,7 +26,7 @@ from blockzoo.errors import (
 )
 from blockzoo.layout import blob_key, block_key, chain_key
 from blockzoo.manifest import BlobId, BlockId, BlockManifest, ChainId, ChainManifest, FileRef, VariantRecord
-from blockzoo.manifest_json import block_to_json, chain_to_json
+from blockzoo.manifest_json import block_bytes, chain_to_json
 from blockzoo.names import check_name
 from blockzoo.storage.base import Staged
 from blockzoo.store.blobs import TensorData, file_data
@@ -152,7 +152,7 @@ class Registration:
 
     def put_blocks(self, blocks: Sequence[BlockManifest]) -> list[BlockId]:
         """Store block manifests whose blobs are stored; returns their ids in order."""
-        bodies = [canonical_json(block_to_json(block)) for block in blocks]
+        bodies = [block_bytes(block) for block in blocks]
         ids = [BlockId(digest_bytes(body)) for body in bodies]
         self._put_manifests(
             [(block_key(digest), digest, body) for digest, body in zip(ids, bodies, strict=True)]

@@ -17,7 +17,7 @@ from blockzoo.manifest import (
     FileRef,
     VariantRecord,
 )
-from blockzoo.manifest_json import block_to_json, chain_to_json
+from blockzoo.manifest_json import block_bytes, chain_to_json
 from blockzoo.store.blobs import TensorData
 
 
@@ -131,7 +131,7 @@ class ManifestRecorder:
 
     def put_blocks(self, blocks: Sequence[BlockManifest]) -> list[BlockId]:
         """See `ManifestWriter`."""
-        bodies = [canonical_json(block_to_json(block)) for block in blocks]
+        bodies = [block_bytes(block) for block in blocks]
         ids = [BlockId(digest_bytes(body)) for body in bodies]
         self.blocks.update(zip(ids, bodies, strict=True))
         return ids

@@ -3,7 +3,10 @@ from __future__ import annotations
 import copy
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from blockzoo.canonical import canonical_json
 from blockzoo.errors import CorruptManifestError
 from blockzoo.manifest import (
     BlobId,
@@ -13,12 +16,14 @@ from blockzoo.manifest import (
     ChainManifest,
     DType,
     FileRef,
+    JsonValue,
     Link,
     TensorRef,
     VariantName,
     VariantRecord,
 )
 from blockzoo.manifest_json import (
+    block_bytes,
     block_from_json,
     block_to_json,
     chain_from_json,
@@ -155,3 +160,25 @@ def test_safe_filenames(name):
 )
 def test_unsafe_filenames(name):
     assert not is_safe_filename(name)
+
+
+REFS = st.builds(
+    TensorRef,
+    st.sampled_from(DType),
+    st.lists(st.integers(0, 1 << 40), max_size=3).map(tuple),
+    st.lists(st.sampled_from(["a" * 64, "0" * 64, 'x"y', "é"]), max_size=3).map(tuple),
+    st.integers(0, 9),
+)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["weight", "q_proj.lora_A", "B", "é", 'a"b', "\U00010000", "\uffff"]), REFS
+    ),
+    st.dictionaries(st.text(max_size=3), st.integers(-9, 9) | st.text(max_size=3), max_size=3),
+)
+def test_the_bytes_of_a_block_are_canonical(
+    tensors: dict[str, TensorRef], config: dict[str, JsonValue]
+) -> None:
+    block = BlockManifest("layer", "llama", config, tensors)
+    assert block_bytes(block) == canonical_json(block_to_json(block))

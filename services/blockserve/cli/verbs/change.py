@@ -86,7 +86,7 @@ def register(
             metavar="N",
             min=1,
             max=64,
-            help="With --all: processes that register adapters; by default as many as there are cores, at "
+            help="With --all: processes that register adapters; by default one more than there are cores, at "
             "most 8.",
         ),
     ] = None,
