@@ -23,7 +23,7 @@ from blockzoo.storage import open_storage
 from blockzoo.store.zoo_store import ZooStore
 
 MAX_JOBS = 8
-"""Processes unless more are asked for; beyond that they mostly wait for the disk."""
+"""Processes unless more are asked for: more were not measured, and each takes some 100 MB."""
 
 _WORTHWHILE = 16
 """Adapters for each process, below which it is not worth its start, which takes as long as some five."""
