@@ -90,6 +90,8 @@ def num_bytes(dtype: DType, shape: Sequence[int]) -> int:
 def as_bytes(data: Buffer) -> memoryview:
     """Return a one-dimensional byte view of a contiguous buffer, without copying."""
     view = memoryview(data)
+    if isinstance(data, bytes):
+        return view
     if view.format == "B" and view.ndim == 1 and view.c_contiguous:
         return view
     # memoryview.cast refuses shapes with a zero in them.

@@ -56,3 +56,23 @@ def test_check_names_the_first_bad_tensor_and_reports_bytes():
     assert caught.value.metadata == {"tensor": "second"}
     check_finite([Weights(str(index), DType.BF16, good) for index in range(3)], seen.append, workers=2)
     assert sum(seen) == 60
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("bad", [0, 57, 399])
+def test_the_bad_one_of_many_small_tensors_is_named(dtype, bad):
+    # All of one type are looked at together; every other one of another type forbids that.
+    for other in (dtype, "I64"):
+        weights = [Weights(str(i), DType(other if i % 2 else dtype), _ones(dtype)) for i in range(400)]
+        identified = []
+        check_finite(weights, lambda _: None, workers=2, then=identified.append)
+        assert identified == list(range(400))
+        weights[bad] = Weights("bad", DType(dtype), _ones(dtype, np.inf))
+        with pytest.raises(NonFiniteWeightsError, match="'bad'"):
+            check_finite(weights, lambda _: None, workers=2)
+
+
+def _ones(dtype: str, last: float = 1) -> memoryview:
+    values = np.ones(8 * 300)
+    values[-1] = last
+    return memoryview(encode(values, dtype).data)
