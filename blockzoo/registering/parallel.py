@@ -7,6 +7,7 @@ started them: the connection breaks, and what is being registered then is finish
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -27,6 +28,9 @@ MAX_JOBS = 8
 
 _WORTHWHILE = 16
 """Adapters for each process, below which it is not worth its start, which takes as long as some five."""
+
+_COLLECT_EVERY = 100_000
+"""Objects that are new since the last collection of cycles, before the next; Python's default is 700."""
 
 Outcome = RegisterResult | BlockzooError
 
@@ -136,6 +140,9 @@ def _lost(why: str) -> StorageError:
 
 def _serve(connection: Connection) -> None:
     """Register what comes over a connection until it is closed."""
+    # To look at each registration's thousands of objects for cycles, which they have not, took a twentieth.
+    gc.freeze()
+    gc.set_threshold(_COLLECT_EVERY)
     store = ZooStore.open(open_storage(connection.recv()))
     with store.batch("register several"), suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:

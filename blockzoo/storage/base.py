@@ -33,6 +33,11 @@ class ObjectInfo:
     modified: float | None = field(default=None, compare=False)
 
 
+def keys_right_below(folder: str, listed: Iterable[ObjectInfo]) -> set[str]:
+    """Return what `Storage.keys` does, from what `Storage.list` yields for the folder."""
+    return {info.key for info in listed if "/" not in info.key[len(folder) + 1 :]}
+
+
 class Staged(Protocol):
     """Bytes on their way into the storage, not yet visible under any key."""
 
@@ -96,6 +101,9 @@ class Storage(Protocol):
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Yield the objects below a folder `prefix` ("" for all), in no particular order."""
+
+    def keys(self, folder: str) -> set[str]:
+        """Return the keys of the objects right below a folder: on a disk faster than `list`."""
 
     def stamp(self, folder: str) -> Stamp | None:
         """Return what changes whenever an object right below a folder comes or goes.

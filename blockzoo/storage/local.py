@@ -134,6 +134,15 @@ class LocalStorage:
         with translate_os_errors(prefix):
             yield from self._walk(self._path(prefix) if prefix else self._root, prefix.rstrip("/"))
 
+    def keys(self, folder: str) -> set[str]:
+        """See `Storage`."""
+        with translate_os_errors(folder):
+            try:
+                with os.scandir(self._path(folder)) as entries:
+                    return {f"{folder}/{e.name}" for e in entries if not e.is_dir(follow_symlinks=False)}
+            except (FileNotFoundError, NotADirectoryError):
+                return set()
+
     def stamp(self, folder: str) -> Stamp | None:
         """See `Storage`: when the folder last changed, unless that is so lately that it may do so unseen.
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 from blockzoo.errors import NotFoundError
-from blockzoo.storage.base import Chunks, ObjectInfo, Staged, Stamp
+from blockzoo.storage.base import Chunks, ObjectInfo, Staged, Stamp, keys_right_below
 
 
 class MemoryStorage:
@@ -68,6 +68,10 @@ class MemoryStorage:
                 ObjectInfo(key, len(data)) for key, data in self._objects.items() if key.startswith(folder)
             ]
         return iter(found)
+
+    def keys(self, folder: str) -> set[str]:
+        """See `Storage`."""
+        return keys_right_below(folder, self.list(folder))
 
     def stamp(self, folder: str) -> Stamp | None:  # noqa: ARG002
         """See `Storage`: a listing costs no more than asking whether it is needed."""

@@ -26,7 +26,7 @@ from blockzoo.errors import (
     StorageFullError,
     UnsupportedStoreError,
 )
-from blockzoo.storage.base import Chunks, ObjectInfo, Staged, Stamp
+from blockzoo.storage.base import Chunks, ObjectInfo, Staged, Stamp, keys_right_below
 from blockzoo.storage.memory import HeldBytes
 
 _CONDITIONAL_HINT = "Use a store with conditional writes (`If-None-Match: *`), or a local folder."
@@ -138,6 +138,10 @@ class ObjectStorage:
                 for entry in batch:
                     modified = entry["last_modified"].timestamp()
                     yield ObjectInfo(entry["path"], int(entry["size"]), modified)
+
+    def keys(self, folder: str) -> set[str]:
+        """See `Storage`."""
+        return keys_right_below(folder, self.list(folder))
 
     def stamp(self, folder: str) -> Stamp | None:  # noqa: ARG002
         """See `Storage`: to ask is to wait."""

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from blockzoo import layout
 from blockzoo.errors import CorruptManifestError, NotFoundError, StorageError
-from blockzoo.storage.base import ObjectInfo, Stamp, Storage
+from blockzoo.storage.base import Stamp, Storage
 from blockzoo.store.pack_index import PackIndex
 from blockzoo.store.pack_summary import build_summary, read_summary
 from blockzoo.store.packs import Entry, Pack, read_index
@@ -281,16 +281,16 @@ class KnownPacks:
         with suppress(StorageError), self._lock:
             if len(self._unsummarised()) < _SUMMARISE_FROM:
                 return
-            listed = [info for info in self._inner.list(layout.PACKS) if layout.is_summary(info.key)]
-            for info in listed:
-                self._load(info)
+            listed = self._listed_summaries()
+            for key in listed:
+                self._load(key)
             packs = sorted(self._unsummarised())
             if len(packs) < _SUMMARISE_FROM:
                 return
             replaced = set(self._unsound)
             num_listed = sum(map(len, self._summaries.values()))
             if len(listed) >= _MOST_SUMMARIES or num_listed > 2 * len(self._index):
-                packs, replaced = sorted(self._index.packs), {info.key for info in listed}
+                packs, replaced = sorted(self._index.packs), listed
             key, body = build_summary(packs, self._index.entries_of(packs))
             if key in self._unsound:
                 self._inner.delete(key)
@@ -304,29 +304,27 @@ class KnownPacks:
     def _unsummarised(self) -> set[str]:
         return set(self._index.packs).difference(*self._summaries.values())
 
-    def _list(self) -> tuple[set[str], list[ObjectInfo]]:
-        packs: set[str] = set()
-        summaries: list[ObjectInfo] = []
-        for info in self._inner.list(layout.PACKS):
-            if layout.is_pack(info.key):
-                packs.add(info.key)
-            elif layout.is_summary(info.key):
-                summaries.append(info)
-        self._summaries = {
-            info.key: self._summaries[info.key] for info in summaries if info.key in self._summaries
-        }
+    def _list(self) -> tuple[set[str], set[str]]:
+        """Return the keys of all packs and of all summaries."""
+        listed = self._inner.keys(layout.PACKS)
+        # Asked several times for each registration, and nearly all of thousands of keys are known.
+        packs = listed & self._index.packs
+        others = listed - packs
+        packs.update(filter(layout.is_pack, others))
+        summaries = set(filter(layout.is_summary, others))
+        self._summaries = {key: self._summaries[key] for key in summaries if key in self._summaries}
         return packs, summaries
 
-    def _learn(self, listed: set[str], summaries: Sequence[ObjectInfo], *, is_patient: bool) -> None:
+    def _learn(self, listed: set[str], summaries: Collection[str], *, is_patient: bool) -> None:
         self._damaged &= listed
         for key in self._index.packs - listed:
             self._forget(key)
         known = self._damaged | self._unreadable.keys()
         if len(listed - self._index.packs - known) >= _MANY_NEW:
             is_whole = True
-            for info in summaries:
-                is_whole &= self._load(info, listed - known)
-            if not is_whole and is_patient and {info.key for info in summaries} != self._listed_summaries():
+            for key in summaries:
+                is_whole &= self._load(key, listed - known)
+            if not is_whole and is_patient and summaries != self._listed_summaries():
                 return  # another has come in the place of one; reading thousands of packs takes longer
         new = iter(sorted(listed - self._index.packs - known))
         while window := list(islice(new, _WINDOW)):
@@ -336,19 +334,22 @@ class KnownPacks:
                 self._keep(pack)
 
     def _listed_summaries(self) -> set[str]:
-        return {info.key for info in self._inner.list(layout.PACKS) if layout.is_summary(info.key)}
+        return set(filter(layout.is_summary, self._inner.keys(layout.PACKS)))
 
-    def _load(self, info: ObjectInfo, there: Collection[str] = ()) -> bool:
+    def _load(self, key: str, there: Collection[str] = ()) -> bool:
         """Learn from a summary, unless that was done; tell whether it is sound."""
-        if info.key not in self._summaries:
+        if key not in self._summaries:
             try:
-                summary = read_summary(self._inner, info.key, info.size)
+                size = self._inner.size(key)
+                if size is None:
+                    return False
+                summary = read_summary(self._inner, key, size)
             except CorruptManifestError:
-                self._unsound.add(info.key)
+                self._unsound.add(key)
                 return False
             except (NotFoundError, StorageError):
                 return False
-            self._summaries[info.key] = summary.packs
+            self._summaries[key] = summary.packs
             self._index.add_summary(summary.packs, summary.entries, there)
         return True
 

@@ -16,7 +16,7 @@ from typing import TypeVar
 from blockzoo import layout
 from blockzoo.digest import Buffer
 from blockzoo.errors import CorruptManifestError, NotFoundError, StorageError
-from blockzoo.storage.base import Chunks, ObjectInfo, Staged, Stamp, Storage
+from blockzoo.storage.base import Chunks, ObjectInfo, Staged, Stamp, Storage, keys_right_below
 from blockzoo.store.known_packs import KnownPacks, is_own
 from blockzoo.store.pack_writing import PackWriter
 from blockzoo.store.packs import (
@@ -128,6 +128,10 @@ class PackedStorage:
                 yield info
         if not prefix or prefix.partition("/")[0] in FOLDERS:
             yield from self._in_packs(f"{prefix}/" if prefix else "", seen)
+
+    def keys(self, folder: str) -> set[str]:
+        """See `Storage`."""
+        return keys_right_below(folder, self.list(folder))
 
     def list_content(self) -> Iterator[ObjectInfo]:
         """Yield all that may be in packs, from all folders: `list` reads every pack for each folder."""

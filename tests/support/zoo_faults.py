@@ -121,6 +121,9 @@ class HookedStorage:
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         return self.look("list", prefix, lambda: self.inner.list(prefix))
 
+    def keys(self, folder: str) -> set[str]:
+        return self.look("list", folder, lambda: self.inner.keys(folder))
+
     def delete(self, key: str) -> bool:
         return self.change("delete", key, lambda: self.inner.delete(key))
 

@@ -87,6 +87,9 @@ def test_sizes_and_listing(storage):
     }
     assert {info.key for info in storage.list("")} == {"blobs/aa/1", "blobs/ab/2", "blocks/3", "blobsX/4"}
     assert list(storage.list("nothing")) == []
+    storage.put_if_absent("blobs/5", [b"5"])
+    assert storage.keys("blobs") == {"blobs/5"}
+    assert storage.keys("nothing") == storage.keys("blobs/5") == set()
 
 
 def test_missing(storage):
