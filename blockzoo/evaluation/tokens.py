@@ -11,7 +11,7 @@ from blockzoo.errors import (
     MissingPackageError,
 )
 from blockzoo.evaluation.selection import Pair
-from blockzoo.folders.tokenizer_bounds import check_tokenizer
+from blockzoo.folders.tokenizers.bounds import check_tokenizer
 from blockzoo.manifest import BlobId, VariantRecord
 from blockzoo.zoo import Zoo
 

@@ -15,7 +15,7 @@ from typing import Any
 from blockzoo.errors import UnsupportedFeatureError
 from blockzoo.folders.files import CONFIG, TOKENIZER_CONFIG
 from blockzoo.folders.generation import GENERATION_CONFIG
-from blockzoo.folders.tokenizer_facts import ROLES, SPECIAL_TOKENS_MAP
+from blockzoo.folders.tokenizers.facts import ROLES, SPECIAL_TOKENS_MAP
 
 
 class Treatment(StrEnum):
@@ -241,7 +241,7 @@ ADAPTER_FIELDS: Mapping[str, Field] = {
         "of training",
     ),
 }
-"""Of adapter_config.json. `blockzoo.folders.adapter` applies them, and refuses fields that are not here."""
+"""Of adapter_config.json. `adapters.config` applies them, and refuses fields that are not here."""
 
 FIELDS: Mapping[str, Mapping[str, Field]] = {
     GENERATION_CONFIG: GENERATION_FIELDS,

@@ -12,15 +12,15 @@ import numpy as np
 
 from blockzoo import families
 from blockzoo.errors import AdapterError, UnsupportedAdapterError
-from blockzoo.folders.adapter import AdapterConfig, parse_adapter_config
-from blockzoo.folders.adapter_plan import AdapterPlan, LoraPair
+from blockzoo.folders.adapters.config import AdapterConfig, parse_adapter_config
+from blockzoo.folders.adapters.plan import AdapterPlan, LoraPair
 from blockzoo.folders.chat_templates import has_templates, is_template_file
 from blockzoo.folders.checkpoint import FolderKind, ModelFolder
 from blockzoo.folders.contents import LAYOUT_FILE, OWN_PREFIX
 from blockzoo.folders.files import TOKENIZER, TOKENIZER_CONFIG, parse_json_object
 from blockzoo.folders.outline import Outline
 from blockzoo.folders.safetensors_io import TensorEntry
-from blockzoo.folders.tokenizer_conversion import CONVERTED, VOCABULARIES
+from blockzoo.folders.tokenizers.conversion import CONVERTED, VOCABULARIES
 from blockzoo.manifest import (
     BlockId,
     BlockKind,

@@ -14,8 +14,8 @@ from blockzoo.folders.chat_templates import read_templates
 from blockzoo.folders.fields import FIELDS, GENERATION_FIELDS, Treatment, check_fields, config_field
 from blockzoo.folders.files import CONFIG, TOKENIZER, TOKENIZER_CONFIG, parse_json_object
 from blockzoo.folders.generation import GENERATION_CONFIG, generation_defaults, generation_values
-from blockzoo.folders.tokenizer_conversion import CONVERTED
-from blockzoo.folders.tokenizer_facts import ADDED_TOKENS, SPECIAL_TOKENS_MAP, tokenizer_facts
+from blockzoo.folders.tokenizers.conversion import CONVERTED
+from blockzoo.folders.tokenizers.facts import ADDED_TOKENS, SPECIAL_TOKENS_MAP, tokenizer_facts
 
 
 def check_files_beside(

@@ -21,8 +21,8 @@ from blockzoo.folders.checkpoint import ModelFolder
 from blockzoo.folders.contents import FolderLayout, InBlock, InFile
 from blockzoo.folders.files import TOKENIZER, read_kept_file
 from blockzoo.folders.outline import Outline
-from blockzoo.folders.tokenizer_bounds import check_tokenizer
-from blockzoo.folders.tokenizer_conversion import (
+from blockzoo.folders.tokenizers.bounds import check_tokenizer
+from blockzoo.folders.tokenizers.conversion import (
     CONVERTED,
     convert_tokenizer,
     converted_note,

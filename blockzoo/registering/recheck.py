@@ -13,8 +13,8 @@ from functools import partial
 
 from blockzoo.errors import CorruptionError, InvalidManifestError, NotFoundError
 from blockzoo.families import CHUNK_ROWS
-from blockzoo.folders.adapter import parse_adapter_config
-from blockzoo.folders.adapter_plan import plan_adapter
+from blockzoo.folders.adapters.config import parse_adapter_config
+from blockzoo.folders.adapters.plan import plan_adapter
 from blockzoo.folders.checkpoint import FolderKind, check_shards
 from blockzoo.folders.checkpoint_plan import match_tensors, plan_checkpoint
 from blockzoo.folders.contents import LAYOUT_FILE, FolderLayout, InBlock, InFile
@@ -29,8 +29,8 @@ from blockzoo.folders.files import (
     parse_json_object,
 )
 from blockzoo.folders.safetensors_io import TensorEntry, parse_header
-from blockzoo.folders.tokenizer_bounds import check_tokenizer
-from blockzoo.folders.tokenizer_conversion import CONVERTED, converted_note, source_of
+from blockzoo.folders.tokenizers.bounds import check_tokenizer
+from blockzoo.folders.tokenizers.conversion import CONVERTED, converted_note, source_of
 from blockzoo.manifest import BlockId, BlockManifest, ChainManifest, DType, FileRef, TensorRef, VariantRecord
 from blockzoo.registering.adapter import (
     check_adaptable,

@@ -10,8 +10,8 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from blockzoo.folders.adapter import AdapterConfig
-from blockzoo.folders.adapter_plan import AdapterPlan, plan_adapter
+from blockzoo.folders.adapters.config import AdapterConfig
+from blockzoo.folders.adapters.plan import AdapterPlan, plan_adapter
 from blockzoo.folders.checkpoint import ModelFolder
 from blockzoo.folders.contents import InBlock, InFile
 from blockzoo.folders.outline import Outline

@@ -9,7 +9,7 @@ from pathlib import PurePath
 from blockzoo.errors import VariantNotFoundError
 from blockzoo.folders.checkpoint import FolderKind, ModelFolder
 from blockzoo.folders.files import TOKENIZER
-from blockzoo.folders.tokenizer_conversion import CONVERTED
+from blockzoo.folders.tokenizers.conversion import CONVERTED
 from blockzoo.manifest import VariantRecord
 from blockzoo.names import parse_ref
 from blockzoo.store.writing import WritableZoo

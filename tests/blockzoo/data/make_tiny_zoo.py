@@ -52,7 +52,7 @@ def make(target: Path, work: Path) -> None:
         blobs.DELTA_CODEC = codec
         tuned = folders.write_checkpoint(work / name, values, nudged(items, every))
         zoo.register(tuned, name=name, base="base")
-    adapter = folders.write_adapter(work / "adapter", items=folders.adapter_tensors(values))
+    adapter = folders.write_adapter(work / "adapter", items=folders.adapters.tensors(values))
     zoo.register(adapter, name="adapter", base="base")
     zoo.register(
         folders.write_checkpoint(work / "other", values, nudged(items, 13)), name="moving", base="base"

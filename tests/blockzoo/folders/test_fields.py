@@ -19,7 +19,7 @@ from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedTokenizerBa
 
 from blockzoo.errors import UnsupportedAdapterError, UnsupportedFeatureError
 from blockzoo.families import for_architecture, supported
-from blockzoo.folders.adapter import parse_adapter_config
+from blockzoo.folders.adapters.config import parse_adapter_config
 from blockzoo.folders.checkpoint_plan import plan_checkpoint
 from blockzoo.folders.fields import (
     ADAPTER_FIELDS,

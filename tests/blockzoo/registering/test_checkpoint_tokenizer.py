@@ -12,7 +12,7 @@ import pytest
 from blockserve.router.intake.tokenizer import VariantTokenizer
 from blockserve.router.intake.variant_files import VariantFiles
 from blockzoo.errors import InvalidConfigError
-from blockzoo.folders.tokenizer_conversion import CONVERTED, source_of
+from blockzoo.folders.tokenizers.conversion import CONVERTED, source_of
 from blockzoo.registering.recheck import Pushed, recheck
 from blockzoo.zoo import Zoo
 from support.edge import byte_level_tokenizer

@@ -11,8 +11,8 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from blockserve.common.errors import LEAVING, PromptError
-from blockzoo.folders.tokenizer_bounds import MAX_BYTES, check_tokenizer
-from blockzoo.folders.tokenizer_facts import AddedToken, TokenizerFacts
+from blockzoo.folders.tokenizers.bounds import MAX_BYTES, check_tokenizer
+from blockzoo.folders.tokenizers.facts import AddedToken, TokenizerFacts
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -24,8 +24,8 @@ from blockzoo.folders.generation import (
     generation_defaults,
     generation_values,
 )
-from blockzoo.folders.tokenizer_conversion import CONVERTED
-from blockzoo.folders.tokenizer_facts import (
+from blockzoo.folders.tokenizers.conversion import CONVERTED
+from blockzoo.folders.tokenizers.facts import (
     ADDED_TOKENS,
     SPECIAL_TOKENS_MAP,
     TokenizerFacts,

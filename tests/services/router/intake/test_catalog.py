@@ -15,7 +15,7 @@ from blockserve.common.errors import PromptError
 from blockserve.router.intake.catalog import DamagedVariant, VariantCatalog
 from blockserve.router.limits import RouterConfig
 from blockzoo.errors import CorruptManifestError, VariantNotFoundError
-from blockzoo.folders.tokenizer_bounds import MAX_BYTES
+from blockzoo.folders.tokenizers.bounds import MAX_BYTES
 from blockzoo.manifest import VariantRecord
 from blockzoo.storage import LocalStorage
 from blockzoo.zoo import Zoo

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from blockserve.common.errors import PromptError
 from blockserve.router.intake.tokenizer import TokenizerCache, VariantTokenizer
-from blockzoo.folders.tokenizer_bounds import MAX_ADDED_TOKENS
+from blockzoo.folders.tokenizers.bounds import MAX_ADDED_TOKENS
 from support.edge import byte_fallback_tokenizer, byte_level_tokenizer, tokenizer_json
 
 TEXTS = [

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from blockserve.router.intake.tokenizer import VariantTokenizer
 from blockzoo.errors import InvalidConfigError
-from blockzoo.folders.tokenizer_facts import TokenizerFacts, tokenizer_facts
+from blockzoo.folders.tokenizers.facts import TokenizerFacts, tokenizer_facts
 from support.edge import byte_fallback_tokenizer, byte_level_tokenizer, files_of, folder_contents
 
 TEXTS = [

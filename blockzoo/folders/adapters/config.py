@@ -1,4 +1,4 @@
-"""PEFT LoRA folders: what they change in a base chain, by PEFT's own rules.
+"""adapter_config.json of a PEFT LoRA folder, read by PEFT's own rules.
 
 The rules (names in target_modules, patterns for rank and alpha, what
 modules_to_save covers, what a tensor saved without either replaces) were read
@@ -15,8 +15,8 @@ from functools import lru_cache
 from typing import Any, TypeVar, cast
 
 from blockzoo.errors import AdapterError, UnknownTargetError, UnsupportedAdapterError
+from blockzoo.folders.adapters.patterns import ModulePattern, check_number, compile_pattern, compile_patterns
 from blockzoo.folders.fields import ADAPTER_FIELDS, Treatment, is_without_effect
-from blockzoo.folders.patterns import ModulePattern, check_number, compile_pattern, compile_patterns
 
 MAX_ORDERED = 256
 """Patterns of a field whose order is looked at."""

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from blockzoo.errors import AdapterBaseMismatchError, AdapterError, UnsupportedAdapterError
-from blockzoo.folders.adapter import AdapterConfig
-from blockzoo.folders.adapter_tensors import AdapterTensors
+from blockzoo.folders.adapters.config import AdapterConfig
+from blockzoo.folders.adapters.tensors import AdapterTensors
 from blockzoo.folders.outline import EMBEDDING_MODULE, HEAD_MODULE, Outline
 from blockzoo.folders.safetensors_io import TensorEntry
 

@@ -18,9 +18,9 @@ from blockzoo.errors import (
     UnknownTargetError,
     UnsupportedAdapterError,
 )
-from blockzoo.folders.adapter import AdapterConfig
-from blockzoo.folders.adapter_rows import TrainedRows, check_apart, check_names, plan_rows
-from blockzoo.folders.adapter_tensors import AdapterTensors, sort_tensors
+from blockzoo.folders.adapters.config import AdapterConfig
+from blockzoo.folders.adapters.rows import TrainedRows, check_apart, check_names, plan_rows
+from blockzoo.folders.adapters.tensors import AdapterTensors, sort_tensors
 from blockzoo.folders.contents import OWN_PREFIX, InFile
 from blockzoo.folders.outline import EMBEDDING_MODULE, HEAD_MODULE, Outline, Place
 from blockzoo.folders.renaming import without_adapter_name, without_marks

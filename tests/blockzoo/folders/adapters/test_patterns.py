@@ -1,4 +1,4 @@
-"""`blockzoo.folders.patterns` against `re`, whose meaning it keeps, and what it refuses."""
+"""`blockzoo.folders.adapters.patterns` against `re`, whose meaning it keeps, and what it refuses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockzoo.errors import AdapterError, MissingPackageError
-from blockzoo.folders.patterns import MAX_PATTERNS, compile_pattern, compile_patterns
+from blockzoo.folders.adapters.patterns import MAX_PATTERNS, compile_pattern, compile_patterns
 
 ATOMS = [
     "a",

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from blockzoo.errors import AdapterError
-from blockzoo.folders.adapter import AdapterConfig
+from blockzoo.folders.adapters.config import AdapterConfig
 from blockzoo.folders.outline import EMBEDDING_MODULE
 from blockzoo.folders.safetensors_io import TensorEntry
 from blockzoo.manifest import DType

@@ -11,8 +11,8 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from blockzoo.errors import InvalidConfigError, UnsupportedFeatureError
-from blockzoo.folders import tokenizer_bounds
-from blockzoo.folders.tokenizer_bounds import MAX_ADDED_TOKENS, check_tokenizer
+from blockzoo.folders.tokenizers import bounds
+from blockzoo.folders.tokenizers.bounds import MAX_ADDED_TOKENS, check_tokenizer
 from support.edge import (
     byte_fallback_tokenizer,
     byte_level_tokenizer,
@@ -78,11 +78,11 @@ def test_the_library_has_no_component_that_is_not_known() -> None:
         "decoder": (decoders, decoders.Decoder),
     }
     for kind, (module, base) in kinds.items():
-        assert every(module, base) <= tokenizer_bounds._STEPS[kind][1]
-    assert every(models, models.Model) <= set(tokenizer_bounds._MODELS)
+        assert every(module, base) <= bounds._STEPS[kind][1]
+    assert every(models, models.Model) <= set(bounds._MODELS)
 
 
-@pytest.mark.parametrize("kind", tokenizer_bounds._STEPS)
+@pytest.mark.parametrize("kind", bounds._STEPS)
 def test_unknown_components_are_refused_by_name(kind: str) -> None:
     for part in ({"type": "Surprise"}, {"content": "x"}, ["x"], "x"):
         with pytest.raises(UnsupportedFeatureError, match=kind):

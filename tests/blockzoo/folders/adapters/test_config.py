@@ -1,11 +1,11 @@
-"""`blockzoo.folders.adapter` against PEFT: the same modules, ranks and scales for the same config."""
+"""`blockzoo.folders.adapters.config` against PEFT: the same modules, ranks and scales for the same config."""
 
 import json
 
 import pytest
 
 from blockzoo.errors import AdapterError, UnknownTargetError, UnsupportedAdapterError
-from blockzoo.folders.adapter import parse_adapter_config
+from blockzoo.folders.adapters.config import parse_adapter_config
 from support.folders import adapter_config
 
 CASES = {
