@@ -71,6 +71,16 @@ class BlockzooError(Exception):
         self.hint = hint
         self.metadata: Mapping[str, str] = {key: str(value) for key, value in metadata.items()}
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle what the error says: constructors of subclasses do not take a message."""
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(kind: type[BlockzooError], args: tuple[object, ...], state: dict[str, object]) -> BlockzooError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
+
 
 class InvalidInputError(BlockzooError):
     """The caller's data or arguments are wrong; the same call will fail again."""

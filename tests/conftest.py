@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from support.variants import VariantFactory
@@ -28,6 +29,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Teams of threads that wait busily slow down whoever shares their cores (docs/log.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# On a busy machine an example takes ten times as long as alone.
+settings.register_profile("blockzoo", deadline=None)
+settings.load_profile("blockzoo")
 
 # Without a loss of power nothing that a test could see depends on fsync, and registering a tiny model waits
 # for the disk some fifty times. tests/blockzoo/storage has the real one.

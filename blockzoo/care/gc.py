@@ -2,8 +2,8 @@
 
 Nothing is deleted before what needs it (`blockzoo.care.order`), durable after each step.
 A collection killed anywhere leaves objects that nothing needs, never one that needs
-what is gone. At the end small packs are written together (`blockzoo.store.pack_writing`), which deletes no
-object.
+what is gone. A collection that deleted something ends with writing small packs together
+(`blockzoo.store.pack_writing`), which deletes no object.
 """
 
 from __future__ import annotations

@@ -169,11 +169,6 @@ def faults_behind(store: Objects, key: str) -> Iterator[Fault]:
             yield Fault(needed, missing=True, message=f"{needed} is missing")
 
 
-def is_difference(store: Objects, key: str) -> bool:
-    """Tell whether a key is that of a blob stored as a difference; False when it cannot be read."""
-    return base_of(store, key) is not None
-
-
 def bases_of(store: Objects, key: str) -> set[BlobId | None]:
     """Return what the copies of a blob are differences to; nothing for what is none or cannot be read."""
     digest = layout.digest_of(key)

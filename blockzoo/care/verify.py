@@ -21,9 +21,6 @@ from blockzoo.store import header
 from blockzoo.store.leases import LeaseHolder
 from blockzoo.store.zoo_store import ZooStore
 
-FOLDERS = tuple(folder for kind in HOLDINGS for folder in kind.folders)
-"""Everything that is read."""
-
 _WORKERS = 2
 _REMOTE_WORKERS = 8
 

@@ -8,11 +8,12 @@ started them: the connection breaks, and what is being registered then is finish
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import subprocess
 import sys
 from collections.abc import Generator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import cast
 
@@ -23,11 +24,15 @@ from blockzoo.registering.folder import RegisterResult, register_folder
 from blockzoo.storage import open_storage
 from blockzoo.store.zoo_store import ZooStore
 
+log = logging.getLogger(__name__)
+
 MAX_JOBS = 8
 """Processes unless more are asked for: more were not measured, and each takes some 100 MB."""
 
 _WORTHWHILE = 16
 """Adapters for each process, below which it is not worth its start, which takes as long as some five."""
+
+_REPORT = "The error output has the details. If it is no fault of the folder or the disk, please report it."
 
 _COLLECT_EVERY = 100_000
 """Objects that are new since the last collection of cycles, before the next; Python's default is 700."""
@@ -73,7 +78,7 @@ def register_in_parallel(
     left = list(reversed(entries))
     workers: list[_Process] = []
     try:
-        workers.extend(_Process(url) for _ in range(jobs))
+        _start(url, jobs, workers)
         for worker in workers:
             worker.begin(left.pop())
         while busy := {worker.connection: worker for worker in workers if worker.entry is not None}:
@@ -92,6 +97,19 @@ def register_in_parallel(
             worker.wait()
 
 
+def _start(url: str, jobs: int, workers: list[_Process]) -> None:
+    """Start processes, fewer where the machine has no room for as many; raises StorageError for none."""
+    for _ in range(jobs):
+        try:
+            workers.append(_Process(url))
+        except OSError as error:
+            if not workers:
+                raise StorageError(
+                    f"no process could be started: {error.strerror}", hint="Run the command with --jobs 1."
+                ) from error
+            return
+
+
 class _Process:
     """One process, which registers one adapter at a time."""
 
@@ -100,14 +118,18 @@ class _Process:
         self.entry: BatchEntry | None = None
         self.is_lost = False
         with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", __name__, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                # Ctrl-C is for the command; a registration is finished or was never begun.
-                process_group=0,
-            )
+            try:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", __name__, str(theirs.fileno())],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    # Ctrl-C is for the command; a registration is finished or was never begun.
+                    process_group=0,
+                )
+            except OSError:
+                self.connection.close()
+                raise
         self.connection.send(url)
 
     def begin(self, entry: BatchEntry) -> None:
@@ -122,7 +144,8 @@ class _Process:
             return entry, cast(Outcome, self.connection.recv())
         except (EOFError, OSError):
             self.is_lost = True
-            return entry, _lost(f"the process that registered it ended with status {self._process.wait()}")
+            status = self._process.wait()
+            return entry, _lost(f"the process that registered it ended with status {status}", status)
 
     def wait(self) -> None:
         try:
@@ -134,8 +157,10 @@ class _Process:
             raise
 
 
-def _lost(why: str) -> StorageError:
-    return StorageError(why, hint="Run the command again; with --jobs 1, one process needs less memory.")
+def _lost(why: str, status: int = 0) -> StorageError:
+    # A system without memory kills.
+    more = "; with --jobs 1, one process needs less memory" if status < 0 else ""
+    return StorageError(why, hint=f"Run the command again{more}.")
 
 
 def _serve(connection: Connection) -> None:
@@ -143,16 +168,24 @@ def _serve(connection: Connection) -> None:
     # To look at each registration's thousands of objects for cycles, which they have not, took a twentieth.
     gc.freeze()
     gc.set_threshold(_COLLECT_EVERY)
-    store = ZooStore.open(open_storage(connection.recv()))
-    with store.batch("register several"), suppress(EOFError, BrokenPipeError, ConnectionResetError):
+    url = connection.recv()
+    with ExitStack() as stack, suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        store: ZooStore | None = None
         while True:
             entry = cast(BatchEntry, connection.recv())
             try:
+                if store is None:
+                    store = ZooStore.open(open_storage(url))
+                    stack.enter_context(store.batch("register several"))
                 outcome: Outcome = register_folder(
                     store, entry.source, name=entry.name, base=entry.base, revision=entry.revision
                 )
             except BlockzooError as error:
                 outcome = error
+            except Exception as error:
+                # Of one folder only; the others go on.
+                log.exception("registering %s", entry.source)
+                outcome = StorageError(f"{type(error).__name__}: {error}", hint=_REPORT)
             connection.send(outcome)
 
 

@@ -145,9 +145,9 @@ class ZooStore(Objects):
             return None
         thread, shared = self._batch
         if shared.is_over():
-            self._batch = None
+            # First another one: whatever interrupts this, `batch` finds one to end.
+            self._batch = thread, Registration(self, shared.purpose)
             shared.__exit__(None, None, None)
-            self._batch = thread, self.registration(shared.purpose)
         return self._batch[1]
 
     def remove(self, name: str) -> VariantRecord:

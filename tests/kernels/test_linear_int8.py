@@ -118,3 +118,22 @@ def test_bytes_are_counted_and_sizes_checked() -> None:
     ]
     with pytest.raises(ValueError, match="100 inputs"):
         quantise_int8(torch.zeros(2, 100))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bias_of_another_type_and_layout(dtype: torch.dtype) -> None:
+    _, weight = made(40, 64)
+    x, columns = torch.randn(5, 64).to(dtype), torch.randn(40, 2)
+    for bias in (columns[:, 0], columns[:, 1].to(torch.bfloat16)):
+        assert torch.equal(Int8Linear(weight, bias)(x), linear_int8_reference(x, weight, bias))
+
+
+def test_rows_too_small_to_be_divided_by_count_as_zeros() -> None:
+    _, weight = made(33, 64)
+    x = torch.full((3, 64), 1e-39)
+    x[1] = 1e-33
+    x[2] = 1e-20
+    y = Int8Linear(weight)(x)
+    assert torch.equal(y, linear_int8_reference(x, weight))
+    assert not y[:2].any()
+    assert y[2].any()

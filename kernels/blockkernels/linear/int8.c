@@ -5,6 +5,7 @@
 #include "kernels.h"
 
 #define BLOCK 64
+#define TINY 1e-30f /* a row that is smaller counts as zeros: what it is divided by must not overflow */
 #define WORD 4 /* inputs of one output that are multiplied together */
 #define VECTORS (PANEL / LANES)
 
@@ -66,7 +67,7 @@ static void round_row(const int8_job *job, int64_t row) {
         if (pass) {
             float largest = largest_lane(most);
             step = largest / 127.0f + sum_lanes(poison);
-            inverse = largest > 0 ? 127.0f / largest : 0;
+            inverse = largest > TINY ? 127.0f / largest : 0;
             job->steps[row] = step * 0.125f; /* the matrix is orthogonal when divided by 8 */
         }
         for (int64_t first = 0; first < job->in; first += BLOCK) {

@@ -23,6 +23,9 @@ BLOCK = 64
 MAX_IN = 1 << 17
 """Most inputs: int32 holds the sum of as many products of two bytes."""
 
+TINY = 1e-30
+"""A row whose rotated elements, times 8, are all at most this counts as zeros, so that nothing overflows."""
+
 _PANEL, _WORD = 32, 4
 
 
@@ -84,23 +87,21 @@ def linear_int8_reference(x: Tensor, weight: Int8Weight, bias: Tensor | None = N
     """The product that the kernels compute, bit for bit.
 
     Shape: x [tokens, in] float32, bfloat16 or float16, bias [out] or None, result [tokens, out] of x's type.
-    A row with NaN or infinity gives NaN.
+    The bias is rounded to x's type before it is added. A row with NaN or infinity gives NaN.
     """
     rotated = rotate(x)
     # The kernels divide by 8 at the end: a power of two changes no digit.
     largest = (rotated * 8.0).abs().nan_to_num(nan=0.0, posinf=float("inf")).amax(1, keepdim=True)
     poison = (rotated * 0.0).sum(1, keepdim=True)
     # A number divided by a tensor would be a product with its reciprocal.
-    inverse = torch.where(largest > 0, torch.full_like(largest, 127.0) / largest, torch.zeros_like(largest))
+    inverse = torch.where(
+        largest > TINY, torch.full_like(largest, 127.0) / largest, torch.zeros_like(largest)
+    )
     rounded = (rotated * 8.0 * inverse).round().nan_to_num(nan=0.0).clamp(-127, 127)
     steps = (largest / 127.0 + poison) * 0.125
     sums = rounded.double() @ weight.values.double().T  # integers below 2**53, exact
     y = sums.float() * (steps * weight.scales)
-    return (y if bias is None else y + bias.float()).to(x.dtype)
-
-
-_POINTERS = ("x", "weight", "sums", "scales", "bias", "y", "rounded", "steps")
-_NUMBERS = ("x_stride", "y_stride", "tokens", "inner", "outer", "is_bf16", "threads")
+    return (y if bias is None else y + bias.to(x.dtype).float()).to(x.dtype)
 
 
 class _Job(ctypes.Structure):
@@ -170,7 +171,7 @@ class Int8Linear:
     def _multiply(self, native: NativeLibrary, x: Tensor) -> Tensor:
         if x.stride(1) != 1:
             x = x.contiguous()
-        bias = None if self._bias is None else self._bias.to(x.dtype)
+        bias = None if self._bias is None else self._bias.to(x.dtype).contiguous()
         tokens = x.shape[0]
         y = torch.empty(tokens, self.out_features, dtype=x.dtype)
         rounded = torch.empty(tokens, self.in_features, dtype=torch.uint8)

@@ -150,7 +150,7 @@ class RemoteWriter:
         )
         before = None
         with suppress(CorruptManifestError):
-            before = self._current(name)
+            before = self._patience.attempt(lambda: self._current(name))
         done = self._patience.attempt(lambda: self._in_push(lambda: self._commit(request)))
         # A server of 0.1 gives the unchanged version back and does not say so.
         return replace(done, unchanged=True) if done.record == before else done

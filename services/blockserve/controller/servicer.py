@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -171,23 +171,29 @@ class ZooServicer(zoo_pb2_grpc.ZooServiceServicer):
                 else:
                     yield zoo_pb2.VerifyZooResponse(progress=wire.step_to_message(step))
 
-    async def DownloadBlobs(  # noqa: N802
+    async def DownloadBlobs(  # type: ignore[override]  # noqa: N802 - as in the router's Generate
         self, request: zoo_pb2.DownloadBlobsRequest, context: Any
-    ) -> AsyncIterator[zoo_pb2.DownloadBlobsResponse]:
+    ) -> None:
         """Send what a version is made of, one message after the other: none is read before its turn."""
         self._check_count(len(request.blobs))
         blobs = [wire.blob_from_message(blob) for blob in request.blobs]
-        export = self._exports.begin()
+        call = asyncio.current_task()
+        assert call is not None
+        export = self._exports.begin(call.cancel)
         log.info("export ref=%r blobs=%d peer=%s", request.ref[:MAX_REF_CHARS], len(blobs), context.peer())
+        messages = self._exports.messages(request.ref, blobs, request.offset)
         try:
-            messages = self._exports.messages(request.ref, blobs, request.offset)
             while (parts := await self._run(lambda: next(messages, None))) is not None:
                 self._exports.move(export)
-                yield zoo_pb2.DownloadBlobsResponse(
-                    parts=[
-                        zoo_pb2.BlobPart(blob=part.blob, offset=part.offset, data=part.data) for part in parts
-                    ]
-                )
+                message = zoo_pb2.DownloadBlobsResponse()
+                for part in parts:
+                    message.parts.add(blob=part.blob, offset=part.offset, data=part.data)
+                await context.write(message)
+        except asyncio.CancelledError:
+            with suppress(ValueError):  # a thread reads for it at this moment
+                messages.close()
+            self._exports.move(export)  # tells the caller if another one took its place
+            raise
         finally:
             self._exports.end(export)
 

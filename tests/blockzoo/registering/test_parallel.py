@@ -8,11 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from blockzoo import Zoo
-from blockzoo.errors import BlockzooError
+from blockzoo.errors import BlockzooError, StorageError, VariantNotFoundError, ZooNotFoundError
 from blockzoo.registering.batch import BatchEntry, read_batch
 from blockzoo.registering.folder import RegisterResult
 from blockzoo.registering.parallel import is_adapter, register_in_parallel, useful_jobs
@@ -92,6 +93,57 @@ def test_when_all_are_killed_the_rest_is_told(fleet: tuple[Zoo, list[BatchEntry]
     got += list(outcomes)
     assert {entry.name for entry, _ in got} == {entry.name for entry in entries}
     assert any("no process was left" in str(outcome) for _, outcome in got)
+
+
+def test_what_is_wrong_is_said_as_by_one_process(fleet: tuple[Zoo, list[BatchEntry]]) -> None:
+    zoo, entries = fleet
+    stray = [BatchEntry(entry.source, entry.name, "bass") for entry in entries[:4]]
+    with pytest.raises(BlockzooError) as alone:
+        zoo.register(stray[0].source, name="x", base="bass")
+    for _, outcome in register_in_parallel(zoo.url, stray, 2):
+        assert isinstance(outcome, VariantNotFoundError)
+        assert (str(outcome), outcome.hint, outcome.metadata) == (
+            str(alone.value),
+            alone.value.hint,
+            alone.value.metadata,
+        )
+
+
+def test_an_error_that_is_none_of_ours_costs_one_folder(fleet: tuple[Zoo, list[BatchEntry]]) -> None:
+    zoo, entries = fleet
+    odd = [BatchEntry(cast(str, number), f"odd-{number}", "base") for number in range(3)]  # no path at all
+    outcomes = dict(register_in_parallel(zoo.url, [*odd, *entries], 2))
+    for entry in odd:
+        assert isinstance(outcomes[entry], StorageError)
+        assert "TypeError" in str(outcomes[entry])
+    assert all(isinstance(outcomes[entry], RegisterResult) for entry in entries)
+
+
+def test_a_zoo_that_cannot_be_opened(fleet: tuple[Zoo, list[BatchEntry]], tmp_path: Path) -> None:
+    _, entries = fleet
+    outcomes = [outcome for _, outcome in register_in_parallel(str(tmp_path / "no-zoo"), entries, 2)]
+    assert len(outcomes) == len(entries)
+    assert all(isinstance(outcome, ZooNotFoundError) for outcome in outcomes)
+
+
+def test_fewer_processes_where_the_machine_has_no_room(
+    fleet: tuple[Zoo, list[BatchEntry]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zoo, entries = fleet
+    begin, left = subprocess.Popen, [1]
+
+    def start(*arguments: Any, **settings: Any) -> Any:
+        if not left:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        left.pop()
+        return begin(*arguments, **settings)
+
+    monkeypatch.setattr("blockzoo.registering.parallel.subprocess.Popen", start)
+    outcomes = dict(register_in_parallel(zoo.url, entries, 3))
+    assert all(isinstance(outcome, RegisterResult) for outcome in outcomes.values())
+    with pytest.raises(StorageError, match="no process could be started") as caught:
+        list(register_in_parallel(zoo.url, entries, 3))
+    assert "--jobs 1" in caught.value.hint
 
 
 def test_whoever_leaves_early_waits_for_what_has_begun(fleet: tuple[Zoo, list[BatchEntry]]) -> None:

@@ -29,6 +29,7 @@ from blockzoo.errors import (
 from blockzoo.manifest import BlobId, BlockManifest, ChainId, ChainManifest, DType, FileRef, Link, TensorRef
 from blockzoo.storage import LocalStorage, MemoryStorage
 from blockzoo.storage.objects import ObjectStorage
+from blockzoo.store.leases import LeaseHolder
 from blockzoo.store.zoo_store import FORMAT, ZooStore
 from support.zoo_faults import (
     FakeClock,
@@ -511,6 +512,26 @@ def test_a_batch_whose_lease_ran_out_takes_another(store):
     store.clock.time += 4000
     collect(store)
     assert list(store.storage.list("leases")) == []
+
+
+def test_a_batch_that_is_interrupted_while_it_takes_another_lease(store, monkeypatch):
+    register(store, "base", [tensor(1)])
+
+    def interrupted(holder):
+        raise KeyboardInterrupt
+
+    def register_two():
+        with store.batch("several"):
+            rely(store, "one", 101)
+            store.clock.time += 4000
+            with monkeypatch.context() as patched:
+                patched.setattr(LeaseHolder, "release", interrupted)
+                rely(store, "two", 102)
+
+    with pytest.raises(KeyboardInterrupt):
+        register_two()
+    rely(store, "three", 103)
+    assert [record.name for record in store.variants()] == ["base", "one", "three"]
 
 
 def test_a_batch_is_of_one_thread(store):

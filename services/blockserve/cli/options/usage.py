@@ -10,7 +10,9 @@ from blockserve.cli.options.failures import USAGE, show
 
 REASON = "USAGE"
 
-_INVALID = re.compile(r"Invalid value(?: for (?P<where>.+?))?: (?P<what>.*)", re.DOTALL)
+_INVALID = re.compile(
+    r"Invalid value(?: for (?P<where>.+?(?: \(env var: '[^']*'\))?))?: (?P<what>.*)", re.DOTALL
+)
 _OPTION = re.compile(r"-[\w-]+|[A-Z][A-Z_]*")
 _LIMITS = {
     "greater than or equal to": "at least",
@@ -66,6 +68,10 @@ _SENTENCES: tuple[tuple[re.Pattern[str], Callable[[str, re.Match[str]], str]], .
     (
         re.compile(r"Input should be a valid number, .*", re.DOTALL),
         lambda name, _: f"{name} must be a number",
+    ),
+    (
+        re.compile(r"Input should be a valid boolean, .*", re.DOTALL),
+        lambda name, _: f"{name} must be true or false",
     ),
     (
         re.compile(r"Input should be a valid integer, .*", re.DOTALL),

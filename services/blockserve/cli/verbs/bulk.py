@@ -55,7 +55,7 @@ class Outcome:
 
 
 def register_all(
-    zoo: Zoo | RemoteZoo, path: Path, base: str | None, *, jobs: int | None, as_json: bool
+    zoo: Zoo | RemoteZoo, path: Path, base: str | None, *, jobs: int | None, force_base: bool, as_json: bool
 ) -> int:
     """Register what a folder or a list names; returns the exit code.
 
@@ -63,11 +63,16 @@ def register_all(
     finished by the process that began it.
 
     Raises:
+        InvalidInputError: `jobs` are asked of a server, which registers what comes over one connection.
         VariantNotFoundError: neither the zoo nor the list has a variant `base`; nothing was registered.
         UnsupportedAdapterError: `base` is an adapter, and so is one of the list; nothing was registered.
     """
+    from blockzoo.errors import InvalidInputError
     from blockzoo.registering.batch import check_base, read_batch
+    from blockzoo.zoo import Zoo
 
+    if jobs is not None and not isinstance(zoo, Zoo):
+        raise InvalidInputError("--jobs does not go with --server", hint="Leave it out.")
     entries = read_batch(path, base)
     if base is not None and base.partition("@")[0] not in {entry.name for entry in entries}:
         check_base(entries, base, zoo.resolve(base))
@@ -77,7 +82,7 @@ def register_all(
             for number, (entry, result) in enumerate(results, 1):
                 outcome.add(entry.name, result)
                 if not as_json:
-                    print_one_of_many(number, len(entries), entry.name, result)
+                    print_one_of_many(number, len(entries), entry.name, result, force_base=force_base)
     except KeyboardInterrupt:
         note(
             f"At least {len(outcome.done)} of {len(entries)} are in the zoo. "

@@ -119,7 +119,11 @@ def register(
         if folder is not None or name is not None or revision is not None:
             raise typer.BadParameter("--all has names and folders of its own: leave out those here.")
         with place.open(create=True) as zoo:
-            raise typer.Exit(register_all(zoo, every, base, jobs=jobs, as_json=as_json))
+            raise typer.Exit(
+                register_all(zoo, every, base, jobs=jobs, force_base=force_base, as_json=as_json)
+            )
+    if jobs is not None:
+        raise typer.BadParameter("--jobs is for --all: one folder is registered by one process.")
     if folder is None or name is None:
         raise typer.BadParameter("Give a FOLDER and a --name, or --all with a folder of folders.")
     with progress() as reporter, place.open(create=True) as zoo:

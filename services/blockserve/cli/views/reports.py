@@ -64,7 +64,9 @@ def _written(result: RegisterResult) -> str:
     return f"{lost} of it {'was' if result.restored == 1 else 'were'} missing in the zoo and stored again"
 
 
-def print_one_of_many(number: int, total: int, name: str, result: RegisterResult | BlockzooError) -> None:
+def print_one_of_many(
+    number: int, total: int, name: str, result: RegisterResult | BlockzooError, *, force_base: bool = False
+) -> None:
     """`register --all`, for one of the list as soon as it is done."""
     from blockzoo.errors import BlockzooError
 
@@ -78,7 +80,7 @@ def print_one_of_many(number: int, total: int, name: str, result: RegisterResult
         say(f"{place}  {ref} has this content already{restored}")
         return
     say(f"{place}  {ref}  {format_bytes(result.new_bytes)} new, {format_seconds(result.seconds)}")
-    if result.base_doubt:
+    if result.base_doubt and not force_base:
         note(f"{place}  {name}: Warning: {result.base_doubt}.")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 from blockserve.common.api.push import Part
 from blockserve.common.errors import ExportCapacityError, UnknownBlobError
@@ -25,10 +25,12 @@ class Export:
     Attributes:
         moved: when its caller took a message last.
         is_given_up: it has not moved for too long, and another one has its place.
+        stop: ends the call that sends it.
     """
 
-    def __init__(self, now: float) -> None:
+    def __init__(self, now: float, stop: Callable[[], object]) -> None:
         self.moved = now
+        self.stop = stop
         self.is_given_up = False
 
 
@@ -44,8 +46,16 @@ class Exports:
         self._lock = threading.Lock()
         self._running: set[Export] = set()
 
-    def begin(self) -> Export:
-        """Count an export in; raises ExportCapacityError when as many run as may."""
+    def begin(self, stop: Callable[[], object]) -> Export:
+        """Count an export in, in the place of one whose caller has read nothing for too long.
+
+        Args:
+            stop: ends the call that sends it. One whose caller reads nothing waits for ever, and holds
+                what it was about to send.
+
+        Raises:
+            ExportCapacityError: as many run as may.
+        """
         most = self._config.max_exports
         if not most:
             raise ExportCapacityError(
@@ -60,7 +70,7 @@ class Exports:
                     f"{len(self._running)} exports run, the maximum of this server",
                     retry_after=RETRY_AFTER_SECONDS,
                 )
-            export = Export(self._clock())
+            export = Export(self._clock(), stop)
             self._running.add(export)
             return export
 
@@ -79,7 +89,7 @@ class Exports:
         with self._lock:
             self._running.discard(export)
 
-    def messages(self, ref: str, blobs: Sequence[BlobId], offset: int) -> Iterator[list[Part]]:
+    def messages(self, ref: str, blobs: Sequence[BlobId], offset: int) -> Generator[list[Part], None, None]:
         """Yield what each message carries: bytes of blobs in this order, the first from `offset` on.
 
         Raises:
@@ -126,6 +136,7 @@ class Exports:
         for export in [one for one in self._running if one.moved < deadline]:
             export.is_given_up = True
             self._running.discard(export)
+            export.stop()
 
 
 def _not_part(blob: BlobId, ref: str) -> UnknownBlobError:

@@ -90,9 +90,15 @@ def test_a_wrong_command_line_is_2(run, words):
         (("show",), "Missing argument 'VARIANT'"),
         (("ls", "--nonsense"), "No such option: --nonsense"),
         (("pull", "x"), "x is no id of a model at the hub: write ORG/NAME"),
+        (
+            ("register", "x", "-n", "y", "--jobs", "2"),
+            "--jobs is for --all: one folder is registered by one process",
+        ),
+        (("status",), "--tls must be true or false"),
     ],
 )
-def test_a_wrong_command_line_is_a_sentence_or_json(run, words, message):
+def test_a_wrong_command_line_is_a_sentence_or_json(run, words, message, monkeypatch):
+    monkeypatch.setenv("BLOCKZOO_TLS", "maybe" if "--tls" in message else "false")
     hint = f"`blockzoo {words[0]} --help` explains the options."
     assert run(*words).err == f"Error: {message}\n{hint}\n"
     outcome = run(*words, "--json")

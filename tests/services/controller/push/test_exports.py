@@ -25,6 +25,7 @@ from blockserve.common.rpc.channel import Credentials
 from blockserve.controller.push.exports import Exports
 from blockserve.controller.push.limits import ControllerConfig
 from blockzoo.errors import (
+    BlockzooError,
     CorruptBlobError,
     CorruptManifestError,
     InvalidInputError,
@@ -372,21 +373,60 @@ def test_a_server_that_exports_nothing(local, tmp_path):
 def test_an_export_that_nobody_reads_loses_its_place(local):
     now = [0.0]
     exports = Exports(local, ControllerConfig(max_exports=1, push_idle_seconds=100), clock=lambda: now[0])
-    first = exports.begin()
+    stopped = []
+    first = exports.begin(lambda: stopped.append("first"))
     now[0] = 90.0
     with pytest.raises(ExportCapacityError, match="the maximum of this server") as caught:
-        exports.begin()
+        exports.begin(stopped.clear)
     assert caught.value.retry_after > 0
     exports.move(first)
     now[0] = 180.0
     with pytest.raises(ExportCapacityError):
-        exports.begin()
+        exports.begin(stopped.clear)
+    assert not stopped
     now[0] = 191.0
-    second = exports.begin()
+    second = exports.begin(stopped.clear)
+    assert stopped == ["first"]
     with pytest.raises(ExportCapacityError, match="idle for too long"):
         exports.move(first)
     exports.end(first)
     assert exports._running == {second}
+
+
+def test_the_call_of_an_export_that_nobody_reads_ends(local, monkeypatch):
+    """Otherwise each would hold a tensor for as long as its caller keeps the connection."""
+    alive = []
+    real = Exports.messages
+
+    def messages(self, *arguments):
+        alive.append(1)
+        try:
+            yield from real(self, *arguments)
+        finally:
+            alive.pop()
+
+    monkeypatch.setattr(Exports, "messages", messages)
+    blob = max(blobs(local, "large"), key=lambda blob: local.store.blobs.read(blob).nbytes)
+    request = zoo_pb2.DownloadBlobsRequest(ref="large@1", blobs=[blob] * 1000)
+    with served(local, max_exports=2, push_idle_seconds=0.2) as server:
+        calls = [RemoteZoo(server.address) for _ in range(6)]
+        streams = []
+        for remote in calls:
+            # Until the buffers between are full an export that nobody reads goes on.
+            for _ in range(200):
+                stream = remote._calls.stream("DownloadBlobs", request)
+                try:
+                    assert next(stream).parts
+                    break
+                except ExportCapacityError:
+                    time.sleep(0.1)
+            streams.append(stream)
+            assert len(alive) <= 2
+        for stream in streams[:4]:
+            with pytest.raises(BlockzooError):  # after what had been sent before
+                list(stream)
+        for remote in calls:
+            remote.close()
 
 
 def test_no_server(tmp_path):

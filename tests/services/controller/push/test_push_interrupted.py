@@ -166,6 +166,31 @@ def test_a_server_killed_in_the_middle_of_a_push(tmp_path, local, folders, sent,
         process.stdout.close()
 
 
+def test_any_call_of_a_push_may_fail_once(server, far, folders, monkeypatch):
+    from blockserve.client.zoo_calls import Calls
+
+    call = Calls.call
+    made, lost = [], []
+
+    def lose_one(self, method, request, **options):
+        if made or method == "BeginPush":  # before, nobody has waited for anything
+            made.append(method)
+        if len(made) == failing:
+            lost.append(method)
+            raise UnavailableError("the connection broke", code="UNAVAILABLE")
+        return call(self, method, request, **options)
+
+    monkeypatch.setattr(Calls, "call", lose_one)
+    for failing in itertools.count(1):
+        made.clear()
+        with RemoteZoo(server.address) as zoo:
+            assert zoo.register(folders / "base", name=f"base{failing}").record.version == 1
+        if len(made) < failing:
+            break
+    assert {"BeginPush", "CommitPush", "GetVariant"} < set(lost)
+    assert len(far.variants()) == failing
+
+
 def test_a_commit_whose_answer_was_lost_is_not_made_twice(server, far, folders, monkeypatch):
     from blockserve.client.zoo_calls import Calls
 
