@@ -42,6 +42,12 @@ def is_quantised(names: Mapping[str, object], module: str) -> bool:
     return f"{module}.{INT8}" in names
 
 
+def weight_names(block: BlockManifest) -> list[str]:
+    """Return the names of a block's tensors as if no weight were quantised."""
+    names = (name for name in block.tensors if not name.endswith(f".{INT8_SCALE}"))
+    return [name.removesuffix(INT8) + "weight" if name.endswith(f".{INT8}") else name for name in names]
+
+
 def int8_weight(tensors: Mapping[str, Tensor], modules: tuple[str, ...]) -> Int8Weight:
     """Return one weight for modules whose rows of the result stand one after the other.
 

@@ -10,8 +10,8 @@ from support.quantised import INT8_SPECS, Int8Oracle
 from support.variants import Variant
 
 FAR = 0.1
-"""An activation that rounding moves across a border between two steps moves by one of 127 steps, and what comes
-after it in the prompt with it. Such rows are few in short prompts."""
+"""An activation that rounding moves across a border between two steps moves by one of 127 steps, and so does
+what depends on it. Short prompts have few."""
 
 SHORT = [tuple(range(start, start + length)) for start, length in enumerate((1, 2, 3, 5, 7, 8) * 2, 5)]
 PROMPTS = [*SHORT, tuple(range(5, 38)), tuple(range(7, 97))]
@@ -24,7 +24,7 @@ def made(tmp_path_factory):
 
 
 def check(engine, variant):
-    """Equal to the oracle of int8 for nearly all short prompts, near for longer ones; other than unquantised."""
+    """Equal to the oracle of int8 for most short prompts, near for longer ones, and not as unquantised."""
     engine.register(variant)
     record = quantise(engine.zoo, variant.name).record
     chain = record.chain

@@ -24,7 +24,8 @@ INT8_SPECS: dict[str, ModelSpec] = {
     "int8-llama-tied": ModelSpec(options={**_EVEN, "tie_word_embeddings": True}),
     "int8-qwen2": ModelSpec(Qwen2Config, {**_EVEN, "hidden_size": 128}),
     "int8-gemma2": ModelSpec(
-        Gemma2Config, {**_EVEN, "sliding_window": 19, "query_pre_attn_scalar": 11, "tie_word_embeddings": False}
+        Gemma2Config,
+        {**_EVEN, "sliding_window": 19, "query_pre_attn_scalar": 11, "tie_word_embeddings": False},
     ),
     "int8-phi3": ModelSpec(Phi3Config, {**_EVEN, "hidden_size": 128}),
     "int8-llama-bf16": ModelSpec(options=_EVEN, dtype=torch.bfloat16),
