@@ -117,7 +117,7 @@ def quantise(
         text: held-out text to measure the loss of quality on; see `blockzoo.evaluation`. What was found
             becomes part of the variant.
         max_tokens: most tokens of it.
-        progress: told of the bytes that were quantised, then of the tokens that were compared.
+        progress: told of the blocks that were quantised, then of the windows of text that were compared.
 
     Raises:
         VariantNotFoundError, InvalidNameError: of `ref` and `name`.
@@ -178,11 +178,18 @@ def _measured(
 ) -> Divergence:
     """Compare the outputs of both chains, both computed in float32."""
     loader = LinkLoader(zoo, torch.float32, torch.device("cpu"))
-    window = min(WINDOW_TOKENS, chain.context_length)
-    progress.start("measuring on held-out text", len(ids))
+    texts = windows(ids, min(WINDOW_TOKENS, chain.context_length))
+    progress.start("comparing windows of text", len(texts))
+    done = 0
+
+    def advance(num_tokens: int) -> None:
+        nonlocal done
+        before, done = done // len(texts[0]), done + num_tokens
+        progress.advance(done // len(texts[0]) - before)
+
     try:
-        before, after = loader.load(chain.links), loader.load(quantised.links)
-        return measure(loader, before, after, 1, windows(ids, window), progress.advance)
+        original, changed = loader.load(chain.links), loader.load(quantised.links)
+        return measure(loader, original, changed, 1, texts, advance)
     finally:
         progress.finish()
 
@@ -232,12 +239,12 @@ class _Quantiser:
 
     def blocks(self, wanted: Mapping[BlockId, BlockManifest]) -> dict[BlockId, _Made]:
         """Return the quantised block of each, stored."""
-        self._progress.start("quantising", sum(manifest.num_bytes for manifest in wanted.values()))
+        self._progress.start("quantising blocks", len(wanted))
         made = {}
         try:
             for block, manifest in wanted.items():
                 made[block] = self._block(manifest)
-                self._progress.advance(manifest.num_bytes)
+                self._progress.advance(1)
         finally:
             self._progress.finish()
         return made

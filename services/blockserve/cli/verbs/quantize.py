@@ -35,7 +35,7 @@ def quantize(
         typer.Option(
             "--text",
             metavar="FILE",
-            help="Held-out text in UTF-8, or - for standard input: what quantising costs is measured on it and "
+            help="Held-out text in UTF-8, or - for standard input: the loss of quality is measured on it and "
             "kept with the variant.",
         ),
     ] = None,
@@ -66,7 +66,7 @@ def quantize(
         with sys.stdin.buffer if str(text) == "-" else text.open("rb") as file:
             held_out = decode_text(file.read(MAX_TEXT_BYTES + 1))
     place = open_zoo(zoo)
-    with progress() as reporter:
+    with progress(unit="done") as reporter:
         result = quantise(
             place, variant, name=name, fmt=fmt, text=held_out, max_tokens=max_tokens, progress=reporter
         )
