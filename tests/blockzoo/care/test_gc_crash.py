@@ -257,9 +257,9 @@ class MergingLife(ZooLife):
 LIFE = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 
-@pytest.mark.parametrize("life", [ZooLife, FirstFormatLife, MergingLife])
-def test_lives(life):
-    run_state_machine_as_test(life, settings=settings(LIFE, max_examples=25, stateful_step_count=15))
+@pytest.mark.parametrize(("life", "count"), [(ZooLife, 25), (FirstFormatLife, 8), (MergingLife, 12)])
+def test_lives(life, count):
+    run_state_machine_as_test(life, settings=settings(LIFE, max_examples=count, stateful_step_count=15))
 
 
 @pytest.mark.long
