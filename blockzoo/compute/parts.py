@@ -12,9 +12,9 @@ from torch import Tensor
 from blockkernels.backends import Backend
 from blockkernels.linear import Linear
 from blockkernels.rotary import RopeParameters
-from blockzoo.compute.stored import INT8, int8_weight, is_quantised
+from blockzoo.compute.stored import int8_weight, is_quantised
 from blockzoo.errors import InvalidConfigError
-from blockzoo.manifest import JsonValue
+from blockzoo.manifest import INT8, JsonValue
 
 
 def rope_parameters(config: Mapping[str, JsonValue]) -> RopeParameters | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from blockkernels.linear import Int8Weight, dequantise_int8
-from blockzoo.manifest import BlockManifest, DType, TensorRef
+from blockzoo.manifest import INT8, INT8_SCALE, BlockManifest, DType, TensorRef
 
 TORCH_DTYPES = {
     DType.F64: torch.float64,
@@ -22,9 +22,6 @@ TORCH_DTYPES = {
     DType.I8: torch.int8,
 }
 """Types of stored tensors that blocks are computed from."""
-
-INT8, INT8_SCALE = "int8", "int8_scale"
-"""Last parts of the names of a quantised weight's values, int8 [out, in], and scales, float32 [out]."""
 
 _WIDE = (".lora_bias", ".magnitude", f".{INT8_SCALE}")
 """Tensors that are computed with in float32, whatever the rest is."""

@@ -5,36 +5,23 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from blockkernels.linear import can_quantise, dequantise_int8, quantise_int8
-from blockzoo import families
-from blockzoo.compute.stored import INT8, INT8_SCALE, TORCH_DTYPES
-from blockzoo.errors import InvalidInputError
-from blockzoo.evaluation.forward import LinkLoader
-from blockzoo.evaluation.measure import Divergence, measure
-from blockzoo.evaluation.tokens import tokens_of, windows
+from blockzoo.errors import InvalidInputError, MissingPackageError
+from blockzoo.evaluation.tokens import tokens_of
 from blockzoo.folders.contents import LAYOUT_FILE
 from blockzoo.json_report import JsonReport
-from blockzoo.manifest import (
-    BlockId,
-    BlockKind,
-    BlockManifest,
-    ChainManifest,
-    DType,
-    TensorRef,
-    VariantRecord,
-)
+from blockzoo.manifest import VariantRecord
 from blockzoo.names import check_name
 from blockzoo.progress import NoProgress, Progress
-from blockzoo.registering.upload import Totals, Upload, inspect_uploads, put_uploads
-from blockzoo.store.writing import Writer
+from blockzoo.registering.upload import Totals
 from blockzoo.zoo import Zoo
+
+if TYPE_CHECKING:
+    from blockzoo.evaluation.measure import Divergence
 
 FORMATS = ("int8",)
 """What can be made. int8: weights and activations, both rotated within blocks of 64 inputs."""
@@ -43,11 +30,6 @@ QUANTISED, QUANTISED_FROM = "quantised", "quantised_from"
 """Keys of a quantised variant's provenance: its format, and the variant it was made from."""
 QUALITY = "quality"
 """Key for what was measured on held-out text; absent where nothing was."""
-
-WINDOW_TOKENS = 512
-"""Tokens of a window of held-out text, or the model's context where that is shorter."""
-
-_QUANTISED_KINDS = (BlockKind.LAYER, BlockKind.HEAD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +105,7 @@ def quantise(
         VariantNotFoundError, InvalidNameError: of `ref` and `name`.
         InvalidInputError: the format is unknown, or the variant cannot be quantised.
         EvaluationError: the text is too short, or the quantised variant computes NaN.
-        MissingPackageError: there is a text and `tokenizers` is not installed.
+        MissingPackageError: torch is not installed, or there is a text and `tokenizers` is not installed.
         BlobNotFoundError, CorruptBlobError: the zoo is damaged.
         StorageError, ConflictError: nothing was committed.
     """
@@ -138,20 +120,21 @@ def quantise(
             hint="Give another --name; the original stays.",
         )
     chain = zoo.chain(record.chain)
-    blocks = {link.base: zoo.block(link.base) for link in chain.links}
-    check_quantisable(record, blocks)
+    manifests = {link.base: zoo.block(link.base) for link in chain.links}
+    blocks = _blocks()
+    blocks.check_quantisable(record, manifests)
     ids = None if text is None else tokens_of(zoo, record, text, chain.vocab_size)[1][:max_tokens]
     totals, reporter = Totals(), progress or NoProgress()
-    wanted = {block: manifest for block, manifest in blocks.items() if manifest.kind in _QUANTISED_KINDS}
+    wanted = {block: manifest for block, manifest in manifests.items() if manifest.kind in blocks.KINDS}
     with zoo.store.registration(f"quantise {ref}") as registration:
         registration.rely_on_variant(record)
-        made = _Quantiser(zoo, registration, totals, reporter).blocks(wanted)
-        quantised = _with_blocks(chain, made)
+        made = blocks.Quantiser(zoo, registration, totals, reporter).blocks(wanted)
+        quantised = blocks.with_blocks(chain, made)
         found = registration.put_chain(quantised)
         quality = None
         if ids is not None:
             registration.flush()
-            quality = _measured(zoo, chain, quantised, ids, reporter)
+            quality = blocks.measured(zoo, chain, quantised, ids, reporter)
         errors = {at: made[link.base].error for at, link in enumerate(chain.links) if link.base in made}
         done = registration.commit_unless_same(
             target,
@@ -173,126 +156,26 @@ def quantise(
     )
 
 
-def _measured(
-    zoo: Zoo, chain: ChainManifest, quantised: ChainManifest, ids: list[int], progress: Progress
-) -> Divergence:
-    """Compare the outputs of both chains, both computed in float32."""
-    loader = LinkLoader(zoo, torch.float32, torch.device("cpu"))
-    texts = windows(ids, min(WINDOW_TOKENS, chain.context_length))
-    progress.start("comparing windows of text", len(texts))
-    done = 0
-
-    def advance(num_tokens: int) -> None:
-        nonlocal done
-        before, done = done // len(texts[0]), done + num_tokens
-        progress.advance(done // len(texts[0]) - before)
-
+def _blocks() -> ModuleType:
     try:
-        original, changed = loader.load(chain.links), loader.load(quantised.links)
-        return measure(loader, original, changed, 1, texts, advance)
-    finally:
-        progress.finish()
+        import torch  # noqa: F401 - what the module needs
+    except ImportError as error:
+        raise MissingPackageError(
+            "quantising needs torch, which is not installed here",
+            hint="Install blockzoo[worker,router] on this machine.",
+        ) from error
+    from blockzoo.quantising import blocks
 
-
-def check_quantisable(record: VariantRecord, blocks: Mapping[BlockId, BlockManifest]) -> None:
-    """Raise InvalidInputError where a variant is quantised already or has a module that cannot be."""
-    for manifest in blocks.values():
-        families.check_known(manifest.family)
-        if any(name.endswith(f".{INT8}") for name in manifest.tensors):
-            raise InvalidInputError(
-                f"{record.name}@{record.version} is quantised already",
-                hint=f"Quantise {record.provenance.get(QUANTISED_FROM, 'what it was made from')}.",
-            )
-        for module, weight in _weights(manifest):
-            if not can_quantise(weight.shape[1]) or weight.dtype not in TORCH_DTYPES:
-                raise InvalidInputError(
-                    f"{module} of {record.name} has {weight.shape[1]} inputs; int8 needs a multiple of 64",
-                    module=module,
-                )
-
-
-def _weights(manifest: BlockManifest) -> Iterator[tuple[str, TensorRef]]:
-    """The linear modules of a block, and their weights."""
-    if manifest.kind in _QUANTISED_KINDS:
-        for name, ref in manifest.tensors.items():
-            if name.endswith(".weight") and len(ref.shape) == 2:
-                yield name.removesuffix(".weight"), ref
-
-
-@dataclass(frozen=True, slots=True)
-class _Made:
-    """A quantised block: its id, its manifest, and the relative error of its weights."""
-
-    block: BlockId
-    manifest: BlockManifest
-    error: float
-
-
-class _Quantiser:
-    """Makes quantised blocks, one at a time, so that memory holds one of them."""
-
-    def __init__(self, zoo: Zoo, registration: Writer, totals: Totals, progress: Progress) -> None:
-        self._zoo = zoo
-        self._registration = registration
-        self._totals = totals
-        self._progress = progress
-
-    def blocks(self, wanted: Mapping[BlockId, BlockManifest]) -> dict[BlockId, _Made]:
-        """Return the quantised block of each, stored."""
-        self._progress.start("quantising blocks", len(wanted))
-        made = {}
-        try:
-            for block, manifest in wanted.items():
-                made[block] = self._block(manifest)
-                self._progress.advance(1)
-        finally:
-            self._progress.finish()
-        return made
-
-    def _block(self, manifest: BlockManifest) -> _Made:
-        uploads: dict[str, Upload] = {}
-        modules = dict(_weights(manifest))
-        difference = norm = 0.0
-        for module, ref in modules.items():
-            weight = self._read(ref)
-            quantised = quantise_int8(weight)
-            uploads[f"{module}.{INT8}"] = _upload(DType.I8, quantised.values, ref.chunk_rows)
-            uploads[f"{module}.{INT8_SCALE}"] = _upload(DType.F32, quantised.scales, ref.chunk_rows)
-            difference += float((dequantise_int8(quantised) - weight.float()).square().sum())
-            norm += float(weight.float().square().sum())
-        pieces = inspect_uploads(uploads, lambda _: None, workers=1)
-        refs = put_uploads(self._registration, uploads, pieces, self._totals)
-        kept = {
-            name: ref for name, ref in manifest.tensors.items() if name.removesuffix(".weight") not in modules
-        }
-        config = {key: value for key, value in manifest.config.items() if key != "tied"}
-        result = replace(manifest, config=config, tensors={**kept, **refs})
-        error = (difference / norm) ** 0.5 if norm else 0.0
-        return _Made(self._registration.put_blocks([result])[0], result, error)
-
-    def _read(self, ref: TensorRef) -> Tensor:
-        chunks = [
-            torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[ref.dtype]).view(shape)
-            for data, shape in zip(self._zoo.read_tensor(ref), ref.chunk_shapes(), strict=True)
-        ]
-        return torch.cat(chunks)
-
-
-def _upload(dtype: DType, tensor: Tensor, chunk_rows: int) -> Upload:
-    data: memoryview = tensor.contiguous().numpy().data.cast("B")
-    return Upload(dtype, tuple(tensor.shape), data, chunk_rows)
-
-
-def _with_blocks(chain: ChainManifest, made: Mapping[BlockId, _Made]) -> ChainManifest:
-    links = (replace(link, base=made[link.base].block) if link.base in made else link for link in chain.links)
-    return replace(chain, links=tuple(links))
+    return blocks
 
 
 def _provenance(
     record: VariantRecord, fmt: str, errors: Mapping[int, float], quality: Divergence | None
 ) -> dict[str, str]:
     source = f"{record.name}@{record.version}"
+    base = record.provenance.get("base")
     facts = {
+        **({} if base is None else {"base": base}),
         "source": f"{source}, quantised to {fmt}",
         QUANTISED: fmt,
         QUANTISED_FROM: source,
