@@ -56,6 +56,13 @@ _ITEMSIZE = {
 }
 
 
+INT8, INT8_SCALE = "int8", "int8_scale"
+"""Last parts of the names of a quantised weight's values, I8 [out, in], and scales, F32 [out].
+
+They stand in the place of `weight`; see `blockzoo.compute.stored`.
+"""
+
+
 class BlockKind(enum.StrEnum):
     """Kinds of blocks. A reader lists kinds it does not know and never runs them."""
 
@@ -118,6 +125,11 @@ class BlockManifest:
     def num_bytes(self) -> int:
         """Bytes of all tensors, decoded."""
         return sum(tensor.num_bytes for tensor in self.tensors.values())
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether any weight is quantised."""
+        return any(name.endswith(f".{INT8}") for name in self.tensors)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,12 @@ MIRRORED = {
     "tests/kernels": "kernels/blockkernels",
 }
 """Folders of tests that have the shape of a package, and the package."""
-COMPUTING = ("blockzoo.compute.", "blockzoo.evaluation.forward", "blockzoo.evaluation.measure")
+COMPUTING = (
+    "blockzoo.compute.",
+    "blockzoo.evaluation.forward",
+    "blockzoo.evaluation.measure",
+    "blockzoo.quantising.blocks",
+)
 
 
 def module_names():

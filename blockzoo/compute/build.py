@@ -23,7 +23,8 @@ def build_block(
 
     Args:
         manifest: says kind and config.
-        tensors: the block's tensors by name, all of one dtype, on the backend's device.
+        tensors: the block's tensors by name, in the types of `blockzoo.compute.stored.computed_type`, on the
+            backend's device.
         backend: computes the block.
         exact: a token's result must not depend, in any bit, on the tokens computed with it. Callers that
             ask for this have checked `Backend.why_inexact`.

@@ -11,6 +11,7 @@ from torch import Tensor
 from blockkernels.backends import Backend
 from blockkernels.linear import Linear
 from blockkernels.lora import OutputShape, dora_column_gain, dora_gain
+from blockzoo.compute.stored import read_weight
 from blockzoo.errors import InvalidConfigError
 from blockzoo.manifest import BlockKind, BlockManifest, JsonValue, TensorRef
 
@@ -237,7 +238,7 @@ class AdapterReader:
             shift = scale * self._wide(block.tensors[f"{module}.lora_bias"])
         if change.get("magnitude"):
             gain = dora_gain(
-                self._read(base.tensors[f"{module}.weight"], self._dtype),
+                read_weight(base, module, self._dtype, self._read),
                 self._wide(block.tensors[names[0]]),
                 self._wide(block.tensors[names[1]]),
                 scale,

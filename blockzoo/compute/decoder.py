@@ -18,6 +18,7 @@ from blockkernels.rms_norm import rms_norm
 from blockkernels.rotary import rotary
 from blockzoo.compute.context import BlockContext
 from blockzoo.compute.parts import Norms, fused, integer, optional, rope_parameters
+from blockzoo.compute.stored import is_quantised
 from blockzoo.errors import InvalidConfigError
 from blockzoo.manifest import JsonValue
 
@@ -207,7 +208,7 @@ class LayerBlock:
 
 def _present(tensors: Mapping[str, Tensor], whole: str, parts: tuple[str, ...]) -> tuple[str, ...]:
     """The modules that make up a result: one, or one for each part."""
-    return (whole,) if f"{whole}.weight" in tensors else parts
+    return (whole,) if f"{whole}.weight" in tensors or is_quantised(tensors, whole) else parts
 
 
 def _norm_places(config: Mapping[str, JsonValue]) -> Mapping[str, JsonValue]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -12,8 +12,9 @@ from torch import Tensor
 from blockkernels.backends import Backend
 from blockkernels.linear import Linear
 from blockkernels.rotary import RopeParameters
+from blockzoo.compute.stored import int8_weight, is_quantised
 from blockzoo.errors import InvalidConfigError
-from blockzoo.manifest import JsonValue
+from blockzoo.manifest import INT8, JsonValue
 
 
 def rope_parameters(config: Mapping[str, JsonValue]) -> RopeParameters | None:
@@ -141,7 +142,8 @@ def fused(
     """One linear map for modules that read the same input; a missing bias counts as zero.
 
     Args:
-        tensors: of the block; `MODULE.weight` [out, in] and perhaps `MODULE.bias` [out], of one dtype.
+        tensors: of the block; `MODULE.weight` [out, in] and perhaps `MODULE.bias` [out], of one dtype, or a
+            quantised weight (see `blockzoo.compute.stored`), then of all modules.
         modules: whose rows of the result stand one after the other.
         backend: lays the weight out.
         exact: see `blockzoo.compute.build.build_block`.
@@ -149,17 +151,20 @@ def fused(
     Raises:
         KeyError: a module has no weight.
     """
-    weights = [tensors[f"{module}.weight"] for module in modules]
-    biases = [tensors.get(f"{module}.bias") for module in modules]
-    bias = None
-    if any(part is not None for part in biases):
-        bias = torch.cat(
-            [
-                weight.new_zeros(weight.shape[0]) if part is None else part
-                for weight, part in zip(weights, biases, strict=True)
-            ]
-        )
+    quantised = is_quantised(tensors, modules[0])
+    weights = [tensors[f"{module}.{INT8 if quantised else 'weight'}"] for module in modules]
+    bias = _joined([tensors.get(f"{module}.bias") for module in modules], [len(weight) for weight in weights])
+    if quantised:
+        return backend.linear_int8(int8_weight(tensors, modules), bias)
     return backend.linear(weights[0] if len(weights) == 1 else torch.cat(weights), bias, exact=exact)
+
+
+def _joined(biases: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor | None:
+    some = next((bias for bias in biases if bias is not None), None)
+    if some is None:
+        return None
+    parts = zip(biases, sizes, strict=True)
+    return torch.cat([some.new_zeros(size) if bias is None else bias for bias, size in parts])
 
 
 def integer(config: Mapping[str, JsonValue], key: str) -> int:

@@ -21,19 +21,13 @@ from blockzoo import families
 from blockzoo.compute.build import ExecutableBlock, build_block
 from blockzoo.compute.changes import AdapterChanges, AdapterReader
 from blockzoo.compute.ends import HeadBlock
+from blockzoo.compute.stored import TORCH_DTYPES, computed_type
 from blockzoo.errors import InvalidConfigError
-from blockzoo.manifest import BlockId, DType, Link, TensorRef
+from blockzoo.manifest import BlockId, Link, TensorRef
 from blockzoo.zoo import Zoo
 
 # Blobs are read-only views of files; the tensors made from them are only read.
 warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
-
-_TORCH_DTYPES = {
-    DType.F64: torch.float64,
-    DType.F32: torch.float32,
-    DType.F16: torch.float16,
-    DType.BF16: torch.bfloat16,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +71,10 @@ class LinkLoader:
 
     def tensor(self, ref: TensorRef, dtype: torch.dtype | None = None) -> Tensor:
         """Read a tensor in a type, without one in the compute type."""
-        if ref.dtype not in _TORCH_DTYPES:
+        if ref.dtype not in TORCH_DTYPES:
             raise InvalidConfigError(f"a weight has the type {ref.dtype}, which cannot be computed with")
         chunks = [
-            torch.frombuffer(data, dtype=_TORCH_DTYPES[ref.dtype]).view(shape)
+            torch.frombuffer(data, dtype=TORCH_DTYPES[ref.dtype]).view(shape)
             for data, shape in zip(self._zoo.read_tensor(ref), ref.chunk_shapes(), strict=True)
         ]
         tensor = chunks[0] if len(chunks) == 1 else torch.cat(chunks)
@@ -96,7 +90,10 @@ class LinkLoader:
         if block not in self._blocks:
             manifest = self._zoo.block(block)
             families.check_known(manifest.family)
-            tensors = {name: self.tensor(ref) for name, ref in manifest.tensors.items()}
+            tensors = {
+                name: self.tensor(ref, computed_type(name, ref, self.dtype))
+                for name, ref in manifest.tensors.items()
+            }
             self._blocks[block] = build_block(manifest, tensors, self._backend)
         return self._blocks[block]
 

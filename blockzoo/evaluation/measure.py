@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +10,9 @@ from itertools import groupby
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
+from blockzoo.compute.stored import is_quantised, read_weight, weight_names
 from blockzoo.errors import EvaluationError
 from blockzoo.evaluation.forward import LinkLoader, LoadedLink, Windows
 from blockzoo.manifest import Link
@@ -22,18 +25,27 @@ LOGIT_ROWS = 128
 """Rows of logits compared together: 100 MB in float64 for a vocabulary of 100 000."""
 
 
+_NONE = -1
+"""In the place of a token that follows, where there is none."""
+
 PART_ELEMENTS = 1 << 22
 """Elements of a weight that are compared together, so that the largest needs no float64 copy of its own."""
 
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """How two chains' outputs differ; see `EquivalenceRecord` for the fields."""
+    """How two chains' outputs differ; see `EquivalenceRecord` for the first four fields.
+
+    Attributes:
+        perplexities: of the text for the original and for the substituted chain; the first token of each
+            window is given.
+    """
 
     mean_kl: float
     worst_kl: float
     top1_agreement: float
     num_tokens: int
+    perplexities: tuple[float, float]
 
 
 @torch.inference_mode()
@@ -62,21 +74,43 @@ def measure(
         EvaluationError: a chain computes NaN or infinity.
     """
     divergences: list[Tensor] = []
-    agreed = 0
+    agreed = num_predicted = 0
+    losses = [0.0, 0.0]
     first = min(first, len(original) - 1)
     for batch in _batches(windows):
         context = Windows(batch, loader)
         shared = context.run(original[:first], context.token_ids)
         ours = context.run(original[first:-1], shared)
         theirs = context.run(substituted[first:-1], shared)
-        for mine, other in zip(ours.split(LOGIT_ROWS), theirs.split(LOGIT_ROWS), strict=True):
+        following = _following(context).split(LOGIT_ROWS)
+        for mine, other, next_ids in zip(
+            ours.split(LOGIT_ROWS), theirs.split(LOGIT_ROWS), following, strict=True
+        ):
             p = _finite(context.logits(original[-1], mine), "original")
             q = _finite(context.logits(substituted[-1], other), "substituted")
             divergences.append(kl_divergence(p, q))
             agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
+            num_predicted += int((next_ids != _NONE).sum())
+            for side, logits in enumerate((p, q)):
+                losses[side] += _loss(logits, next_ids)
             on_tokens(len(mine))
     kl = torch.cat(divergences)
-    return Divergence(float(kl.mean()), float(kl.max()), agreed / len(kl), len(kl))
+    original_perplexity, perplexity = (math.exp(loss / max(num_predicted, 1)) for loss in losses)
+    return Divergence(
+        float(kl.mean()), float(kl.max()), agreed / len(kl), len(kl), (original_perplexity, perplexity)
+    )
+
+
+def _following(context: Windows) -> Tensor:
+    """The token after each one in its window, `_NONE` after the last."""
+    ids = context.token_ids.view(-1, context.length).roll(-1, 1)
+    ids[:, -1] = _NONE
+    return ids.flatten()
+
+
+def _loss(logits: Tensor, next_ids: Tensor) -> float:
+    """Sum of the negative log-probabilities of the tokens that follow, in nats."""
+    return float(cross_entropy(logits.double(), next_ids, ignore_index=_NONE, reduction="sum"))
 
 
 def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
@@ -120,16 +154,19 @@ def _parts(tensor: Tensor) -> Sequence[Tensor]:
 
 def _weights(zoo: Zoo, loader: LinkLoader, link: Link) -> Mapping[str, Callable[[], Tensor]]:
     """How to read each tensor of a base block, with what the adapters do to it."""
-    adapters = loader.adapters(link)
+    adapters, block = loader.adapters(link), zoo.block(link.base)
 
     def read(name: str) -> Tensor:
-        tensor = loader.tensor(tensors[name]).float()
+        module = name.removesuffix(".weight")
+        if is_quantised(block.tensors, module):
+            tensor = read_weight(block, module, torch.float32, loader.tensor)
+        else:
+            tensor = loader.tensor(block.tensors[name]).float()
         for adapter in adapters:
             tensor = adapter.merged(name, tensor)
         return tensor
 
-    tensors = zoo.block(link.base).tensors
-    return {name: partial(read, name) for name in tensors}
+    return {name: partial(read, name) for name in weight_names(block)}
 
 
 def _batches(windows: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:

@@ -34,21 +34,11 @@ def tokenise(zoo: Zoo, pair: Pair, text: str, max_tokens: int) -> tuple[BlobId, 
     same ids for the whole text: otherwise B was trained to read the same ids as something else.
 
     Raises:
-        EvaluationError: the text is too short or too long, or the tokenizer cannot be used.
+        EvaluationError: as `tokens_of`.
         IncompatibleBlocksError: B has no tokenizer, or one that gives other ids.
         MissingPackageError: `tokenizers` is not installed.
     """
-    if len(text) > MAX_TEXT_BYTES:
-        raise EvaluationError(
-            f"the text has {len(text)} characters", hint=f"Give at most {MAX_TEXT_BYTES} bytes of it."
-        )
-    blob = _blob(pair.record_a)
-    if blob is None:
-        raise EvaluationError(
-            f"{pair.original.variant} has no {TOKENIZER_FILE}, so the text cannot become tokens",
-            hint=f"Register it again from a folder with a {TOKENIZER_FILE}.",
-        )
-    ids = _encode(zoo, pair.record_a, text)
+    blob, ids = tokens_of(zoo, pair.record_a, text, pair.chain_a.vocab_size)
     other = _blob(pair.record_b)
     if other != blob and (other is None or _encode(zoo, pair.record_b, text) != ids):
         raise IncompatibleBlocksError(
@@ -57,17 +47,37 @@ def tokenise(zoo: Zoo, pair: Pair, text: str, max_tokens: int) -> tuple[BlobId, 
             a=pair.original,
             b=pair.substitute,
         )
+    return blob, ids[:max_tokens]
+
+
+def tokens_of(zoo: Zoo, record: VariantRecord, text: str, vocab_size: int) -> tuple[BlobId, list[int]]:
+    """Return a variant's tokenizer and the tokens of a held-out text, no special tokens added.
+
+    Raises:
+        EvaluationError: the text is too short or too long, or the tokenizer cannot be used.
+        MissingPackageError: `tokenizers` is not installed.
+    """
+    if len(text) > MAX_TEXT_BYTES:
+        raise EvaluationError(
+            f"the text has {len(text)} characters", hint=f"Give at most {MAX_TEXT_BYTES} bytes of it."
+        )
+    blob = _blob(record)
+    if blob is None:
+        raise EvaluationError(
+            f"{record.name}@{record.version} has no {TOKENIZER_FILE}, so the text cannot become tokens",
+            hint=f"Register it again from a folder with a {TOKENIZER_FILE}.",
+        )
+    ids = _encode(zoo, record, text)
     if len(ids) < MIN_TOKENS:
         raise EvaluationError(
             f"the text has {len(ids)} tokens; at least {MIN_TOKENS} are needed",
             hint="Give a longer text: some thousand words like those that your callers send.",
             tokens=len(ids),
         )
-    ids = ids[:max_tokens]
-    if max(ids) >= pair.chain_a.vocab_size:
+    if max(ids) >= vocab_size:
         raise EvaluationError(
-            f"the tokenizer of {pair.original.variant} gives token {max(ids)}, "
-            f"but the model has {pair.chain_a.vocab_size} rows",
+            f"the tokenizer of {record.name}@{record.version} gives token {max(ids)}, "
+            f"but the model has {vocab_size} rows",
             hint="Register the model with the tokenizer that it was trained with.",
         )
     return blob, ids

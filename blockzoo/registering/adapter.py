@@ -133,6 +133,13 @@ def check_adaptable(record: VariantRecord, base: Outline) -> None:
     """Raise UnsupportedAdapterError when a variant cannot be the base of an adapter."""
     if record.kind == FolderKind.ADAPTER or base.has_adapters:
         raise not_adaptable(base.ref)
+    if any(block.is_quantised for block in base.blocks):
+        raise UnsupportedAdapterError(
+            f"{base.ref} is quantised; adapters are registered on what it was made from",
+            hint=f"Register it on {record.provenance.get('quantised_from', 'that')}, then quantise the "
+            "adapter with `blockzoo quantize`.",
+            base=base.ref,
+        )
 
 
 def not_adaptable(ref: str) -> UnsupportedAdapterError:

@@ -77,8 +77,12 @@ class EngineHarness:
     def load(self, variant: Variant) -> ChainId:
         """Register a variant and load it into the engine."""
         chain = self.register(variant)
-        self._loop.run_until_complete(self.engine.load(chain))
+        self.load_chain(chain)
         return chain
+
+    def load_chain(self, chain: ChainId) -> None:
+        """Load a chain of the zoo into the engine."""
+        self._loop.run_until_complete(self.engine.load(chain))
 
     def unload(self, chain: ChainId) -> None:
         """Let go of a chain."""

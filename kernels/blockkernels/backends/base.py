@@ -18,7 +18,7 @@ from torch import Tensor
 
 from blockkernels.attention import BatchAttention
 from blockkernels.decoder import LayerSizes, LayerWeights, SlotPlan
-from blockkernels.linear import Linear
+from blockkernels.linear import Int8Weight, Linear
 from blockkernels.lora import GroupedRows, GroupedShapes, LoraBank
 from blockkernels.penalties import RowEdit
 from blockkernels.sampling import SamplingBatch, TokenLogprobs
@@ -131,6 +131,15 @@ class Backend(Protocol):
             weight: [out, in].
             bias: [out] or None.
             exact: a row's result must not depend, in any bit, on the rows beside it; see `why_inexact`.
+        """
+        ...
+
+    def linear_int8(self, weight: Int8Weight, bias: Tensor | None) -> Linear:
+        """Lay out a quantised linear layer, whose results have the same bits for any batch.
+
+        Args:
+            weight: its values and scales.
+            bias: [out] or None.
         """
         ...
 

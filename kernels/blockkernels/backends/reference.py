@@ -12,7 +12,7 @@ from torch import Tensor
 from blockkernels.attention import BatchAttention, GatheredAttention
 from blockkernels.backends.base import FusedLayer, FusedLayers, Inexact, PlannedAdapters
 from blockkernels.decoder import LayerSizes, LayerWeights, SlotPlan
-from blockkernels.linear import Linear, PlainLinear
+from blockkernels.linear import Int8Linear, Int8Weight, Linear, PlainLinear
 from blockkernels.lora import add_lora, add_shaped_lora
 from blockkernels.penalties import edit_logits
 from blockkernels.sampling import logprobs, nonfinite_rows, sample
@@ -61,6 +61,10 @@ class ReferenceBackend:
         """See `Backend`."""
         del exact
         return PlainLinear(weight, bias)
+
+    def linear_int8(self, weight: Int8Weight, bias: Tensor | None) -> Linear:
+        """See `Backend`."""
+        return Int8Linear(weight, bias)
 
     def layer(self, weights: LayerWeights, sizes: LayerSizes) -> FusedLayer | None:
         """See `Backend`."""

@@ -14,7 +14,7 @@ from blockserve.cli.options.service import Service, command
 from blockserve.cli.options.shared import JsonOption
 from blockserve.cli.verbs import care as care_verbs
 from blockserve.cli.verbs import change as change_verbs
-from blockserve.cli.verbs import chat, generate, serve
+from blockserve.cli.verbs import chat, generate, quantize, serve
 from blockserve.cli.verbs import cluster as cluster_verbs
 from blockserve.cli.verbs import equivalence as equivalence_verbs
 from blockserve.cli.verbs import inspect as inspect_verbs
@@ -56,7 +56,16 @@ def build_app(arguments: Sequence[str]) -> typer.Typer:
                 inspect_verbs.du,
             ),
         ),
-        (ZOO_PANEL, (inspect_verbs.diff, change_verbs.export, change_verbs.rm, change_verbs.rollback)),
+        (
+            ZOO_PANEL,
+            (
+                inspect_verbs.diff,
+                change_verbs.export,
+                quantize.quantize,
+                change_verbs.rm,
+                change_verbs.rollback,
+            ),
+        ),
         (CARE_PANEL, (care_verbs.gc, care_verbs.verify, care_verbs.backup, care_verbs.restore)),
         (SERVER_PANEL, (_service(serve.SERVE, arguments),)),
         (

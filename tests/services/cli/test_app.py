@@ -9,7 +9,7 @@ import typer
 from blockserve.cli.app import build_app, reflow
 
 VERBS = {
-    "register", "pull", "ls", "show", "du", "diff", "export", "rm", "rollback",
+    "register", "pull", "ls", "show", "du", "diff", "export", "quantize", "rm", "rollback",
     "gc", "verify", "backup", "restore",
     "serve", "status", "trace", "load", "unload", "version", "generate", "chat",
     "up", "down", "drain", "pin", "place", "replicas", "evict", "worker", "router", "controller",

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from blockzoo.errors import BlockzooError
     from blockzoo.folders.export import ExportResult
     from blockzoo.manifest import VariantRecord
+    from blockzoo.quantising.quantise import QuantiseResult
     from blockzoo.registering.folder import RegisterResult
     from blockzoo.reports.values import RemoveReport
 
@@ -46,6 +47,28 @@ def print_registered(result: RegisterResult) -> None:
         say(
             f"  {len(result.ignored)} tensors are not part of the model and are kept for export only: {names}"
         )
+
+
+def print_quantised(result: QuantiseResult) -> None:
+    """`quantize`."""
+    from blockzoo.quantising.quantise import describe
+
+    record = result.record
+    ref = f"{record.name}@{record.version}"
+    if result.unchanged:
+        say(f"{ref} has exactly this content already.")
+    else:
+        say(f"Made {ref} of {result.source} in {format_seconds(result.seconds)}; its answers are approximate")
+    say(
+        f"  {format_bytes(result.num_bytes)} of layers and head became {format_bytes(result.new_bytes)}; "
+        f"{format_bytes(result.stored_bytes)} stored"
+    )
+    worst = max(result.errors, key=lambda at: result.errors[at])
+    say(f"  weights of a block are off by at most {result.errors[worst]:.2%}, at position {worst}")
+    if result.quality is None:
+        say("  what it lost is not known: measure it with --text FILE")
+    else:
+        say(f"  {describe(result.quality)}")
 
 
 def note_doubt(doubt: str) -> None:

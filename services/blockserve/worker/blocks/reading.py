@@ -18,28 +18,18 @@ from blockserve.worker.limits import EngineConfig
 from blockzoo import families
 from blockzoo.compute.build import ExecutableBlock, build_block
 from blockzoo.compute.changes import AdapterChanges, AdapterReader
+from blockzoo.compute.stored import TORCH_DTYPES, computed_type
 from blockzoo.errors import CorruptManifestError
 from blockzoo.manifest import (
     BlockId,
     BlockManifest,
     ChainId,
     ChainManifest,
-    DType,
     TensorRef,
 )
 
 # Blobs are read-only views of files; the tensors made from them are only read.
 warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
-
-_TORCH_DTYPES = {
-    DType.F64: torch.float64,
-    DType.F32: torch.float32,
-    DType.F16: torch.float16,
-    DType.BF16: torch.bfloat16,
-}
-
-_WIDE = (".lora_bias", ".magnitude")
-"""Tensors of adapters that are computed with in float32, whatever the rest is."""
 
 
 class BlockSource(Protocol):
@@ -140,7 +130,7 @@ class BlockReader:
         if self._config.dtype != "auto":
             chosen: torch.dtype = getattr(torch, self._config.dtype)
             return chosen
-        stored = _TORCH_DTYPES.get(embedding.tensors["weight"].dtype, torch.float32)
+        stored = TORCH_DTYPES.get(embedding.tensors["weight"].dtype, torch.float32)
         return self._backend.compute_dtype(stored)
 
     def build(self, manifest: BlockManifest, dtype: torch.dtype) -> ExecutableBlock:
@@ -151,7 +141,9 @@ class BlockReader:
             InvalidConfigError: the block cannot be run by this version.
         """
         families.check_known(manifest.family)
-        tensors = {name: self._read(ref, dtype) for name, ref in manifest.tensors.items()}
+        tensors = {
+            name: self._read(ref, computed_type(name, ref, dtype)) for name, ref in manifest.tensors.items()
+        }
         return build_block(manifest, tensors, self._backend, exact=self._config.deterministic)
 
     def read_adapter(
@@ -164,7 +156,7 @@ class BlockReader:
     def _read(self, ref: TensorRef, dtype: torch.dtype) -> Tensor:
         """One tensor in memory of its own, or still in the file when a layout will copy it anyway."""
         chunks = [
-            torch.frombuffer(data, dtype=_TORCH_DTYPES[ref.dtype]).view(shape)
+            torch.frombuffer(data, dtype=TORCH_DTYPES[ref.dtype]).view(shape)
             for data, shape in zip(self._zoo.read_tensor(ref), ref.chunk_shapes(), strict=True)
         ]
         tensor = chunks[0] if len(chunks) == 1 else torch.cat(chunks)
@@ -176,6 +168,6 @@ class BlockReader:
 def _computed_bytes(manifest: BlockManifest, dtype: torch.dtype) -> int:
     """Bytes of a block's tensors in the type they are computed in."""
     return sum(
-        ref.num_bytes // ref.dtype.itemsize * (4 if name.endswith(_WIDE) else dtype.itemsize)
+        ref.num_bytes // ref.dtype.itemsize * computed_type(name, ref, dtype).itemsize
         for name, ref in manifest.tensors.items()
     )

@@ -1,0 +1,1 @@
+"""Variants with quantised blocks, made from variants that are registered. Needs torch."""
