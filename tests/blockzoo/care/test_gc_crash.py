@@ -263,10 +263,10 @@ def test_lives(life, count):
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize("life", [ZooLife, FirstFormatLife, MergingLife])
 def test_many_long_lives(life):
-    run_state_machine_as_test(life, settings=settings(LIFE, max_examples=500, stateful_step_count=50))
+    run_state_machine_as_test(life, settings=settings(LIFE, max_examples=250, stateful_step_count=50))
 
 
 # -- a real process, killed by the kernel
