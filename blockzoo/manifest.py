@@ -63,6 +63,10 @@ They stand in the place of `weight`; see `blockzoo.compute.stored`.
 """
 
 
+QUANTISED_FROM = "quantised_from"
+"""Key of a quantised variant's provenance: NAME@VERSION that it was made from."""
+
+
 class BlockKind(enum.StrEnum):
     """Kinds of blocks. A reader lists kinds it does not know and never runs them."""
 

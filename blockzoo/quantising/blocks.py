@@ -18,6 +18,7 @@ from blockzoo.evaluation.tokens import windows
 from blockzoo.manifest import (
     INT8,
     INT8_SCALE,
+    QUANTISED_FROM,
     BlockId,
     BlockKind,
     BlockManifest,
@@ -51,7 +52,7 @@ class Quantiser:
     """Makes quantised blocks, one at a time, so that memory holds one of them."""
 
     def __init__(self, zoo: Zoo, registration: Writer, totals: Totals, progress: Progress) -> None:
-        self._zoo = zoo
+        self._loader = LinkLoader(zoo, torch.float32, torch.device("cpu"))
         self._registration = registration
         self._totals = totals
         self._progress = progress
@@ -73,12 +74,12 @@ class Quantiser:
         modules = dict(_weights(manifest))
         difference = norm = 0.0
         for module, ref in modules.items():
-            weight = self._read(ref)
+            weight = self._loader.tensor(ref)
             quantised = quantise_int8(weight)
             uploads[f"{module}.{INT8}"] = _upload(DType.I8, quantised.values, ref.chunk_rows)
             uploads[f"{module}.{INT8_SCALE}"] = _upload(DType.F32, quantised.scales, ref.chunk_rows)
-            difference += float((dequantise_int8(quantised) - weight.float()).square().sum())
-            norm += float(weight.float().square().sum())
+            difference += float((dequantise_int8(quantised) - weight).square().sum())
+            norm += float(weight.square().sum())
         pieces = inspect_uploads(uploads, lambda _: None, workers=1)
         refs = put_uploads(self._registration, uploads, pieces, self._totals)
         kept = {
@@ -89,13 +90,6 @@ class Quantiser:
         error = (difference / norm) ** 0.5 if norm else 0.0
         return QuantisedBlock(self._registration.put_blocks([result])[0], result, error)
 
-    def _read(self, ref: TensorRef) -> Tensor:
-        chunks = [
-            torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[ref.dtype]).view(shape)
-            for data, shape in zip(self._zoo.read_tensor(ref), ref.chunk_shapes(), strict=True)
-        ]
-        return torch.cat(chunks)
-
 
 def check_quantisable(record: VariantRecord, blocks: Mapping[BlockId, BlockManifest]) -> None:
     """Raise InvalidInputError where a variant is quantised already or has a module that cannot be."""
@@ -104,7 +98,7 @@ def check_quantisable(record: VariantRecord, blocks: Mapping[BlockId, BlockManif
         if manifest.is_quantised:
             raise InvalidInputError(
                 f"{record.name}@{record.version} is quantised already",
-                hint=f"Quantise {record.provenance.get('quantised_from', 'what it was made from')}.",
+                hint=f"Quantise {record.provenance.get(QUANTISED_FROM, 'what it was made from')}.",
             )
         for module, weight in _weights(manifest):
             if not can_quantise(weight.shape[1]) or weight.dtype not in TORCH_DTYPES:

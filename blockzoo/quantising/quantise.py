@@ -14,7 +14,7 @@ from blockzoo.errors import InvalidInputError, MissingPackageError
 from blockzoo.evaluation.tokens import tokens_of
 from blockzoo.folders.contents import LAYOUT_FILE
 from blockzoo.json_report import JsonReport
-from blockzoo.manifest import VariantRecord
+from blockzoo.manifest import QUANTISED_FROM, VariantRecord
 from blockzoo.names import check_name
 from blockzoo.progress import NoProgress, Progress
 from blockzoo.registering.upload import Totals
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 FORMATS = ("int8",)
 """What can be made. int8: weights and activations, both rotated within blocks of 64 inputs."""
 
-QUANTISED, QUANTISED_FROM = "quantised", "quantised_from"
-"""Keys of a quantised variant's provenance: its format, and the variant it was made from."""
+QUANTISED = "quantised"
+"""Key of a quantised variant's provenance: its format."""
 QUALITY = "quality"
 """Key for what was measured on held-out text; absent where nothing was."""
 

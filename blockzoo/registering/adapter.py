@@ -22,6 +22,7 @@ from blockzoo.folders.outline import Outline
 from blockzoo.folders.safetensors_io import TensorEntry
 from blockzoo.folders.tokenizers.conversion import CONVERTED, VOCABULARIES
 from blockzoo.manifest import (
+    QUANTISED_FROM,
     BlockId,
     BlockKind,
     BlockManifest,
@@ -136,7 +137,7 @@ def check_adaptable(record: VariantRecord, base: Outline) -> None:
     if any(block.is_quantised for block in base.blocks):
         raise UnsupportedAdapterError(
             f"{base.ref} is quantised; adapters are registered on what it was made from",
-            hint=f"Register it on {record.provenance.get('quantised_from', 'that')}, then quantise the "
+            hint=f"Register it on {record.provenance.get(QUANTISED_FROM, 'that')}, then quantise the "
             "adapter with `blockzoo quantize`.",
             base=base.ref,
         )

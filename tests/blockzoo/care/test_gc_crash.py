@@ -257,16 +257,16 @@ class MergingLife(ZooLife):
 LIFE = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 
-@pytest.mark.parametrize(("life", "count"), [(ZooLife, 25), (FirstFormatLife, 8), (MergingLife, 12)])
-def test_lives(life, count):
-    run_state_machine_as_test(life, settings=settings(LIFE, max_examples=count, stateful_step_count=15))
+@pytest.mark.parametrize("life", [ZooLife, FirstFormatLife, MergingLife])
+def test_lives(life):
+    run_state_machine_as_test(life, settings=settings(LIFE, max_examples=25, stateful_step_count=15))
 
 
 @pytest.mark.long
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize("life", [ZooLife, FirstFormatLife, MergingLife])
 def test_many_long_lives(life):
-    run_state_machine_as_test(life, settings=settings(LIFE, max_examples=250, stateful_step_count=50))
+    run_state_machine_as_test(life, settings=settings(LIFE, max_examples=500, stateful_step_count=50))
 
 
 # -- a real process, killed by the kernel

@@ -16,8 +16,8 @@ from blockzoo.errors import (
 )
 from blockzoo.evaluation.evaluate import evaluate
 from blockzoo.evaluation.forward import LinkLoader
-from blockzoo.manifest import INT8, INT8_SCALE
-from blockzoo.quantising.quantise import QUALITY, QUANTISED, QUANTISED_FROM, quantise
+from blockzoo.manifest import INT8, INT8_SCALE, QUANTISED_FROM
+from blockzoo.quantising.quantise import QUALITY, QUANTISED, quantise
 from blockzoo.registering.batch import read_batch
 from blockzoo.zoo import Zoo
 from support.adapters import ADAPTERS, make_adapter
