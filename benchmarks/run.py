@@ -42,6 +42,7 @@ MODULES = {
     "logprobs-tax": "logprobs_tax",
     "busy-threads": "busy_threads",
     "sick-worker": "sick_worker",
+    "quantised": "quantised",
 }
 
 

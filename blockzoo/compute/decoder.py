@@ -18,7 +18,7 @@ from blockkernels.rms_norm import rms_norm
 from blockkernels.rotary import rotary
 from blockzoo.compute.context import BlockContext
 from blockzoo.compute.parts import Norms, fused, integer, optional, rope_parameters
-from blockzoo.compute.stored import is_quantised
+from blockzoo.compute.stored import compute_dtype, is_quantised
 from blockzoo.errors import InvalidConfigError
 from blockzoo.manifest import JsonValue
 
@@ -93,7 +93,7 @@ class LayerBlock:
             OUT_MODULE: (self.hidden_size, query),
             DOWN_MODULE: (self.hidden_size, wide),
         }
-        self.kernel = backend.layer(self._weights, self._sizes)
+        self.kernel = backend.layer(self._weights, self._sizes, compute_dtype(tensors))
 
     def __call__(self, hidden: Tensor, context: BlockContext) -> Tensor:
         """Shape: hidden [tokens, hidden_size], result likewise (a new tensor)."""

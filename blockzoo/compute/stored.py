@@ -34,6 +34,12 @@ def computed_type(name: str, ref: TensorRef, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if name.endswith(_WIDE) else dtype
 
 
+def compute_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """Return the type that a block with these tensors is computed in, which is that of its hidden states."""
+    plain = (tensor.dtype for name, tensor in tensors.items() if not name.endswith(_WIDE))
+    return next((dtype for dtype in plain if dtype != torch.int8), torch.float32)
+
+
 def is_quantised(names: Mapping[str, object], module: str) -> bool:
     """Tell whether a module of a block has a quantised weight; `names` holds the names of its tensors."""
     return f"{module}.{INT8}" in names

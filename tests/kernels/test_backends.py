@@ -100,9 +100,9 @@ def layer_weights(linear: type[PlainLinear] | type[PackedLinear]) -> LayerWeight
 
 def test_layers_in_one_call_are_for_weights_laid_out_for_it() -> None:
     sizes = LayerSizes(4, 1, 1, 4, None, 1e-5, 0.5, "silu")
-    assert ReferenceBackend(CPU).layer(layer_weights(PlainLinear), sizes) is None
-    assert CpuBackend().layer(layer_weights(PlainLinear), sizes) is None
-    assert CpuBackend().layer(layer_weights(PackedLinear), sizes) is None  # float32
+    assert ReferenceBackend(CPU).layer(layer_weights(PlainLinear), sizes, torch.float32) is None
+    assert CpuBackend().layer(layer_weights(PlainLinear), sizes, torch.float32) is None
+    assert CpuBackend().layer(layer_weights(PackedLinear), sizes, torch.float32) is None
 
 
 @pytest.mark.parametrize(("given", "expected"), [({}, "64"), ({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "7"}, "7")])

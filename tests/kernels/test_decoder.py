@@ -22,11 +22,12 @@ from blockkernels.decoder import (
     SlotAdapters,
     decoder_layers_reference,
 )
-from blockkernels.linear import Linear, PlainLinear
+from blockkernels.linear import Int8Weight, Linear, PlainLinear, linear_int8_reference, quantise_int8
 from blockkernels.lora import GroupedRows, LoraBank, RowRange, TokenRun, add_lora, group_rows
 from blockkernels.native import library
 from blockkernels.rotary import RopeParameters, RotaryTable, inverse_frequencies
 from blockzoo.compute.decoder import PRE_NORMS, SLOTS, LayerBlock
+from blockzoo.compute.stored import int8_weight, is_quantised
 
 CPU = torch.device("cpu")
 PAGE_TOKENS, NUM_LAYERS, FIRST = 7, 3, 1
@@ -45,6 +46,7 @@ class Case:
         rope: entries of a layer's rope config; None for a layer without positions.
         details: more entries of a layer's config.
         fused: queries, keys and values are one matrix, and gate and up.
+        int8: modules whose weights are quantised; None for none.
         requests: keys with the new ones, and new tokens, of each.
     """
 
@@ -63,6 +65,7 @@ class Case:
     biases: bool = False
     adapters: bool = False
     activation: str = "silu"
+    int8: str | None = None
     dtype: torch.dtype = torch.bfloat16
     requests: tuple[tuple[int, int], ...] = ((1, 1), (13, 13), (40, 1), (66, 33))
 
@@ -95,6 +98,13 @@ CASES = {
     "fused matrices": Case(fused=True, adapters=True, biases=True),
     "scales": Case(details={"attention_scale": "0.2", "residual_scale": "0.4"}),
     "soft cap": Case(details={"attention_softcap": "1.5"}, window=9),
+    "int8": Case(hidden=64, heads=4, head_dim=16, wide=128, int8="", biases=True, adapters=True),
+    "int8, one token": Case(hidden=192, heads=2, head_dim=32, wide=64, int8="", requests=((9, 1),)),
+    "int8 of the feed-forward part": Case(hidden=128, wide=320, int8="mlp.", fused=True),
+    "int8, all else": Case(
+        hidden=64, heads=8, kv_heads=1, head_dim=24, wide=192, norms=_POST | PRE_NORMS, norm_kind="centred",
+        head_norms=True, activation="gelu_pytorch_tanh", fused=True, int8="", adapters=True,
+    ),
     "everything new": Case(
         hidden=34, heads=6, kv_heads=3, head_dim=10, window=9, norms=_POST | PRE_NORMS, norm_kind="centred",
         head_norms=True, activation="gelu_pytorch_tanh", fused=True, adapters=True,
@@ -165,7 +175,12 @@ class Layers:
             for name in (PRE_NORMS if case.norms is None else case.norms).values()
         }
         for module, (outer, inner) in self._module_shapes().items():
-            found[f"{module}.weight"] = self._random(outer, inner, scale=inner**-0.5)
+            weight = self._random(outer, inner, scale=inner**-0.5)
+            if case.int8 is not None and module.startswith(case.int8):
+                quantised = quantise_int8(weight)
+                found[f"{module}.int8"], found[f"{module}.int8_scale"] = quantised.values, quantised.scales
+            else:
+                found[f"{module}.weight"] = weight
             if case.biases:
                 found[f"{module}.bias"] = self._random(outer, scale=0.1)
         if case.head_norms:
@@ -199,8 +214,8 @@ class Layers:
             config["norms"] = case.norms
         return LayerBlock(config, self.tensors[number], backend, exact=True)
 
-    def weights(self, number: int, linear: Any) -> LayerWeights:
-        """A layer in the words of the kernels; `linear` lays out a weight and a bias."""
+    def weights(self, number: int, linear: Any, int8: Any) -> LayerWeights:
+        """A layer in the words of the kernels; `linear` and `int8` lay out a weight and a bias."""
         tensors = self.tensors[number]
         names = list(self._module_shapes())
         qkv, gate_up = (names[:1], names[1:2]) if self.case.fused else (names[:3], names[3:5])
@@ -215,7 +230,10 @@ class Layers:
         def joined(*modules: str) -> Linear:
             biases = [tensors.get(f"{module}.bias") for module in modules]
             bias = torch.cat([one for one in biases if one is not None]) if self.case.biases else None
-            made: Linear = linear(torch.cat([tensors[f"{module}.weight"] for module in modules]), bias)
+            if is_quantised(tensors, modules[0]):
+                made: Linear = int8(int8_weight(tensors, modules), bias)
+            else:
+                made = linear(torch.cat([tensors[f"{module}.weight"] for module in modules]), bias)
             return made
 
         return LayerWeights(
@@ -250,7 +268,7 @@ class Layers:
     def reference(self) -> Tensor:
         """All layers as spelled out."""
         slots = {SLOTS[name]: SlotAdapters(self.runs, one) for name, one in self.adapters.items()}
-        layers = [(self.weights(number, PlainLinear), self.sizes) for number in range(2)]
+        layers = [(self.weights(number, PlainLinear, PlainInt8), self.sizes) for number in range(2)]
         return decoder_layers_reference(
             self.hidden, self.cos, self.sin, layers, attention=self.attention(), number=FIRST,
             adapters=[slots, slots],
@@ -280,9 +298,23 @@ class Layers:
     def packed(self, backend: Backend) -> Sequence[LayerWeights]:
         """Weights as the backend lays them out."""
         return [
-            self.weights(number, lambda weight, bias: backend.linear(weight, bias, exact=True))
+            self.weights(
+                number, lambda weight, bias: backend.linear(weight, bias, exact=True), backend.linear_int8
+            )
             for number in range(2)
         ]
+
+
+class PlainInt8:
+    """A quantised layer by its reference."""
+
+    def __init__(self, weight: Int8Weight, bias: Tensor | None) -> None:
+        self._weight, self._bias = weight, bias
+        self.out_features, self.in_features = weight.values.shape
+        self.num_bytes = weight.values.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear_int8_reference(x, self._weight, self._bias)
 
 
 class Context:
@@ -329,7 +361,7 @@ def test_a_block_by_its_parts_is_the_reference(case: Case, backend: Backend, dty
 @cases
 def test_the_kernel_is_the_reference_with_the_bits_of_the_parts(case: Case) -> None:
     layers, backend = Layers(case), CpuBackend()
-    if not all(DecoderLayer.can_compute(one, layers.sizes) for one in layers.packed(backend)):
+    if not all(DecoderLayer.can_compute(one, layers.sizes, case.dtype) for one in layers.packed(backend)):
         pytest.skip("there is no kernel for this layer on this machine")
     got = layers.in_one_call(backend)
     assert torch.equal(got, layers.by_parts(backend))
@@ -338,12 +370,12 @@ def test_the_kernel_is_the_reference_with_the_bits_of_the_parts(case: Case) -> N
 
 @cases
 def test_which_layers_have_a_kernel(case: Case) -> None:
-    """Where the processor multiplies pairs of bfloat16: all but GELU by the error function."""
+    """Not with GELU by the error function; with bfloat16 weights, the processor must multiply pairs of it."""
     native = library()
-    has_pairs = native is not None and native.linear_panel > 0
+    has_kernel = native is not None and (case.int8 == "" or native.linear_panel > 0)
     for dtype in TOLERANCE:
         layers = Layers(replace(case, dtype=dtype))
-        expected = has_pairs and dtype == torch.bfloat16 and case.activation != "gelu"
+        expected = has_kernel and dtype == torch.bfloat16 and case.activation != "gelu"
         for number in range(2):
             assert (layers.block(number, CpuBackend()).kernel is not None) == expected
             assert layers.block(number, ReferenceBackend(CPU)).kernel is None
@@ -351,7 +383,9 @@ def test_which_layers_have_a_kernel(case: Case) -> None:
 
 def test_odd_weights_have_no_kernel() -> None:
     layers, backend = Layers(Case(wide=71)), CpuBackend()
-    assert not any(DecoderLayer.can_compute(one, layers.sizes) for one in layers.packed(backend))
+    assert not any(
+        DecoderLayer.can_compute(one, layers.sizes, torch.bfloat16) for one in layers.packed(backend)
+    )
 
 
 def test_the_reference_leaves_its_input_and_stores_keys_and_values() -> None:

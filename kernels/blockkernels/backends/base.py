@@ -143,8 +143,14 @@ class Backend(Protocol):
         """
         ...
 
-    def layer(self, weights: LayerWeights, sizes: LayerSizes) -> FusedLayer | None:
-        """A decoder layer in one call, with the bits of its parts; None where it is computed part by part."""
+    def layer(self, weights: LayerWeights, sizes: LayerSizes, dtype: torch.dtype) -> FusedLayer | None:
+        """A decoder layer in one call, with the bits of its parts; None where it is computed part by part.
+
+        Args:
+            weights: its tensors and linear maps, laid out by this backend.
+            sizes: sizes and constants.
+            dtype: of hidden states.
+        """
         ...
 
     def join_layers(self, layers: Sequence[FusedLayer]) -> FusedLayers:

@@ -81,9 +81,9 @@ class CpuBackend(ReferenceBackend):
         """See `Backend`."""
         return PackedLinear(weight, bias, exact=exact)
 
-    def layer(self, weights: LayerWeights, sizes: LayerSizes) -> FusedLayer | None:
+    def layer(self, weights: LayerWeights, sizes: LayerSizes, dtype: torch.dtype) -> FusedLayer | None:
         """See `Backend`."""
-        return DecoderLayer(weights, sizes) if DecoderLayer.can_compute(weights, sizes) else None
+        return DecoderLayer(weights, sizes) if DecoderLayer.can_compute(weights, sizes, dtype) else None
 
     def join_layers(self, layers: Sequence[FusedLayer]) -> FusedLayers:
         """See `Backend`."""

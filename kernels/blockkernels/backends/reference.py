@@ -66,9 +66,9 @@ class ReferenceBackend:
         """See `Backend`."""
         return Int8Linear(weight, bias)
 
-    def layer(self, weights: LayerWeights, sizes: LayerSizes) -> FusedLayer | None:
+    def layer(self, weights: LayerWeights, sizes: LayerSizes, dtype: torch.dtype) -> FusedLayer | None:
         """See `Backend`."""
-        del weights, sizes
+        del weights, sizes, dtype
         return None
 
     def join_layers(self, layers: Sequence[FusedLayer]) -> FusedLayers:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from blockkernels.attention import BatchAttention, PagedAttention
 from blockkernels.decoder.layer import LayerSizes, LayerSlot, LayerWeights
-from blockkernels.linear import Linear, PackedLinear
+from blockkernels.linear import Int8Linear, Linear, PackedLinear
 from blockkernels.lora import GroupedRows, LoraBank, LoraJob, fill_lora_job
 from blockkernels.native import library
 
@@ -37,6 +37,8 @@ class _Weight(ctypes.Structure):
     _fields_ = (
         ("weight", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
+        ("sums", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
         ("inner", ctypes.c_int64),
         ("outer", ctypes.c_int64),
     )
@@ -140,14 +142,16 @@ class DecoderLayer:
         self.address = ctypes.addressof(layer)
 
     @staticmethod
-    def can_compute(weights: LayerWeights, sizes: LayerSizes) -> bool:
+    def can_compute(weights: LayerWeights, sizes: LayerSizes, dtype: torch.dtype) -> bool:
         """Whether the C kernel can take this layer: a known activation, and weights laid out for it.
 
-        These are bfloat16; norms are all bfloat16, or all float32.
+        These are bfloat16 or int8; norms are all bfloat16, or all float32. Hidden states, of `dtype`, are
+        bfloat16.
         """
         return (
-            sizes.activation in _ACTIVATIONS
-            and all(_panels(getattr(weights, name)) is not None for name in _LINEARS)
+            dtype == torch.bfloat16
+            and sizes.activation in _ACTIVATIONS
+            and all(_has_panels(getattr(weights, name)) for name in _LINEARS)
             and {norm.dtype for norm in weights.norms} in ({torch.bfloat16}, {torch.float32}, set())
         )
 
@@ -226,13 +230,18 @@ def _angles(cos: Tensor | None, sin: Tensor | None) -> tuple[int, int, int, bool
     return cos.data_ptr(), sin.data_ptr(), cos.shape[-1], cos.dtype == torch.float32
 
 
-def _panels(linear: Linear) -> Tensor | None:
-    """A weight as the C kernel reads it."""
-    return linear.panels if isinstance(linear, PackedLinear) else None
+def _has_panels(linear: Linear) -> bool:
+    """Whether the C kernel can read a layer's weight."""
+    if not isinstance(linear, PackedLinear | Int8Linear) or linear.panels is None:
+        return False
+    return linear.bias is None or (linear.bias.dtype == torch.bfloat16 and linear.bias.is_contiguous())
 
 
 def _weight(linear: Linear) -> _Weight:
-    assert isinstance(linear, PackedLinear)
+    assert isinstance(linear, PackedLinear | Int8Linear)
     assert linear.panels is not None
+    sums = scales = None
+    if isinstance(linear, Int8Linear):
+        sums, scales = linear.sums.data_ptr(), linear.scales.data_ptr()
     bias = None if linear.bias is None else linear.bias.data_ptr()
-    return _Weight(linear.panels.data_ptr(), bias, linear.in_features, linear.out_features)
+    return _Weight(linear.panels.data_ptr(), bias, sums, scales, linear.in_features, linear.out_features)

@@ -4,8 +4,11 @@
  * it, and no bit of a token's result depends on the tokens beside it. */
 #include "kernels.h"
 
+/* A weight in panels, of bfloat16, or of int8 where there are sums and scales; see `linear_job` and `int8_job`. */
 typedef struct {
     const char *weight, *bias;
+    const int32_t *sums;
+    const float *scales;
     int64_t in, out;
 } packed_weight;
 
@@ -52,11 +55,22 @@ typedef struct {
 #define SMALL 16384 /* elements; waking threads costs more than a pass over so many */
 #define ALIGNED(bytes) round_up(bytes, 64)
 
+static int64_t larger_of(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* Inputs of the widest int8 product, 0 where there is none. */
+static int64_t int8_inputs(const decoder_layer *layer) {
+    const packed_weight *weights[] = {&layer->qkv, &layer->out, &layer->gate_up, &layer->down};
+    int64_t most = 0;
+    for (int i = 0; i < 4; i++)
+        if (weights[i]->scales) most = larger_of(most, weights[i]->in);
+    return most;
+}
+
 /* Bytes of scratch memory for `tokens`. */
 int64_t decoder_scratch_bytes(const decoder_layer *layer, int64_t tokens) {
     int64_t all = layer->heads + 2 * layer->kv_heads, dim = layer->head_dim;
     int64_t elements = 2 * layer->hidden + (2 * all + layer->heads) * dim + 3 * layer->wide;
-    return tokens * elements * 2 + 8 * 64;
+    return tokens * (elements * 2 + int8_inputs(layer) + (int64_t)sizeof(float)) + 10 * 64;
 }
 
 static char *take(char **at, int64_t bytes) {
@@ -65,7 +79,16 @@ static char *take(char **at, int64_t bytes) {
     return here;
 }
 
-static void multiply(const packed_weight *weight, const char *x, char *y, const decoder_job *job) {
+/* `spare` is scratch for rows of int8 and their steps. */
+static void multiply(const packed_weight *weight, const char *x, char *y, char *spare, const decoder_job *job) {
+    if (weight->scales) {
+        float *steps = (float *)take(&spare, job->tokens * (int64_t)sizeof(float));
+        uint8_t *rounded = (uint8_t *)take(&spare, job->tokens * weight->in);
+        int8_job product = {x, (const int8_t *)weight->weight, weight->sums, weight->scales, weight->bias, y, rounded, steps,
+                            weight->in, weight->out, job->tokens, weight->in, weight->out, 1, job->threads};
+        linear_int8(&product);
+        return;
+    }
     linear_job product = {x, weight->weight, weight->bias, y, weight->in, weight->out, job->tokens, weight->in, weight->out,
                           job->threads};
     linear_bf16(&product);
@@ -150,7 +173,7 @@ static void compute_layer(const decoder_job *job, const decoder_layer *layer, co
     int64_t wide_threads = tokens * layer->wide > SMALL / 2 ? job->threads : 1;
 
     const char *x = into_half(job, layer, layer->input_norm, normed, row_threads);
-    multiply(&layer->qkv, x, qkv, job);
+    multiply(&layer->qkv, x, qkv, at, job);
     const int64_t in_columns[] = {0, heads * dim, turned * dim}, no_column[] = {0};
     adapt(adapters, &next, QUERY, VALUE, in_columns, x, hidden, qkv, all * dim);
 
@@ -164,17 +187,17 @@ static void compute_layer(const decoder_job *job, const decoder_layer *layer, co
     attention.window = layer->window, attention.scale = layer->scale, attention.softcap = layer->softcap;
     attention_paged_bf16(&attention);
 
-    multiply(&layer->out, mixed, out, job);
+    multiply(&layer->out, mixed, out, at, job);
     adapt(adapters, &next, OUT, OUT, no_column, mixed, heads * dim, out, hidden);
     add_half(job, layer, out, layer->out_norm, normed, row_threads);
 
     x = into_half(job, layer, layer->mlp_norm, normed, row_threads);
-    multiply(&layer->gate_up, x, gate_up, job);
+    multiply(&layer->gate_up, x, gate_up, at, job);
     const int64_t mlp_columns[] = {0, layer->wide};
     adapt(adapters, &next, GATE, UP, mlp_columns, x, hidden, gate_up, 2 * layer->wide);
     if (layer->gelu) gated_gelu_bf16(gate_up, middle, tokens, layer->wide, 2 * layer->wide, wide_threads);
     else gated_silu_bf16(gate_up, middle, tokens, layer->wide, 2 * layer->wide, wide_threads);
-    multiply(&layer->down, middle, out, job);
+    multiply(&layer->down, middle, out, at, job);
     adapt(adapters, &next, DOWN, DOWN, no_column, middle, layer->wide, out, hidden);
     add_half(job, layer, out, layer->down_norm, normed, row_threads);
 }

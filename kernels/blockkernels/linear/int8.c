@@ -9,18 +9,6 @@
 #define WORD 4 /* inputs of one output that are multiplied together */
 #define VECTORS (PANEL / LANES)
 
-typedef struct {
-    const char *x;         /* [tokens, in], float32 or bfloat16 */
-    const int8_t *weight;  /* [panels][in / WORD][PANEL][WORD], outputs behind the last are zero */
-    const int32_t *sums;   /* [panels * PANEL]: sums over the inputs */
-    const float *scales;   /* [panels * PANEL] */
-    const char *bias;      /* [out] of the type of x, or null */
-    char *y;               /* [tokens, out] of the type of x */
-    uint8_t *rounded;      /* scratch [tokens, in] */
-    float *steps;          /* scratch [tokens] */
-    int64_t x_stride, y_stride, tokens, in, out, is_bf16, threads;
-} int8_job;
-
 typedef uint8_t vb __attribute__((vector_size(LANES)));
 
 /* Whether bytes of x are stored with 128 added: the instruction multiplies unsigned by signed bytes. */

@@ -124,63 +124,70 @@ class Int8Linear:
 
     Attributes:
         in_features, out_features, num_bytes: see `blockkernels.linear.Linear`.
+        bias: [out] or None.
         weight: the weight as it was given; None where the C kernel has a layout of its own.
+        panels: that layout, int8 [panels, in / 4, 32, 4]; None where the reference computes.
+        sums: of each output's values in it, int32 [panels * 32].
+        scales: float32 [panels * 32]; zero behind the last output, as sums are.
     """
 
     __slots__ = (
-        "_bias",
         "_native",
-        "_panels",
-        "_scales",
-        "_sums",
+        "bias",
         "in_features",
         "num_bytes",
         "out_features",
+        "panels",
+        "scales",
+        "sums",
         "weight",
     )
 
     def __init__(self, weight: Int8Weight, bias: Tensor | None = None) -> None:
         """Lay out the weight; both may be freed by the caller afterwards."""
         self.out_features, self.in_features = weight.values.shape
-        self._bias = bias
+        self.bias = bias
         self._native: NativeLibrary | None = library() if weight.values.device.type == "cpu" else None
         self.weight: Int8Weight | None = weight
+        self.panels: Tensor | None = None
         extra = 0 if bias is None else bias.nbytes
         if self._native is None:
             self.num_bytes = weight.values.nbytes + weight.scales.nbytes + extra
             return
         missing = -self.out_features % _PANEL
         values = torch.cat([weight.values, weight.values.new_zeros(missing, self.in_features)])
-        self._panels = (
+        self.panels = (
             values.reshape(-1, _PANEL, self.in_features // _WORD, _WORD).transpose(1, 2).contiguous()
         )
-        self._sums = values.sum(1, dtype=torch.int32)
-        self._scales = torch.cat([weight.scales, weight.scales.new_zeros(missing)]).contiguous()
+        self.sums = values.sum(1, dtype=torch.int32)
+        self.scales = torch.cat([weight.scales, weight.scales.new_zeros(missing)]).contiguous()
         self.weight = None
-        self.num_bytes = self._panels.nbytes + self._sums.nbytes + self._scales.nbytes + extra
+        self.num_bytes = values.nbytes + self.sums.nbytes + self.scales.nbytes + extra
 
     def __call__(self, x: Tensor) -> Tensor:
         """Shape: x [tokens, in], result [tokens, out] of x's type."""
         if self._native is None:
             assert self.weight is not None
-            return linear_int8_reference(x, self.weight, self._bias)
+            return linear_int8_reference(x, self.weight, self.bias)
         if not has_dtype(x):
             return self._multiply(self._native, x.float()).to(x.dtype)
         return self._multiply(self._native, x)
 
     def _multiply(self, native: NativeLibrary, x: Tensor) -> Tensor:
+        panels = self.panels
+        assert panels is not None
         if x.stride(1) != 1:
             x = x.contiguous()
-        bias = None if self._bias is None else self._bias.to(x.dtype).contiguous()
+        bias = None if self.bias is None else self.bias.to(x.dtype).contiguous()
         tokens = x.shape[0]
         y = torch.empty(tokens, self.out_features, dtype=x.dtype)
         rounded = torch.empty(tokens, self.in_features, dtype=torch.uint8)
         steps = torch.empty(tokens, dtype=torch.float32)
         job = _Job(
             x.data_ptr(),
-            self._panels.data_ptr(),
-            self._sums.data_ptr(),
-            self._scales.data_ptr(),
+            panels.data_ptr(),
+            self.sums.data_ptr(),
+            self.scales.data_ptr(),
             None if bias is None else bias.data_ptr(),
             y.data_ptr(),
             rounded.data_ptr(),

@@ -17,6 +17,21 @@ typedef struct {
 
 void linear_bf16(const linear_job *job);
 
+/* A product of int8 weights with rows that are rounded to int8; see linear/int8.c. */
+typedef struct {
+    const char *x;         /* [tokens, in], float32 or bfloat16 */
+    const int8_t *weight;  /* [panels][in / 4][PANEL][4], outputs behind the last are zero */
+    const int32_t *sums;   /* [panels * PANEL]: sums over the inputs */
+    const float *scales;   /* [panels * PANEL] */
+    const char *bias;      /* [out] of the type of x, or null */
+    char *y;               /* [tokens, out] of the type of x */
+    uint8_t *rounded;      /* scratch [tokens, in] */
+    float *steps;          /* scratch [tokens] */
+    int64_t x_stride, y_stride, tokens, in, out, is_bf16, threads;
+} int8_job;
+
+void linear_int8(const int8_job *job);
+
 /* Attention of a batch over pages; see attention/paged.c. */
 typedef struct {
     const char *query, *key, *value;        /* [tokens, heads or kv_heads, head_dim] */
