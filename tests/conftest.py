@@ -26,6 +26,8 @@ sys.modules["support"] = _support
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported anywhere
 # Most models here are tiny; on a busy machine threads that wait for each other cost ten times the work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before the kernels are defined: without a GPU they can only be interpreted (support/triton_interpreter.py).
+os.environ.setdefault("TRITON_INTERPRET", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Teams of threads that wait busily slow down whoever shares their cores (docs/log.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from blockkernels.attention import attend
-from blockkernels.backends import backend_for
+from blockkernels.backends import DeviceUnavailableError, backend_for
 from blockkernels.lora import OutputShape, shaped_lora_reference
 from blockkernels.rotary import RopeParameters, RotaryTable, RotaryTables, inverse_frequencies
 from blockzoo import families
@@ -22,7 +22,7 @@ from blockzoo.compute.build import ExecutableBlock, build_block
 from blockzoo.compute.changes import AdapterChanges, AdapterReader
 from blockzoo.compute.ends import HeadBlock
 from blockzoo.compute.stored import TORCH_DTYPES, computed_type
-from blockzoo.errors import InvalidConfigError
+from blockzoo.errors import InvalidConfigError, InvalidInputError
 from blockzoo.manifest import BlockId, Link, TensorRef
 from blockzoo.zoo import Zoo
 
@@ -45,13 +45,19 @@ class LinkLoader:
         zoo: where to read.
         dtype: what to compute in.
         device: where.
+
+    Raises:
+        InvalidInputError: there are no kernels for the device here.
     """
 
     def __init__(self, zoo: Zoo, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype
         self.device = device
         self._zoo = zoo
-        self._backend = backend_for(device)
+        try:
+            self._backend = backend_for(device)
+        except DeviceUnavailableError as error:
+            raise InvalidInputError(str(error), hint="Use cpu, or cuda if the machine has a GPU.") from error
         self._blocks: dict[BlockId, ExecutableBlock] = {}
         self._adapters: dict[tuple[BlockId, BlockId], AdapterChanges] = {}
         self._reader = AdapterReader(self.tensor, dtype, self._backend)

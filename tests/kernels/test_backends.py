@@ -5,11 +5,20 @@ import os
 import pytest
 import torch
 
+from blockkernels import backends
 from blockkernels.attention import GatheredAttention, PagedAttention
-from blockkernels.backends import Backend, CpuBackend, ReferenceBackend, backend_for, cpu
+from blockkernels.backends import (
+    Backend,
+    CpuBackend,
+    DeviceUnavailableError,
+    ReferenceBackend,
+    backend_for,
+    cpu,
+)
+from blockkernels.backends.gpu import TritonBackend
 from blockkernels.decoder import LayerSizes, LayerWeights
 from blockkernels.linear import PackedLinear, PlainLinear, can_pack, linear_reference
-from blockkernels.native import library
+from blockkernels.native import library, loader
 
 CPU = torch.device("cpu")
 BOTH: list[Backend] = [CpuBackend(), ReferenceBackend(CPU)]
@@ -19,8 +28,44 @@ both = pytest.mark.parametrize("backend", BOTH, ids=["cpu", "reference"])
 def test_each_device_has_its_backend() -> None:
     assert isinstance(backend_for("cpu"), CpuBackend)
     other = backend_for(torch.device("cuda:1"))
-    assert type(other) is ReferenceBackend
+    assert type(other) is TritonBackend
     assert other.device == torch.device("cuda:1")
+
+
+def test_the_environment_chooses_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("BLOCKZOO_KERNELS", "reference")
+    assert type(backend_for("cpu")) is type(backend_for("cuda")) is ReferenceBackend
+    assert backend_for("xpu").device.type == "xpu"
+    monkeypatch.setenv("BLOCKZOO_KERNELS", "CPU")
+    assert type(backend_for("cpu")) is CpuBackend
+    with pytest.raises(DeviceUnavailableError, match="no cpu kernels for the device 'cuda:1'"):
+        backend_for("cuda:1")
+    monkeypatch.setenv("BLOCKZOO_KERNELS", "triton")
+    assert type(backend_for("cuda")) is TritonBackend
+    with pytest.raises(DeviceUnavailableError, match="no triton kernels for the device 'cpu'"):
+        backend_for("cpu")
+    monkeypatch.setenv("BLOCKZOO_KERNELS", "fast")
+    with pytest.raises(
+        DeviceUnavailableError, match="is 'fast': leave it out, or use reference"
+    ):
+        backend_for("cpu")
+
+
+def test_nothing_else_computes_where_kernels_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DeviceUnavailableError, match="no kernels for the device 'xpu'; BLOCKZOO_KERNELS=ref"):
+        backend_for("xpu")
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DeviceUnavailableError, match="'cuda' need triton, which is not installed here"):
+        backend_for("cuda")
+
+
+@pytest.mark.parametrize(("kernels", "has"), [("cpu", True), ("reference", False), ("triton", False)])
+def test_c_kernels_stay_out_where_others_are_chosen(
+    monkeypatch: pytest.MonkeyPatch, kernels: str, has: bool
+) -> None:
+    monkeypatch.setenv("BLOCKZOO_KERNELS", kernels)
+    assert (loader._find() is not None) == (has and library() is not None)
 
 
 @both

@@ -91,6 +91,10 @@ def library() -> NativeLibrary | None:
 
 
 def _find() -> NativeLibrary | None:
+    chosen = os.environ.get("BLOCKZOO_KERNELS", "").lower()
+    if chosen not in ("", "cpu"):
+        _LOG.info("BLOCKZOO_KERNELS is %s: no native kernels", chosen)
+        return None
     if os.environ.get(SWITCH, "").lower() in ("off", "0", "no", "false"):
         _LOG.info("native kernels are off (%s): torch computes everything", SWITCH)
         return None

@@ -86,12 +86,12 @@ class BlockEngine:
         self.config = config or EngineConfig()
         try:
             check_device(self.config.device)
+            self._backend = backend_for(self.config.device)
         except DeviceUnavailableError as error:
             raise ConfigurationError(
                 str(error),
-                hint="Choose --device cpu, or install the driver and a torch build for the device.",
+                hint="Choose --device cpu, or install the driver, a torch build and triton for the device.",
             ) from error
-        self._backend = backend_for(self.config.device)
         self._reader = BlockReader(zoo, self.config, self._backend)
         self._blocks = BlockManager(self._reader, self.config, self._backend)
         self._pools: dict[KvShape, KvPool] = {}
