@@ -46,9 +46,7 @@ def test_the_environment_chooses_kernels(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(DeviceUnavailableError, match="no triton kernels for the device 'cpu'"):
         backend_for("cpu")
     monkeypatch.setenv("BLOCKZOO_KERNELS", "fast")
-    with pytest.raises(
-        DeviceUnavailableError, match="is 'fast': leave it out, or use reference"
-    ):
+    with pytest.raises(DeviceUnavailableError, match="is 'fast': leave it out, or use reference"):
         backend_for("cpu")
 
 
