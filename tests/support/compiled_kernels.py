@@ -212,13 +212,13 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def table(targets: tuple[str, ...], only: str = "") -> dict[str, dict[str, dict[str, int]]]:
-    """What was made of every kernel, by its name and target; equal kernels are compiled once."""
+    """What was made of every kernel, by its name and target; those that a model has twice are there once."""
     rows: dict[str, dict[str, dict[str, int]]] = {}
     seen: dict[str, str] = {}
     for name, launch in launches():
         if only not in name:
             continue
-        key = repr((launch.kernel.__name__, source_of(launch).hash(), launch.warps))
+        key = repr((name.split()[0], launch.kernel.__name__, source_of(launch).hash(), launch.warps))
         if seen.setdefault(key, name) != name:
             continue
         rows[name] = {target: compiled(launch, target) for target in targets}

@@ -84,7 +84,9 @@ CASES = {
     ),
     "gelu": Case(activation="gelu", adapters=True),
     "gelu by tanh": Case(activation="gelu_pytorch_tanh"),
-    "post norms": Case(norms=POST_NORMS, norm_kind="wide", head_norms="projection", rope={"angles": "float32"}),
+    "post norms": Case(
+        norms=POST_NORMS, norm_kind="wide", head_norms="projection", rope={"angles": "float32"}
+    ),
     "sandwich": Case(norms=POST_NORMS | PRE_NORMS, norm_kind="centred", head_norms=True, adapters=True),
     "no positions": Case(rope=None, head_norms=True),
     "no positions, no norms": Case(rope=None, adapters=True),
@@ -98,12 +100,13 @@ CASES = {
     "int8, one token": Case(hidden=192, heads=2, head_dim=32, wide=64, int8="", requests=((9, 1),)),
     "int8 of the feed-forward part": Case(hidden=128, wide=320, int8="mlp.", fused=True),
     "int8, all else": Case(
-        hidden=64, heads=8, kv_heads=1, head_dim=24, wide=192, norms=POST_NORMS | PRE_NORMS, norm_kind="centred",
-        head_norms=True, activation="gelu_pytorch_tanh", fused=True, int8="", adapters=True,
+        hidden=64, heads=8, kv_heads=1, head_dim=24, wide=192, norms=POST_NORMS | PRE_NORMS,
+        norm_kind="centred", head_norms=True, activation="gelu_pytorch_tanh", fused=True, int8="",
+        adapters=True,
     ),
     "everything new": Case(
-        hidden=34, heads=6, kv_heads=3, head_dim=10, window=9, norms=POST_NORMS | PRE_NORMS, norm_kind="centred",
-        head_norms=True, activation="gelu_pytorch_tanh", fused=True, adapters=True,
+        hidden=34, heads=6, kv_heads=3, head_dim=10, window=9, norms=POST_NORMS | PRE_NORMS,
+        norm_kind="centred", head_norms=True, activation="gelu_pytorch_tanh", fused=True, adapters=True,
         rope={"pairs": "neighbours", "rotary_dim": 6},
         details={"attention_softcap": "2.5", "attention_scale": "0.3", "residual_scale": "0.7"},
     ),
@@ -281,11 +284,21 @@ class Layers:
     def in_one_call(self, backend: Backend) -> Tensor:
         """All layers by the C kernel."""
         layers = DecoderLayers([DecoderLayer(one, self.sizes) for one in self.packed(backend)])
+        return self._run(layers, backend, LayerAdapters)
+
+    def by_backend(self, backend: Backend) -> Tensor:
+        """All layers in one call, as the backend has it."""
+        kernels = [backend.layer(one, self.sizes, self.case.dtype) for one in self.packed(backend)]
+        layers = backend.join_layers([kernel for kernel in kernels if kernel is not None])
+        assert len(layers) == 2
+        return self._run(layers, backend, backend.plan_adapters)
+
+    def _run(self, layers: Any, backend: Backend, plan_adapters: Any) -> Tensor:
         hidden = self.hidden.clone()
         plan = {SLOTS[name]: one for name, one in self.planned().items()}
         layers(
             hidden, self.cos, self.sin, attention=self.attention(backend), number=FIRST,
-            adapters=LayerAdapters([plan, plan]) if plan else None,
+            adapters=plan_adapters([plan, plan]) if plan else None,
             scratch=backend.scratch(layers.scratch_bytes(len(hidden))),
         )  # fmt: skip
         return hidden
