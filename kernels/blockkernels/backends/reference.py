@@ -1,4 +1,4 @@
-"""Torch's own operations, on any device that torch has. CUDA uses this backend."""
+"""Torch's own operations, on any device that torch has, where BLOCKZOO_KERNELS asks for them."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from blockkernels.backends import DeviceUnavailableError, backend_for, check_device
+from blockkernels.backends import Backend, DeviceUnavailableError, backend_for, check_device
 from blockserve.common.api.cluster import ChainSpan, Run, WorkerId
 from blockserve.common.api.engine import (
     EngineReport,
@@ -84,14 +84,7 @@ class BlockEngine:
             ConfigurationError: the device is not there, or does not compute as `config` asks.
         """
         self.config = config or EngineConfig()
-        try:
-            check_device(self.config.device)
-            self._backend = backend_for(self.config.device)
-        except DeviceUnavailableError as error:
-            raise ConfigurationError(
-                str(error),
-                hint="Choose --device cpu, or install the driver, a torch build and triton for the device.",
-            ) from error
+        self._backend = _backend_for(self.config.device)
         self._reader = BlockReader(zoo, self.config, self._backend)
         self._blocks = BlockManager(self._reader, self.config, self._backend)
         self._pools: dict[KvShape, KvPool] = {}
@@ -433,6 +426,26 @@ class BlockEngine:
     def report(self) -> EngineReport:
         """A snapshot for status and metrics; counters may be one pass apart."""
         return self._reporter.report(tuple(self._arriving), self._driver.last_progress)
+
+
+def _backend_for(device: str) -> Backend:
+    """The backend of a device that is there.
+
+    Raises:
+        ConfigurationError: it is not, or has no kernels here.
+    """
+    try:
+        check_device(device)
+    except DeviceUnavailableError as error:
+        raise ConfigurationError(
+            str(error), hint="Choose --device cpu, or install the driver and a torch build for the device."
+        ) from error
+    try:
+        return backend_for(device)
+    except DeviceUnavailableError as error:
+        raise ConfigurationError(
+            str(error), hint="docs/kernels.md says which kernels compute on which device."
+        ) from error
 
 
 def _always(running: RunningRequest) -> bool:

@@ -72,6 +72,15 @@ def test_a_device_that_is_not_there_is_refused_at_once(tiny: TinyZoo, device: st
     assert "--device cpu" in caught.value.hint
 
 
+def test_kernels_that_are_not_for_the_device_are_refused(
+    tiny: TinyZoo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BLOCKZOO_KERNELS", "fast")
+    with pytest.raises(ConfigurationError, match="BLOCKZOO_KERNELS is 'fast'") as caught:
+        BlockEngine(tiny.zoo, SMALL)
+    assert "docs/kernels.md" in caught.value.hint
+
+
 def test_variants_meet_in_one_base_pass(engine: BlockEngine, tiny: TinyZoo) -> None:
     async def work() -> None:
         names = ("base", "all", "other", "top")
