@@ -15,8 +15,7 @@ from blockserve.common.api.engine import EngineRequest, SamplingParams
 from blockserve.worker.engine.engine import BlockEngine
 from blockserve.worker.limits import EngineConfig
 from blockzoo.manifest import ChainId
-from blockzoo.quantising import quantise
-from blockzoo.quantising.quantise import FORMATS
+from blockzoo.quantising.quantise import FORMATS, quantise
 from blockzoo.zoo import Zoo
 
 CASES = ((1, 32, 64), (8, 64, 64), (32, 128, 64))
