@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from statistics import median
+from typing import Literal
 
-from harness import ROOT, RUNS, Benchmark, Row, check, interleave
+from harness import ROOT, RUNS, Benchmark, Row, check, has_bf16, interleave
 from served import MODEL, fresh_folder
 
 from blockserve.common.api.engine import EngineRequest, SamplingParams
@@ -44,21 +47,30 @@ def run(say: Callable[[str], None]) -> list[Row]:
         before, after = made.quality.perplexities
         say(f"{fmt}: perplexity {before:.3f} -> {after:.3f}, {made.num_bytes} -> {made.new_bytes} bytes")
         rows.append(_quality(fmt, after, before, made.quality.num_tokens))
-    # Nothing is cached, so that every run computes its prompts.
-    engine = BlockEngine(zoo, EngineConfig(dtype="bfloat16", prefix_sharing="off"))
-    engine.start()
-    try:
-        with asyncio.Runner() as runner:
-            base = zoo.resolve("base").chain
-            for chain in (base, *chains.values()):
-                runner.run(engine.load(chain))
+    base = zoo.resolve("base").chain
+    types = ("bfloat16",) if has_bf16() else ("bfloat16", "float32")
+    with ExitStack() as stack, asyncio.Runner() as runner:
+        engines = {dtype: stack.enter_context(_engine(zoo, dtype)) for dtype in types}
+        for dtype, engine in engines.items():
+            runner.run(engine.load(base))
             for fmt, chain in chains.items():
-                ask = _Asker(runner, engine, chain, base, fmt, say)
-                rows += [*(ask.steps(*case) for case in CASES), ask.prefill()]
-    finally:
-        engine.stop()
+                ours = _Side(runner, engines["bfloat16"], chain)
+                runner.run(ours.engine.load(chain))
+                pair = _Pair(ours, _Side(runner, engine, base), fmt, dtype, say)
+                rows += [*(pair.steps(*case) for case in CASES), pair.prefill()]
     fresh_folder("quantised-zoo")
     return rows
+
+
+@contextmanager
+def _engine(zoo: Zoo, dtype: Literal["bfloat16", "float32"]) -> Iterator[BlockEngine]:
+    # Nothing is cached, so that every run computes its prompts.
+    engine = BlockEngine(zoo, EngineConfig(dtype=dtype, prefix_sharing="off"))
+    engine.start()
+    try:
+        yield engine
+    finally:
+        engine.stop()
 
 
 def _quality(fmt: str, after: float, before: float, tokens: int) -> Row:
@@ -73,84 +85,28 @@ def _quality(fmt: str, after: float, before: float, tokens: int) -> Row:
     )
 
 
-class _Asker:
-    """Measures one copy beside its original."""
+@dataclass(frozen=True)
+class _Side:
+    """A chain, and the engine that computes it."""
 
-    def __init__(
-        self,
-        runner: asyncio.Runner,
-        engine: BlockEngine,
-        copy: ChainId,
-        base: ChainId,
-        fmt: str,
-        say: Callable[[str], None],
-    ) -> None:
-        self._runner, self._engine, self._copy, self._base = runner, engine, copy, base
-        self._fmt, self._say = fmt, say
+    runner: asyncio.Runner
+    engine: BlockEngine
+    chain: ChainId
 
-    def steps(self, count: int, prompt_tokens: int, output_tokens: int) -> Row:
-        """Tokens/s between the first and the last token of all requests."""
-        prompts = _prompts(count, prompt_tokens)
-
-        def speed(chain: ChainId) -> float:
-            firsts, ends = zip(*self._answers(chain, prompts, output_tokens), strict=True)
-            return count * (output_tokens - 1) / (median(ends) - median(firsts))
-
-        return self._row(
-            f"{self._fmt}-{count}",
-            f"{count} requests of {prompt_tokens} + {output_tokens} tokens: tokens after the first, in the "
-            "median request's time from its first to its last token",
-            "tokens/s",
-            speed,
-        )
-
-    def prefill(self) -> Row:
-        """Prompt tokens/s of one request that is alone."""
-        prompts = _prompts(1, PROMPT)
-
-        def speed(chain: ChainId) -> float:
-            ((first, _),) = self._answers(chain, prompts, 1)
-            return PROMPT / first
-
-        return self._row(
-            f"{self._fmt}-prefill",
-            f"one request with {PROMPT} new tokens: prompt tokens in the time to its first token",
-            "tokens/s",
-            speed,
-        )
-
-    def _row(self, name: str, case: str, unit: str, speed: Callable[[ChainId], float]) -> Row:
-        for chain in (self._copy, self._base):
-            speed(chain)
-        ours, peer = interleave(
-            lambda: speed(self._copy), lambda: speed(self._base), runs=2 * RUNS, say=self._say
-        )
-        return Row(
-            id=name,
-            case=f"{case}; SmolLM2, greedy, engine in process",
-            unit=unit,
-            command=_COMMAND,
-            ours=ours,
-            peer=peer,
-            peer_name="ours in bfloat16",
-        )
-
-    def _answers(
-        self, chain: ChainId, prompts: Sequence[Prompt], output_tokens: int
-    ) -> list[tuple[float, float]]:
+    def answers(self, prompts: Sequence[Prompt], output_tokens: int) -> list[tuple[float, float]]:
         """Seconds to the first and to the last token of each request."""
 
         async def one(number: int, prompt: Prompt, started: float) -> tuple[float, float]:
             request = EngineRequest(
                 request_id=f"r{number}",
-                chain=chain,
+                chain=self.chain,
                 prompt=prompt,
                 sampling=SamplingParams(temperature=0.0),
                 max_tokens=output_tokens,
             )
             times = [
                 time.perf_counter() - started
-                async for events in self._engine.generate(request)
+                async for events in self.engine.generate(request)
                 for _ in events
             ]
             check(len(times) == output_tokens, "an answer has too few tokens")
@@ -163,7 +119,63 @@ class _Asker:
             ]
             return await asyncio.gather(*calls)
 
-        return self._runner.run(everyone())
+        return self.runner.run(everyone())
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A copy beside its original in some type."""
+
+    ours: _Side
+    peer: _Side
+    fmt: str
+    dtype: str
+    say: Callable[[str], None]
+
+    def steps(self, count: int, prompt_tokens: int, output_tokens: int) -> Row:
+        """Tokens/s between the first and the last token of all requests."""
+        if not has_bf16() and count > 8:
+            output_tokens, prompt_tokens = output_tokens // 4, prompt_tokens // 4
+        prompts = _prompts(count, prompt_tokens)
+
+        def speed(side: _Side) -> float:
+            firsts, ends = zip(*side.answers(prompts, output_tokens), strict=True)
+            return count * (output_tokens - 1) / (median(ends) - median(firsts))
+
+        return self._row(
+            f"{self.fmt}-{count}",
+            f"{count} requests of {prompt_tokens} + {output_tokens} tokens: tokens after the first, in the "
+            "median request's time from its first to its last token",
+            speed,
+        )
+
+    def prefill(self) -> Row:
+        """Prompt tokens/s of one request that is alone."""
+        prompts = _prompts(1, PROMPT)
+
+        def speed(side: _Side) -> float:
+            ((first, _),) = side.answers(prompts, 1)
+            return PROMPT / first
+
+        return self._row(
+            f"{self.fmt}-prefill",
+            f"one request with {PROMPT} new tokens: prompt tokens in the time to its first token",
+            speed,
+        )
+
+    def _row(self, name: str, case: str, speed: Callable[[_Side], float]) -> Row:
+        for side in (self.ours, self.peer):
+            speed(side)
+        ours, peer = interleave(lambda: speed(self.ours), lambda: speed(self.peer), runs=RUNS, say=self.say)
+        return Row(
+            id=name if self.dtype == "bfloat16" else f"{name}-{self.dtype}",
+            case=f"{case}; SmolLM2, greedy, engine in process",
+            unit="tokens/s",
+            command=_COMMAND,
+            ours=ours,
+            peer=peer,
+            peer_name=f"ours in {self.dtype}",
+        )
 
 
 def _prompts(count: int, tokens: int) -> list[Prompt]:
