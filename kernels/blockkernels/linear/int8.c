@@ -16,7 +16,7 @@ typedef uint8_t vb __attribute__((vector_size(LANES)));
 #define HAS_DOT_BYTES 1
 #define OFFSET 128
 #if LANES == 16
-#define ROWS 12 /* of a register tile */
+#define ROWS 6 /* of a register tile; with more the compiler keeps sums in memory */
 #else
 #define ROWS 2
 #endif
@@ -32,14 +32,25 @@ INLINE vi dot_bytes(vi sum, int32_t x, vi weight) {
 #define OFFSET 0
 #endif
 
-/* The products of 64 values with the rows of a Hadamard matrix, in the order of Sylvester. */
-INLINE void rotate(float *values) {
-    for (int half = 1; half < BLOCK; half *= 2)
-        for (int first = 0; first < BLOCK; first += 2 * half)
-            for (int at = first; at < first + half; at++) {
-                float a = values[at], b = values[at + half];
-                values[at] = a + b;
-                values[at + half] = a - b;
+#define PARTS (BLOCK / LANES)
+
+/* The products of 64 values with the rows of a Hadamard matrix, in the order of Sylvester: of each pair the sum, and the
+ * first less the second. */
+INLINE void rotate(vf *parts) {
+#pragma GCC unroll 4
+    for (int half = 1; half < LANES; half *= 2) {
+        vi minus = ((lane_numbers() & half) != 0) & INT32_MIN;
+#pragma GCC unroll 16
+        for (int p = 0; p < PARTS; p++) parts[p] = exchanged(parts[p], half) + (vf)((vi)parts[p] ^ minus);
+    }
+#pragma GCC unroll 4
+    for (int half = 1; half < PARTS; half *= 2)
+#pragma GCC unroll 16
+        for (int p = 0; p < PARTS; p++)
+            if (!(p & half)) {
+                vf a = parts[p], b = parts[p + half];
+                parts[p] = a + b;
+                parts[p + half] = a - b;
             }
 }
 
@@ -49,7 +60,7 @@ static void round_row(const int8_job *job, int64_t row) {
     uint8_t *rounded = job->rounded + row * job->in;
     const float magic = 12582912.0f;
     vf most = splat(0), poison = splat(0);
-    float values[BLOCK];
+    vf values[PARTS];
     for (int pass = 0; pass < 2; pass++) {
         float step = 0, inverse = 0;
         if (pass) {
@@ -59,11 +70,11 @@ static void round_row(const int8_job *job, int64_t row) {
             job->steps[row] = step * 0.125f; /* the matrix is orthogonal when divided by 8 */
         }
         for (int64_t first = 0; first < job->in; first += BLOCK) {
-            for (int at = 0; at < BLOCK; at += LANES)
-                store(values + at, load_any(x + (first + at) * element_bytes((int)job->is_bf16), (int)job->is_bf16));
+            for (int p = 0; p < PARTS; p++)
+                values[p] = load_any(x + (first + p * LANES) * element_bytes((int)job->is_bf16), (int)job->is_bf16);
             rotate(values);
-            for (int at = 0; at < BLOCK; at += LANES) {
-                vf v = load(values + at);
+            for (int p = 0; p < PARTS; p++) {
+                vf v = values[p];
                 if (!pass) {
                     most = larger((vf)((vi)v & 0x7fffffff), most); /* passes over NaN */
                     poison = poison + v * splat(0);
@@ -71,7 +82,7 @@ static void round_row(const int8_job *job, int64_t row) {
                 }
                 vu whole = (vu)(v * splat(inverse) + splat(magic)) - (vu)splat(magic) + OFFSET;
                 vb bytes = __builtin_convertvector(whole, vb);
-                memcpy(rounded + first + at, &bytes, sizeof bytes);
+                memcpy(rounded + first + p * LANES, &bytes, sizeof bytes);
             }
         }
     }
@@ -101,7 +112,8 @@ INLINE void tile_rows(const int8_job *job, int64_t panel, int64_t row, const int
     }
     for (int64_t word = 0; word < job->in / WORD; word++) {
         vi part[VECTORS];
-        memcpy(part, weight + word * PANEL * WORD, sizeof part);
+#pragma GCC unroll 8
+        for (int c = 0; c < VECTORS; c++) memcpy(&part[c], weight + word * PANEL * WORD + c * LANES * WORD, sizeof part[c]);
         __builtin_prefetch(weight + word * PANEL * WORD + 2048);
         __builtin_prefetch(weight + word * PANEL * WORD + 2048 + 64);
 #pragma GCC unroll 12

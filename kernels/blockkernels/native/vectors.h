@@ -61,6 +61,22 @@ INLINE vi lane_numbers(void) {
     return numbers;
 }
 
+/* Lanes i and i ^ half exchanged; half is 1, 2, 4 or 8, and less than LANES. */
+INLINE vf exchanged(vf v, const int half) {
+#if defined(__AVX512F__)
+    __m512 w = (__m512)v;
+    if (half == 1) return (vf)_mm512_permute_ps(w, 0xB1);
+    if (half == 2) return (vf)_mm512_permute_ps(w, 0x4E);
+    return half == 4 ? (vf)_mm512_shuffle_f32x4(w, w, 0xB1) : (vf)_mm512_shuffle_f32x4(w, w, 0x4E);
+#elif defined(__AVX2__)
+    __m256 w = (__m256)v;
+    if (half == 1) return (vf)_mm256_permute_ps(w, 0xB1);
+    return half == 2 ? (vf)_mm256_permute_ps(w, 0x4E) : (vf)_mm256_permute2f128_ps(w, w, 1);
+#else
+    return half == 1 ? (vf){v[1], v[0], v[3], v[2]} : (vf){v[2], v[3], v[0], v[1]};
+#endif
+}
+
 INLINE void store(float *to, vf v) { memcpy(to, &v, sizeof v); }
 
 INLINE vf fused(vf a, vf b, vf c) {
