@@ -48,7 +48,7 @@ class LayerBlock:
     reads its input once.
 
     Attributes:
-        kernel: for the whole layer in one call, bit for bit as the call of this block does part by part;
+        kernel: for the whole layer in one call (on an exact backend with the bits of the call of this block);
             None where the backend has no such kernel.
     """
 

@@ -2,15 +2,20 @@
 
 A kernel's name, its arguments and its constants go through `launch`, so that tests can record what a batch
 launches, and compile exactly that for devices that are not there.
+
+A kernel is compiled again for each set of constants, and whenever a number is 1 or becomes a multiple of 16,
+or an address one of 16 bytes. What changes from batch to batch (numbers of tokens and items, views of tables)
+is therefore left out of this by each kernel, so that nothing is compiled while callers wait.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Constant = int | float | bool | str | None
@@ -39,9 +44,11 @@ class Launch:
     reads: tuple[Tensor, ...]
 
     def run(self) -> None:
-        """Start the kernel; returns before it has ended."""
+        """Start the kernel on the device of its tensors; returns before it has ended."""
         options = {"num_warps": self.warps, "enable_fp_fusion": self.contracts}
-        self.kernel[self.grid](*self.arguments, **self.constants, **options)
+        device = next(one.device for one in self.arguments if isinstance(one, Tensor))
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            self.kernel[self.grid](*self.arguments, **self.constants, **options)
 
 
 _watchers: list[Callable[[Launch], bool]] = []

@@ -12,6 +12,7 @@ from torch import Tensor
 import support.triton_interpreter  # noqa: F401  (before the kernels)
 from blockkernels.attention import GatheredAttention
 from blockkernels.attention.gpu import SPLIT_KEYS, TritonAttention
+from blockkernels.launching import Launch, watched
 
 PAGE, LAYERS = 16, 2
 MIXED = ((1, 1), (63, 1), (500, 1), (13, 13), (40, 25), (SPLIT_KEYS + 1, 1))
@@ -65,6 +66,23 @@ def test_it_is_the_reference(
     got, want = batch.ours(*states, **options), batch.reference(*states, **options)
     # Shares of values are rounded to the type of the values.
     assert (got.double() - want.double()).abs().max() <= 4 * torch.finfo(dtype).eps * want.abs().max()
+
+
+def test_a_soft_cap_of_zero_is_none() -> None:
+    batch = Batch(((20, 1), (9, 9)), 1, 16, torch.float32)
+    states = torch.randn(batch.num_tokens, 5, 16).split((3, 1, 1), dim=1)
+    got = batch.ours(*states, scale=0.25, window=None, softcap=0.0)
+    assert torch.equal(got, batch.ours(*states, scale=0.25, window=None, softcap=None))
+
+
+@pytest.mark.parametrize(("requests", "launches"), [(((20, 1),), 2), (((9, 9),), 1), (((20, 1), (9, 9)), 3)])
+def test_launches(requests: Sequence[tuple[int, int]], launches: int) -> None:
+    """Prompts need no sum of parts."""
+    batch, seen = Batch(requests, 1, 16, torch.float32), list[Launch]()
+    states = torch.randn(batch.num_tokens, 5, 16).split((3, 1, 1), dim=1)
+    with watched(lambda launch: seen.append(launch) is None):
+        batch.ours(*states, scale=0.25, window=None)
+    assert len(seen) == launches
 
 
 def test_what_single_tokens_get_does_not_depend_on_the_batch() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from blockkernels.backends import Backend, CpuBackend, ReferenceBackend
 from blockkernels.decoder import (
     DecoderLayer,
+    DecoderLayers,
 )
 from blockkernels.native import library
 from blockzoo.compute.decoder import PRE_NORMS
@@ -74,6 +75,15 @@ def test_odd_weights_have_no_kernel() -> None:
     assert not any(
         DecoderLayer.can_compute(one, layers.sizes, torch.bfloat16) for one in layers.packed(backend)
     )
+
+
+def test_scratch_is_enough_for_each_of_several_layers() -> None:
+    """Layers that are computed in one call may differ in how wide they are and what their weights are in."""
+    backend = CpuBackend()
+    layers = [Layers(Case(hidden=64, heads=4, head_dim=16, wide=wide, int8="")) for wide in (64, 640, 128)]
+    made = [DecoderLayer(one.packed(backend)[0], one.sizes) for one in layers]
+    joined = DecoderLayers(made)
+    assert joined.scratch_bytes(50) == made[1].scratch_bytes(50) > made[0].scratch_bytes(50)
 
 
 def test_the_reference_leaves_its_input_and_stores_keys_and_values() -> None:

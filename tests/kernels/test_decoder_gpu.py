@@ -58,6 +58,12 @@ def test_a_block_by_its_parts_is_the_reference(name: str) -> None:
     assert (layers.by_parts(BACKEND) - want).abs().max() <= 2e-5 * want.abs().max()
 
 
+def test_an_activation_without_a_kernel_is_not_computed_as_another() -> None:
+    layers = Layers(Case(requests=FEW))
+    weights, sizes = layers.packed(BACKEND)[0], replace(layers.sizes, activation="relu2")
+    assert BACKEND.layer(weights, sizes, torch.float32) is None
+
+
 def launches(case: Case) -> Counter[str]:
     """Launches of two layers, by kernel, without what they compute."""
     seen: list[Launch] = []

@@ -25,7 +25,7 @@ def test_what_is_committed_is_as_it_should_be() -> None:
 
 
 @pytest.mark.parametrize(
-    "model", ["1b", pytest.param("135m", marks=pytest.mark.long), pytest.param("8b", marks=pytest.mark.long)]
+    "model", ["1b", *(pytest.param(name, marks=pytest.mark.long) for name in ("135m", "8b", "9b"))]
 )
 @pytest.mark.timeout(600)
 def test_kernels_compile_as_committed(model: str, tmp_path: Path) -> None:

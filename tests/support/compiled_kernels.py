@@ -59,6 +59,8 @@ class Model:
 
 
 MODELS = (
+    # A head of 256 dimensions, as in Gemma.
+    Model("9b", 3584, 16, 8, 256, 14336),
     Model("135m", 576, 9, 3, 64, 1536),
     Model("1b", 2048, 32, 8, 64, 8192),
     Model("8b", 4096, 32, 8, 128, 14336),
@@ -100,6 +102,7 @@ def _operations(model: Model) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "down, 8 tokens", linear(8, model.wide, hidden)
     for tokens in (8, 512):
         yield f"int8 gate_up, {tokens} tokens", int8(tokens, hidden, 2 * model.wide)
+    yield "int8 down, 8 tokens", int8(8, model.wide, hidden)
     norm = torch.empty(hidden, dtype=BF16)
     yield "sum and norm", lambda: add_norm(rows(8), rows(8), following=norm, eps=1e-5)
     yield "gated", lambda: gated_activation_gpu(rows(8, 2 * model.wide), "silu")
@@ -132,15 +135,17 @@ def source_of(launch: Launch) -> ASTSource:
     types: dict[str, str] = {}
     constants: dict[str, Any] = dict(launch.constants)
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    for place, (name, value) in enumerate(zip(launch.kernel.arg_names, launch.arguments, strict=False)):
-        if value is None or (isinstance(value, int) and value == 1):
+    for place, (parameter, value) in enumerate(zip(launch.kernel.params, launch.arguments, strict=False)):
+        name = parameter.name
+        if value is None or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize):
             constants[name] = value
         elif isinstance(value, torch.Tensor):
             types[name] = "*" + _TYPES[value.dtype]
-            attributes[place,] = [["tt.divisibility", 16]]
+            if not parameter.do_not_specialize_on_alignment:
+                attributes[place,] = [["tt.divisibility", 16]]
         elif isinstance(value, int):
             types[name] = "i32"
-            if value % 16 == 0:
+            if value % 16 == 0 and not parameter.do_not_specialize:
                 attributes[place,] = [["tt.divisibility", 16]]
         else:
             types[name] = "fp32"

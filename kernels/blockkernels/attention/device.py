@@ -11,19 +11,20 @@ def _tanh(x):
     return tl.where(x < 0.0, -value, value)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["table"])
 def attend_kernel(
-    query, keys, values, table, items, part, part_sums, scale, softcap, table_stride,
+    query, keys, values, table, items, part, part_sums, y, scale, softcap, table_stride,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr,
-    WINDOW: tl.constexpr, CAPPED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
+    WINDOW: tl.constexpr, CAPPED: tl.constexpr, DIRECT: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program has some queries of one request, all heads that share a key head, and a stretch of keys.
 
     Row m of its tile is query m // GROUP, head m % GROUP. An item (int32, 8 columns) says: the request, its
     first row in the batch, queries, position of the first, first key, end key, first row of the parts; the
     last is unused. A part has, for each head, the softmax of its stretch times the values (float32), and the
-    highest score with the sum below it (both to base 2).
+    highest score with the sum below it (both to base 2). DIRECT items have all keys of their queries: the
+    result goes to y, and there is no part.
     """
     item = items + tl.program_id(0) * 8
     head = tl.program_id(1)
@@ -68,6 +69,13 @@ def attend_kernel(
         value = tl.load(values + where, mask=inside, other=0.0)
         acc = tl.dot(weight.to(value.dtype), value, acc * keep[:, None], input_precision="ieee")
         top = peak
+    if DIRECT:
+        tl.store(
+            y + at_query.to(tl.int64)[:, None] * DIM + d[None, :],
+            (acc / tl.where(total == 0.0, 1.0, total)[:, None]).to(y.dtype.element_ty),
+            mask=mine[:, None] & real[None, :],
+        )
+        return
     out = ((place + number) * KV_HEADS + head) * GROUP + member
     tl.store(
         part + out.to(tl.int64)[:, None] * DIM + d[None, :],
@@ -89,6 +97,8 @@ def combine_kernel(
     token = tl.program_id(0)
     head = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     d = tl.arange(0, WIDTH)
+    if tl.load(rows + token) == tl.load(rows + token + 1):
+        return  # of a prompt, whose result is there
     real = head < HEADS
     live = real[:, None] & (d < DIM)[None, :]
     top = tl.full((BLOCK,), float("-inf"), tl.float32)

@@ -18,6 +18,8 @@ from blockkernels.launching import launch, parts_of, power_of_two
 
 SPLIT_KEYS = 512
 """Keys of a stretch."""
+_ITEM = 8
+"""Columns of an item."""
 
 
 class TritonAttention:
@@ -93,19 +95,21 @@ class TritonAttention:
         sums = torch.empty(plan.num_parts, heads, 2, dtype=torch.float32, device=query.device)
         table = self._pages[layer]
         width = max(16, power_of_two(dim))
-        for items, rows in plan.tiles:
+        out = torch.empty_like(query)
+        for items, rows, direct in plan.tiles:
             launch(
                 attend_kernel, (len(items), kv_heads), query, self.pool_keys, self.pool_values, table, items,
-                part, sums, scale, softcap or 0.0, table.stride(0), warps=4, GROUP=heads // kv_heads,
+                part, sums, out, scale, softcap or 0.0, table.stride(0),
+                warps=8 if rows >= 64 and width > 128 else 4, GROUP=heads // kv_heads,
                 KV_HEADS=kv_heads, DIM=dim, WIDTH=width, PAGE=self._page_tokens, WINDOW=window or 0,
-                CAPPED=softcap is not None, BLOCK_M=rows,
+                CAPPED=bool(softcap), DIRECT=direct, BLOCK_M=rows,
                 BLOCK_N=64 if rows < 64 and width <= 128 else 32, STAGES=2,
             )  # fmt: skip
-        out = torch.empty_like(query)
-        launch(
-            combine_kernel, (tokens, parts_of(heads, 4)), part, sums, plan.rows, out, HEADS=heads, BLOCK=4,
-            DIM=dim, WIDTH=power_of_two(dim),
-        )  # fmt: skip
+        if plan.num_parts:
+            launch(
+                combine_kernel, (tokens, parts_of(heads, 4)), part, sums, plan.rows, out, HEADS=heads,
+                BLOCK=4, DIM=dim, WIDTH=power_of_two(dim),
+            )  # fmt: skip
         return out
 
     def _plan(self, window: int | None, group: int) -> _Plan:
@@ -119,8 +123,9 @@ class _Plan:
     """Which programs compute what; the same for all layers with one window.
 
     Attributes:
-        tiles: items of `attend_kernel` [items, 8], and rows of a tile: of single tokens, then of prompts.
-        rows: int32 [tokens + 1]: the first part of each token, and their number.
+        tiles: items of `attend_kernel` [items, 8], rows of a tile, and whether an item has all keys of its
+            queries: of single tokens, then of prompts.
+        rows: int32 [tokens + 1]: the first part of each token, and their number; prompts have none.
         num_parts: of all tokens.
     """
 
@@ -132,34 +137,47 @@ class _Plan:
         group: int,
         device: torch.device,
     ) -> None:
+        length, count = np.array(lengths, dtype=np.int64), np.array(counts, dtype=np.int64)
+        requests = np.stack([np.arange(len(count)), np.cumsum(count) - count, length, count])
+        is_single = count == 1
         few, many = max(16, power_of_two(group)), max(64, power_of_two(group))
-        singles: list[tuple[int, ...]] = []
-        prompts: list[tuple[int, ...]] = []
-        self.num_parts, rows = 0, [0]
-        row = 0
-        for request, (length, count) in enumerate(zip(lengths, counts, strict=True)):
-            position = length - count
-            if count == 1:
-                start = 0 if window is None else max(0, length - window)
-                for first in range(start, length, SPLIT_KEYS):
-                    end = min(first + SPLIT_KEYS, length)
-                    singles.append((request, row, 1, position, first, end, self.num_parts, 0))
-                    self.num_parts += 1
-                rows.append(self.num_parts)
-            else:
-                step = many // group
-                for offset in range(0, count, step):
-                    queries = min(step, count - offset)
-                    start = 0 if window is None else max(0, position + offset - window + 1)
-                    end = position + offset + queries
-                    place = self.num_parts + offset
-                    prompts.append((request, row + offset, queries, position + offset, start, end, place, 0))
-                rows += range(self.num_parts + 1, self.num_parts + count + 1)
-                self.num_parts += count
-            row += count
-        self.tiles = [
-            (torch.tensor(items, dtype=torch.int32, device=device), size)
-            for items, size in ((singles, few), (prompts, many))
-            if items
-        ]
-        self.rows = torch.tensor(rows, dtype=torch.int32, device=device)
+        singles = _single_items(requests[:, is_single], window)
+        prompts = _prompt_items(requests[:, ~is_single], window, many // group)
+        self.num_parts = len(singles)
+        per_token = np.bincount(singles[:, 1], minlength=int(count.sum()))
+        rows = np.concatenate([[0], np.cumsum(per_token)])
+        # One copy for all.
+        whole = np.concatenate([singles.ravel(), prompts.ravel(), rows]).astype(np.int32)
+        parts = torch.from_numpy(whole).to(device, non_blocking=True)
+        one, two, self.rows = parts.split([singles.size, prompts.size, rows.size])
+        kinds = ((one.view(-1, _ITEM), few, False), (two.view(-1, _ITEM), many, True))
+        self.tiles = [kind for kind in kinds if len(kind[0])]
+
+
+def _spread(counts: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """For `counts[i]` things of each i: which i a thing is of, and its number among those of i."""
+    of = np.repeat(np.arange(len(counts)), counts)
+    return of, np.arange(len(of)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def _single_items(requests: npt.NDArray[np.int64], window: int | None) -> npt.NDArray[np.int64]:
+    """A stretch of keys each; requests [4, requests]: number, row, length, tokens."""
+    start = np.zeros_like(requests[2]) if window is None else np.maximum(0, requests[2] - window)
+    of, number = _spread(-(-(requests[2] - start) // SPLIT_KEYS))
+    request, row, length, count = requests[:, of]
+    first = start[of] + number * SPLIT_KEYS
+    end = np.minimum(first + SPLIT_KEYS, length)
+    place = np.arange(len(of))
+    return np.stack([request, row, count, length - 1, first, end, place, np.zeros_like(of)], axis=1)
+
+
+def _prompt_items(requests: npt.NDArray[np.int64], window: int | None, queries: int) -> npt.NDArray[np.int64]:
+    """At most so many queries each; requests as above."""
+    of, number = _spread(-(-requests[3] // queries))
+    request, row, length, count = requests[:, of]
+    offset = number * queries
+    some = np.minimum(queries, count - offset)
+    position = length - count + offset
+    first = np.zeros_like(of) if window is None else np.maximum(0, position - window + 1)
+    none = np.zeros_like(of)
+    return np.stack([request, row + offset, some, position, first, position + some, none, none], axis=1)

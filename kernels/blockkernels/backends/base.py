@@ -144,7 +144,9 @@ class Backend(Protocol):
         ...
 
     def layer(self, weights: LayerWeights, sizes: LayerSizes, dtype: torch.dtype) -> FusedLayer | None:
-        """A decoder layer in one call, with the bits of its parts; None where it is computed part by part.
+        """A decoder layer in one call; None where it is computed part by part.
+
+        Where the backend is exact, with the bits of its parts.
 
         Args:
             weights: its tensors and linear maps, laid out by this backend.

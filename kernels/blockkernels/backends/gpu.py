@@ -20,6 +20,7 @@ from blockkernels.backends.base import FusedLayer, FusedLayers, PlannedAdapters
 from blockkernels.backends.reference import ReferenceBackend
 from blockkernels.decoder import LayerSizes, LayerWeights, SlotPlan
 from blockkernels.decoder.gpu import TritonAdapters, TritonLayer, TritonLayers
+from blockkernels.gated_mlp.gpu import ACTIVATIONS
 from blockkernels.linear import Int8Weight, Linear
 from blockkernels.linear.gpu import TritonInt8Linear, TritonLinear
 from blockkernels.lora.gpu import add_lora_gpu
@@ -40,9 +41,9 @@ class TritonBackend(ReferenceBackend):
         return TritonInt8Linear(weight, bias)
 
     def layer(self, weights: LayerWeights, sizes: LayerSizes, dtype: torch.dtype) -> FusedLayer | None:
-        """See `Backend`: every layer that there is."""
+        """See `Backend`: every layer whose activation is known."""
         del dtype
-        return TritonLayer(weights, sizes)
+        return TritonLayer(weights, sizes) if sizes.activation in ACTIVATIONS else None
 
     def join_layers(self, layers: Sequence[FusedLayer]) -> FusedLayers:
         """See `Backend`."""

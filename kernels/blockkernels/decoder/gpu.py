@@ -41,16 +41,16 @@ class TritonAdapters:
         self._device = device
         self._tables: list[list[LoraTable]] = []
 
-    def on(self, columns: Mapping[LayerSlot, int]) -> Sequence[Sequence[LoraTable]]:
+    def on(self, columns: Sequence[Mapping[LayerSlot, int]]) -> Sequence[Sequence[LoraTable]]:
         """Tables of the four inputs of each layer, one layer after the other.
 
         Args:
-            columns: first column of each slot's outputs; always the same.
+            columns: of each layer, the first column of each slot's outputs; always the same.
         """
         if not self._tables:
             inputs: list[list[Place]] = [
-                [(*plan[slot], columns[slot]) for slot in slots if slot in plan]
-                for plan in self._layers
+                [(*plan[slot], firsts[slot]) for slot in slots if slot in plan]
+                for plan, firsts in zip(self._layers, columns, strict=True)
                 for slots in _INPUTS
             ]
             self._tables = lora_tables(inputs, self._device)
@@ -77,18 +77,8 @@ class TritonLayers:
         """Take at least one layer, in the order in which they compute."""
         assert len({layer.sizes for layer in layers}) == 1
         self._layers = [layer.weights for layer in layers]
-        self._sizes = sizes = layers[0].sizes
-        query, kv = sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
-        wide = self._layers[0].down.in_features
-        self._columns = {
-            LayerSlot.QUERY: 0,
-            LayerSlot.KEY: query,
-            LayerSlot.VALUE: query + kv,
-            LayerSlot.OUT: 0,
-            LayerSlot.GATE: 0,
-            LayerSlot.UP: wide,
-            LayerSlot.DOWN: 0,
-        }
+        self._sizes = layers[0].sizes
+        self._columns = [_columns(layer.weights, layer.sizes) for layer in layers]
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -136,6 +126,20 @@ class TritonLayers:
                 hidden, out, post=weights.down_norm, scale=sizes.residual_scale, following=following,
                 eps=sizes.eps,
             )  # fmt: skip
+
+
+def _columns(weights: LayerWeights, sizes: LayerSizes) -> Mapping[LayerSlot, int]:
+    """First column of each slot's outputs."""
+    query, kv = sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
+    return {
+        LayerSlot.QUERY: 0,
+        LayerSlot.KEY: query,
+        LayerSlot.VALUE: query + kv,
+        LayerSlot.OUT: 0,
+        LayerSlot.GATE: 0,
+        LayerSlot.UP: weights.down.in_features,
+        LayerSlot.DOWN: 0,
+    }
 
 
 def _attend(

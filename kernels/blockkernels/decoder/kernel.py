@@ -177,7 +177,8 @@ class DecoderLayers:
 
     def scratch_bytes(self, num_tokens: int) -> int:
         """Memory that a call for so many tokens needs beside its arguments."""
-        return self._layers[0].scratch_bytes(num_tokens)
+        # Layers of equal sizes may differ in what their weights are stored in.
+        return max(layer.scratch_bytes(num_tokens) for layer in self._layers)
 
     def __call__(
         self,

@@ -15,8 +15,8 @@ def tanh(x):
 @triton.jit
 def gated_kernel(gate_up, y, stride, WIDE: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
     """y[m, n] = act(gate_up[m, n]) * gate_up[m, WIDE + n]."""
-    row = tl.program_id(1).to(tl.int64)
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = n < WIDE
     TYPE: tl.constexpr = y.dtype.element_ty
     gate = tl.load(gate_up + row * stride + n, mask=live, other=0.0).to(tl.float32)

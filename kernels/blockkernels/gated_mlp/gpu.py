@@ -21,6 +21,6 @@ def gated_activation_gpu(gate_up: Tensor, activation: str) -> Tensor:
     tokens, wide = gate_up.shape[0], gate_up.shape[1] // 2
     assert gate_up.stride(1) == 1
     y = torch.empty(tokens, wide, dtype=gate_up.dtype, device=gate_up.device)
-    grid = (parts_of(wide, _BLOCK), tokens)
+    grid = (tokens, parts_of(wide, _BLOCK))
     launch(gated_kernel, grid, gate_up, y, gate_up.stride(0), WIDE=wide, ACTIVATION=activation, BLOCK=_BLOCK)
     return y

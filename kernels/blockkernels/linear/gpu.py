@@ -12,11 +12,13 @@ from blockkernels.linear.device import int8_kernel, linear_kernel, round_rows_ke
 from blockkernels.linear.int8 import TINY, Int8Weight
 
 _FEW = 16
-"""Tokens up to which a product takes the time of reading its weight: the inputs are split over programs."""
+"""Tokens up to which a product takes the time of reading its weight."""
 _PROGRAMS = 256
 """Programs that keep a device busy; fewer are split."""
 _MOST_SPLITS = 8
 _SUM_BLOCK = 512
+_ROUNDED = 64
+"""Blocks of 64 inputs that are rounded at a time: their lanes are exchanged through shared memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +43,10 @@ def _tile(tokens: int, itemsize: int) -> _Tile:
 
 
 def splits_of(tokens: int, in_features: int, out_features: int, itemsize: int) -> int:
-    """Parts that a product's inputs are split into; the same for any number of tokens up to 16."""
-    if tokens > _FEW:
-        return 1
+    """Parts that a product's inputs are split into, where its tiles alone would not keep a device busy."""
     tile = _tile(tokens, itemsize)
-    columns, blocks = parts_of(out_features, tile.outputs), parts_of(in_features, tile.inputs)
-    return max(1, min(_MOST_SPLITS, _PROGRAMS // columns, blocks // 2))
+    tiles = max(1, parts_of(out_features, tile.outputs) * parts_of(tokens, tile.tokens))
+    return max(1, min(_MOST_SPLITS, _PROGRAMS // tiles, parts_of(in_features, tile.inputs) // 2))
 
 
 class TritonLinear:
@@ -77,7 +77,7 @@ class TritonLinear:
         part = y
         if split > 1:
             part = torch.empty(split, tokens, outer, dtype=torch.float32, device=x.device)
-        grid = (parts_of(outer, tile.outputs), split, parts_of(tokens, tile.tokens))
+        grid = (parts_of(tokens, tile.tokens), parts_of(outer, tile.outputs), split)
         launch(
             linear_kernel, grid, x, self._weight, self._bias, y, part, tokens, x.stride(0), y.stride(0),
             warps=tile.warps, IN=inner, OUT=outer, BLOCK_M=tile.tokens, BLOCK_N=tile.outputs,
@@ -85,7 +85,7 @@ class TritonLinear:
         )  # fmt: skip
         if split > 1:
             launch(
-                sum_parts_kernel, (parts_of(outer, _SUM_BLOCK), tokens), part, self._bias, y, tokens,
+                sum_parts_kernel, (tokens, parts_of(outer, _SUM_BLOCK)), part, self._bias, y, tokens,
                 y.stride(0),
                 OUT=outer, SPLIT=split, BLOCK=_SUM_BLOCK,
             )  # fmt: skip
@@ -115,14 +115,14 @@ class TritonInt8Linear:
         tokens, inner, outer = len(x), self.in_features, self.out_features
         rounded = torch.empty(tokens, inner, dtype=torch.int8, device=x.device)
         steps = torch.empty(tokens, dtype=torch.float32, device=x.device)
-        blocks = power_of_two(inner // 64)
+        blocks = min(_ROUNDED, power_of_two(inner // 64))
         launch(
             round_rows_kernel, (tokens,), x, rounded, steps, x.stride(0),
             warps=min(16, max(1, blocks // 8)), contracts=False, IN=inner, BLOCKS=blocks, TINY=TINY,
         )  # fmt: skip
         y = torch.empty(tokens, outer, dtype=x.dtype, device=x.device)
         tile = _tile(tokens, 1)
-        grid = (parts_of(outer, tile.outputs), parts_of(tokens, tile.tokens))
+        grid = (parts_of(tokens, tile.tokens), parts_of(outer, tile.outputs))
         bias = None if self._bias is None else self._bias.to(x.dtype)
         launch(
             int8_kernel, grid, rounded, steps, self._weight.values, self._weight.scales, bias, y, tokens,

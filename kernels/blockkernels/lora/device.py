@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_items"])
 def shrink_kernel(
     x, items, part, num_items, x_stride,
     IN: tl.constexpr, ALIGNED: tl.constexpr, MAX_RANK: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -43,7 +43,7 @@ def shrink_kernel(
     tl.store(part + where, acc, mask=(token < end)[:, None] & (r < rank)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_items"], do_not_specialize_on_alignment=["scales"])
 def expand_kernel(
     part, items, scales, y, num_items, y_stride,
     ALIGNED: tl.constexpr, MAX_RANK: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -61,6 +61,7 @@ def expand_kernel(
     if ALIGNED:
         up = tl.multiple_of(up, 16)
         out = tl.multiple_of(out, 16)
+        column = tl.multiple_of(column, 16)
     m = tl.arange(0, BLOCK_M)
     token = first + m
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

@@ -35,7 +35,7 @@ class LoraTable:
         scales: float32 [items].
         max_rank: highest of the items' ranks.
         widest: most outputs of a module.
-        aligned: every module has a multiple of 16 outputs.
+        aligned: outputs of each module, and their first columns, are multiples of 16.
         banks: what the addresses point into.
     """
 
@@ -105,7 +105,7 @@ def _on_host(places: Sequence[Place], turn: int) -> _Host:
 
 def _table(host: _Host, items: Tensor, scales: Tensor) -> LoraTable:
     outputs = host.items[:, 6]
-    aligned = not (outputs % 16).any()
+    aligned = not (outputs % 16).any() and not (host.items[:, 5] % 16).any()
     return LoraTable(items, scales, int(host.items[:, 4].max()), int(outputs.max()), aligned, host.banks)
 
 
@@ -135,4 +135,8 @@ def add_tables(y: Tensor, x: Tensor, tables: Sequence[LoraTable]) -> None:
 
 def add_lora_gpu(y: Tensor, x: Tensor, bank: LoraBank, grouped: GroupedRows) -> None:
     """See `blockkernels.lora.add_lora`."""
-    add_tables(y, x, *lora_tables([[(bank, grouped, 0)]], x.device))
+    tables: list[LoraTable] | None = grouped.prepared.get(id(bank))
+    if tables is None:
+        (tables,) = lora_tables([[(bank, grouped, 0)]], x.device)
+        grouped.prepared[id(bank)] = tables
+    add_tables(y, x, tables)

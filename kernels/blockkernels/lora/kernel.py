@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -56,11 +56,16 @@ class RunArrays(NamedTuple):
 
 
 class GroupedRows:
-    """The adapters of a batch; serves every bank in which they own the same rows with the same scales."""
+    """The adapters of a batch; serves every bank in which they own the same rows with the same scales.
+
+    Attributes:
+        prepared: what other kernels have made of it for a bank, by the bank's `id`; banks must not change.
+    """
 
     def __init__(
         self, runs: Sequence[TokenRun], adapters: Sequence[RowRange], like: Tensor, exact: bool
     ) -> None:
+        self.prepared: dict[int, Any] = {}
         self._runs = runs
         self._exact = exact
         self._adapters = adapters

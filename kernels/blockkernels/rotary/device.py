@@ -56,7 +56,7 @@ def _placed(
     return values
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots", "cosine", "sine"])
 def place_kernel(
     qkv, query_norm, key_norm, cosine, sine, slots, query, keys, values, eps, qkv_stride,
     NUM_HEADS: tl.constexpr, NUM_KV: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
