@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 import types
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Before the kernels are defined: without a GPU they can only be interpreted (support/triton_interpreter.py).
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# Where triton can be imported, torch sets this when a model computes; forked programs need one environment.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"inductor-{os.getuid()}"))
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Teams of threads that wait busily slow down whoever shares their cores (docs/log.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

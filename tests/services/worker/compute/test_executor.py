@@ -90,7 +90,7 @@ def plan(layer: SlotPlan) -> Mapping[LayerSlot, SlotAdapters]:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Every call that computes whole layers, on every processor: how many layers."""
     made: list[int] = []
-    monkeypatch.setattr(CpuBackend, "layer", lambda _, weights, sizes: OneLayer(weights, sizes))
+    monkeypatch.setattr(CpuBackend, "layer", lambda _, weights, sizes, dtype: OneLayer(weights, sizes))
     monkeypatch.setattr(CpuBackend, "join_layers", lambda _, layers: Layers(layers, made))
     monkeypatch.setattr(CpuBackend, "plan_adapters", lambda _, layers: [*map(plan, layers)])
     monkeypatch.setattr(CpuBackend, "attention", lambda _, *batch: GatheredAttention(*batch))
