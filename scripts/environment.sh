@@ -17,7 +17,7 @@ log=.cache/pip-$extra.log
 # folder of a fresh environment, plus a third for pip's cache and temporary files.
 case $extra in
 demo) download_mb=258 disk_mb=1800 ;;
-dev) download_mb=350 disk_mb=2200 ;;
+dev) download_mb=550 disk_mb=2300 ;;
 *) echo "environment: demo or dev, not $extra" >&2; exit 2 ;;
 esac
 

@@ -95,7 +95,7 @@ def project(tmp_path):
 def test_the_first_run_says_what_it_will_download_and_the_second_does_nothing(project):
     first = project.run()
     assert first.returncode == 0, first.stderr
-    assert first.stdout.startswith("Setting up .venv: up to 350 MB to download")
+    assert first.stdout.startswith("Setting up .venv: up to 550 MB to download")
     assert project.calls == ["venv", "pip .[dev]"]
     assert "-c constraints.txt" in (project.folder / "calls.full").read_text()
     second = project.run()
@@ -200,7 +200,7 @@ def few_megabytes(project):
         ({"PYTHON": "/nowhere/python3"}, "/nowhere/python3 is not installed: install Python 3.11 or newer"),
         ({"FAKE_VERSION": "3.9"}, "is Python 3.9 and 3.11 is the oldest that works"),
         ({"FAKE_NO_VENV": "1"}, "ask for the package python3.11-venv"),
-        (few_megabytes, "900 MB are free here and the environment needs 2200 MB"),
+        (few_megabytes, "900 MB are free here and the environment needs 2300 MB"),
     ],
 )
 def test_an_obstacle_is_one_line_with_the_fix(project, settings, fix):
