@@ -3,12 +3,7 @@
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _tanh(x):
-    size = tl.exp(-2.0 * tl.abs(x))
-    value = (1.0 - size) / (1.0 + size)
-    return tl.where(x < 0.0, -value, value)
+from blockkernels.soft_cap.device import capped
 
 
 @triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["table"])
@@ -56,7 +51,7 @@ def attend_kernel(
         key = tl.load(keys + where, mask=inside, other=0.0)
         score = tl.dot(x, tl.trans(key), input_precision="ieee") * scale
         if CAPPED:
-            score = softcap * _tanh(score / softcap)
+            score = capped(score, softcap)
         seen = live[None, :] & (at[None, :] <= stands[:, None])
         if WINDOW > 0:
             seen = seen & (at[None, :] > stands[:, None] - WINDOW)
